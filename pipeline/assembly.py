@@ -1,0 +1,197 @@
+"""A traced model taken apart for streaming: what travels in which layer, what is gathered, what hooks tell."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerstream.pipeline.binding import Absent, Binding, source_name
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.conversion import Recipe, TracedModel
+from layerstream.pipeline.embedding import WHOLE_BYTES, GatheredTable, TableSource, congruent
+from layerstream.pipeline.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.modules import ModelLayer, gathered_uses, model_layers, uses_of
+from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.recording import record
+from layerstream.pipeline.sweeps import Sweeps
+from layerstream.stages.batch import Extent
+
+__all__ = ["Assembly", "move_buffers"]
+
+
+class Assembly:
+    """A traced model, taken apart: what streams in which layer, and what is gathered."""
+
+    def __init__(self, traced: TracedModel, checkpoint: Checkpoint) -> None:
+        self.traced = traced
+        self._checkpoint = checkpoint
+        uses = uses_of(traced)
+        recordings = record(traced.module)
+        self._gathered = gathered_uses(traced, uses, recordings)
+        self._uses = {
+            name: rest
+            for name, places in uses.items()
+            if (rest := [use for use in places if use not in self._gathered.get(name, ())])
+        }
+        self.layers = model_layers(traced, checkpoint, self._uses, recordings)
+
+    def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
+        """The layers as the planner wants them."""
+        return tuple(self._planned(layer, checkpoint) for layer in self.layers)
+
+    def _planned(self, layer: ModelLayer, checkpoint: Checkpoint) -> PlannedLayer:
+        recipes = [self.traced.recipes[name] for name in layer.recipes]
+        return PlannedLayer(
+            name=layer.name,
+            kind=layer.kind,
+            tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
+            scratch_bytes=sum(r.scratch_bytes for r in recipes if r.pieces is None),
+            pinned=layer.pinned,
+        )
+
+    def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
+        """A binding per layer batch; puts placeholders everywhere."""
+        layers = {layer.name: layer for layer in self.layers}
+        bindings = []
+        for batch in plan.batches:
+            names = [recipe for layer in batch.layers for recipe in layers[layer].recipes]
+            binding = Binding(
+                self.traced.module,
+                device,
+                [(self.traced.recipes[name], self._uses[name]) for name in names],
+                lambda recipe: _fetcher(recipe, self._checkpoint, device),
+            )
+            binding.unbind()
+            for use, absent in binding.absent_buffers().items():
+                self.traced.module.get_submodule(use.module)._buffers[use.name] = absent  # noqa: SLF001
+            bindings.append(binding)
+        return bindings
+
+    def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
+        """Put tables that gather their rows from the files into the embeddings; returns their files."""
+        files: dict[int, TableSource] = {}
+        for name, uses in self._gathered.items():
+            recipe = self.traced.recipes[name]
+            extent = _extents(recipe, checkpoint)[0]
+            if extent.file not in files:
+                files[extent.file] = TableSource(checkpoint.files[extent.file].path)
+            table = GatheredTable(
+                files[extent.file],
+                offset=extent.offset,
+                shape=recipe.shape,
+                dtype=getattr(torch, recipe.dtype),
+                device=device,
+            )
+            for use in uses:
+                self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
+        return list(files.values())
+
+    def hook(self, sweeps: Sweeps, plan: Plan) -> None:
+        """Let calls of modules tell the sweeps what a pass needs, and when it begins and ends."""
+        index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
+        needs = {
+            path: index_of[layer.name]
+            for layer in self.layers
+            if not layer.pinned
+            for path in layer.modules
+        }
+        around = {""}
+        for path in needs:
+            while path:
+                path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
+                around.add(path)
+        for path in (around | needs.keys()) - {""} | {""}:
+            index = needs.get(path)
+            exits = index is not None and (not path or needs.get(path.rpartition(".")[0]) != index)
+            _hook(sweeps, self.traced.module.get_submodule(path), path, index, exits=exits)
+
+
+def _hook(sweeps: Sweeps, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
+    def before(module: nn.Module, _args: Any) -> None:
+        rider = sweeps.rider()
+        rider.enter(module, path)
+        if index is not None:
+            rider.hold(index)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        # With always_call, it is called after an exception too, then without an output; also after one
+        # that kept the thread from getting a rider.
+        rider = sweeps.current()
+        if rider is None:
+            return None
+        detached = rider.detached(output) if exits and output is not None else None
+        rider.leave(completed=output is not None)
+        return detached
+
+    module.register_forward_pre_hook(before, prepend=True)
+    module.register_forward_hook(after, always_call=True)
+
+
+def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
+    """The pieces of files that the recipe's tensor consists of."""
+    extents = []
+    for piece in recipe.pieces or ():
+        info = checkpoint.tensors[piece.source]
+        offset = info.offset + piece.source_offset
+        extents.append(Extent(file=info.file, offset=offset, nbytes=piece.nbytes))
+    return tuple(extents) or (Extent(file=0, offset=0, nbytes=0),)
+
+
+def _fetcher(
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device
+) -> Callable[[], torch.Tensor] | None:
+    """What reads a small parameter from its files, by itself."""
+    extents = _extents(recipe, checkpoint)
+    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > WHOLE_BYTES:
+        return None
+
+    def fetch() -> torch.Tensor:
+        offset = 0 if recipe.scratch_bytes else extents[0].offset
+        found = congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
+        octets: Any = found.view(-1).view(torch.uint8).numpy()
+        buffer = memoryview(octets).cast("B")
+        begin = 0
+        for extent in extents:
+            with TableSource(checkpoint.files[extent.file].path) as source:
+                source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
+            begin += extent.nbytes
+        return found.to(device)
+
+    return fetch
+
+
+def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
+    """What has to be read for a recipe: its pieces in place, or the tensors that it is computed from."""
+    if recipe.pieces is not None:
+        return [
+            TensorSource(
+                name=recipe.name,
+                dtype=recipe.dtype,
+                shape=recipe.shape,
+                extents=_extents(recipe, checkpoint),
+                copied=recipe.scratch_bytes > 0,
+            )
+        ]
+    infos = [checkpoint.tensors[name] for name in recipe.sources]
+    return [
+        TensorSource(
+            name=source_name(info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            extents=(Extent(file=info.file, offset=info.offset, nbytes=info.nbytes),),
+        )
+        for info in infos
+    ]
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move what does not stream to where computation runs."""
+    for part in module.modules():
+        for table in (part._buffers, part._parameters):  # noqa: SLF001
+            for name, tensor in table.items():
+                if tensor is not None and not isinstance(tensor, (Absent, GatheredTable)):
+                    moved: Any = tensor.detach().to(device)
+                    if isinstance(tensor, nn.Parameter):
+                        moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+                    table[name] = moved

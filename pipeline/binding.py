@@ -1,0 +1,204 @@
+"""Parameters and buffers of a module tree, put in place when their layer batch is there."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from layerstream.pipeline.conversion import Recipe
+from layerstream.pipeline.modules import Use
+from layerstream.stages.compute import Batch
+from layerstream.stages.errors import ModelError
+
+__all__ = ["Absent", "Binding", "Bound", "source_name"]
+
+logger = logging.getLogger(__name__)
+
+
+def source_name(tensor: str) -> str:
+    """The name under which a plan streams a checkpoint tensor that a parameter is computed from."""
+    return f"checkpoint:{tensor}"
+
+
+class Absent(nn.Parameter):
+    """Stands for a parameter whose layer batch is not there.
+
+    Shape, dtype and device are the true ones, since models look at them anywhere. Some compute with small
+    ones anywhere, too (the codebooks of audio codecs, tables of relative positions): those are read from their
+    files each time. Computing with a large one is an error that says so, instead of a result from memory that
+    holds another layer by now.
+    """
+
+    layer: str
+    fetch: Callable[[], torch.Tensor] | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
+
+    @staticmethod
+    def __new__(
+        cls: type[Self],
+        tensor: torch.Tensor,
+        *,
+        device: torch.device,
+        name: str,
+        fetch: Callable[[], torch.Tensor] | None = None,
+    ) -> Self:
+        """Stand for ``tensor``, a meta tensor, on ``device``; ``fetch`` reads it from the files."""
+        absent: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls,
+            tensor.shape,
+            strides=tensor.stride(),
+            dtype=tensor.dtype,
+            device=device,
+            requires_grad=tensor.requires_grad,
+        )
+        absent.layer, absent.fetch = name, fetch
+        return absent
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Absent({self.layer}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Read the parameter anew if it is small, else refuse; what only looks at metadata passes."""
+        aten = torch.ops.aten
+        if func in {aten.detach.default, aten.alias.default}:
+            return args[0]
+
+        def fetched(leaf: Any) -> Any:
+            if not isinstance(leaf, cls):
+                return leaf
+            if leaf.fetch is None or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way to ask
+                raise ModelError(
+                    f"{leaf.layer} is used ({func}) while its layer is not loaded: weights stream, and are "
+                    "there only while their module runs"
+                )
+            logger.debug("%s is read anew for %s, outside its layer", leaf.layer, func)
+            return leaf.fetch()
+
+        return func(*pytree.tree_map(fetched, args), **pytree.tree_map(fetched, kwargs or {}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """One recipe of a batch: where its tensor goes, and what stands there otherwise."""
+
+    recipe: Recipe
+    tables: tuple[tuple[dict[str, Any], str], ...]  # parameter tables, shared by all clones
+    buffers: tuple[Use, ...]  # buffers, of which each clone has its own
+    absent: Absent
+
+
+class Binding:
+    """What one layer batch puts into the module tree.
+
+    Args:
+        root: the module tree.
+        device: where computation runs.
+        recipes: what the batch carries, with the places of each.
+        fetch: reads a recipe's tensor from the files; None where that would take too much.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        device: torch.device,
+        recipes: Sequence[tuple[Recipe, Sequence[Use]]],
+        fetch: Callable[[Recipe], Callable[[], torch.Tensor] | None],
+    ) -> None:
+        self._places = []
+        for recipe, uses in recipes:
+            owners = [(root.get_submodule(use.module), use) for use in uses]
+            meta = getattr(*_first(owners))
+            self._places.append(
+                _Place(
+                    recipe=recipe,
+                    tables=tuple(
+                        (owner._parameters, use.name)  # noqa: SLF001
+                        for owner, use in owners
+                        if use.name in owner._parameters  # noqa: SLF001
+                    ),
+                    buffers=tuple(use for owner, use in owners if use.name in owner._buffers),  # noqa: SLF001
+                    absent=Absent(meta, device=device, name=recipe.name, fetch=fetch(recipe)),
+                )
+            )
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[Use, torch.Tensor]:
+        """Put parameters in place; returns the buffers, for each clone to put into its own tables."""
+        buffers = {}
+        # What is made in inference mode would break callers who want gradients elsewhere.
+        with torch.inference_mode(mode=False):
+            for place in self._places:
+                tensor = _realised(place.recipe, tensors)
+                if place.tables:
+                    # As transformers leaves it: it decides which convolution kernel torch picks, and
+                    # so the bits, even where no gradient is computed.
+                    parameter = nn.Parameter(tensor, requires_grad=place.absent.requires_grad)
+                    for table, name in place.tables:
+                        table[name] = parameter
+                buffers.update(dict.fromkeys(place.buffers, tensor))
+        return buffers
+
+    def unbind(self) -> None:
+        """Put placeholders back."""
+        for place in self._places:
+            for table, name in place.tables:
+                table[name] = place.absent
+
+    def absent_buffers(self) -> dict[Use, torch.Tensor]:
+        """What stands in a clone's buffers while the batch is not there."""
+        return {use: place.absent for place in self._places for use in place.buffers}
+
+
+def _first(owners: Sequence[tuple[nn.Module, Use]]) -> tuple[nn.Module, str]:
+    owner, use = owners[0]
+    return owner, use.name
+
+
+def _realised(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if recipe.pieces is not None:
+        return tensors[recipe.name]
+    return recipe.replay({name: tensors[source_name(name)] for name in recipe.sources})
+
+
+class Bound:
+    """A layer batch that has arrived, bound by the first forward pass that gets hold of it.
+
+    Binding happens in the thread of that pass: it may compute (casts, transposes), and a pass's own stream
+    has to wait for the copies.
+    """
+
+    def __init__(self, batch: Batch, binding: Binding) -> None:
+        self.index = batch.index
+        self._batch = batch
+        self._binding = binding
+        self._lock = threading.Lock()
+        self._buffers: dict[Use, torch.Tensor] | None = None
+
+    @cached_property
+    def memory(self) -> frozenset[int]:
+        """Addresses of the memory that its tensors are views of, which is used again for later batches."""
+        return frozenset(
+            tensor.untyped_storage().data_ptr() for tensor in self._batch.tensors.values()
+        )
+
+    def bind(self) -> Mapping[Use, torch.Tensor]:
+        """Bind, unless that has been done; returns the buffers."""
+        with self._lock:
+            if self._buffers is None:
+                self._buffers = self._binding.bind(self._batch.tensors)
+            return self._buffers
+
+    def unbind(self) -> None:
+        """Put placeholders back. Nobody holds the batch."""
+        with self._lock:
+            if self._buffers is not None:
+                self._binding.unbind()

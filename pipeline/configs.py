@@ -1,0 +1,77 @@
+"""A model's config.json, and the class that it is for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from layerstream.stages.errors import ModelError
+
+__all__ = ["gist", "load_config", "resolve_model_class"]
+
+
+def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
+    """Read a model's config.json.
+
+    Args:
+        folder: Where config.json lies.
+        model_class: A class whose own config is wanted, which may be a part of what the file
+            says (the text half of CLIP); None for what the file itself names.
+
+    Raises:
+        ModelError: The file is missing, is not JSON, or describes no model that transformers knows.
+    """
+    import transformers
+
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_bytes())
+    except FileNotFoundError as exc:
+        raise ModelError(
+            f"{folder} has no config.json, so there is no telling which model its weights are; "
+            "copy it there from where the weights came from."
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{path} is not readable as JSON ({exc}); fetch it anew.") from exc
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_class is None and str(model_type) not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"{path} is for a model of type {model_type!r}, which transformers "
+            f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
+        )
+    reader = transformers.AutoConfig if model_class is None else model_class.config_class
+    try:
+        return reader.from_pretrained(folder, local_files_only=True)
+    except Exception as exc:
+        raise ModelError(f"{path} does not describe a {model_type} model: {gist(exc)}.") from exc
+
+
+def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
+    """The class of a model: `model_class`, or the first of the config's architectures.
+
+    Raises:
+        ModelError: The config names no architecture, or one that is not transformers' own.
+    """
+    import transformers
+
+    if model_class is None:
+        names = config.architectures or [None]
+        model_class = getattr(transformers, str(names[0]), None)
+        if model_class is None:
+            raise ModelError(
+                f"The config.json of this {config.model_type} model names as its architecture "
+                f"{names[0]!r}, which transformers {transformers.__version__} does not have; "
+                "pass model_class=."
+            )
+    if not isinstance(model_class, type) or not issubclass(
+        model_class, transformers.PreTrainedModel
+    ):
+        raise ModelError(
+            f"{getattr(model_class, '__name__', model_class)} is no model class of transformers; "
+            "pass one that weights can be loaded into, such as LlamaForCausalLM."
+        )
+    return model_class
+
+
+def gist(exc: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__

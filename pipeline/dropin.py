@@ -1,0 +1,88 @@
+"""A streamed model for code that knows nothing of asyncio: an instance of its transformers class."""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from layerstream.pipeline.model import StreamedModel
+
+__all__ = ["load_streamed"]
+
+T = TypeVar("T")
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, for callers who have none."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="layerstream-loop", daemon=True
+        )
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` on the loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def stop(self) -> None:
+        """Stop the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class _Closable:
+    """What a drop-in model has beside what transformers gives it."""
+
+    def close(self) -> None:
+        """Give back memory, threads and files. May be called again."""
+        vars(self)["_layerstream_close"]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
+    """A transformers model whose weights stream, for code that knows nothing of asyncio.
+
+    Use it as the model itself: ``model(...)``, ``model.generate(...)``, ``transformers.pipeline(model=model)``.
+    It is an instance of its transformers class; ``close()`` it, or use it as a context manager.
+
+    Args:
+        source: a folder, a safetensors file, or a hub id.
+        options: as for ``StreamedModel.open``.
+    """
+    host = _LoopThread()
+    model = StreamedModel.open(source, **options)
+    try:
+        host.run(model.__aenter__())
+    except BaseException:
+        host.stop()
+        raise
+
+    def close() -> None:
+        host.run(model.aclose())
+        host.stop()
+
+    module = model.module
+    kind = type(module)
+    # transformers' pipelines look for the class by its name.
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    module.__class__ = type(kind.__name__, (kind, _Closable), names)
+    finalizer = weakref.finalize(module, close)
+    vars(module)["_layerstream_close"] = finalizer
+    vars(module)["_layerstream_model"] = weakref.proxy(model)
+    return module

@@ -1,0 +1,244 @@
+"""Embedding tables whose rows are gathered from the file as they are looked up.
+
+A token needs one row of a table that may have a quarter of a million. Streaming the whole table for
+it would cost more than a decoder block; reading the row costs a few KiB, and finds the common ones
+in the page cache.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils import _pytree as pytree
+
+from layerstream.stages.errors import ClosedError, ModelError, ReadError
+
+__all__ = ["WHOLE_BYTES", "GatheredTable", "TableSource", "congruent"]
+
+# Rows wait here on their way from the file to the result: enough for the prompts of common sizes to
+# pass in one go, and small beside any slot.
+_SCRATCH_BYTES = 4 << 20
+
+# Small tables may be used in any way: learned positions are sliced, and read whole in no time.
+WHOLE_BYTES = 16 << 20
+
+# The widest vectors of today's processors: kernels treat what lies before such a boundary by itself.
+_VECTOR_BYTES = 64
+
+_aten = torch.ops.aten
+
+
+class TableSource:
+    """A weight file that rows are read from, by any number of threads; owns its descriptor.
+
+    Reads go through the page cache, unlike those of the layers: rows are far smaller than what
+    O_DIRECT takes, and the same ones come again and again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise ReadError(f"{self._path} cannot be opened: {exc.strerror}.") from exc
+        self._lock = threading.Lock()
+        self._reads = 0
+        self._closed = False
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    def read_into(self, spans: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each buffer with the bytes at its offset in the file.
+
+        Raises:
+            ReadError: The file ends before, or cannot be read.
+            ClosedError: The source has been closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self._path} was closed with its model; open the model again.")
+            self._reads += 1
+        try:
+            # All spans are asked for at once, so that the disk works on them side by side.
+            for offset, buffer in spans:
+                os.posix_fadvise(self._descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+            for offset, buffer in spans:
+                self._read(offset, buffer)
+        except OSError as exc:
+            raise ReadError(f"{self._path} cannot be read: {exc.strerror}.") from exc
+        finally:
+            with self._lock:
+                self._reads -= 1
+                self._release()
+
+    def _read(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                size = os.fstat(self._descriptor).st_size
+                raise ReadError(
+                    f"{self._path} has shrunk to {size} bytes while rows at {offset} were read "
+                    "from it; fetch it anew and open the model again."
+                )
+            done += count
+
+    def close(self) -> None:
+        """Refuse further reads. The descriptor is closed with the last read under way."""
+        with self._lock:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        # A descriptor that is closed under a read may already belong to somebody else's file.
+        if self._closed and not self._reads and self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class GatheredTable(torch.nn.Parameter):
+    """An embedding's weight that stays in its file.
+
+    To torch it is a parameter of the table's shape (rows, width), dtype and device, so that models
+    find what they look for. Looking rows up gives bit for bit what the table in memory gives, on
+    the device of the indices. Any other computation reads the table whole if it is small, and is a
+    `ModelError` if not.
+    """
+
+    _source: TableSource
+    _offset: int
+
+    # torch's functions run as they are, down to the operations that __torch_dispatch__ sees. So
+    # metadata is torch's own, and nothing computes with the table without being seen.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
+
+    @staticmethod
+    def __new__(
+        cls: type[Self],
+        source: TableSource,
+        *,
+        offset: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Make a table whose rows lie one behind the other from byte `offset` of the source on."""
+        if len(shape) != 2:  # noqa: PLR2004 - rows and width
+            raise ModelError(
+                f"An embedding table has rows and a width, not the shape {tuple(shape)}."
+            )
+        table: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
+        )
+        table._source, table._offset = source, offset
+        return table
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return (
+            f"GatheredTable({self._source.path}, offset={self._offset}, shape={tuple(self.shape)}, "
+            f"dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Gather rows; what is no look-up gets the whole table, if that is small."""
+        if func is _aten.embedding.default and isinstance(args[0], cls):
+            return args[0]._gather(args[1])  # noqa: SLF001 - of this class
+        if func in {_aten.detach.default, _aten.alias.default}:
+            return args[0]
+
+        def whole(leaf: Any) -> Any:
+            if not isinstance(leaf, cls):
+                return leaf
+            if leaf.nbytes > WHOLE_BYTES or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way
+                raise _refusal(str(func))
+            # transformers computes with the bytes where they lie in the mapped file, and some kernels
+            # give other bits for other addresses modulo the widest vectors.
+            found = congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
+            return leaf._read(list(range(leaf.shape[0])), found).to(leaf.device)  # noqa: SLF001
+
+        return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs or {}))
+
+    # These three hand out the table's memory, past any operation, and there is none.
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise _refusal("pickle or copy")
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise _refusal("dlpack")
+
+    def share_memory_(self) -> Any:
+        """Refuse."""
+        raise _refusal("share_memory_")
+
+    def _gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """The rows at `indices`, of shape (*indices.shape, width)."""
+        rows, width = self.shape
+        if indices.dtype not in {torch.int32, torch.int64}:
+            return torch.embedding(torch.empty((0, width)), indices.cpu())  # torch's own refusal
+        wanted, places = torch.unique(indices.cpu(), return_inverse=True)
+        if wanted.numel() and not 0 <= int(wanted[0]) <= int(wanted[-1]) < rows:
+            raise IndexError(f"index out of range in self: the table has {rows} rows")
+        device = indices.device
+        result = torch.empty((*indices.shape, width), dtype=self.dtype, device=device)
+        step = max(1, _SCRATCH_BYTES // max(1, width * self.element_size()))
+        for first in range(0, wanted.numel(), step):
+            found = self._read(wanted[first : first + step].tolist())
+            here = (places >= first) & (places < first + step)
+            result[here.to(device)] = found.to(device)[(places[here] - first).to(device)]
+        return result
+
+    def _read(self, rows: list[int], found: torch.Tensor | None = None) -> torch.Tensor:
+        """The given rows, which rise, on the CPU; in `found`, if that is given."""
+        if found is None:
+            found = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
+        octets: Any = found.view(torch.uint8).numpy()
+        buffer = memoryview(octets).cast("B")
+        stride = self.shape[1] * self.element_size()
+        spans: list[tuple[int, memoryview]] = []
+        begin = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                span = buffer[begin * stride : end * stride]
+                spans.append((self._offset + rows[begin] * stride, span))
+                begin = end
+        self._source.read_into(spans)
+        return found
+
+
+def congruent(shape: Sequence[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """An empty tensor whose address is that of a byte at `offset` of a mapped file, modulo 64."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    room = torch.empty(nbytes + _VECTOR_BYTES, dtype=torch.uint8)
+    skip = (offset - room.data_ptr()) % _VECTOR_BYTES
+    if skip % dtype.itemsize:  # such files are copied before they are computed with
+        return torch.empty(shape, dtype=dtype)
+    return room[skip : skip + nbytes].view(dtype).view(shape)
+
+
+def _refusal(what: str) -> ModelError:
+    return ModelError(
+        f"The model uses its embedding table in a way ({what}) that takes the whole table, which "
+        "is left in its file; let the table stream with its layer instead."
+    )

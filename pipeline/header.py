@@ -1,0 +1,247 @@
+"""The header of a safetensors file: what it says of each tensor, believed only once checked.
+
+Pure functions on bytes; who fetches the bytes, and how, is checkpoint.py's business. Format:
+8 bytes of header length, little-endian; a JSON object of tensors; data, without gap or overlap.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from layerstream.stages.errors import CheckpointError
+
+__all__ = ["PREFIX_BYTES", "TensorInfo", "header_length", "parse_header"]
+
+PREFIX_BYTES = 8
+
+# safetensors' own limit; it keeps a corrupt length from allocating the machine's memory.
+_MAX_HEADER_BYTES = 100_000_000
+
+# torch counts in signed 64-bit integers, and bits must be countable as well as bytes.
+_MAX_NUMBER = 2**60
+
+# The name in the file -> (torch's name, bits per element). F6_E2M3 and F6_E3M2 exist in the format,
+# but not in torch.
+_DTYPES = {
+    "BOOL": ("bool", 8),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F4": ("float4_e2m1fn_x2", 4),
+    "U16": ("uint16", 16),
+    "I16": ("int16", 16),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "U32": ("uint32", 32),
+    "I32": ("int32", 32),
+    "F32": ("float32", 32),
+    "U64": ("uint64", 64),
+    "I64": ("int64", 64),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+}
+
+_Row = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a checkpoint, and where its bytes lie.
+
+    Attributes:
+        name: The checkpoint's name of the tensor.
+        dtype: torch's name of the dtype, without ``torch.``: "bfloat16", "float8_e4m3fn".
+        shape: As torch sees it: two packed 4-bit floats count as one element.
+        file: Index into Checkpoint.files.
+        offset: Bytes from the start of the file to the tensor's first byte.
+        nbytes: Length in bytes; 0 for an empty tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+def header_length(prefix: bytes, *, path: Path, size_bytes: int) -> int:
+    """Return how many bytes of header follow the file's first 8 bytes.
+
+    Raises:
+        CheckpointError: The file is no safetensors file, or ends within its header.
+    """
+    if prefix == b"version ":
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the weights themselves: fetch them with "
+            "'git lfs pull', or download the model again."
+        )
+    for magic, kind in ((b"GGUF", "a GGUF file"), (b"PK\x03\x04", "a pickled torch file")):
+        if prefix.startswith(magic):
+            raise CheckpointError(
+                f"{path} is {kind}, not a safetensors file: load it with transformers, and "
+                "write it with save_pretrained(), which writes safetensors."
+            )
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(
+            f"{path} has only {size_bytes} bytes, too few for a safetensors file: "
+            "download it again."
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or is corrupt: its first 8 bytes give a header of "
+            f"{length:,} bytes, where {_MAX_HEADER_BYTES:,} are allowed; download it again."
+        )
+    if length > size_bytes - PREFIX_BYTES:
+        raise CheckpointError(
+            f"{path} is truncated within its header, or is not a safetensors file: the header "
+            f"takes {length:,} bytes and the whole file has {size_bytes:,}; download it again."
+        )
+    return length
+
+
+def parse_header(header: bytes, *, path: Path, size_bytes: int, file: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a file in the order of their offsets, each rule of the format checked.
+
+    Raises:
+        CheckpointError: The header breaks a rule, or disagrees with the size of the file.
+    """
+    entries = _decode(header, path)
+    _check_metadata(entries.pop("__metadata__", {}), path)
+    rows = [_row(name, entry, path) for name, entry in entries.items()]
+    rows.sort()
+    data_start = PREFIX_BYTES + len(header)
+    tensors = {}
+    expected = 0
+    for begin, end, name, dtype, shape in rows:
+        if begin != expected:
+            fault = "overlaps the tensor before it" if begin < expected else "follows a gap"
+            _refuse(path, name, f"{fault}: it starts at byte {begin:,}, not {expected:,}")
+        expected = end
+        tensors[name] = TensorInfo(
+            name=name,
+            dtype=dtype,
+            shape=shape,
+            file=file,
+            offset=data_start + begin,
+            nbytes=end - begin,
+        )
+    _check_end(path, expected_bytes=data_start + expected, size_bytes=size_bytes, rows=rows)
+    return tensors
+
+
+def _decode(header: bytes, path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(
+            header.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer if b"-0" in header else int,
+            parse_constant=_no_constant,
+        )
+        if b"\\u" in header:  # half of a surrogate pair parses, but no other program can name it
+            json.dumps(entries, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a header that is not valid JSON ({error}): it is corrupt, or not a "
+            "safetensors file; download it again."
+        ) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(
+            f"{path} has a header that is a JSON {type(entries).__name__}, not an object of "
+            "tensors: it is not a safetensors file; download it again."
+        )
+    return entries
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
+    """Build a JSON object; json itself keeps the last of two equal keys and tells nobody."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"key {_shown(twice)} occurs twice in one object")
+    shape, offsets = result.get("shape"), result.get("data_offsets")
+    if type(shape) is list and type(offsets) is list and "dtype" in result:
+        # The garbage collector loses track of tuples of numbers; 100,000 dicts of lists cost it
+        # more time than all the parsing.
+        return result["dtype"], tuple(shape), tuple(offsets)
+    return result
+
+
+def _integer(text: str) -> int:
+    # "-0" is a float to safetensors, which refuses it; as a negative number so do we.
+    return -1 if text == "-0" else int(text)
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_metadata(metadata: object, path: Path) -> None:
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise CheckpointError(
+            f"{path} has a __metadata__ that does not map strings to strings: it is corrupt; "
+            "download it again, or write it again with safetensors."
+        )
+
+
+def _row(name: str, entry: Any, path: Path) -> _Row:
+    # Once per tensor, and a checkpoint may have 100,000: hence type() and plain loops.
+    if type(entry) is not tuple or len(entry[2]) != 2 or type(entry[0]) is not str:  # noqa: PLR2004
+        _refuse(path, name, "is not described by a dtype, a shape and two data_offsets")
+    dtype, shape, (begin, end) = entry
+    for number in (*shape, begin, end):
+        if type(number) is not int or not 0 <= number <= _MAX_NUMBER:
+            what = f"{_shown(number)} in its shape or data_offsets"
+            _refuse(path, name, f"has {what}, where only whole numbers from 0 to 2**60 are allowed")
+    if dtype not in _DTYPES:
+        _refuse(path, name, f"has dtype {_shown(dtype)}, which torch does not know", "convert it")
+    dtype, bits = _DTYPES[dtype]
+    elements = math.prod(shape)
+    if (elements or math.prod(filter(None, shape))) > _MAX_NUMBER:
+        _refuse(path, name, "has a shape of more than 2**60 elements")
+    if elements * bits != 8 * (end - begin):
+        needs = f"{elements * bits / 8:,.10g} bytes"
+        _refuse(path, name, f"has {end - begin:,} bytes, but its shape and dtype take {needs}")
+    if bits < 8:  # noqa: PLR2004 - less than a byte: torch packs two to an element
+        shape = _packed(shape, path, name)
+    return begin, end, name, dtype, shape
+
+
+def _packed(shape: tuple[int, ...], path: Path, name: str) -> tuple[int, ...]:
+    if not shape or shape[-1] % 2:
+        _refuse(path, name, "is of packed 4-bit floats, so its last dimension must be even")
+    return (*shape[:-1], shape[-1] // 2)
+
+
+def _check_end(path: Path, *, expected_bytes: int, size_bytes: int, rows: list[_Row]) -> None:
+    if size_bytes < expected_bytes:
+        data_start = expected_bytes - (rows[-1][1] if rows else 0)
+        cut = next((row[2] for row in rows if data_start + row[1] > size_bytes), "")
+        raise CheckpointError(
+            f"{path} is truncated: its header describes {expected_bytes:,} bytes and the file has "
+            f"{size_bytes:,}, so that tensor {_shown(cut)} is cut short; download it again."
+        )
+    if size_bytes > expected_bytes:
+        raise CheckpointError(
+            f"{path} has {size_bytes - expected_bytes:,} bytes after its last tensor, which the "
+            "header does not describe: it is corrupt; download it again."
+        )
+
+
+def _refuse(path: Path, name: str, fault: str, remedy: str = "download the file again") -> NoReturn:
+    raise CheckpointError(f"{path}: tensor {_shown(name)} {fault}; {remedy}.")
+
+
+def _shown(text: object) -> str:
+    """Return what a file said in a form that fits into one line of an error message."""
+    shown = ascii(text)
+    return shown if len(shown) < 200 else f"{shown[:197]}..."  # noqa: PLR2004 - about two lines

@@ -1,0 +1,297 @@
+"""A transformers model whose weights stream."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+from layerstream.pipeline.assembly import Assembly, move_buffers
+from layerstream.pipeline.binding import Binding
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.conversion import (
+    TracedModel,
+    load_config,
+    resolve_model_class,
+    trace_model,
+)
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.pipeline import Pipeline
+from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
+from layerstream.pipeline.planner import make_plan
+from layerstream.pipeline.sweeps import Rider, Sweeps
+from layerstream.stages.devices import open_device
+from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.threads import Threads, finish_in_thread, settled
+from layerstream.stages.timings import Timings
+from layerstream.stages.usage import anonymous_bytes
+
+__all__ = ["StreamedModel"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Requests take turns: sharing sweeps between them is not built yet.
+_RIDERS = 1
+
+
+class StreamedModel:
+    """A transformers model that computes with weights as they stream past. Made by ``open``.
+
+    Attributes:
+        plan: how its weights stream.
+        module: the transformers model itself. Call it in a thread, not on the event loop.
+    """
+
+    plan: Plan
+    module: Any
+
+    def __init__(self, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._source = source
+        self._options = dict(options)
+        self._resources = AsyncExitStack()
+        self._sweeps: Sweeps | None = None
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        budget: Budget | None = None,
+        workload: Workload | None = None,
+        reader: ReaderKind | str | None = None,
+        throttle_bytes_per_second: float | None = None,
+        layer_batch_size: int | None = None,
+        model_class: type[Any] | None = None,
+        dtype: torch.dtype | str = "auto",
+        revision: str | None = None,
+        **model_options: Any,
+    ) -> Self:
+        """The model in ``source``, for ``async with``; nothing happens before that.
+
+        Args:
+            source: a folder, a safetensors file, or a hub id such as "org/name".
+            device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+            budget: memory that may be used; by default what is free, less a tenth.
+            workload: what will be asked for; its KV cache and activations are reserved.
+            reader: "direct", "mmap" or "throttled"; by default the planner's choice.
+            throttle_bytes_per_second: rate of the throttled reader.
+            layer_batch_size: blocks per layer batch, instead of the planner's choice.
+            model_class: the transformers class; by default the config's ``architectures[0]``.
+            dtype: as in ``from_pretrained``.
+            revision: of a hub id.
+            model_options: what else ``from_pretrained`` takes, such as ``attn_implementation``.
+
+        Entering raises:
+            CheckpointError: files are missing or corrupt.
+            ModelError: the model cannot be built, or the checkpoint is not its own.
+            PlanError: the budget is too small.
+            DeviceError: the device is not there.
+        """
+        return cls(
+            source,
+            {
+                "device": device,
+                "budget": budget,
+                "workload": workload or Workload(),
+                "reader": reader,
+                "throttle_bytes_per_second": throttle_bytes_per_second,
+                "layer_batch_size": layer_batch_size,
+                "model_class": model_class,
+                "dtype": dtype,
+                "revision": revision,
+                "model_options": model_options,
+            },
+        )
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._sweeps is not None or self._closed:
+            raise ClosedError("a model is opened once; call StreamedModel.open again")
+        try:
+            await self._open()
+        except BaseException:
+            await self._resources.aclose()
+            raise
+        return self
+
+    async def _open(self) -> None:
+        options = self._options
+        before = anonymous_bytes()
+        path = await resolve_model_path_async(self._source, revision=options["revision"])
+        checkpoint = await Checkpoint.open_async(path)
+        traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
+        hardware = await Hardware.probe(checkpoint, device=options["device"])
+        self.plan = make_plan(
+            checkpoint,
+            hardware,
+            budget=options["budget"],
+            workload=options["workload"],
+            layers=layout.planned(checkpoint),
+            reader=options["reader"],
+            throttle_bytes_per_second=options["throttle_bytes_per_second"],
+            layer_batch_size=options["layer_batch_size"],
+            # transformers' code for the model, and the module tree: 100 MB where they are new here.
+            held_bytes=max(0, (anonymous_bytes() or 0) - (before or 0)),
+        )
+        if traced.unused:
+            logger.info(
+                "%s: the model does not use %d tensors: %s",
+                checkpoint.path,
+                len(traced.unused),
+                ", ".join(traced.unused[:8]),
+            )
+        self.module = traced.module
+        device = open_device(self.plan.device)
+        self._device = device.torch_device
+        bindings = layout.bind(self.plan, self._device)
+        for table in layout.gather(checkpoint, self._device):
+            self._resources.callback(table.close)
+        move_buffers(self.module, self._device)
+        pipeline = await self._resources.enter_async_context(Pipeline(self.plan, device=device))
+        kept = await self._keep(pipeline, layout, bindings)
+        self._pipeline = pipeline
+        self._sweeps = Sweeps(pipeline, self.module, bindings, device=device, kept=kept)
+        self._resources.push_async_callback(self._sweeps.aclose)
+        layout.hook(self._sweeps, self.plan)
+        self._threads = Threads("rider", _RIDERS)
+        self._resources.push_async_callback(finish_in_thread, self._threads.close)
+        # Passes under way are failed before their threads are waited for.
+        self._resources.push_async_callback(self._sweeps.aclose)
+
+    async def _keep(
+        self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding]
+    ) -> list[int]:
+        """Load what has to be there all the time, and bind it for good."""
+        pinned = {layer.name for layer in layout.layers if layer.pinned}
+        kept = [batch.index for batch in self.plan.batches if pinned.intersection(batch.layers)]
+        if kept:
+            async for batch in pipeline.sweep(kept):
+                buffers = bindings[batch.index].bind(batch.tensors)
+                for use, tensor in buffers.items():
+                    self.module.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
+        return kept
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Fail the requests under way and give everything back. May be called again."""
+        self._closed = True
+        await self._resources.aclose()
+
+    # -- use -------------------------------------------------------------------------------------
+
+    async def forward(self, **inputs: Any) -> Any:
+        """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
+
+        If the waiting task is cancelled, the pass is unwound at its next layer batch.
+        """
+        return await self._ride(lambda model: model(**inputs))
+
+    async def generate(self, **inputs: Any) -> Any:
+        """Generate, by whatever strategy; takes and returns what the model's own ``generate`` does.
+
+        If the waiting task is cancelled, generation is unwound at its next layer batch.
+        """
+        return await self._ride(lambda model: model.generate(**inputs))
+
+    async def stream(self, **inputs: Any) -> AsyncIterator[int]:
+        """Generate one sequence, and yield each new token's id when it is there.
+
+        Closing the generator, or cancelling the task that waits for it, ends the generation.
+        """
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
+        streamer = _token_streamer(asyncio.get_running_loop(), tokens)
+        generating = asyncio.create_task(self.generate(**inputs, streamer=streamer))
+        generating.add_done_callback(lambda _: tokens.put_nowait(None))
+        try:
+            while (token := await tokens.get()) is not None:
+                yield token
+            await generating
+        finally:
+            generating.cancel()
+            await asyncio.wait([generating])
+
+    def timings(self) -> Timings:
+        """What the stages have done since the model was opened."""
+        return self._open_pipeline().timings()
+
+    async def _ride(self, call: Callable[[Any], T]) -> T:
+        """Run ``call`` on a clone of the module tree, in a rider's thread."""
+        self._open_pipeline()
+        sweeps = self._sweeps
+        assert sweeps is not None  # noqa: S101
+        clone = clone_modules(self.module)
+        rider = Rider(sweeps, clone)
+
+        def work() -> T:
+            with sweeps.riding(rider):
+                return call(clone)
+
+        future = self._threads.submit(work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            if not future.cancel():
+                sweeps.cancel(rider)
+                await settled([future])
+            raise
+
+    def _open_pipeline(self) -> Pipeline:
+        if self._sweeps is None or self._closed:
+            raise ClosedError("the model is not open; use it inside `async with`")
+        return self._pipeline
+
+
+def _token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:
+    from transformers.generation.streamers import BaseStreamer
+
+    class TokenStreamer(BaseStreamer):
+        """Hands each new token to the event loop; the first call brings the prompt."""
+
+        prompt_seen = False
+
+        def put(self, value: torch.Tensor) -> None:
+            if not self.prompt_seen:
+                self.prompt_seen = True
+                if value.dim() > 1 and value.shape[0] > 1:
+                    raise ModelError(
+                        f"stream() yields the tokens of one sequence, but {value.shape[0]} were given; use generate()"
+                    )
+                return
+            for token in value.flatten().tolist():
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        def end(self) -> None:
+            """Nothing to do: the generation's task tells when it is done."""
+
+    return TokenStreamer()
+
+
+def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    config = load_config(folder)
+    traced = trace_model(
+        checkpoint,
+        config=config,
+        model_class=resolve_model_class(config, options["model_class"]),
+        dtype=options["dtype"],
+        **options["model_options"],
+    )
+    return traced, Assembly(traced, checkpoint)

@@ -1,0 +1,226 @@
+"""Which files of a folder make up a model: one file, the shards of an index, or all shards."""
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from layerstream.stages.errors import CheckpointError
+
+__all__ = [
+    "Listing",
+    "Selection",
+    "WeightFile",
+    "errors_naming",
+    "list_files",
+    "natural_order",
+    "select_files",
+]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_CONVERT = (
+    "convert it: load it with transformers' from_pretrained() (GGUF with gguf_file=...), and write "
+    "it with save_pretrained()"
+)
+
+_REASONS = {
+    errno.ENOENT: "it is not there; check the path, or download it again",
+    errno.ENOTDIR: "a part of its path is a file, not a folder; check the path",
+    errno.EISDIR: "it is a folder where a file is needed; download the model again",
+    errno.EACCES: "permission denied; make it readable for this user",
+    errno.EPERM: "permission denied; make it readable for this user",
+    errno.ELOOP: "its links lead round in a circle; download it again",
+    errno.ENAMETOOLONG: "the path is too long; check it",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """A safetensors file of a checkpoint.
+
+    Attributes:
+        name: Relative to the checkpoint's folder, as the index spells it.
+        path: Absolute; it may be a link (the hub's cache is made of them).
+        size_bytes: The whole file, header and all.
+    """
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What lies in the folder; `documents` are the files to be read before files are selected."""
+
+    path: Path
+    folder: Path
+    weights: tuple[str, ...]  # names, in natural order
+    index: Path | None
+    config: Path | None
+
+    @property
+    def documents(self) -> list[Path]:
+        """The index and config.json, where they are there."""
+        return [path for path in (self.index, self.config) if path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The files that make up the model."""
+
+    path: Path
+    files: tuple[WeightFile, ...]
+    weight_map: Mapping[str, str]  # tensor -> WeightFile.name; empty without an index
+    config: Mapping[str, Any] | None
+    ignored_files: tuple[str, ...]
+
+
+def natural_order(text: str) -> tuple[tuple[int, str], ...]:
+    """Return a sort key that puts "layers.2" before "layers.10"."""
+    parts = re.split("([0-9]+)", text)
+    # Digits compare by length, then as text: numbers of any length, and no int() to refuse them.
+    parts[1::2] = (digits.lstrip("0") for digits in parts[1::2])
+    return *((len(part) * (at % 2), part) for at, part in enumerate(parts)), (0, text)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a path into a CheckpointError of one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte in it
+        known = error.errno if isinstance(error, OSError) else None
+        reason = _REASONS.get(known or 0, f"{error}; check the path and the disk")
+        raise CheckpointError(f"{path} cannot be opened: {reason}.") from error
+
+
+def list_files(path: Path) -> Listing:
+    """See which of the files that matter are in a folder, or beside a file."""
+    path = path.absolute()
+    with errors_naming(path):
+        if not path.is_dir():
+            config = path.with_name("config.json")
+            return Listing(
+                path=path,
+                folder=path.parent,
+                weights=(path.name,),
+                index=None,
+                config=config if config.is_file() else None,
+            )
+        with os.scandir(path) as entries:
+            names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
+    weights = tuple(name for name in names if name.endswith(".safetensors"))
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if not weights and not indices:
+        raise CheckpointError(_no_weights(path, names))
+    if len(indices) > 1 and _INDEX not in indices:
+        raise CheckpointError(
+            f"{path} holds several indices ({', '.join(indices)}), and it is unclear which one "
+            f"counts; name that one {_INDEX}."
+        )
+    index = _INDEX if _INDEX in indices else next(iter(indices), None)
+    return Listing(
+        path=path,
+        folder=path,
+        weights=weights,
+        index=path / index if index else None,
+        config=path / "config.json" if "config.json" in names else None,
+    )
+
+
+def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection:
+    """Decide which weight files make up the model; `documents` are the contents of the listing's.
+
+    Raises:
+        CheckpointError: The index or config.json is corrupt, or a file that is needed is absent.
+    """
+    config = _parse_object(listing.config, documents) if listing.config else None
+    weight_map: Mapping[str, str] = {}
+    names: Sequence[str] = listing.weights
+    if listing.index:
+        weight_map = _parse_weight_map(listing.index, documents)
+        names = sorted(set(weight_map.values()), key=natural_order)
+    # As in transformers, model.safetensors is the model whatever else lies there: weights in
+    # another format's names, adapters, the index that an earlier save left behind.
+    if _SINGLE in listing.weights and _SINGLE not in weight_map.values():
+        weight_map, names = {}, [_SINGLE]
+    return Selection(
+        path=listing.path,
+        files=tuple(_weight_file(listing.folder, name, listing.index) for name in names),
+        weight_map=weight_map,
+        config=config,
+        ignored_files=tuple(name for name in listing.weights if name not in names),
+    )
+
+
+def _no_weights(path: Path, names: Sequence[str]) -> str:
+    foreign = next((name for name in names if name.lower().endswith(_FOREIGN)), None)
+    if foreign:
+        return f"{path} holds no safetensors files, and {foreign} is not supported: {_CONVERT}."
+    return (
+        f"{path} holds no weights: give the folder that the *.safetensors files themselves are in, "
+        "or download the model again."
+    )
+
+
+def _parse_object(path: Path, documents: Mapping[Path, bytes]) -> dict[str, Any]:
+    try:
+        parsed = json.loads(documents[path])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(parsed).__name__}, not an object: download it again."
+        )
+    return parsed
+
+
+def _parse_weight_map(index: Path, documents: Mapping[Path, bytes]) -> Mapping[str, str]:
+    weight_map = _parse_object(index, documents).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index} has no weight_map that tells which file each tensor is in: download it again."
+        )
+    checked: set[str] = set()
+    for tensor, name in weight_map.items():
+        if type(name) is not str:
+            raise CheckpointError(
+                f"{index} places tensor {tensor!r} in {name!r:.80}, which is no file name: "
+                "download it again."
+            )
+        if name not in checked and (
+            not name or name[0] == "/" or ".." in PurePosixPath(name).parts
+        ):
+            raise CheckpointError(
+                f"{index} places tensor {tensor!r} in {name!r}, outside its own folder: download "
+                "it again, from a source that you trust."
+            )
+        checked.add(name)
+    return weight_map
+
+
+def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
+    path = folder / name
+    with errors_naming(path):
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:
+            if index is None:
+                raise
+            raise CheckpointError(
+                f"{path} is not there, but {index.name} names it: download it again."
+            ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file: replace it by a safetensors file.")
+    if name.lower().endswith(_FOREIGN):
+        raise CheckpointError(f"{path} is not a safetensors file: {_CONVERT}.")
+    return WeightFile(name=name, path=path, size_bytes=status.st_size)

@@ -1,0 +1,137 @@
+"""Ring arenas: one block of memory per side, from which layer batches of any size take their slots in turn."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from layerstream.stages.devices import Event
+from layerstream.stages.errors import PlanError
+
+__all__ = ["RingArena", "Slot", "ring_bytes"]
+
+
+def ring_bytes(sizes: Sequence[int], *, slots: int) -> int:
+    """The bytes of a ring that holds any ``slots`` consecutive batches of the cyclic sequence ``sizes``.
+
+    A large batch counts once, in the window that it falls in, instead of setting the size of every slot.
+    """
+    count = len(sizes)
+    windows = range(count) if count > slots else range(1)
+    return max(
+        (sum(sizes[(start + i) % count] for i in range(min(slots, count))) for start in windows),
+        default=0,
+    )
+
+
+class Slot:
+    """A piece of an arena that holds one layer batch.
+
+    Attributes:
+        offset: bytes from the start of the arena.
+        tensor: the bytes, uint8 ``[nbytes]``.
+        after: events that must have passed before the slot is written.
+    """
+
+    __slots__ = ("_freed", "after", "nbytes", "offset", "tensor")
+
+    def __init__(self, offset: int, tensor: torch.Tensor, after: tuple[Event, ...]) -> None:
+        self.offset = offset
+        self.nbytes = tensor.numel()
+        self.tensor = tensor
+        self.after = after
+        self._freed = False
+
+
+class RingArena:
+    """A ring of memory whose slots are taken in order. Belongs to one event loop and one taker.
+
+    A slot is one contiguous piece, so a batch that does not fit before the end of the ring starts again at
+    its beginning. Any batch that is not larger than the ring gets its slot once the ring has run empty.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._live: deque[Slot] = deque()
+        self._end = 0  # where the youngest slot ends
+        self._events: list[tuple[int, int, Event]] = []  # (start, stop, event) of slots given back
+        self._freed = asyncio.Event()
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the whole ring."""
+        return self._memory.numel()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in slots that have not been given back."""
+        return sum(slot.nbytes for slot in self._live if not slot._freed)  # noqa: SLF001
+
+    @property
+    def used_slots(self) -> int:
+        """Slots that have not been given back."""
+        return sum(not slot._freed for slot in self._live)  # noqa: SLF001
+
+    async def take(self, nbytes: int) -> Slot:
+        """The next slot of ``nbytes``, as soon as there is room. A cancelled wait takes nothing.
+
+        Raises:
+            PlanError: the ring is smaller than the slot.
+        """
+        if nbytes > self.capacity_bytes:
+            raise PlanError(
+                f"a layer batch of {nbytes} bytes does not fit an arena of {self.capacity_bytes} bytes; "
+                "make the plan anew for these files"
+            )
+        while (offset := self._find(nbytes)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        stop = offset + nbytes
+        slot = Slot(offset, self._memory[offset:stop], self._events_in(offset, stop))
+        self._live.append(slot)
+        self._end = stop
+        return slot
+
+    def give_back(self, slot: Slot, after: Sequence[Event] = ()) -> None:
+        """Give ``slot`` back; it is written again only once all of ``after`` have passed.
+
+        Giving back twice would hand the same bytes to two batches, so it is refused.
+        """
+        if slot._freed:  # noqa: SLF001
+            raise AssertionError(f"slot at {slot.offset} was given back twice")
+        slot._freed = True  # noqa: SLF001
+        slot.tensor = torch.empty(0, dtype=torch.uint8)
+        if (
+            slot.nbytes
+        ):  # nothing overlaps an empty slot, so nothing would ever take its events over
+            self._events += [(slot.offset, slot.offset + slot.nbytes, event) for event in after]
+        while self._live and self._live[0]._freed:  # noqa: SLF001
+            self._live.popleft()
+        self._freed.set()
+
+    def close(self) -> None:
+        """Let go of the memory, which stays as long as anybody has a view of it."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def _find(self, nbytes: int) -> int | None:
+        if not self._live:
+            return 0
+        first = self._live[0].offset
+        if self._end <= first:  # wrapped: the gap between the youngest and the oldest
+            return self._end if first - self._end >= nbytes else None
+        if self.capacity_bytes - self._end >= nbytes:
+            return self._end
+        return 0 if first >= nbytes else None
+
+    def _events_in(self, start: int, stop: int) -> tuple[Event, ...]:
+        # A new slot may lie over several that were given back, each read by work of its own.
+        due, kept = [], []
+        for begin, end, event in self._events:
+            if end <= start or stop <= begin:
+                kept.append((begin, end, event))
+                continue
+            due.append(event)
+            kept += [(a, b, event) for a, b in ((begin, start), (stop, end)) if a < b]
+        self._events = kept
+        return tuple(due)

@@ -1,0 +1,103 @@
+"""What travels through the stages: plain data, decided by the plan before anything runs.
+
+A layer batch has two images. The host image mirrors the files: each read lands in it as it lies on disk. The
+device image is laid out as computation wants it. Offsets are bytes from the start of the image.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Extent", "LayerBatch", "Place", "Read", "Segment", "TensorView"]
+
+
+class Place(StrEnum):
+    """The image in which a tensor is handed to computation."""
+
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """A contiguous piece of a weight file."""
+
+    file: int  # index into the checkpoint's files
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """One contiguous extent of a weight file and its place in the host image.
+
+    ``file_offset`` and ``host_offset`` are multiples of the block size that O_DIRECT wants. ``nbytes`` is
+    what the file holds there: a multiple of the block size too, unless the extent ends with the file.
+    """
+
+    file: int  # index into the plan's files
+    file_offset: int
+    host_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One copy from the host image to the device image. It never spans two reads."""
+
+    host_offset: int
+    device_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorView:
+    """Where a tensor lies once its batch has arrived: contiguous, in one of the two images."""
+
+    name: str
+    dtype: str  # torch's name, e.g. "bfloat16"
+    shape: tuple[int, ...]
+    place: Place
+    offset: int
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBatch:
+    """Consecutive layers that travel as one unit."""
+
+    index: int  # place in execution order, from 0
+    layers: tuple[str, ...]
+    reads: tuple[Read, ...]
+    segments: tuple[Segment, ...]
+    tensors: tuple[TensorView, ...]
+    host_bytes: int  # size of the host image
+    device_bytes: int  # size of the device image; 0 where computation reads only the host image
+    scratch_bytes: int = 0  # what computation makes out of it before using it: casts, transposes
+    host_resident: bool = False  # the host image is kept: read once
+    device_resident: bool = False  # the device image is kept: read and copied once
+
+    @property
+    def streamed(self) -> bool:
+        """Whether every sweep reads the batch from disk."""
+        return not (self.host_resident or self.device_resident)
+
+    @property
+    def uses_host_image(self) -> bool:
+        """Whether computation reads tensors out of the host image, so that it must outlast the copy."""
+        return any(view.place is Place.HOST for view in self.tensors)
+
+    @property
+    def uses_device_image(self) -> bool:
+        """Whether computation reads tensors out of the device image, so that there has to be one."""
+        return any(view.place is Place.DEVICE for view in self.tensors)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that reading the batch takes from disk."""
+        return sum(read.nbytes for read in self.reads)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that go from the host image to the device image."""
+        return sum(segment.nbytes for segment in self.segments)

@@ -1,0 +1,62 @@
+"""The bounded queue between two stages, which an error can close."""
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+__all__ = ["Channel"]
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """A bounded queue for one sender and one receiver on one event loop.
+
+    Unlike ``asyncio.Queue`` it can be closed with an error, which the receiver gets at once, ahead of what
+    is still queued: a caller hears of a failed stage promptly, not after the batches that preceded it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: deque[T] = deque()
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Items queued."""
+        return len(self._items)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._error is not None
+
+    async def put(self, item: T) -> None:
+        """Queue ``item`` once there is room."""
+        while len(self._items) >= self._size and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        self._items.append(item)
+        self._changed.set()
+
+    async def get(self) -> T:
+        """The oldest item, once there is one; or the error that closed the channel."""
+        while not self._items and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        item = self._items.popleft()
+        self._changed.set()
+        return item
+
+    def close(self, error: BaseException) -> None:
+        """From now on, every ``get`` and ``put`` raises ``error``. The first one given stays."""
+        if self._error is None:
+            self._error = error
+        self._changed.set()
+
+    async def _wait(self) -> None:
+        # Sender and receiver never wait at once: one wants room, the other wants items.
+        self._changed.clear()
+        await self._changed.wait()

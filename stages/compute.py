@@ -1,0 +1,172 @@
+"""The compute stage: device slot -> the caller's computation."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from layerstream.stages.batch import Place
+from layerstream.stages.channel import Channel
+from layerstream.stages.devices import Device, Event
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.route import InFlight, Route
+from layerstream.stages.timings import Clock, Doing
+
+__all__ = ["Batch", "Sweep"]
+
+
+class Batch:
+    """A layer batch that has arrived: the caller computes with it until he gives it back.
+
+    Attributes:
+        index: place in execution order, from 0.
+        layers: the names of its layers.
+    """
+
+    def __init__(self, item: InFlight, device: Device) -> None:
+        self._item = item
+        self._device = device
+        self.index = item.batch.index
+        self.layers = item.batch.layers
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.index} {self.layers}>"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors by name, contiguous views of memory that is used again for later batches.
+
+        Asking for them makes the calling thread's current stream wait for their copy, so ask in the
+        thread, and on the stream, that computes.
+        """
+        if self._item.copied is not None:
+            self._device.wait(self._item.copied)
+        images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
+        tensors = {}
+        # A tensor that was made in inference mode would break callers who want gradients elsewhere.
+        with torch.inference_mode(mode=False):
+            for view in self._item.batch.tensors:
+                image = images[view.place]
+                if image is None:
+                    raise ClosedError(
+                        f"layer batch {self.index} was given back; use its tensors before the next iteration"
+                    )
+                tensors[view.name] = image.tensor(view)
+        return tensors
+
+
+class Sweep:
+    """One pass over the layer batches of a route, in execution order: ``async for batch in sweep``.
+
+    A batch is valid until the next iteration. Leaving early is allowed: the sweep ends when it is closed,
+    left as a context manager, or dropped.
+
+    The pipeline makes these; see ``Pipeline.sweep``.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: Sequence[int],
+        route: Route,
+        source: Channel[InFlight],
+        device: Device,
+        clock: Clock,
+        on_end: Callable[["Sweep"], None],
+        on_drop: Callable[["Sweep"], None],
+    ) -> None:
+        self._order = tuple(order)
+        self._route = route
+        self._source = source
+        self._device = device
+        self._clock = clock
+        self._on_end = on_end
+        self._on_drop = on_drop
+        self._held: InFlight | None = None
+        self._held_since = 0.0
+        self._received = 0
+        self.ended = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all batches of the route have been received."""
+        return self._received == len(self._order)
+
+    async def receive(self) -> Batch | None:
+        """The next batch, once the one before it was given back; None behind the last."""
+        if self.ended:
+            raise ClosedError("this sweep has ended; ask the pipeline for a new one")
+        if self.complete:
+            return None
+        waiting = time.perf_counter()
+        while True:
+            try:
+                item = await self._source.get()
+            except Exception:  # a stage failed: no sweep comes to its end any more
+                self.end()
+                raise
+            if item.wanted:
+                break
+            self._route.drop(item)
+        self._held = item
+        self._received += 1
+        self._held_since = self._clock.add(Doing.WAITING_IN, waiting, batch=item.batch.index)
+        return Batch(item, self._device)
+
+    def give_back(self, after: Sequence[Event] | None = None) -> None:
+        """Give back the batch that was received last, if it is still held.
+
+        Args:
+            after: the computations that read its tensors; by default all that the calling thread has given
+                to the device so far.
+        """
+        item, self._held = self._held, None
+        if item is not None:
+            self._clock.add(
+                Doing.WORKING,
+                self._held_since,
+                batch=item.batch.index,
+                nbytes=sum(view.nbytes for view in item.batch.tensors),
+            )
+            self._route.done(item, (self._device.record(),) if after is None else after)
+
+    def end(self) -> None:
+        """Give back what is held, and let the pipeline begin another sweep. May be called again."""
+        if not self.ended:
+            self.ended = True
+            self.give_back()
+            self._on_end(self)
+
+    async def aclose(self) -> None:
+        """End the sweep."""
+        self.end()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Batch:
+        self.give_back()
+        batch = await self.receive()
+        if batch is None:
+            self.end()
+            raise StopAsyncIteration
+        return batch
+
+    def __del__(self) -> None:
+        # ``async for`` closes generators that are left early, but not iterators.
+        if not self.ended:
+            self._on_drop(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()

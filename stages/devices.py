@@ -1,0 +1,253 @@
+"""Where computation runs: the CPU, or a CUDA device. The only file that touches ``torch.cuda``.
+
+A device hands out memory, copies bytes from a host image to a device image, and gives events, with which
+stages tell one another what has been done. Nothing here synchronises a whole device.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+
+from layerstream.stages.errors import DeviceError
+from layerstream.stages.memory import HostMemory
+
+__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "open_device"]
+
+logger = logging.getLogger(__name__)
+
+# Registering page-locked memory in one call of many GiB keeps the driver's lock for seconds.
+_REGISTER_BYTES = 1 << 30
+
+Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source): uint8 views of equal size
+
+
+class Event(Protocol):
+    """A point in a stream of work."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the work before this point is done."""
+
+
+class Device(Protocol):
+    """Memory, copies and events of one device. Its methods may be called from any thread."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where computation runs."""
+
+    @property
+    def reads_host_images(self) -> bool:
+        """Whether computation reads host images where they lie, so that only fused tensors are copied."""
+
+    def free_bytes(self) -> int | None:
+        """Device memory that this process may still take; None where that is the host's."""
+
+    def host_memory(self, nbytes: int) -> HostMemory:
+        """Host memory that copies to this device run at full speed from. The caller closes it."""
+
+    def release_host_memory(self, memory: HostMemory) -> None:
+        """Close memory that ``host_memory`` gave."""
+
+    def device_memory(self, nbytes: int) -> torch.Tensor:
+        """Device memory, uint8 ``[nbytes]``.
+
+        Raises:
+            DeviceError: the device has not that much free.
+        """
+
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
+        """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
+
+    def record(self) -> Event:
+        """The work that the calling thread has given to the device so far."""
+
+    def wait(self, event: Event) -> None:
+        """Let the work that the calling thread gives to the device from now on wait for ``event``."""
+
+
+class _Passed:
+    """An event of a device that does its work at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+class CpuDevice:
+    """The host's own processor: computation reads host images, and copies are done when they return."""
+
+    torch_device = torch.device("cpu")
+    reads_host_images = True
+
+    def free_bytes(self) -> int | None:
+        """None: the host's memory is all there is."""
+        return None
+
+    def host_memory(self, nbytes: int) -> HostMemory:
+        """Memory on huge pages."""
+        return HostMemory(nbytes)
+
+    def release_host_memory(self, memory: HostMemory) -> None:
+        """Close ``memory``."""
+        memory.close()
+
+    def device_memory(self, nbytes: int) -> torch.Tensor:
+        """Ordinary memory, page-aligned, gone with its last view."""
+        return HostMemory(nbytes).tensor
+
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
+        """Copy now."""
+        for event in after:
+            event.synchronize()
+        for destination, source in copies:
+            destination.copy_(source)
+        return _Passed()
+
+    def record(self) -> Event:
+        """An event that has passed."""
+        return _Passed()
+
+    def wait(self, event: Event) -> None:
+        """Wait for ``event``, which has passed unless it comes from another device."""
+        event.synchronize()
+
+
+class CudaDevice:
+    """A CUDA device, with a stream of its own for copies.
+
+    Args:
+        torch_device: such as ``torch.device("cuda:0")``.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+
+    reads_host_images = False
+
+    def __init__(self, torch_device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"device {torch_device} was asked for, but torch {torch.__version__} sees no CUDA device here; "
+                'use device="cpu" or install a CUDA build of torch'
+            )
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        if index >= count:
+            raise DeviceError(
+                f"device cuda:{index} was asked for, but this machine has {count}; use cuda:0 to cuda:{count - 1}"
+            )
+        self.torch_device = torch.device("cuda", index)
+        # High priority: a copy that waits behind compute kernels for its turn starves the next batch.
+        self._stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def free_bytes(self) -> int:
+        """What the driver has free, and what torch's allocator keeps but does not use."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        stats = torch.cuda.memory_stats(self.torch_device)
+        held = stats.get("reserved_bytes.all.current", 0) - stats.get(
+            "allocated_bytes.all.current", 0
+        )
+        return int(free + held - stats.get("inactive_split_bytes.all.current", 0))
+
+    def host_memory(self, nbytes: int) -> HostMemory:
+        """Page-locked memory of exactly ``nbytes``.
+
+        torch's own pinned allocator rounds each block up to a power of two, so anonymous memory is
+        registered with the driver instead.
+        """
+        memory = HostMemory(nbytes)
+        memory.tensor.zero_()  # registering faults pages in one by one; touching them first does it in bulk
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        registered: list[int] = []
+        with torch.cuda.device(self.torch_device):
+            for start in range(0, nbytes, _REGISTER_BYTES):
+                size = min(_REGISTER_BYTES, nbytes - start)
+                code = cudart.cudaHostRegister(memory.address + start, size, 0)
+                if int(code) != 0:
+                    self._unregister(registered)
+                    memory.close()
+                    _clear_sticky_error()
+                    raise DeviceError(
+                        f"{self.torch_device} refused to page-lock {size} bytes of host memory "
+                        f"({torch.cuda.CudaError(int(code))}); lower the host budget or raise the limit on "
+                        "locked memory (ulimit -l)"
+                    )
+                registered.append(memory.address + start)
+        return memory
+
+    def release_host_memory(self, memory: HostMemory) -> None:
+        """Unregister and close ``memory``."""
+        self._stream.synchronize()
+        self._unregister([memory.address + at for at in range(0, memory.nbytes, _REGISTER_BYTES)])
+        memory.close()
+
+    def _unregister(self, addresses: Sequence[int]) -> None:
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self.torch_device):
+            for address in addresses:
+                code = cudart.cudaHostUnregister(address)
+                if int(code) != 0:
+                    logger.warning("cudaHostUnregister failed: %s", torch.cuda.CudaError(int(code)))
+                    _clear_sticky_error()
+
+    def device_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory from torch's caching allocator, so that its counters tell the whole truth."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.torch_device)
+            raise DeviceError(
+                f"{self.torch_device} has {free} of {total} bytes free, the plan needs {nbytes} more; "
+                "lower the VRAM budget or free memory on the device"
+            ) from error
+
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
+        """Put ``copies`` on the copy stream; nothing here waits on the host."""
+        for event in after:
+            event.wait(self._stream)  # type: ignore[attr-defined]  # a CUDA event of ours
+        with torch.cuda.stream(self._stream):
+            for destination, source in copies:
+                destination.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return done
+
+    def record(self) -> Event:
+        """The calling thread's current stream, as far as it is filled."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Let the calling thread's current stream wait for ``event``."""
+        event.wait(torch.cuda.current_stream(self.torch_device))  # type: ignore[attr-defined]
+
+
+def _clear_sticky_error() -> None:
+    # A failed call leaves an error behind that the next, innocent call would report.
+    with suppress(RuntimeError):
+        torch.cuda.current_stream().synchronize()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if hasattr(cudart, "cudaGetLastError"):
+        cudart.cudaGetLastError()
+
+
+def open_device(name: str) -> CpuDevice | CudaDevice:
+    """The device called ``name``: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        DeviceError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch_device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if torch_device.type == "cpu":
+        return CpuDevice()
+    if torch_device.type == "cuda":
+        return CudaDevice(torch_device)
+    raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")

@@ -1,0 +1,79 @@
+"""The exceptions of layerstream.
+
+    LayerstreamError
+    ├── CheckpointError     weight files missing, truncated, corrupt or inconsistent
+    │   └── ReadError       a read of weights failed while they were streamed
+    ├── PlanError           no plan fits the budget, or a plan cannot be used here
+    ├── DeviceError         a device is not there, or refuses memory
+    ├── ModelError          the model cannot be built, or does not match its checkpoint
+    ├── BusyError           a second sweep was asked for while one is under way
+    └── ClosedError         used before it was opened or after it was closed
+
+Every message names what was needed, what was there and what to do, in one sentence or two. Errors that
+arise inside a stage leave it as themselves, with a note that names the stage and the layer batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from layerstream.stages.batch import LayerBatch
+
+__all__ = [
+    "BusyError",
+    "CheckpointError",
+    "ClosedError",
+    "DeviceError",
+    "LayerstreamError",
+    "ModelError",
+    "PlanError",
+    "ReadError",
+]
+
+
+class LayerstreamError(Exception):
+    """The base of every exception that layerstream raises on purpose."""
+
+
+class CheckpointError(LayerstreamError):
+    """Raised when weight files are missing, truncated, corrupt or contradict one another."""
+
+
+class ReadError(CheckpointError):
+    """Raised when reading weights fails while they are streamed: an I/O error, or a file that shrank."""
+
+
+class PlanError(LayerstreamError):
+    """Raised when no plan fits the budget, or when a plan does not fit the machine or the files."""
+
+
+class DeviceError(LayerstreamError):
+    """Raised when a device is not there or does not give the memory that the plan counts on."""
+
+
+class ModelError(LayerstreamError):
+    """Raised when a model cannot be built, or when it does not match its checkpoint."""
+
+
+class BusyError(LayerstreamError):
+    """Raised when a second sweep is asked for while one is under way on the same pipeline."""
+
+
+class ClosedError(LayerstreamError):
+    """Raised when a pipeline or model is used before it was opened or after it was closed."""
+
+
+@contextmanager
+def noting(stage: str, batch: LayerBatch) -> Iterator[None]:
+    """Let an error of the body leave as itself, with a note of where in the pipeline it arose."""
+    try:
+        yield
+    except Exception as error:
+        layers = (
+            batch.layers[0]
+            if len(batch.layers) == 1
+            else f"{batch.layers[0]} to {batch.layers[-1]}"
+        )
+        error.add_note(
+            f"layerstream: in the {stage} stage, at layer batch {batch.index} ({layers})"
+        )
+        raise

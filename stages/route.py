@@ -1,0 +1,125 @@
+"""Which layer batches travel, in which order, and those that are under way."""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from layerstream.stages.arena import RingArena, Slot
+from layerstream.stages.batch import LayerBatch
+from layerstream.stages.devices import Event
+from layerstream.stages.memory import Image
+from layerstream.stages.residents import Residents
+from layerstream.stages.threads import settled
+
+__all__ = ["HeldSlot", "InFlight", "Route"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldSlot:
+    """A slot together with the arena that it goes home to."""
+
+    arena: RingArena
+    slot: Slot
+
+    def give_back(self, after: Sequence[Event] = ()) -> None:
+        """Give the slot back; it is written again only once all of ``after`` have passed."""
+        self.arena.give_back(self.slot, after)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class InFlight:
+    """A layer batch on its way from disk to computation, with what it holds of the arenas."""
+
+    batch: LayerBatch
+    wanted: bool = True  # False: nobody will compute with it; whoever gets it next drops it
+    resident: bool = False  # it was loaded before: nothing is read for it
+    reads: list[Future[tuple[float, float]]] = field(default_factory=list)
+    host: Image | None = None
+    device: Image | None = None
+    copied: Event | None = None  # computation on the device image waits for it
+    host_slot: HeldSlot | None = None
+    device_slot: HeldSlot | None = None
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the transfer stage has a device image to make, be it one of empty tensors."""
+        return self.batch.uses_device_image and not (self.resident and self.batch.device_resident)
+
+    def detach_host_slot(self) -> HeldSlot | None:
+        """Hand the duty to give the host slot back to the caller."""
+        slot, self.host_slot, self.host = self.host_slot, None, None
+        return slot
+
+    def cancel(self) -> None:
+        """Nobody wants the batch any more: reads that have not begun never will; the others are waited for."""
+        self.wanted = False
+        for read in self.reads:
+            read.cancel()
+
+    def release(self, after: Sequence[Event]) -> None:
+        """Give all slots back; the device slot is written again only once all of ``after`` have passed."""
+        slots = ((self.host_slot, ()), (self.device_slot, after))
+        self.host = self.device = self.host_slot = self.device_slot = None
+        for held, events in slots:
+            if held is not None:
+                held.give_back(events)
+
+
+class Route:
+    """The order in which layer batches leave the disk, sweep after sweep.
+
+    It wraps around: behind the last batch of a sweep the first of the next one follows, on the guess that
+    the next sweep takes the same route. When the guess was wrong, ``redirect`` keeps of what is under way
+    whatever the new route has use for, in its order, and drops the rest.
+    """
+
+    def __init__(self, batches: Sequence[LayerBatch], residents: Residents) -> None:
+        self._batches = tuple(batches)
+        self._residents = residents
+        self._order = tuple(range(len(self._batches)))
+        self._position = 0  # in the order, of the batch that leaves next
+        self.under_way: deque[InFlight] = deque()  # in the order in which they left
+
+    def next(self) -> InFlight:
+        """The next batch to read. What bounds the number under way is the room in the arenas."""
+        item = InFlight(batch=self._batches[self._order[self._position]])
+        self._position = (self._position + 1) % len(self._order)
+        self.under_way.append(item)
+        return item
+
+    def redirect(self, order: Sequence[int]) -> None:
+        """From here on batches leave, and arrive, in ``order``, beginning with its first."""
+        self._order, self._position = tuple(order), 0
+        for item in self.under_way:
+            if item.wanted and item.batch.index == self._order[self._position]:
+                self._position = (self._position + 1) % len(self._order)
+                continue
+            item.cancel()
+
+    def restart(self) -> None:
+        """Begin the route anew with the next batch that arrives."""
+        self.redirect(self._order)
+
+    def drop(self, item: InFlight) -> None:
+        """Nobody wants ``item``: give back what it holds, the device slot after the copies under way."""
+        self.done(item, () if item.copied is None else (item.copied,))
+
+    def done(self, item: InFlight, after: Sequence[Event]) -> None:
+        """``item`` was computed with, until ``after``: give back what it holds."""
+        if item not in self.under_way:  # dropped already: the pipeline was closed
+            return
+        self.under_way.remove(item)
+        item.release(after)
+        # A device resident whose copies have begun does arrive, whoever wanted it; loading it once more
+        # would write over what may be computed with by then.
+        if item.copied is None or not item.batch.device_resident:
+            self._residents.gave_up(item.batch)
+
+    async def empty(self) -> None:
+        """Drop everything under way, once no thread writes into its slots any more. The stages have ended."""
+        for item in tuple(self.under_way):
+            item.cancel()
+        for item in tuple(self.under_way):
+            await settled(item.reads)
+            self.drop(item)

@@ -1,0 +1,74 @@
+"""Blocking calls off the event loop, in threads of our own, never abandoned."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from layerstream.stages.errors import ClosedError
+
+__all__ = ["Threads", "finish_in_thread", "settled"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Threads:
+    """A named pool of threads that belongs to one stage.
+
+    The loop's default executor is shared with the service that embeds us, so each stage has its own.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"layerstream-{name}")
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start ``call`` and return at once."""
+        return self._pool.submit(call, *args, **kwargs)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``call`` and wait for it, to its end even if the waiting task is cancelled.
+
+        Raises:
+            ClosedError: the pool was closed before the call had begun.
+        """
+        future = self.submit(call, *args, **kwargs)
+        await settled([future])
+        if future.cancelled():  # closed before a thread had taken it up
+            raise ClosedError("the pipeline was closed")
+        return future.result()
+
+    def close(self) -> None:
+        """Drop the calls that have not begun and wait for those that have."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def settled(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
+    """Wait until every future is done, whatever its outcome.
+
+    A thread that fills a buffer cannot be stopped, and the buffer must not be handed on before it has ended.
+    So a cancellation is kept back until then; ``droppable`` calls that have not begun are cancelled with it.
+    """
+    calls = list(futures)
+    waiting = [asyncio.wrap_future(call) for call in calls]
+    cancelled: asyncio.CancelledError | None = None
+    while not all(future.done() for future in waiting):
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            for call in calls if droppable else ():
+                call.cancel()
+    for future in waiting:
+        if not future.cancelled():
+            future.exception()  # taken note of: whoever wants it asks the call itself
+    if cancelled is not None:
+        raise cancelled
+
+
+async def finish_in_thread(call: Callable[[], T]) -> T:
+    """Run one long call in a thread of its own, to its end even if the waiting task is cancelled."""
+    with ThreadPoolExecutor(1, thread_name_prefix="layerstream-once") as pool:
+        future = pool.submit(call)
+        await settled([future])
+        return future.result()

@@ -1,0 +1,41 @@
+"""Numbers with units, as people write and read them."""
+
+import re
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+_ROUNDS_UP = 999.5  # what would print as 1000
+
+_ABSURD_BYTES = 1 << 63  # no machine counts further
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that ``text`` says, such as "4GiB", "900 MB" or "4096".
+
+    Raises:
+        ValueError: it says nothing of the kind, or nothing above zero.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    count = float(match[1]) * unit if match and unit else 0
+    if not 1 <= count < _ABSURD_BYTES:
+        raise ValueError(f"not a size: {text!r}; write it like 4GiB or 900MB")
+    return int(count)
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes with three digits and a binary unit, e.g. "1.07 GiB"."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < _ROUNDS_UP:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"

@@ -1,0 +1,145 @@
+"""Small real checkpoints, and plans for them with residents where a test wants them."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.planner import make_plan
+from layerstream.stages.arena import ring_bytes
+from layerstream.stages.batch import Extent, LayerBatch
+
+__all__ = ["CPU", "GPU", "arranged", "fused_layers", "plan_for", "write_checkpoint"]
+
+CPU = Hardware(device="cpu", host_available_bytes=1 << 40, vram_free_bytes=None, cores=2)
+GPU = Hardware(device="cuda:0", host_available_bytes=1 << 40, vram_free_bytes=1 << 40, cores=2)
+
+_BLOCK_BYTES = 4096
+
+
+def write_checkpoint(folder: Path, *, blocks: int = 8, rows: int = 40) -> dict[str, torch.Tensor]:
+    """A checkpoint of ``blocks`` blocks between an embedding and a large head, a shard for each layer.
+
+    So the index of a file tells the layer that is read. Shards are neither of equal size nor multiples of
+    anything; in each of them lie tensors of several dtypes.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    layers = {"model.embed_tokens": {"weight": random(300, 64)}}
+    for i in range(blocks):
+        layers[f"model.layers.{i}"] = {
+            "attn.weight": random(rows + i, 64),
+            "mlp.weight": random(64, 2 * rows + 1),
+            "norm.weight": random(64, dtype=torch.float32),
+            "counts": torch.arange(i + 3),
+        }
+    layers["lm_head"] = {"weight": random(1000, 64)}
+    tensors = {}
+    for number, (name, layer) in enumerate(layers.items()):
+        named = {f"{name}.{tensor}": value for tensor, value in layer.items()}
+        save_file(named, folder / f"model-{number:05}-of-{len(layers):05}.safetensors")
+        tensors.update(named)
+    return tensors
+
+
+def fused_layers(checkpoint: Checkpoint, *, blocks: int) -> tuple[PlannedLayer, ...]:
+    """A layer for each block: its ``attn`` as it is, and the ``mlp`` of it and of the next block, fused."""
+
+    def extent(name: str) -> Extent:
+        info = checkpoint.tensors[name]
+        return Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
+
+    layers = []
+    for i in range(blocks):
+        attn = checkpoint.tensors[f"model.layers.{i}.attn.weight"]
+        pieces = [f"model.layers.{j % blocks}.mlp.weight" for j in (i, i + 1)]
+        rows, columns = checkpoint.tensors[pieces[0]].shape
+        layers.append(
+            PlannedLayer(
+                name=f"model.layers.{i}",
+                kind=LayerKind.BLOCK,
+                tensors=(
+                    TensorSource(
+                        name=attn.name,
+                        dtype=attn.dtype,
+                        shape=attn.shape,
+                        extents=(extent(attn.name),),
+                    ),
+                    TensorSource(
+                        name=f"fused.{i}",
+                        dtype=checkpoint.tensors[pieces[0]].dtype,
+                        shape=(2 * rows, columns),
+                        extents=tuple(extent(piece) for piece in pieces),
+                    ),
+                ),
+            )
+        )
+    return tuple(layers)
+
+
+def plan_for(
+    folder: Path, hardware: Hardware, *, reader: str = "direct", **arguments: object
+) -> Plan:
+    """A plan with a layer in each batch; ``arranged`` sets its residents and slots."""
+    rate = 1e12 if reader == "throttled" else None
+    return make_plan(
+        Checkpoint.open(folder),
+        hardware,
+        reader=reader,
+        throttle_bytes_per_second=rate,
+        layer_batch_size=1,
+        **arguments,
+    )
+
+
+def arranged(
+    plan: Plan,
+    *,
+    on_host: Collection[int] = (),
+    on_device: Collection[int] = (),
+    slots: int = 3,
+) -> Plan:
+    """``plan`` with just these residents, and rings with room for ``slots`` batches.
+
+    On a CPU device a resident is kept where computation reads it, whichever of the two it is asked for.
+    """
+    on_cpu, maps = plan.device_memory is None, plan.reader == "mmap"
+
+    def kept(batch: LayerBatch) -> LayerBatch:
+        if on_cpu:
+            chosen = batch.index in {*on_host, *on_device}
+            return replace(
+                batch,
+                host_resident=chosen and batch.uses_host_image and not maps,
+                device_resident=chosen and batch.device_bytes > 0,
+            )
+        return replace(
+            batch,
+            host_resident=batch.index in on_host,
+            device_resident=batch.index in on_device,
+        )
+
+    batches = tuple(map(kept, plan.batches))
+    passing = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+    host = max(
+        ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *passing, 0, 0
+    )
+    device = ring_bytes([b.device_bytes for b in batches if not b.device_resident], slots=slots)
+    return replace(
+        plan,
+        batches=batches,
+        host_slots=slots,
+        device_slots=slots,
+        host_arena_bytes=0 if on_cpu and maps else host,
+        device_arena_bytes=device,
+    )

@@ -1,0 +1,152 @@
+"""A device that keeps streams and events apart, so that a missing wait fails a test without a GPU.
+
+It does everything as late as the waits that it was told of allow: a kernel runs when something depends on it,
+a copy when somebody waits for it. Where a stage forgets a wait, the bytes are not there yet, or not any more.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from layerstream.stages.devices import Copy
+from layerstream.stages.errors import DeviceError
+from layerstream.stages.memory import HostMemory
+
+__all__ = ["POISON", "FakeDevice"]
+
+# What memory holds that nobody has written: as a float it is -2.3e-16, as a bfloat16 the like, never a weight.
+POISON = 0xA5
+
+
+class _Stream:
+    """Work in order. ``done`` of it has been run."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Callable[[], None]] = deque()
+        self.done = 0
+
+    @property
+    def end(self) -> int:
+        return self.done + len(self.waiting)
+
+    def run_to(self, position: int) -> None:
+        while self.done < position:
+            work = self.waiting.popleft()
+            work()
+            self.done += 1
+
+
+class _FakeEvent:
+    def __init__(self, device: "FakeDevice", stream: _Stream) -> None:
+        self.device = device
+        self.stream = stream
+        self.position = stream.end
+
+    @property
+    def passed(self) -> bool:
+        return self.stream.done >= self.position
+
+    def synchronize(self) -> None:
+        self.device.run_to(self)
+
+
+class FakeDevice:
+    """Host memory that plays a GPU's.
+
+    One stream copies. Every thread has a compute stream of its own, as if it had made one current. Tests put
+    work on it with ``launch``, and run it with ``finish``.
+
+    Args:
+        memory_bytes: size of the device.
+        hold_copies: copies do not run when somebody waits for them on the host, but only when a kernel
+            depends on them, until ``release_copies``: the slowest copy engine there is.
+    """
+
+    torch_device = torch.device("cpu")
+    reads_host_images = False
+
+    def __init__(self, *, memory_bytes: int = 1 << 30, hold_copies: bool = False) -> None:
+        self._changed = threading.Condition(threading.RLock())
+        self._copying = _Stream()
+        self._local = threading.local()
+        self.holds_copies = hold_copies
+        self._free_bytes = memory_bytes
+        self.host_memories = 0  # given out and not released yet
+
+    # -- the protocol ----------------------------------------------------------------------------
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+    def host_memory(self, nbytes: int) -> HostMemory:
+        memory = HostMemory(nbytes)
+        memory.tensor.fill_(POISON)
+        self.host_memories += 1
+        return memory
+
+    def release_host_memory(self, memory: HostMemory) -> None:
+        with self._changed:
+            assert not self._copying.waiting, "host memory was released under copies not yet done"
+        self.host_memories -= 1
+        memory.close()
+
+    def device_memory(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self._free_bytes:
+            raise DeviceError(f"the fake device has {self._free_bytes} bytes free, not {nbytes}")
+        self._free_bytes -= nbytes
+        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
+        with self._changed:
+            self._copying.waiting.extend(_wait(event) for event in after)
+            self._copying.waiting.extend(partial(_copy, *each) for each in copies)
+            return _FakeEvent(self, self._copying)
+
+    def record(self) -> _FakeEvent:
+        with self._changed:
+            return _FakeEvent(self, self._stream)
+
+    def wait(self, event: _FakeEvent) -> None:
+        with self._changed:
+            self._stream.waiting.append(_wait(event))
+
+    # -- for tests -------------------------------------------------------------------------------
+
+    @property
+    def _stream(self) -> _Stream:
+        if not hasattr(self._local, "stream"):
+            self._local.stream = _Stream()
+        return self._local.stream
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Put ``kernel`` on the calling thread's compute stream. It runs when something depends on it."""
+        with self._changed:
+            self._stream.waiting.append(kernel)
+
+    def finish(self) -> None:
+        """Run all that the calling thread has launched, and what it depends on."""
+        self.record().synchronize()
+
+    def release_copies(self) -> None:
+        """From here on, copies run when somebody waits for them."""
+        with self._changed:
+            self.holds_copies = False
+            self._changed.notify_all()
+
+    def run_to(self, event: _FakeEvent) -> None:
+        with self._changed:
+            while self.holds_copies and event.stream is self._copying and not event.passed:
+                self._changed.wait()
+            event.stream.run_to(event.position)
+            self._changed.notify_all()
+
+
+def _wait(event: _FakeEvent) -> Callable[[], None]:
+    return lambda: event.stream.run_to(event.position)
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
+    destination.copy_(source)

@@ -1,0 +1,60 @@
+"""What a test leaves behind: threads, descriptors, mappings."""
+
+import asyncio
+import gc
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["mappings_of", "nothing_left_behind", "our_tasks", "our_threads"]
+
+
+def our_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("layerstream")]
+
+
+def our_tasks() -> list[asyncio.Task[Any]]:
+    """Tasks of the running loop that run a coroutine of the library's."""
+    return [
+        task
+        for task in asyncio.all_tasks()
+        if (code := getattr(task.get_coro(), "cr_code", None)) is not None
+        and Path(code.co_filename).parent.name in {"pipeline", "stages"}
+    ]
+
+
+def mappings_of(folder: Path) -> list[str]:
+    """Lines of /proc/self/maps that map a file in ``folder``."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if f"{folder}/" in line]
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found[link.name] = str(link.readlink())
+        except OSError:  # the one that listed them
+            continue
+    return found
+
+
+def _maps() -> set[int]:
+    # type(), because isinstance() asks lazy modules for their class, which warns
+    return {id(each) for each in gc.get_objects() if type(each) is mmap.mmap and not each.closed}
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if the body leaves a thread of ours, a descriptor, or a map (arenas and files alike)."""
+    descriptors, maps = _descriptors(), _maps()
+    yield
+    assert our_threads() == []
+    left = {name: at for name, at in _descriptors().items() if descriptors.get(name) != at}
+    assert left == {}
+    if not _maps() <= maps:
+        gc.collect()  # an exception and its frames may be a cycle
+    assert _maps() <= maps, "a map was left behind"

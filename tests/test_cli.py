@@ -1,0 +1,111 @@
+"""The command: what it prints, its exit codes, and one line on stderr for whatever goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.models import save_model
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300}
+
+
+def layerstream(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command as a shell would."""
+    program = "import sys; from layerstream.tools.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return save_model(tmp_path_factory.mktemp("cli") / "model", "llama", **SMALL)
+
+
+def test_generate_prints_the_tokens_and_how_long_they_took(model: Path) -> None:
+    result = layerstream("generate", model, "--prompt-ids", "3,4,5", "--max-new-tokens", "4")
+    assert (result.returncode, result.stdout.count("<")) == (0, 4)
+    assert "4 tokens in" in result.stderr
+    assert "4 sweeps" in result.stderr
+
+
+def test_generate_reports_to_machines_with_units_in_the_keys(model: Path) -> None:
+    asked = ("--prompt-ids", "3,4,5", "--max-new-tokens", "4", "--host", "64MiB", "--json")
+    result = layerstream("generate", model, *asked, "--reader", "direct")
+    report = json.loads(result.stdout)
+    assert report["new_tokens"] == len(report["token_ids"]) == 4
+    assert report["host_budget_bytes"] == 64 << 20
+    assert report["tokens_per_second"] > 0
+    assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
+
+
+def test_demo_streams_a_model_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    made = layerstream(
+        "make-checkpoint", folder, "--like", "demo", "--layers", "6", "--hidden", "512"
+    )
+    assert made.returncode == 0, made.stderr
+    result = layerstream("demo", folder, "--max-new-tokens", "3", "--host", "80MiB")
+    assert result.returncode == 0, result.stderr
+    for words in ("tokens/s", "read", "transfer", "compute", "Memory:", "of a host budget"):
+        assert words in result.stdout
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+BAD = {
+    "a missing folder": (lambda at: at / "nowhere", (), "nowhere"),
+    "no weights": (lambda at: empty(at / "empty"), (), "safetensors"),
+    "an unknown hub id": (lambda _: "nobody/no-such-model", (), "nobody/no-such-model"),
+    "too small a budget": (None, ("--host", "1MiB"), "raise the budget"),
+    "more than the machine has": (None, ("--host", "900TiB"), "more than"),
+    "a device that is not there": (None, ("--device", "cuda:77"), "cuda:77"),
+    "a VRAM budget on the CPU": (None, ("--device", "cpu", "--vram", "1GiB"), "VRAM"),
+    "a token that the model has not": (None, ("--prompt-ids", "99999"), "99999"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_line_and_exit_code_1(
+    case: str, model: Path, tmp_path: Path
+) -> None:
+    source, options, says = BAD[case]
+    prompt = () if "--prompt-ids" in options else ("--prompt-ids", "3,4")
+    path = model if source is None else source(tmp_path)
+    result = layerstream("generate", path, *prompt, *options)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("layerstream: error:")]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "x", "--prompt-ids", "a,b"],
+        ["generate", "x", "--prompt-ids", "1", "--host", "lots"],
+        ["generate", "x", "--prompt-ids", "1", "--max-new-tokens", "0"],
+        ["no-such-command"],
+        ["make-checkpoint", "x", "--like", "no-such-family"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    result = layerstream(*arguments)
+    assert result.returncode == 2
+    assert "usage:" in result.stderr
+    assert "Traceback" not in result.stderr

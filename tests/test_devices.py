@@ -1,0 +1,328 @@
+"""One conformance suite for all devices; and proof that the fake one misses no missing wait."""
+
+import threading
+
+import pytest
+import torch
+from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
+from support.fake_device import POISON, FakeDevice, _FakeEvent
+from support.loop import run
+
+from layerstream.pipeline import Pipeline
+from layerstream.stages.devices import CpuDevice, CudaDevice, open_device
+from layerstream.stages.errors import DeviceError
+from layerstream.stages.memory import HostMemory
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device here"
+)
+
+DEVICES = [
+    pytest.param(CpuDevice, id="cpu"),
+    pytest.param(FakeDevice, id="fake"),
+    pytest.param(
+        lambda: CudaDevice(torch.device("cuda")), id="cuda", marks=[pytest.mark.cuda, needs_cuda]
+    ),
+]
+on_every_device = pytest.mark.parametrize("make_device", DEVICES)
+
+
+def launch(device, kernel):
+    """Give ``kernel`` to the device's compute stream of this thread."""
+    getattr(device, "launch", lambda call: call())(kernel)
+
+
+def random_bytes(nbytes):
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+
+
+def filled(device, nbytes):
+    """Host memory of random bytes, and a copy of them."""
+    memory = device.host_memory(nbytes)
+    expected = random_bytes(nbytes)
+    memory.tensor.copy_(expected)
+    return memory, expected
+
+
+@on_every_device
+def test_host_memory_has_the_size_asked_for_and_begins_on_a_page(make_device):
+    device = make_device()
+    for nbytes in (0, 1, 4096, 3 << 20):
+        memory = device.host_memory(nbytes)
+        assert isinstance(memory, HostMemory)
+        assert memory.tensor.shape == (nbytes,)
+        assert memory.tensor.dtype == torch.uint8
+        assert memory.tensor.device.type == "cpu"
+        assert memory.address % 4096 == 0
+        device.release_host_memory(memory)
+
+
+@on_every_device
+def test_device_memory_has_the_size_asked_for_and_lies_on_the_device(make_device):
+    device = make_device()
+    for nbytes in (0, 1, 3 << 20):
+        memory = device.device_memory(nbytes)
+        assert memory.shape == (nbytes,)
+        assert memory.dtype == torch.uint8
+        assert memory.device.type == device.torch_device.type
+        assert memory.data_ptr() % 256 == 0 or device.torch_device.type == "cpu"
+
+
+@on_every_device
+def test_a_copy_is_done_when_its_event_has_passed(make_device):
+    device = make_device()
+    host, expected = filled(device, 10_000)
+    target = device.device_memory(10_000)
+    spans = [(0, 5000, 100), (100, 0, 4900), (5000, 5100, 4900)]
+    copies = [
+        (target.narrow(0, to, size), host.tensor.narrow(0, at, size)) for at, to, size in spans
+    ]
+    device.copy(copies, after=()).synchronize()
+    for at, to, size in spans:
+        assert torch.equal(target.narrow(0, to, size).cpu(), expected.narrow(0, at, size))
+    device.release_host_memory(host)
+
+
+@on_every_device
+def test_computation_that_waits_for_a_copy_sees_its_bytes(make_device):
+    device = make_device()
+    host, expected = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    seen = []
+    device.wait(device.copy([(target, host.tensor)], after=()))
+    launch(device, lambda: seen.append(target.clone()))
+    device.record().synchronize()
+    assert torch.equal(seen[0].cpu(), expected)
+    device.release_host_memory(host)
+
+
+@on_every_device
+def test_a_copy_waits_for_the_computations_that_it_comes_after(make_device):
+    device = make_device()
+    first, old = filled(device, 1 << 20)
+    second, new = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    seen = []
+    device.wait(device.copy([(target, first.tensor)], after=()))
+    launch(device, lambda: seen.append(target.clone()))
+    device.copy([(target, second.tensor)], after=(device.record(),)).synchronize()
+    assert torch.equal(seen[0].cpu(), old)
+    assert torch.equal(target.cpu(), new)
+    device.release_host_memory(first)
+    device.release_host_memory(second)
+
+
+@on_every_device
+def test_copies_pass_in_order_and_an_empty_one_passes_when_all_before_it_have(make_device):
+    device = make_device()
+    host, expected = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    device.copy([(target, host.tensor)], after=())
+    device.copy((), after=()).synchronize()
+    assert torch.equal(target.cpu(), expected)
+    device.release_host_memory(host)
+
+
+@on_every_device
+def test_an_event_can_be_waited_for_in_another_thread(make_device):
+    device = make_device()
+    host, expected = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    copied = device.copy([(target, host.tensor)], after=())
+    thread = threading.Thread(target=copied.synchronize)
+    thread.start()
+    thread.join()
+    assert torch.equal(target.cpu(), expected)
+    device.release_host_memory(host)
+
+
+@on_every_device
+def test_released_host_memory_is_closed(make_device):
+    device = make_device()
+    host, _ = filled(device, 4096)
+    device.release_host_memory(host)
+    assert host.tensor.numel() == 0
+
+
+@on_every_device
+def test_more_memory_than_there_is_is_refused_in_a_sentence(make_device):
+    device = make_device()
+    with pytest.raises(DeviceError, match=r"\d+ bytes"):
+        device.device_memory(1 << 60)
+    with pytest.raises(DeviceError, match=r"\d+ bytes"):
+        device.host_memory(1 << 60)
+
+
+@on_every_device
+def test_free_memory_is_told_by_devices_that_have_their_own(make_device):
+    device = make_device()
+    if device.reads_host_images:
+        assert device.free_bytes() is None
+        return
+    before = device.free_bytes()
+    kept = device.device_memory(64 << 20)
+    assert before - (80 << 20) < device.free_bytes() <= before - kept.numel()
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_a_machine_without_a_gpu_computes_on_its_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert isinstance(open_device(name), CpuDevice)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("toaster", "'toaster' is not a device; use auto, cpu, cuda or cuda:N"),
+        ("", "'' is not a device"),
+        ("meta", "'meta' is not supported; use auto, cpu, cuda or cuda:N"),
+        ("cuda", "cuda was asked for, but torch .* sees no CUDA device here"),
+        ("cuda:1", "cuda:1 was asked for, but torch .* sees no CUDA device here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_a_remedy(name, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=says):
+        open_device(name)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_gpu_beyond_the_last_one_is_refused_with_the_count():
+    with pytest.raises(DeviceError, match="cuda:99 was asked for, but this machine has"):
+        open_device("cuda:99")
+
+
+# -- the fake: as late as it may be ---------------------------------------------------------------
+
+
+def test_on_the_fake_device_nothing_happens_before_somebody_waits_for_it():
+    device = FakeDevice()
+    host, _ = filled(device, 16)
+    target = device.device_memory(16)
+    seen = []
+    copied = device.copy([(target, host.tensor)], after=())
+    device.launch(lambda: seen.append(bytes(target.numpy())))
+    device.finish()  # a computation that did not wait for its copy
+    assert seen == [bytes([POISON]) * 16]
+    copied.synchronize()
+    assert bytes(target.numpy()) == bytes(host.tensor.numpy())
+
+
+def test_on_the_fake_device_a_held_copy_runs_for_a_kernel_but_not_for_a_waiting_thread():
+    device = FakeDevice(hold_copies=True)
+    host, expected = filled(device, 16)
+    target = device.device_memory(16)
+    copied = device.copy([(target, host.tensor)], after=())
+    thread = threading.Thread(target=copied.synchronize)
+    thread.start()
+    assert bytes(target.numpy()) == bytes([POISON]) * 16
+    device.wait(copied)
+    device.finish()
+    thread.join()
+    assert torch.equal(target, expected)
+
+
+def test_the_fake_device_refuses_to_free_host_memory_under_a_copy():
+    device = FakeDevice()
+    host, _ = filled(device, 16)
+    device.copy([(device.device_memory(16), host.tensor)], after=())
+    with pytest.raises(AssertionError, match="under copies not yet done"):
+        device.release_host_memory(host)
+
+
+class ForgetsThatComputationWaitsForCopies(FakeDevice):
+    """As if ``device.wait(copied)`` were missing in the compute stage."""
+
+    def wait(self, event):
+        pass
+
+
+class ForgetsThatCopiesWaitForComputation(FakeDevice):
+    """As if ``after=slot.after`` were missing in the transfer stage."""
+
+    def copy(self, copies, *, after):  # noqa: ARG002 - that it is not used is the point
+        return super().copy(copies, after=())
+
+
+class ForgetsToWaitBeforeTheHostSlotGoesHome(FakeDevice):
+    """As if the transfer stage gave the host slot back without ``copied.synchronize()``."""
+
+    def copy(self, copies, *, after):
+        event = super().copy(copies, after=after)
+        return _NeverWaits(self, event.stream) if copies else event
+
+
+class _NeverWaits(_FakeEvent):
+    def synchronize(self):
+        pass
+
+
+def sweep_late(folder, device, monkeypatch):
+    """Stream a checkpoint past kernels that run late; returns what they saw, and what is right.
+
+    Where the device holds its copies back, the kernels of the first batch run before any thread has seen
+    a copy; all others run when somebody depends on them, or behind the last batch.
+    """
+    expected = write_checkpoint(folder, blocks=12)
+    plan = arranged(plan_for(folder, GPU), slots=2)
+    poison_host_slots_that_go_home(monkeypatch)
+
+    async def main():
+        seen = {}
+
+        def keep(name, tensor):
+            device.launch(lambda: seen.__setitem__(name, tensor.clone()))
+
+        async with Pipeline(plan, device=device) as pipeline:
+            try:
+                async for batch in pipeline.sweep():
+                    for name, tensor in batch.tensors.items():
+                        keep(name, tensor)
+                    if device.holds_copies:
+                        device.finish()
+                        device.release_copies()
+                device.finish()
+            finally:
+                device.release_copies()
+        return seen
+
+    return run(main()), expected
+
+
+def poison_host_slots_that_go_home(monkeypatch):
+    """A slot may be written as soon as it is given back; here it is, at once."""
+    from layerstream.stages.arena import RingArena
+
+    give_back = RingArena.give_back
+
+    def poisoned(arena, slot, after=()):
+        if not after and not slot._freed:
+            slot.tensor.fill_(POISON)
+        give_back(arena, slot, after)
+
+    monkeypatch.setattr(RingArena, "give_back", poisoned)
+
+
+def equal(seen, expected):
+    assert seen.keys() == expected.keys()
+    return all(torch.equal(seen[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("hold_copies", [False, True])
+def test_a_pipeline_that_waits_gives_every_kernel_the_right_bytes(
+    tmp_path, monkeypatch, hold_copies
+):
+    assert equal(*sweep_late(tmp_path, FakeDevice(hold_copies=hold_copies), monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("forgetful", "hold_copies"),
+    [
+        (ForgetsThatComputationWaitsForCopies, True),
+        (ForgetsThatCopiesWaitForComputation, False),
+        (ForgetsToWaitBeforeTheHostSlotGoesHome, True),
+    ],
+)
+def test_a_missing_wait_is_seen_on_the_fake_device(tmp_path, monkeypatch, forgetful, hold_copies):
+    assert not equal(*sweep_late(tmp_path, forgetful(hold_copies=hold_copies), monkeypatch))

@@ -1,0 +1,266 @@
+"""Model ids: a local cache laid out as huggingface_hub does it, and a small hub on loopback."""
+
+import asyncio
+import hashlib
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from layerstream.pipeline.hub import resolve_model_path, resolve_model_path_async
+from layerstream.stages.errors import CheckpointError
+
+hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+SHARDED = {
+    "config.json": b"{}",
+    INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
+    SHARDS[0]: b"first shard",
+    SHARDS[1]: b"second shard",
+}
+SINGLE = {"config.json": b"{}", "model.safetensors": b"weights"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty local cache, in offline mode: a test that wants a hub says so."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def put_in_cache(cache, files, *, model_id="org/name", ref="main"):
+    """Lay ``files`` into the cache as huggingface_hub does: blobs, a ref, a snapshot of links."""
+    repo = cache / f"models--{model_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / ref).write_text(COMMIT)
+    for name, content in files.items():
+        blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a download asks for; ``failure`` is (status, X-Error-Code)."""
+
+    def __init__(self, files):
+        self.files = files
+        self.info_failure = self.file_failure = None
+        self.requests = []
+        super().__init__(("127.0.0.1", 0), HubHandler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append((self.command, self.path))
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/name/tree/"):
+            self.answer(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
+                    for name, content in self.server.files.items()
+                ]
+            )
+        elif path.startswith("/api/"):
+            self.answer({"id": "org/name", "sha": COMMIT}, self.server.info_failure)
+        else:
+            self.answer(self.server.files[path.rpartition("/")[2]], self.server.file_failure)
+
+    do_HEAD = do_GET  # noqa: N815 the name that the server looks for
+
+    def answer(self, content, failure=None):
+        status, code = failure or (200, "")
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        body = b"" if failure else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{_etag(body)}"')
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def _etag(content):
+    return hashlib.sha1(content).hexdigest()  # noqa: S324 as git names its blobs
+
+
+@pytest.fixture
+def online_hub(monkeypatch):
+    with Hub({**SHARDED, "README.md": b"#", "consolidated.safetensors": b"twice"}) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        _go_online(monkeypatch, server.url)
+        yield server
+        hub.close_session()
+        server.shutdown()
+        thread.join()
+
+
+def _go_online(monkeypatch, url):
+    hub.close_session()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def refusal(source, **kwargs):
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model_path(source, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_existing_folder_or_file_is_taken_as_it_is(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert resolve_model_path(tmp_path) == tmp_path
+    assert resolve_model_path(str(file)) == file
+
+
+def test_a_folder_here_wins_over_a_model_in_the_cache(cache):
+    put_in_cache(cache, SINGLE)
+    Path("org/name").mkdir(parents=True)
+    assert resolve_model_path("org/name") == Path("org/name")
+
+
+def test_a_revision_of_a_folder_is_refused_instead_of_ignored(tmp_path):
+    assert "revision" in refusal(tmp_path, revision="main")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["/no/such/folder", "./org/name", "a/b/c", "model.safetensors", Path("org/name")],
+    ids=str,
+)
+def test_what_cannot_be_a_model_id_is_a_missing_path(source):
+    assert "No such file or folder" in refusal(source)
+
+
+@pytest.mark.parametrize("files", [SINGLE, SHARDED], ids=["single", "sharded"])
+def test_a_model_in_the_cache_is_found_without_the_network(cache, files):
+    snapshot = put_in_cache(cache, files)
+    assert resolve_model_path("org/name") == snapshot
+
+
+def test_a_model_without_an_organisation_is_found_in_the_cache(cache):
+    snapshot = put_in_cache(cache, SINGLE, model_id="gpt2")
+    assert resolve_model_path("gpt2") == snapshot
+
+
+@pytest.mark.parametrize("revision", ["v1", COMMIT])
+def test_a_revision_is_found_in_the_cache_by_name_or_commit(cache, revision):
+    snapshot = put_in_cache(cache, SINGLE, ref="v1")
+    assert resolve_model_path("org/name", revision=revision) == snapshot
+
+
+def test_the_tensors_of_a_cached_snapshot_can_be_read_through_its_links(cache):
+    put_in_cache(cache, SINGLE)
+    folder = resolve_model_path("org/name")
+    assert (folder / "model.safetensors").is_symlink()
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_the_asynchronous_form_leaves_the_event_loop_free(cache):
+    snapshot = put_in_cache(cache, SINGLE)
+    assert asyncio.run(resolve_model_path_async("org/name")) == snapshot
+
+
+def test_a_model_that_is_nowhere_is_refused_offline():
+    message = refusal("org/name")
+    assert "org/name is neither a file or folder here nor complete in the local cache" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+@pytest.mark.parametrize("lost", [SHARDS[1], "config.json"])
+def test_a_snapshot_that_was_cached_in_part_is_not_taken(cache, lost):
+    put_in_cache(cache, {name: content for name, content in SHARDED.items() if name != lost})
+    assert "nor complete in the local cache" in refusal("org/name")
+
+
+def test_a_cached_link_whose_blob_is_gone_counts_as_missing(cache):
+    snapshot = put_in_cache(cache, SHARDED)
+    (snapshot / SHARDS[0]).resolve().unlink()
+    assert "nor complete in the local cache" in refusal("org/name")
+
+
+def test_an_index_that_is_no_index_is_left_for_the_checkpoint_to_refuse(cache):
+    snapshot = put_in_cache(cache, {**SHARDED, INDEX: b"[]"})
+    assert resolve_model_path("org/name") == snapshot
+
+
+def test_an_unreachable_hub_fails_at_once_and_says_so(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+    _go_online(monkeypatch, url)  # nobody listens there any more
+    message = refusal("org/name", revision=COMMIT)
+    assert "the hub could not give it (ConnectError" in message
+    hub.close_session()
+
+
+def test_what_is_not_cached_is_downloaded_once_without_what_nobody_needs(cache, online_hub):
+    folder = resolve_model_path("org/name")
+    assert folder == cache / "models--org--name" / "snapshots" / COMMIT
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == SHARDED
+    online_hub.requests.clear()
+    assert resolve_model_path("org/name") == folder
+    assert online_hub.requests == []
+
+
+def test_a_snapshot_that_was_cached_in_part_is_completed(cache, online_hub):
+    put_in_cache(cache, {"config.json": SHARDED["config.json"], INDEX: SHARDED[INDEX]})
+    folder = resolve_model_path("org/name")
+    assert all((folder / shard).read_bytes() == SHARDED[shard] for shard in SHARDS)
+    assert any(path.endswith(SHARDS[0]) for _, path in online_hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        ((404, "RepoNotFound"), "the hub has no such model"),
+        ((404, "RevisionNotFound"), "has no revision 'v2'"),
+        ((401, "GatedRepo"), "is gated"),
+        ((500, ""), "the hub could not give it (HfHubHTTPError"),
+    ],
+    ids=["unknown", "revision", "gated", "down"],
+)
+@pytest.mark.usefixtures("cache")
+def test_what_the_hub_refuses_is_explained_in_one_sentence(online_hub, failure, expected):
+    online_hub.info_failure = failure
+    assert expected in refusal("org/name", revision="v2")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_model_whose_files_are_gated_is_refused_with_the_remedy(online_hub):
+    online_hub.file_failure = (403, "GatedRepo")
+    assert "hf auth login" in refusal("org/name")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_model_without_safetensors_weights_is_refused(online_hub):
+    online_hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    assert "lacks *.safetensors" in refusal("org/name")

@@ -1,0 +1,371 @@
+"""One conformance suite for all readers, and what each of them promises beyond it."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support.leaks import mappings_of, nothing_left_behind
+
+from layerstream.stages.batch import Extent, LayerBatch, Read
+from layerstream.stages.errors import ReadError
+from layerstream.stages.memory import HostMemory
+from layerstream.stages.readers import (
+    BLOCK_BYTES,
+    DirectReader,
+    MmapReader,
+    ThrottledReader,
+    _Files,
+)
+
+SIZE = 5 * BLOCK_BYTES + 100  # ends inside a block, as files do
+BOUNDARIES = [
+    pytest.param(0, BLOCK_BYTES, id="first block"),
+    pytest.param(BLOCK_BYTES, 2 * BLOCK_BYTES, id="blocks in the middle"),
+    pytest.param(4 * BLOCK_BYTES, BLOCK_BYTES, id="last whole block"),
+    pytest.param(3 * BLOCK_BYTES, SIZE - 3 * BLOCK_BYTES, id="up to the end"),
+    pytest.param(5 * BLOCK_BYTES, 100, id="only the end"),
+    pytest.param(0, SIZE, id="everything"),
+]
+
+
+def no_direct_open(monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def no_direct_preadv(monkeypatch):
+    real = os.preadv
+
+    def refuse(descriptor, buffers, offset, *rest):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, buffers, offset, *rest)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+
+
+READERS = ("direct", "throttled", "mmap", "refused at open", "refused at the first read")
+WITH_PREADV = tuple(name for name in READERS if name != "mmap")
+
+
+@pytest.fixture
+def open_reader(monkeypatch):
+    """A function that opens a reader of the kind named; all of them are closed in the end."""
+    opened = []
+
+    def open_reader(kind, paths):
+        if kind == "refused at open":
+            no_direct_open(monkeypatch)
+        if kind == "refused at the first read":
+            no_direct_preadv(monkeypatch)
+        if kind == "mmap":
+            opened.append(MmapReader(paths))
+        elif kind == "throttled":
+            opened.append(ThrottledReader(paths, 1e12))
+        else:
+            opened.append(DirectReader(paths))
+        return opened[-1]
+
+    yield open_reader
+    for reader in opened:
+        reader.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of random bytes, on the disk."""
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in paths:
+        path.write_bytes(os.urandom(SIZE))
+    return paths
+
+
+def drop_from_cache(path):
+    descriptor = os.open(path, os.O_RDWR)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def cached_pages(path):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    with path.open("rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    first = ctypes.c_char.from_buffer(mapping)
+    pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
+    assert libc.mincore(ctypes.addressof(first), len(mapping), pages) == 0
+    del first
+    mapping.close()
+    return sum(page & 1 for page in pages)
+
+
+def read(reader, offset, nbytes, file=0):
+    """Read an extent into a buffer that is longer by a block; returns all of the buffer."""
+    padded = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    memory = HostMemory(padded + BLOCK_BYTES)
+    memory.tensor.fill_(0x5A)
+    buffer = memoryview(memory.tensor.numpy())
+    reader.read(Extent(file=file, offset=offset, nbytes=nbytes), buffer[:padded])
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize(("offset", "nbytes"), BOUNDARIES)
+def test_a_read_returns_the_bytes_of_the_file_and_writes_nothing_behind_its_buffer(
+    kind, offset, nbytes, files, open_reader
+):
+    got = read(open_reader(kind, files), offset, nbytes, file=1)
+    assert got[:nbytes] == files[1].read_bytes()[offset : offset + nbytes]
+    assert got[-BLOCK_BYTES:] == b"\x5a" * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_reads_in_many_threads_at_once_do_not_mix(kind, files, open_reader):
+    reader = open_reader(kind, files)
+    expected = [path.read_bytes() for path in files]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            (file, block, pool.submit(read, reader, block * BLOCK_BYTES, BLOCK_BYTES, file))
+            for _ in range(20)
+            for block in range(5)
+            for file in (0, 1)
+        ]
+    for file, block, job in jobs:
+        begin = block * BLOCK_BYTES
+        assert job.result()[:BLOCK_BYTES] == expected[file][begin : begin + BLOCK_BYTES]
+
+
+@pytest.mark.parametrize("kind", WITH_PREADV)
+@pytest.mark.parametrize("most", [BLOCK_BYTES, 2 * BLOCK_BYTES, 5000, 8193, 100])
+def test_short_reads_are_completed(kind, most, files, open_reader, monkeypatch):
+    real = os.preadv
+
+    def short(descriptor, buffers, offset, *rest):
+        # The kernel itself would refuse to read so few bytes directly, so cut what it read.
+        return min(real(descriptor, buffers, offset, *rest), most)
+
+    monkeypatch.setattr(os, "preadv", short)
+    got = read(open_reader(kind, files), 0, SIZE)
+    assert got[:SIZE] == files[0].read_bytes()
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("left", [0, BLOCK_BYTES, 2 * BLOCK_BYTES + 7, SIZE - 1])
+def test_a_file_that_shrank_is_an_error_with_both_sizes_and_never_zeros(
+    kind, left, files, open_reader
+):
+    reader = open_reader(kind, files)
+    os.truncate(files[0], left)
+    with pytest.raises(ReadError) as caught:
+        read(reader, 0, SIZE)
+    assert str(files[0]) in str(caught.value)
+    assert f"holds {left} bytes now, but {SIZE} are needed" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", WITH_PREADV)
+def test_an_error_of_the_disk_names_file_and_offset_and_keeps_its_cause(
+    kind, files, open_reader, monkeypatch
+):
+    reader = open_reader(kind, files)
+    real = os.preadv
+
+    def broken_from_the_third_block_on(descriptor, buffers, offset, *rest):
+        if offset + sum(map(len, buffers)) > 2 * BLOCK_BYTES:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset, *rest)
+
+    monkeypatch.setattr(os, "preadv", broken_from_the_third_block_on)
+    assert read(reader, 0, BLOCK_BYTES, file=1)
+    with pytest.raises(ReadError, match=rf"b\.bin.*offset {BLOCK_BYTES}.*Input/output") as caught:
+        read(reader, BLOCK_BYTES, 2 * BLOCK_BYTES, file=1)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EIO
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_missing_file_is_named_and_the_others_are_closed_again(kind, files, open_reader):
+    with nothing_left_behind(), pytest.raises(ReadError, match=r"gone\.bin.*No such file"):
+        open_reader(kind, [*files, files[0].with_name("gone.bin")])
+
+
+def test_a_file_that_cannot_be_mapped_is_named_and_the_others_are_closed_again(files):
+    empty = files[0].with_name("empty.bin")
+    empty.touch()
+    with nothing_left_behind(), pytest.raises(ReadError, match=r"empty\.bin.*cannot be mapped"):
+        MmapReader([*files, empty])
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_closing_leaves_no_descriptor_and_no_mapping(kind, files, open_reader):
+    with nothing_left_behind():
+        reader = open_reader(kind, files)
+        read(reader, 0, SIZE)
+        reader.close()
+    assert mappings_of(files[0].parent) == []
+
+
+@pytest.mark.parametrize("kind", ["refused at open", "refused at the first read"])
+def test_where_direct_reads_are_refused_it_says_so_once_and_reads_on(
+    kind, files, open_reader, caplog
+):
+    reader = open_reader(kind, files)
+    for _ in range(3):
+        read(reader, 0, SIZE)
+    assert reader.falls_back
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "direct reads are refused" in caplog.text
+
+
+@pytest.mark.parametrize("kind", WITH_PREADV)
+def test_a_read_leaves_nothing_in_the_page_cache(kind, tmp_path, open_reader):
+    path = tmp_path / "large.bin"
+    size = (3 << 20) + 100
+    path.write_bytes(os.urandom(size))
+    drop_from_cache(path)
+    if cached_pages(path):
+        pytest.skip("this filesystem does not drop its page cache when asked")
+    reader = open_reader(kind, [path])
+    read(reader, 1 << 20, 1 << 20)
+    assert cached_pages(path) == 0
+    for offset in range(0, size, 1 << 20):
+        read(reader, offset, min(1 << 20, size - offset))
+    assert cached_pages(path) == 0
+
+
+def batch_of(*reads):
+    return LayerBatch(
+        index=0, layers=("a",), reads=reads, segments=(), tensors=(), host_bytes=0, device_bytes=0
+    )
+
+
+def test_a_mapped_batch_shows_the_bytes_of_each_read_at_its_place_in_the_host_image(files):
+    reader = MmapReader(files)
+    image = reader.mapped(
+        batch_of(
+            Read(file=0, file_offset=BLOCK_BYTES, host_offset=0, nbytes=2 * BLOCK_BYTES),
+            Read(file=1, file_offset=4 * BLOCK_BYTES, host_offset=8192, nbytes=BLOCK_BYTES + 100),
+        )
+    )
+    assert bytes(image.bytes(10, 50).numpy()) == files[0].read_bytes()[4106:4156]
+    assert bytes(image.bytes(8192 + 4096, 100).numpy()) == files[1].read_bytes()[-100:]
+    reader.close()
+
+
+def test_touching_brings_an_extent_into_memory(files):
+    drop_from_cache(files[0])
+    reader = MmapReader(files)
+    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
+    assert cached_pages(files[0]) == 6
+    reader.close()
+
+
+def test_a_mapping_that_shrank_is_an_error_before_any_byte_is_touched(files):
+    reader = MmapReader(files)
+    os.truncate(files[0], BLOCK_BYTES)
+    with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
+        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
+    with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
+        reader.mapped(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
+    reader.close()
+
+
+def test_an_error_while_touching_names_file_and_offset(files, monkeypatch):
+    reader = MmapReader(files)
+
+    def broken(_address, _nbytes, _advice):
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(reader, "_madvise", broken)
+    with pytest.raises(ReadError, match=rf"a\.bin.*offset {BLOCK_BYTES}.*Input/output"):
+        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
+    reader.close()
+
+
+def test_on_an_older_kernel_touching_starts_the_read_ahead_instead(files, monkeypatch):
+    reader = MmapReader(files)
+    asked = []
+
+    def old_kernel(_address, _nbytes, advice):
+        asked.append(advice)
+        ctypes.set_errno(errno.EINVAL)
+        return 0 if advice == mmap.MADV_WILLNEED else -1
+
+    monkeypatch.setattr(reader, "_madvise", old_kernel)
+    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
+    assert asked[-1] == mmap.MADV_WILLNEED
+    reader.close()
+
+
+def test_a_tensor_that_somebody_kept_stays_readable_after_its_mapping_was_closed(files):
+    expected = files[0].read_bytes()
+    reader = MmapReader(files)
+    image = reader.mapped(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
+    kept = image.bytes(0, 8192)
+    reader.close()
+    assert bytes(kept.numpy()) == expected[:8192]
+    del kept, image
+    assert mappings_of(files[0].parent) == []
+
+
+def test_a_tensor_that_somebody_kept_stays_readable_after_its_host_memory_was_closed():
+    memory = HostMemory(1 << 20)
+    memory.tensor.fill_(7)
+    kept = memory.tensor[100:200]
+    memory.close()
+    assert torch.equal(kept, torch.full((100,), 7, dtype=torch.uint8))
+
+
+def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_imitates(files):
+    rate = 400_000
+    reader = ThrottledReader(files, rate)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(read, reader, 0, SIZE, file) for file in (0, 1)]
+    took = time.perf_counter() - begin
+    assert [job.result()[:SIZE] for job in jobs] == [path.read_bytes() for path in files]
+    assert took >= 2 * SIZE / rate  # the rate is that of all threads together
+    reader.close()
+
+
+def test_interrupting_a_throttled_reader_frees_who_waits_and_lets_no_one_wait_again(files):
+    reader = ThrottledReader(files, 1)  # a byte per second
+    waiting = threading.Event()
+
+    class Closing(threading.Event):
+        def wait(self, timeout=None):
+            waiting.set()
+            return super().wait(timeout)
+
+    reader._closing = Closing()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(read, reader, 0, SIZE)
+        waiting.wait()
+        assert not job.done()
+        reader.interrupt()
+        assert job.result()[:SIZE] == files[0].read_bytes()
+        assert read(reader, 0, SIZE)[:SIZE] == files[0].read_bytes()
+    reader.close()
+
+
+def test_a_descriptor_that_cannot_be_opened_for_want_of_rights_is_said(files, monkeypatch):
+    def denied(*_args, **_named):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(ReadError, match=r"a\.bin.*Permission denied"):
+        _Files(files, 0)

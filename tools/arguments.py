@@ -1,0 +1,87 @@
+"""Arguments that several subcommands share, and the types of their values."""
+
+import argparse
+
+from layerstream.stages.units import parse_bytes
+
+__all__ = [
+    "add_generation_arguments",
+    "add_model_arguments",
+    "add_output_arguments",
+    "natural",
+    "positive",
+    "size",
+]
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a whole number above zero: {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number, zero or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a whole number, zero or above: {text!r}")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes, with or without a unit."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _temperature(text: str) -> float:
+    try:
+        temperature = float(text)
+    except ValueError:
+        temperature = 0.0
+    if not 0 < temperature < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a temperature above zero: {text!r}")
+    return temperature
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """How many tokens, and how they are chosen."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=max_new_tokens,
+        metavar="N",
+        help="tokens to generate at most (default: %(default)s)",
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--greedy", action="store_true", help="always the likeliest token (the default)"
+    )
+    choice.add_argument(
+        "--temperature", type=_temperature, metavar="T", help="draw tokens, at this temperature"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of drawn tokens (default: 0)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is streamed: device, budget, reader."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto (CUDA where there is one, else CPU), cpu, cuda:0, ...",
+    )
+    parser.add_argument(
+        "--vram", type=size, metavar="SIZE", help="VRAM that may be used, such as 4GiB"
+    )
+    parser.add_argument("--host", type=size, metavar="SIZE", help="host memory that may be used")
+    parser.add_argument(
+        "--reader", choices=["direct", "mmap"], help="how files are read (default: what suits)"
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is printed."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
+    parser.add_argument("--verbose", action="store_true", help="log what happens to stderr")

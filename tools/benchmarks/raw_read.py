@@ -1,0 +1,61 @@
+"""The floor: how fast the disk gives the bytes of some files to anybody."""
+
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from layerstream.stages.memory import HostMemory
+from layerstream.stages.readers import BLOCK_BYTES
+
+__all__ = ["GRID", "best_raw_read", "raw_read"]
+
+# Block sizes in bytes, and threads: the best of these is what the disk can do.
+GRID = tuple(itertools.product((1 << 20, 4 << 20, 8 << 20, 16 << 20), (1, 2, 4)))
+
+
+def raw_read(paths: Sequence[Path], *, block_bytes: int, threads: int) -> float:
+    """Bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages."""
+    memory = HostMemory(block_bytes * threads)
+    buffer = memory.tensor.numpy().data
+    descriptors = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
+    jobs = [
+        (descriptor, offset, min(block_bytes, whole - offset))
+        for path, descriptor in zip(paths, descriptors, strict=True)
+        if (whole := path.stat().st_size // BLOCK_BYTES * BLOCK_BYTES)
+        for offset in range(0, whole, block_bytes)
+    ]
+    queue, lock = iter(jobs), threading.Lock()
+
+    def work(number: int) -> None:
+        place = buffer[number * block_bytes :]
+        while True:
+            with lock:
+                job = next(queue, None)
+            if job is None:
+                return
+            descriptor, offset, nbytes = job
+            done = 0
+            while done < nbytes:
+                done += os.preadv(descriptor, [place[done:nbytes]], offset + done)
+
+    try:
+        memory.tensor[:: mmap.PAGESIZE] = 0  # the pages are there before the clock runs
+        with ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            list(pool.map(work, range(threads)))
+            seconds = time.perf_counter() - began
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        memory.close()
+    return sum(nbytes for _, _, nbytes in jobs) / seconds
+
+
+def best_raw_read(paths: Sequence[Path]) -> float:
+    """The best bytes per second over ``GRID``."""
+    return max(raw_read(paths, block_bytes=block, threads=threads) for block, threads in GRID)

@@ -1,0 +1,121 @@
+"""Streaming beside the disk's own rate: ``python -m layerstream.tools.benchmarks.streaming PATH``.
+
+Sweeps back to back, alternating with raw direct reads of the same files; bytes as /proc/self/io counts them.
+While sweeps run, a task on the same event loop notes how late it wakes up.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
+from layerstream.stages.compute import Batch
+from layerstream.stages.units import format_bytes
+from layerstream.stages.usage import anonymous_bytes
+from layerstream.tools.arguments import positive, size
+from layerstream.tools.benchmarks.raw_read import best_raw_read
+
+__all__ = ["main"]
+
+_BEAT_SECONDS = 0.005
+
+
+def main() -> int:
+    """Run the benchmark and print its result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="a checkpoint")
+    parser.add_argument("--host", type=size, default=1 << 30, help="host budget (default: 1GiB)")
+    parser.add_argument("--sweeps", type=positive, default=10, help="back to back (default: 10)")
+    parser.add_argument("--rounds", type=positive, default=5, help="alternations (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    result = asyncio.run(_measure(args))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(result)
+    return 0
+
+
+async def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(args.path)
+    hardware = await Hardware.probe(checkpoint, device="cpu")
+    plan = make_plan(checkpoint, hardware, budget=Budget(host=args.host), reader="direct")
+    paths = [file.path for file in checkpoint.files]
+    before = anonymous_bytes() or 0
+    rounds: list[dict[str, float]] = []
+    lateness: list[float] = []
+    peak = 0
+    async with Pipeline(plan) as pipeline:
+        await pipeline.run(_look, 0)  # the first sweep also loads the residents
+        for _ in range(args.rounds):
+            raw = [await asyncio.to_thread(best_raw_read, paths)]
+            beat = asyncio.create_task(_beat(lateness))
+            read, began = _bytes_read(), time.perf_counter()
+            for _ in range(args.sweeps):
+                await pipeline.run(_look, 0)
+            seconds, read = time.perf_counter() - began, _bytes_read() - read
+            beat.cancel()
+            peak = max(peak, (anonymous_bytes() or 0) - before)
+            raw.append(await asyncio.to_thread(best_raw_read, paths))
+            rounds.append(
+                {
+                    "bytes_per_second": read / seconds,
+                    "raw_bytes_per_second": statistics.mean(raw),
+                    "ratio": read / seconds / statistics.mean(raw),
+                    "sweep_seconds": seconds / args.sweeps,
+                }
+            )
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "model_bytes": checkpoint.total_bytes,
+        "host_budget_bytes": args.host,
+        "planned_bytes": plan.host_memory.used_bytes,
+        "added_bytes": peak,
+        "sweeps": args.sweeps,
+        "rounds": rounds,
+        "median_ratio": statistics.median(each["ratio"] for each in rounds),
+        "heartbeat_late_p99_seconds": statistics.quantiles(lateness, n=100)[98],
+    }
+
+
+def _look(batch: Batch, seen: int) -> int:
+    """A computation of next to nothing."""
+    return seen + len(batch.tensors)
+
+
+def _bytes_read() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+async def _beat(lateness: list[float]) -> None:
+    while True:
+        began = time.perf_counter()
+        await asyncio.sleep(_BEAT_SECONDS)
+        lateness.append(time.perf_counter() - began - _BEAT_SECONDS)
+
+
+def _print(result: dict[str, Any]) -> None:
+    for number, each in enumerate(result["rounds"], start=1):
+        print(
+            f"round {number}: {each['bytes_per_second'] / 1e9:.2f} GB/s, raw "
+            f"{each['raw_bytes_per_second'] / 1e9:.2f} GB/s, ratio {each['ratio']:.3f}, "
+            f"{each['sweep_seconds']:.2f} s per sweep"
+        )
+    print(
+        f"median ratio {result['median_ratio']:.3f}; added memory "
+        f"{format_bytes(result['added_bytes'])} of a budget of "
+        f"{format_bytes(result['host_budget_bytes'])}; the event loop was late by "
+        f"{result['heartbeat_late_p99_seconds'] * 1e3:.1f} ms at the 99th percentile"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The ``layerstream`` command: exit code 0 done, 1 a clear error on stderr, 2 wrong usage."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from layerstream.stages.errors import LayerstreamError
+from layerstream.tools import demo, generate, make_checkpoint
+
+__all__ = ["main"]
+
+_COMMANDS = {"generate": generate, "demo": demo, "make-checkpoint": make_checkpoint}
+
+# What a shell says of a command that a signal ended: 128 and the signal's number.
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` and return its exit code.
+
+    Raises:
+        SystemExit: on wrong usage, and after ``--help``, as argparse does it.
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("layerstream").setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has left; nothing may be written to it when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (LayerstreamError, OSError) as error:
+        print(f"layerstream: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layerstream",
+        description="Run models that do not fit: stream their weights, a few layers at a time.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=f"{module.HELP}.")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of ``error`` and its notes, which say in which stage and batch it arose."""
+    notes = getattr(error, "__notes__", [])
+    text = f"{error} ({'; '.join(notes)})" if notes else str(error)
+    return " ".join(text.split())

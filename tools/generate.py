@@ -1,0 +1,72 @@
+"""``layerstream generate``: text from a model whose weights stream."""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+
+from layerstream.tools.arguments import (
+    add_generation_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    natural,
+)
+from layerstream.tools.streaming import stream_tokens
+from layerstream.tools.text import TokenText, load_tokenizer, prompt_ids
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+logger = logging.getLogger(__name__)
+
+HELP = "generate text from a model whose weights stream"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
+    prompt.add_argument("--prompt-ids", type=_ids, metavar="1,2,3", help="the same as token ids")
+    add_generation_arguments(parser, max_new_tokens=64)
+    add_model_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from layerstream.pipeline.hub import resolve_model_path
+
+    # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
+    path = resolve_model_path(args.model)
+    tokenizer = load_tokenizer(path)
+    prompt = args.prompt_ids or prompt_ids(tokenizer, args.prompt, path)
+    text = TokenText(tokenizer)
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if not args.json:
+            print(piece, end="", flush=True)
+
+    generated = asyncio.run(
+        stream_tokens(
+            path,
+            prompt,
+            args=args,
+            on_plan=lambda plan: logger.info(plan.describe()),
+            on_token=lambda token: show(text.add(token)),
+        )
+    )
+    show(text.finish())
+    if args.json:
+        report = {"model": str(path), "text": "".join(pieces), **generated.to_json()}
+        print(json.dumps(report, indent=2))
+    else:
+        print()
+        print(generated.summary(), file=sys.stderr)
+    return 0
+
+
+def _ids(text: str) -> list[int]:
+    return [natural(part.strip()) for part in text.split(",")]

@@ -1,0 +1,45 @@
+"""Tables for people: with rich in a terminal, else in plain aligned columns."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+__all__ = ["format_table", "print_table"]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print ``rows`` under ``columns``; the first column is flush left, the others right."""
+    lines = list(rows)
+    if sys.stdout.isatty():
+        try:
+            _print_rich(title, columns, lines)
+        except ImportError:
+            pass
+        else:
+            return
+    print(f"{title}\n{format_table(columns, lines)}")
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table as plain text, without a title."""
+    lines = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _print_rich(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
