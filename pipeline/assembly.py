@@ -1,6 +1,7 @@
 """A traced model taken apart for streaming: what travels in which layer, what is gathered, what hooks tell."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -71,20 +72,23 @@ class Assembly:
     def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
         """Put tables that gather their rows from the files into the embeddings; returns their files."""
         files: dict[int, TableSource] = {}
-        for name, uses in self._gathered.items():
-            recipe = self.traced.recipes[name]
-            extent = _extents(recipe, checkpoint)[0]
-            if extent.file not in files:
-                files[extent.file] = TableSource(checkpoint.files[extent.file].path)
-            table = GatheredTable(
-                files[extent.file],
-                offset=extent.offset,
-                shape=recipe.shape,
-                dtype=getattr(torch, recipe.dtype),
-                device=device,
-            )
-            for use in uses:
-                self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
+        with ExitStack() as opened:
+            for name, uses in self._gathered.items():
+                recipe = self.traced.recipes[name]
+                extent = _extents(recipe, checkpoint)[0]
+                if extent.file not in files:
+                    path = checkpoint.files[extent.file].path
+                    files[extent.file] = opened.enter_context(TableSource(path))
+                table = GatheredTable(
+                    files[extent.file],
+                    offset=extent.offset,
+                    shape=recipe.shape,
+                    dtype=getattr(torch, recipe.dtype),
+                    device=device,
+                )
+                for use in uses:
+                    self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
+            opened.pop_all()  # theirs from here on
         return list(files.values())
 
     def hook(self, sweeps: Sweeps, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.conversion import Recipe
 from layerstream.pipeline.modules import Use
 from layerstream.stages.compute import Batch
+from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import ModelError
 
 __all__ = ["Absent", "Binding", "Bound", "source_name"]
@@ -176,12 +177,14 @@ class Bound:
     has to wait for the copies.
     """
 
-    def __init__(self, batch: Batch, binding: Binding) -> None:
+    def __init__(self, batch: Batch, binding: Binding, device: Device) -> None:
         self.index = batch.index
+        self.layers = batch.layers
         self._batch = batch
         self._binding = binding
+        self._device = device
         self._lock = threading.Lock()
-        self._buffers: dict[Use, torch.Tensor] | None = None
+        self._bound: tuple[dict[Use, torch.Tensor], Event] | None = None
 
     @cached_property
     def memory(self) -> frozenset[int]:
@@ -193,12 +196,14 @@ class Bound:
     def bind(self) -> Mapping[Use, torch.Tensor]:
         """Bind, unless that has been done; returns the buffers."""
         with self._lock:
-            if self._buffers is None:
-                self._buffers = self._binding.bind(self._batch.tensors)
-            return self._buffers
+            tensors = self._batch.tensors  # the calling thread's stream waits for their copy
+            if self._bound is None:
+                self._bound = self._binding.bind(tensors), self._device.record()
+            buffers, computed = self._bound
+            self._device.wait(computed)
+            return buffers
 
     def unbind(self) -> None:
         """Put placeholders back. Nobody holds the batch."""
         with self._lock:
-            if self._buffers is not None:
-                self._binding.unbind()
+            self._binding.unbind()  # also when binding failed half-way

@@ -30,10 +30,38 @@ class _LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def stop(self) -> None:
-        """Stop the loop and its thread."""
+        """Stop the loop and its thread, once what runs on it has ended."""
+        self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    """Cancel every other task and wait for it: an interrupt may have left one that is opening a model."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+class _Closer:
+    """Closes a model and its loop, once; at the interpreter's exit too, if nobody did before."""
+
+    def __init__(self, host: _LoopThread, model: StreamedModel) -> None:
+        self._host = host
+        self._model = model
+        self._lock = threading.Lock()
+        this = weakref.ref(self)
+        # Not atexit: by then the pools of threads that closing takes are shut down. Thread pools
+        # themselves use this one.
+        threading._register_atexit(lambda: (closer := this()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def __call__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            self._model.abandon_pass()
+            self._host.run(self._model.aclose())
+            self._host.stop()
 
 
 class _Closable:
@@ -73,16 +101,12 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
         host.stop()
         raise
 
-    def close() -> None:
-        host.run(model.aclose())
-        host.stop()
+    closer = _Closer(host, model)
 
     module = model.module
     kind = type(module)
     # transformers' pipelines look for the class by its name.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     module.__class__ = type(kind.__name__, (kind, _Closable), names)
-    finalizer = weakref.finalize(module, close)
-    vars(module)["_layerstream_close"] = finalizer
-    vars(module)["_layerstream_model"] = weakref.proxy(model)
+    vars(module)["_layerstream_close"] = closer
     return module

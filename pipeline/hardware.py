@@ -1,6 +1,5 @@
 """What this machine has. The only prober."""
 
-import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import psutil
 
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.stages.devices import open_device
+from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["Hardware", "host_available_bytes"]
 
@@ -38,7 +38,7 @@ class Hardware:
             DeviceError: there is no such device.
         """
         _ = checkpoint  # bandwidths are not measured yet
-        return await asyncio.to_thread(cls._ask, device)
+        return await finish_in_thread(lambda: cls._ask(device))
 
     @classmethod
     def _ask(cls, device: str) -> Self:

@@ -22,13 +22,14 @@ from layerstream.pipeline.conversion import (
 )
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.modules import Use
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
 from layerstream.pipeline.sweeps import Rider, Sweeps
 from layerstream.stages.devices import open_device
 from layerstream.stages.errors import ClosedError, ModelError
-from layerstream.stages.threads import Threads, finish_in_thread, settled
+from layerstream.stages.threads import Once, Threads, finish_in_thread, settled
 from layerstream.stages.timings import Timings
 from layerstream.stages.usage import anonymous_bytes
 
@@ -59,6 +60,7 @@ class StreamedModel:
         self._resources = AsyncExitStack()
         self._sweeps: Sweeps | None = None
         self._closed = False
+        self._closing = Once()
 
     @classmethod
     def open(
@@ -132,17 +134,20 @@ class StreamedModel:
         checkpoint = await Checkpoint.open_async(path)
         traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
         hardware = await Hardware.probe(checkpoint, device=options["device"])
-        self.plan = make_plan(
-            checkpoint,
-            hardware,
-            budget=options["budget"],
-            workload=options["workload"],
-            layers=layout.planned(checkpoint),
-            reader=options["reader"],
-            throttle_bytes_per_second=options["throttle_bytes_per_second"],
-            layer_batch_size=options["layer_batch_size"],
-            # transformers' code for the model, and the module tree: 100 MB where they are new here.
-            held_bytes=max(0, (anonymous_bytes() or 0) - (before or 0)),
+        # transformers' code for the model, and the module tree: 100 MB where they are new here.
+        held = max(0, (anonymous_bytes() or 0) - (before or 0))
+        self.plan = await finish_in_thread(
+            lambda: make_plan(
+                checkpoint,
+                hardware,
+                budget=options["budget"],
+                workload=options["workload"],
+                layers=layout.planned(checkpoint),
+                reader=options["reader"],
+                throttle_bytes_per_second=options["throttle_bytes_per_second"],
+                layer_batch_size=options["layer_batch_size"],
+                held_bytes=held,
+            )
         )
         if traced.unused:
             logger.info(
@@ -154,7 +159,7 @@ class StreamedModel:
         self.module = traced.module
         device = open_device(self.plan.device)
         self._device = device.torch_device
-        bindings = layout.bind(self.plan, self._device)
+        bindings = await finish_in_thread(lambda: layout.bind(self.plan, self._device))
         for table in layout.gather(checkpoint, self._device):
             self._resources.callback(table.close)
         move_buffers(self.module, self._device)
@@ -177,10 +182,19 @@ class StreamedModel:
         kept = [batch.index for batch in self.plan.batches if pinned.intersection(batch.layers)]
         if kept:
             async for batch in pipeline.sweep(kept):
-                buffers = bindings[batch.index].bind(batch.tensors)
-                for use, tensor in buffers.items():
-                    self.module.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
+                binding = bindings[batch.index]
+                # A module that outlives its model must not keep all residents' memory.
+                self._resources.callback(self._let_go, binding)
+                self._put_buffers(binding.bind(batch.tensors))
         return kept
+
+    def _let_go(self, binding: Binding) -> None:
+        binding.unbind()
+        self._put_buffers(binding.absent_buffers())
+
+    def _put_buffers(self, buffers: Mapping[Use, torch.Tensor]) -> None:
+        for use, tensor in buffers.items():
+            self.module.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
 
     async def __aexit__(
         self,
@@ -191,9 +205,15 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way and give everything back. May be called again."""
+        """Fail the requests under way and give everything back. May be called again, and by several."""
         self._closed = True
-        await self._resources.aclose()
+        await self._closing.run(self._resources.aclose)
+
+    def abandon_pass(self) -> None:
+        """End the pass of the calling thread that an interrupt has left open: nobody else would."""
+        rider = self._sweeps.current() if self._sweeps is not None else None
+        if rider is not None:
+            rider.abandon()
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -237,21 +257,28 @@ class StreamedModel:
         self._open_pipeline()
         sweeps = self._sweeps
         assert sweeps is not None  # noqa: S101
-        clone = clone_modules(self.module)
-        rider = Rider(sweeps, clone)
+        rider = Rider(sweeps)
 
         def work() -> T:
+            rider.root = clone = clone_modules(self.module)
             with sweeps.riding(rider):
                 return call(clone)
 
         future = self._threads.submit(work)
+        waiting = asyncio.wrap_future(future)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(waiting)
         except asyncio.CancelledError:
+            if self._closed and waiting.cancelled():
+                raise ClosedError("the model was closed before this request's turn came") from None
             if not future.cancel():
                 sweeps.cancel(rider)
                 await settled([future])
+                # Taken note of: it is no news to whoever has cancelled it.
+                waiting.cancelled() or waiting.exception()
             raise
+        finally:
+            del future, waiting  # an error that they hold would hold this frame, and so itself
 
     def _open_pipeline(self) -> Pipeline:
         if self._sweeps is None or self._closed:

@@ -27,7 +27,7 @@ from layerstream.stages.read import read_stage
 from layerstream.stages.readers import DirectReader, MmapReader, Reader, ThrottledReader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import InFlight, Route
-from layerstream.stages.threads import Threads, finish_in_thread
+from layerstream.stages.threads import Once, Threads, finish_in_thread
 from layerstream.stages.timings import Clock, Timings
 from layerstream.stages.transfer import transfer_stage
 
@@ -94,6 +94,8 @@ class Pipeline:
         self._stages: asyncio.Task[None] | None = None
         self._resources = ExitStack()
         self._closed = False
+        self._closing = Once()
+        self._opened_at = time.perf_counter()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -173,6 +175,8 @@ class Pipeline:
         self._arenas = (RingArena(ring.tensor), RingArena(device_ring))
         for arena in self._arenas:
             resources.callback(arena.close)
+        # Computation that was given to the device may still read what is given back from here on.
+        resources.callback(self._device.drain)
         self._read_threads = Threads("read", plan.reads_in_flight)
         resources.callback(self._read_threads.close)
         self._transfer_threads = Threads("transfer", 2)
@@ -203,20 +207,12 @@ class Pipeline:
             raise
 
     async def aclose(self) -> None:
-        """Stop the stages and give everything back. Waits for what cannot be stopped; may be called again."""
-        if self._closed:
-            return
+        """Stop the stages and give everything back, waiting for what cannot be stopped.
+
+        May be called again, and by several.
+        """
         self._closed = True
-        closing = asyncio.ensure_future(self._close())
-        cancelled: asyncio.CancelledError | None = None
-        while not closing.done():
-            try:
-                await asyncio.shield(closing)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        closing.result()
-        if cancelled is not None:
-            raise cancelled
+        await self._closing.run(self._close)
 
     async def _close(self) -> None:
         if self._stages is not None:

@@ -28,6 +28,8 @@ _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
 # Left alone of what is free, for everybody else and for the allocators' own waste.
 _MARGIN = 0.1
+# Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
+_VRAM_FIXED_BYTES = 64 << 20
 # Stacks of our threads, queues, and the tables of a few thousand tensors.
 _FIXED_BYTES = 16 << 20
 
@@ -102,7 +104,7 @@ def make_plan(
         if hardware.vram_free_bytes is None
         else _budget(budget.vram_bytes, hardware.vram_free_bytes, "VRAM"),
         host_reserved=_FIXED_BYTES + (reserved if on_cpu else 0),
-        vram_reserved=0 if on_cpu else reserved,
+        vram_reserved=0 if on_cpu else _VRAM_FIXED_BYTES + reserved,
     )
     if budget.vram is not None and on_cpu:
         raise PlanError(

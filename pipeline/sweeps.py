@@ -22,7 +22,7 @@ from layerstream.pipeline.modules import Use
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices import Device, Event
-from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.errors import ClosedError, ModelError, noting
 
 __all__ = ["PassCancelled", "Rider", "Sweeps"]
 
@@ -38,11 +38,10 @@ class Rider:
     the pass ends. It gives back before it waits.
     """
 
-    def __init__(
-        self, sweeps: "Sweeps", root: torch.nn.Module, *, turn: "threading.Lock | None" = None
-    ) -> None:
+    root: torch.nn.Module  # whose hooks call us
+
+    def __init__(self, sweeps: "Sweeps", *, turn: "threading.Lock | None" = None) -> None:
         self._sweeps = sweeps
-        self._root = root
         self._turn = turn  # held during a pass
         self._modules: list[int] = []  # ids of the hooked modules whose calls are under way
         self._held: Bound | None = None
@@ -53,9 +52,9 @@ class Rider:
 
     def enter(self, module: torch.nn.Module, entry: str) -> None:
         """A hooked module is called: with the outermost one, a pass begins."""
-        if module is self._root and id(module) in self._modules:
-            # The root is never inside itself: an interrupt kept the hooks of the last pass from running.
-            self._end_pass(completed=False)
+        if id(module) in self._modules:
+            # No module is inside itself: an interrupt kept the hooks of the last pass from running.
+            self.abandon()
         if not self._modules:
             if self._turn is not None:
                 self._turn.acquire()
@@ -92,10 +91,14 @@ class Rider:
         self._sweeps.tell(
             self._sweeps.wanted, self, released, index, self._entry if first else None, ticket
         )
-        bound = ticket.result()
-        self._held = bound
+        try:
+            self._held = bound = ticket.result()
+        except BaseException:  # an interrupt may come after the batch was handed to us
+            self._sweeps.tell(self._sweeps.gave_up, self)
+            raise
         self._visited.append(index)
-        self._put_buffers(bound.bind())
+        with noting("compute", bound):
+            self._put_buffers(bound.bind())
 
     def detached(self, output: Any) -> Any:
         """What a module returns, with copies of what are views of weights; None if nothing is.
@@ -119,16 +122,23 @@ class Rider:
             return None
         return pytree.tree_map(lambda leaf: leaf.clone() if is_weight(leaf) else leaf, output)
 
-    def _release(self) -> tuple[Bound, Event] | None:
+    def abandon(self) -> None:
+        """End the pass that an interrupt has left open, if there is one."""
+        if self._modules:
+            self._end_pass(completed=False)
+
+    def _release(self) -> Event | None:
+        """Give the batch at hand back; returns the computation that reads it."""
         if self._held is None:
             return None
-        bound, self._held = self._held, None
-        self._put_buffers(self._sweeps.absent_buffers(bound.index))
-        return bound, self._sweeps.device.record()
+        event = self._sweeps.device.record()
+        self._put_buffers(self._sweeps.absent_buffers(self._held.index))
+        self._held = None
+        return event
 
     def _put_buffers(self, buffers: Mapping[Use, torch.Tensor]) -> None:
         for use, tensor in buffers.items():
-            self._root.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
+            self.root.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
 
     def _end_pass(self, *, completed: bool) -> None:
         self._modules.clear()
@@ -214,7 +224,8 @@ class Sweeps:
                     "the streamed module was called on the event loop, which feeds it; await the StreamedModel's "
                     "forward or generate instead, or call the module in a thread"
                 )
-            rider = self._local.rider = Rider(self, self._root, turn=self._turn)
+            rider = self._local.rider = Rider(self, turn=self._turn)
+            rider.root = self._root
         return rider
 
     def current(self) -> Rider | None:
@@ -230,7 +241,7 @@ class Sweeps:
     def wanted(
         self,
         rider: Rider,
-        released: tuple[Bound, Event] | None,
+        released: Event | None,
         index: int,
         entry: str | None,
         ticket: Future[Bound],
@@ -238,7 +249,10 @@ class Sweeps:
         """``rider`` waits for layer batch ``index``; with ``entry``, it is the first of a pass."""
         self.released(rider, released)
         if self._error is not None:
-            ticket.set_exception(self._error)
+            ticket.set_exception(_echo(self._error))
+            return
+        if rider.cancelled:
+            ticket.set_exception(PassCancelled())
             return
         if entry is not None:
             self._entries[rider] = entry
@@ -251,23 +265,30 @@ class Sweeps:
                 del self._expects[rider]  # this sweep does not bring it: board the next one
         self._changed.set()
 
-    def released(self, rider: Rider, released: tuple[Bound, Event] | None) -> None:
-        """``rider`` computes with the batch it held no more."""
+    def released(self, rider: Rider, released: Event | None) -> None:
+        """``rider`` gives no more work that reads the batch it held; ``released`` is the last of it."""
         if released is not None:
             self._holders.discard(rider)
-            self._events.append(released[1])
+            self._events.append(released)
+        self._changed.set()
+
+    def gave_up(self, rider: Rider) -> None:
+        """``rider`` neither waits for a batch nor holds one."""
+        self._waiting.pop(rider, None)
+        self._expects.pop(rider, None)
+        self._holders.discard(rider)
         self._changed.set()
 
     def left(
         self,
         rider: Rider,
-        released: tuple[Bound, Event] | None,
+        released: Event | None,
         entry: str,
         visited: tuple[int, ...] | None,
     ) -> None:
         """``rider`` has ended its pass, having visited these batches if it got to its end."""
         self.released(rider, released)
-        self._expects.pop(rider, None)
+        self.gave_up(rider)
         self._entries.pop(rider, None)
         if visited:
             self._routes[entry] = visited
@@ -303,7 +324,7 @@ class Sweeps:
 
     async def _ride(self, sweep: Sweep) -> None:
         while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
-            bound = Bound(batch, self._bindings[batch.index])
+            bound = Bound(batch, self._bindings[batch.index], self.device)
             try:
                 await self._serve(bound)
             finally:
@@ -335,13 +356,26 @@ class Sweeps:
             await self._changed.wait()
 
     def _fail(self, error: BaseException) -> None:
-        self._error = error
-        for _, ticket in self._waiting.values():
-            ticket.set_exception(error)
+        if self._error is None:
+            self._error = error
+        for number, (_, ticket) in enumerate(self._waiting.values()):
+            ticket.set_exception(_echo(error) if number else error)
         self._waiting.clear()
 
     async def aclose(self) -> None:
         """Stop; passes under way get a ClosedError where they next want a batch."""
+        self._fail(ClosedError("the model was closed while it was computing"))
+        if not self._task.done():
+            # Until then, what they hold may not be written: they compute with it.
+            await self._until(lambda: not self._holders)
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._fail(ClosedError("the model was closed"))
+
+
+def _echo(error: BaseException) -> ClosedError:
+    """For all but the first who hears of ``error``: one exception raised again and again collects tracebacks."""
+    if isinstance(error, ClosedError):
+        return ClosedError(*error.args)
+    echo = ClosedError(f"streaming has failed before: {error}")
+    echo.__cause__ = error
+    return echo

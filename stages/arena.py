@@ -13,9 +13,9 @@ __all__ = ["RingArena", "Slot", "ring_bytes"]
 
 
 def ring_bytes(sizes: Sequence[int], *, slots: int) -> int:
-    """The bytes of a ring that holds any ``slots`` consecutive batches of the cyclic sequence ``sizes``.
+    """The bytes of a ring for ``slots`` consecutive batches of the cyclic sequence ``sizes``, wherever they begin.
 
-    A large batch counts once, in the window that it falls in, instead of setting the size of every slot.
+    Slots are contiguous, so where sizes differ a slot may have to wait for the ring's end to come free. A large batch counts once, in the window that it falls in, instead of setting the size of every slot.
     """
     count = len(sizes)
     windows = range(count) if count > slots else range(1)

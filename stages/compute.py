@@ -35,7 +35,7 @@ class Batch:
     def __repr__(self) -> str:
         return f"<Batch {self.index} {self.layers}>"
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors by name, contiguous views of memory that is used again for later batches.
 
@@ -44,6 +44,10 @@ class Batch:
         """
         if self._item.copied is not None:
             self._device.wait(self._item.copied)
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
         tensors = {}
         # A tensor that was made in inference mode would break callers who want gradients elsewhere.

@@ -6,7 +6,6 @@ stages tell one another what has been done. Nothing here synchronises a whole de
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -17,9 +16,6 @@ from layerstream.stages.memory import HostMemory
 __all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "open_device"]
 
 logger = logging.getLogger(__name__)
-
-# Registering page-locked memory in one call of many GiB keeps the driver's lock for seconds.
-_REGISTER_BYTES = 1 << 30
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source): uint8 views of equal size
 
@@ -57,6 +53,9 @@ class Device(Protocol):
         Raises:
             DeviceError: the device has not that much free.
         """
+
+    def drain(self) -> None:
+        """Block until the device has done all that it was given: its memory is about to be freed."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
@@ -96,6 +95,9 @@ class CpuDevice:
     def device_memory(self, nbytes: int) -> torch.Tensor:
         """Ordinary memory, page-aligned, gone with its last view."""
         return HostMemory(nbytes).tensor
+
+    def drain(self) -> None:
+        """Nothing to do: work is done when it returns."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Copy now."""
@@ -159,49 +161,49 @@ class CudaDevice:
         """
         memory = HostMemory(nbytes)
         memory.tensor.zero_()  # registering faults pages in one by one; touching them first does it in bulk
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        registered: list[int] = []
-        with torch.cuda.device(self.torch_device):
-            for start in range(0, nbytes, _REGISTER_BYTES):
-                size = min(_REGISTER_BYTES, nbytes - start)
-                code = cudart.cudaHostRegister(memory.address + start, size, 0)
-                if int(code) != 0:
-                    self._unregister(registered)
-                    memory.close()
-                    _clear_sticky_error()
-                    raise DeviceError(
-                        f"{self.torch_device} refused to page-lock {size} bytes of host memory "
-                        f"({torch.cuda.CudaError(int(code))}); lower the host budget or raise the limit on "
-                        "locked memory (ulimit -l)"
-                    )
-                registered.append(memory.address + start)
+        # In one piece: a copy that spans two registrations is refused, and a segment may lie anywhere.
+        code = self._cudart("cudaHostRegister", memory.address, nbytes, 0) if nbytes else 0
+        if code != 0:
+            memory.close()
+            raise DeviceError(
+                f"{self.torch_device} refused to page-lock {nbytes} bytes of host memory "
+                f"({torch.cuda.CudaError(code)}); lower the host budget or raise the limit on locked "
+                "memory (ulimit -l)"
+            )
         return memory
 
     def release_host_memory(self, memory: HostMemory) -> None:
-        """Unregister and close ``memory``."""
+        """Unregister and close ``memory``, once no copy reads it any more."""
         self._stream.synchronize()
-        self._unregister([memory.address + at for at in range(0, memory.nbytes, _REGISTER_BYTES)])
+        code = self._cudart("cudaHostUnregister", memory.address) if memory.nbytes else 0
+        if code != 0:
+            logger.warning("cudaHostUnregister failed: %s", torch.cuda.CudaError(code))
         memory.close()
 
-    def _unregister(self, addresses: Sequence[int]) -> None:
+    def _cudart(self, name: str, *args: int) -> int:
+        """Call the CUDA runtime with this device current; returns its error code."""
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.torch_device):
-            for address in addresses:
-                code = cudart.cudaHostUnregister(address)
-                if int(code) != 0:
-                    logger.warning("cudaHostUnregister failed: %s", torch.cuda.CudaError(int(code)))
-                    _clear_sticky_error()
+            return int(getattr(cudart, name)(*args))
 
     def device_memory(self, nbytes: int) -> torch.Tensor:
         """Memory from torch's caching allocator, so that its counters tell the whole truth."""
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
         except torch.cuda.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.torch_device)
             raise DeviceError(
                 f"{self.torch_device} has {free} of {total} bytes free, the plan needs {nbytes} more; "
                 "lower the VRAM budget or free memory on the device"
             ) from error
+        # The allocator may hand out a block that kernels of its own stream still use: fine for work on
+        # that stream, but copies are made on ours.
+        self._stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        return memory
+
+    def drain(self) -> None:
+        """Block until every stream of the device is empty."""
+        torch.cuda.synchronize(self.torch_device)
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Put ``copies`` on the copy stream; nothing here waits on the host."""
@@ -210,7 +212,8 @@ class CudaDevice:
         with torch.cuda.stream(self._stream):
             for destination, source in copies:
                 destination.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: the thread that waits for the copy would otherwise spin on a core.
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return done
 
@@ -223,15 +226,6 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         """Let the calling thread's current stream wait for ``event``."""
         event.wait(torch.cuda.current_stream(self.torch_device))  # type: ignore[attr-defined]
-
-
-def _clear_sticky_error() -> None:
-    # A failed call leaves an error behind that the next, innocent call would report.
-    with suppress(RuntimeError):
-        torch.cuda.current_stream().synchronize()
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if hasattr(cudart, "cudaGetLastError"):
-        cudart.cudaGetLastError()
 
 
 def open_device(name: str) -> CpuDevice | CudaDevice:

@@ -15,8 +15,7 @@ arise inside a stage leave it as themselves, with a note that names the stage an
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from layerstream.stages.batch import LayerBatch
+from typing import Protocol
 
 __all__ = [
     "BusyError",
@@ -62,8 +61,17 @@ class ClosedError(LayerstreamError):
     """Raised when a pipeline or model is used before it was opened or after it was closed."""
 
 
+class _Numbered(Protocol):
+    """A layer batch, planned or arrived."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+
 @contextmanager
-def noting(stage: str, batch: LayerBatch) -> Iterator[None]:
+def noting(stage: str, batch: _Numbered) -> Iterator[None]:
     """Let an error of the body leave as itself, with a note of where in the pipeline it arose."""
     try:
         yield

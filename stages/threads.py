@@ -1,13 +1,13 @@
 """Blocking calls off the event loop, in threads of our own, never abandoned."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError
 
-__all__ = ["Threads", "finish_in_thread", "settled"]
+__all__ = ["Once", "Threads", "finish_in_thread", "settled"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,10 +33,13 @@ class Threads:
             ClosedError: the pool was closed before the call had begun.
         """
         future = self.submit(call, *args, **kwargs)
-        await settled([future])
-        if future.cancelled():  # closed before a thread had taken it up
-            raise ClosedError("the pipeline was closed")
-        return future.result()
+        try:
+            await settled([future])
+            if future.cancelled():  # closed before a thread had taken it up
+                raise ClosedError("the pipeline was closed")
+            return future.result()
+        finally:
+            del future  # an error that it holds would hold this frame, and so itself
 
     def close(self) -> None:
         """Drop the calls that have not begun and wait for those that have."""
@@ -70,5 +73,29 @@ async def finish_in_thread(call: Callable[[], T]) -> T:
     """Run one long call in a thread of its own, to its end even if the waiting task is cancelled."""
     with ThreadPoolExecutor(1, thread_name_prefix="layerstream-once") as pool:
         future = pool.submit(call)
-        await settled([future])
-        return future.result()
+        try:
+            await settled([future])
+            return future.result()
+        finally:
+            del future  # an error that it holds would hold this frame, and so itself
+
+
+class Once:
+    """Work that is done once, to its end, whoever asks for it and however often it is cancelled."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do ``work``, or wait until it has been done. A cancellation is kept back until then."""
+        if self._task is None:
+            self._task = asyncio.create_task(work())
+        cancelled: asyncio.CancelledError | None = None
+        while not self._task.done():
+            try:
+                await asyncio.wait([self._task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        self._task.result()

@@ -310,7 +310,10 @@ def test_a_failed_read_reaches_every_request(tmp_path: Path) -> None:
         run(main())
 
 
-def test_weights_are_absent_outside_of_a_pass_and_say_so(tmp_path: Path) -> None:
+def test_large_weights_are_absent_outside_of_a_pass_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerstream.pipeline.assembly.WHOLE_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -321,6 +324,21 @@ def test_weights_are_absent_outside_of_a_pass_and_say_so(tmp_path: Path) -> None
             with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight is used"):
                 weight + 1
             assert model.module.device.type == "cpu"
+
+    run(main())
+
+
+def test_small_weights_are_read_anew_outside_of_a_pass_but_not_written(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = transformers.LlamaForCausalLM.from_pretrained(folder).get_parameter(name)
+
+    async def main() -> None:
+        async with await open_streaming(folder) as model:
+            weight = model.module.get_parameter(name)
+            assert torch.equal(weight.t() + 1, stored.t() + 1)
+            with pytest.raises(ModelError, match="is used"), torch.no_grad():
+                weight.zero_()
 
     run(main())
 

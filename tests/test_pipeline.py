@@ -231,6 +231,43 @@ def test_a_resident_that_was_dropped_on_its_way_is_loaded_by_a_later_sweep(check
     run(main())
 
 
+def test_a_resident_whose_copy_has_begun_is_not_loaded_again(checkpoint):
+    folder, expected = checkpoint
+    plan = arranged(plan_for(folder, GPU), on_device=(0,))
+    device = FakeDevice(hold_copies=True)
+
+    async def main():
+        reader = recording(plan)
+        async with Pipeline(plan, reader=reader, device=device) as pipeline:
+            assert await visited(pipeline.sweep([0])) == [0]  # given back before its copy was done
+            await turns()
+            device.release_copies()
+            async for batch in pipeline.sweep([0]):
+                views = batch.tensors
+                device.finish()
+                assert all(torch.equal(t, expected[n]) for n, t in views.items())
+        assert reader.log.count(0) == 1
+
+    run(main())
+
+
+def test_behind_a_sweep_that_was_left_early_the_first_batches_are_read_ahead(checkpoint):
+    folder, _ = checkpoint
+    plan = arranged(plan_for(folder, CPU))
+    read_again = threading.Event()
+
+    async def main():
+        reader = recording(plan)
+        async with Pipeline(plan, reader=reader) as pipeline:
+            async for batch in pipeline.sweep():
+                if batch.index == 4:
+                    reader.halfway(0, read_again.set)
+                    break
+            await asyncio.to_thread(read_again.wait)  # and nobody asked
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     "routes",
     [

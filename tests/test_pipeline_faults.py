@@ -306,33 +306,45 @@ def test_a_read_half_way_into_a_slot_when_it_is_dropped_never_lands_in_somebody_
     folder, hardware
 ):
     expected = write_checkpoint(folder, blocks=BLOCKS, rows=100)
-    plan = arranged(plan_for(folder, hardware), slots=2)
+    plan = arranged(plan_for(folder, hardware), slots=3)
 
     async def main():
         reader = RecordingReader([file.path for file in plan.files])
-        with Gate() as gate:
-            device = None if hardware is CPU else FakeDevice()
-            async with Pipeline(plan, reader=reader, device=device) as pipeline:
-                reader.halfway(3, gate)
+        device = None if hardware is CPU else FakeDevice()
+        pipeline = Pipeline(plan, reader=reader, device=device)
+
+        async def sweep(route):
+            async for batch in pipeline.sweep(route):
+                views = batch.tensors
+                if device:
+                    device.finish()
+                assert all(torch.equal(t, expected[n]) for n, t in views.items())
+
+        with Gate() as three, Gate() as four:
+            reader.halfway(3, three)
+            reader.halfway(4, four)
+            async with pipeline:
                 async for batch in pipeline.sweep():
                     if batch.index == 2:
+                        await asyncio.to_thread(three.reached.wait)
+                        await asyncio.to_thread(four.reached.wait)
                         break
-                await asyncio.to_thread(gate.reached.wait)
-
-                async def sweep():
-                    async for batch in pipeline.sweep([5, 6, 7, 1, 2]):
-                        views = batch.tensors
-                        if device:
-                            device.finish()
-                        assert all(torch.equal(t, expected[n]) for n, t in views.items())
-
-                sweeping = asyncio.create_task(sweep())
-                await turns(50)
-                gate.open()
+                three.open()
+                while is_under_way(pipeline, 3):
+                    await turns(1)
+                await turns()
+                assert is_under_way(pipeline, 4)  # with its slot, which a thread still fills
+                sweeping = asyncio.create_task(sweep([5, 6, 7, 1, 2]))
+                await turns()
+                four.open()
                 await sweeping
-                await sweep()
+                await sweep(None)
 
     run(main())
+
+
+def is_under_way(pipeline, index):
+    return any(item.batch.index == index for item in pipeline._route.under_way)
 
 
 @pytest.mark.parametrize("failing", ["device_memory", "host_memory"])

@@ -99,6 +99,10 @@ class FakeDevice:
         self._free_bytes -= nbytes
         return torch.full((nbytes,), POISON, dtype=torch.uint8)
 
+    def drain(self) -> None:
+        with self._changed:
+            self._copying.run_to(self._copying.end)
+
     def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
         with self._changed:
             self._copying.waiting.extend(_wait(event) for event in after)
