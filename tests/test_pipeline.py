@@ -12,7 +12,7 @@ import torch
 from support.checkpoints import CPU, GPU, arranged, fused_layers, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
 from support.faults import RecordingReader
-from support.loop import run, turns
+from support.loop import happens, run, turns
 
 from layerstream.pipeline import (
     BusyError,
@@ -263,7 +263,7 @@ def test_behind_a_sweep_that_was_left_early_the_first_batches_are_read_ahead(che
                 if batch.index == 4:
                     reader.halfway(0, read_again.set)
                     break
-            await asyncio.to_thread(read_again.wait)  # and nobody asked
+            await happens(read_again)  # and nobody asked
 
     run(main())
 

@@ -11,7 +11,7 @@ from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
 from support.faults import Gate, RecordingReader, SteppedFakeDevice, Steps, failing_with
 from support.leaks import mappings_of, nothing_left_behind, our_tasks, our_threads
-from support.loop import run, turns
+from support.loop import happens, run, turns
 
 from layerstream.pipeline import ClosedError, Pipeline, ReadError
 from layerstream.stages.errors import DeviceError
@@ -103,7 +103,7 @@ def test_when_the_caller_is_cancelled_what_runs_is_finished_and_the_next_sweep_i
             rig.before(stage, AT, gate)
             await rig.pipeline.open()
             caller = asyncio.create_task(rig.run())
-            await asyncio.to_thread(gate.reached.wait)
+            await happens(gate.reached)
             caller.cancel()
             await turns()
             if stage == "compute":
@@ -145,7 +145,7 @@ def test_closing_waits_for_the_thread_at_work_and_tells_the_caller(folder, stage
             rig.before(stage, AT, gate)
             await rig.pipeline.open()
             caller = asyncio.create_task(rig.run())
-            await asyncio.to_thread(gate.reached.wait)
+            await happens(gate.reached)
             closing = asyncio.create_task(rig.close())
             await turns()
             assert not closing.done()  # the thread still uses what would be freed
@@ -166,7 +166,7 @@ def test_closing_finishes_though_it_is_cancelled_again_and_again(folder, stage):
             rig.before(stage, AT, gate)
             await rig.pipeline.open()
             caller = asyncio.create_task(rig.run())
-            await asyncio.to_thread(gate.reached.wait)
+            await happens(gate.reached)
             closing = asyncio.create_task(rig.pipeline.aclose())
             for _ in range(5):
                 await turns()
@@ -320,14 +320,14 @@ def test_a_read_half_way_into_a_slot_when_it_is_dropped_never_lands_in_somebody_
                     device.finish()
                 assert all(torch.equal(t, expected[n]) for n, t in views.items())
 
-        with Gate() as three, Gate() as four:
-            reader.halfway(3, three)
-            reader.halfway(4, four)
-            async with pipeline:
+        async with pipeline:
+            with Gate() as three, Gate() as four:
+                reader.halfway(3, three)
+                reader.halfway(4, four)
                 async for batch in pipeline.sweep():
                     if batch.index == 2:
-                        await asyncio.to_thread(three.reached.wait)
-                        await asyncio.to_thread(four.reached.wait)
+                        await happens(three.reached)
+                        await happens(four.reached)
                         break
                 three.open()
                 while is_under_way(pipeline, 3):
@@ -378,7 +378,7 @@ def test_opening_that_is_cancelled_leaves_nothing_behind(folder):
     async def main():
         device = Slow()
         opening = asyncio.create_task(Pipeline(plan_for(folder, GPU), device=device).open())
-        await asyncio.to_thread(gate.reached.wait)
+        await happens(gate.reached)
         opening.cancel()
         await turns()
         assert not opening.done()
@@ -448,7 +448,7 @@ def test_a_call_that_no_thread_had_taken_up_when_the_pool_was_closed_says_so():
         threads = Threads("test", 1)
         with Gate() as gate:
             first = asyncio.create_task(threads.run(gate))
-            await asyncio.to_thread(gate.reached.wait)
+            await happens(gate.reached)
             second = asyncio.create_task(threads.run(int))
             await turns()
             closing = asyncio.create_task(asyncio.to_thread(threads.close))

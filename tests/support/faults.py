@@ -67,7 +67,9 @@ class Steps:
     def wait_for(self, count: int) -> None:
         """Block until ``count`` steps have been begun."""
         with self._changed:
-            self._changed.wait_for(lambda: self.count >= count)
+            assert self._changed.wait_for(lambda: self.count >= count, timeout=20), (
+                "it stopped short"
+            )
 
 
 class RecordingReader(DirectReader):

@@ -1,10 +1,11 @@
 """Coroutines in plain tests."""
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["run", "turns"]
+__all__ = ["happens", "run", "turns"]
 
 T = TypeVar("T")
 
@@ -17,6 +18,11 @@ def run(main: Coroutine[Any, Any, T], *, seconds: float = 30) -> T:
             return await main
 
     return asyncio.run(bounded())
+
+
+async def happens(event: threading.Event) -> None:
+    """Wait for what another thread does. A wait that never ends would keep the loop from closing."""
+    assert await asyncio.to_thread(event.wait, 20), "it did not happen"
 
 
 async def turns(count: int = 10) -> None:
