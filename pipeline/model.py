@@ -217,28 +217,28 @@ class StreamedModel:
 
     # -- use -------------------------------------------------------------------------------------
 
-    async def forward(self, **inputs: Any) -> Any:
+    async def forward(self, *inputs: Any, **named: Any) -> Any:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
 
-        If the waiting task is cancelled, the pass is unwound at its next layer batch.
+        Tensors among the inputs are moved to the device where computation runs. If the waiting task is cancelled, the pass is unwound at its next layer batch.
         """
-        return await self._ride(lambda model: model(**inputs))
+        return await self._ride(lambda model: model, inputs, named)
 
-    async def generate(self, **inputs: Any) -> Any:
+    async def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate, by whatever strategy; takes and returns what the model's own ``generate`` does.
 
-        If the waiting task is cancelled, generation is unwound at its next layer batch.
+        Tensors among the inputs are moved to the device where computation runs. If the waiting task is cancelled, generation is unwound at its next layer batch.
         """
-        return await self._ride(lambda model: model.generate(**inputs))
+        return await self._ride(lambda model: model.generate, inputs, named)
 
-    async def stream(self, **inputs: Any) -> AsyncIterator[int]:
+    async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
         """Generate one sequence, and yield each new token's id when it is there.
 
         Closing the generator, or cancelling the task that waits for it, ends the generation.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
         streamer = _token_streamer(asyncio.get_running_loop(), tokens)
-        generating = asyncio.create_task(self.generate(**inputs, streamer=streamer))
+        generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
         generating.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
             while (token := await tokens.get()) is not None:
@@ -252,8 +252,13 @@ class StreamedModel:
         """What the stages have done since the model was opened."""
         return self._open_pipeline().timings()
 
-    async def _ride(self, call: Callable[[Any], T]) -> T:
-        """Run ``call`` on a clone of the module tree, in a rider's thread."""
+    async def _ride(
+        self,
+        function: Callable[[Any], Callable[..., T]],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+    ) -> T:
+        """Call what ``function`` makes of a clone of the module tree with the inputs, in a rider's thread."""
         self._open_pipeline()
         sweeps = self._sweeps
         assert sweeps is not None  # noqa: S101
@@ -261,8 +266,10 @@ class StreamedModel:
 
         def work() -> T:
             rider.root = clone = clone_modules(self.module)
+            here = [_moved(each, self._device) for each in inputs]
+            named_here = {name: _moved(each, self._device) for name, each in named.items()}
             with sweeps.riding(rider):
-                return call(clone)
+                return function(clone)(*here, **named_here)
 
         future = self._threads.submit(work)
         waiting = asyncio.wrap_future(future)
@@ -284,6 +291,10 @@ class StreamedModel:
         if self._sweeps is None or self._closed:
             raise ClosedError("the model is not open; use it inside `async with`")
         return self._pipeline
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:

@@ -114,6 +114,32 @@ def test_readers_and_layer_batch_sizes_change_nothing(
     run(main())
 
 
+def test_a_model_comes_from_a_folder_a_file_or_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "hub" / "models--org--name"
+    snapshot = cached / "snapshots" / "0123"
+    for made in (snapshot, cached / "blobs", cached / "refs"):
+        made.mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123")
+    for file in folder.iterdir():
+        (cached / "blobs" / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    ids = inputs_for("llama")["input_ids"]
+
+    async def logits(source: str | Path) -> torch.Tensor:
+        async with StreamedModel.open(source, device="cpu", workload=SMALL) as model:
+            output = await model.forward(ids)
+        return output.logits
+
+    expected = run(logits(folder))
+    assert bits_equal(run(logits(folder / "model.safetensors")), expected)
+    assert bits_equal(run(logits("org/name")), expected)
+
+
 def test_a_pass_takes_one_sweep_and_reads_each_streamed_byte_once(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6)
 
