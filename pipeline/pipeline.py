@@ -1,8 +1,10 @@
 """Wires the three stages for one plan; owns their tasks, threads, memory and files.
 
+```
 disk ──> [read] ──queue──> [transfer] ──queue──> [compute] ──> the caller
-│ host slots       │ device slots        │
-└───── free <──────┴───── free <─────────┘
+           │ host slots       │ device slots        │
+           └───── free <──────┴───── free <─────────┘
+```
 """
 
 import asyncio

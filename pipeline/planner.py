@@ -93,6 +93,11 @@ def make_plan(
         raise PlanError(f"{checkpoint.path}: holds no tensors to stream")
     kind, notes = _choose_reader(checkpoint, hardware, budget, reader, throttle_bytes_per_second)
     on_cpu = hardware.vram_free_bytes is None
+    if on_cpu != (hardware.device == "cpu"):
+        raise PlanError(
+            f"hardware: vram_free_bytes is {hardware.vram_free_bytes}, but the device is {hardware.device}; "
+            "give the free VRAM of a GPU, and None for the CPU"
+        )
     reserved, reserved_notes = workload_bytes(checkpoint.config, workload)
     frame = _Frame(
         checkpoint=checkpoint,

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # has it, and where 512 would do, it costs a few KiB per read.
 BLOCK_BYTES = 4096
 
+# How filesystems say that they have no direct reads.
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+
 _MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap before 3.13
 
 
@@ -109,6 +112,9 @@ class DirectReader:
         try:
             self._direct: _Files | None = _Files(paths, getattr(os, "O_DIRECT", 0))
         except ReadError as error:
+            if getattr(error.__cause__, "errno", None) not in _REFUSED:
+                self._buffered.close()
+                raise
             self._direct = None
             self._say_fallback(error)
         self.falls_back = self._direct is None or not hasattr(os, "O_DIRECT")
@@ -117,9 +123,8 @@ class DirectReader:
         self.falls_back = True
         logger.warning(
             "direct reads are refused here (%s); reading through the page cache and dropping it behind",
-            str(
-                error
-            ),  # not the error: its frames hold the slot as long as anybody keeps the record
+            # Not the error itself: its frames hold the slot as long as anybody keeps the record.
+            str(error),
         )
 
     def read(self, extent: Extent, into: memoryview) -> None:
@@ -139,7 +144,7 @@ class DirectReader:
                 got = os.preadv(descriptor, [into[done:]], extent.offset + done)
             except OSError as error:
                 if (
-                    error.errno == errno.EINVAL and done == 0
+                    error.errno in _REFUSED and done == 0
                 ):  # opened, but not for direct reads after all
                     self._say_fallback(error)
                     return False
