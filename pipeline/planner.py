@@ -104,7 +104,10 @@ def make_plan(
         layers=layers,
         on_cpu=on_cpu,
         reader=kind,
-        host_budget=_budget(budget.host_bytes, hardware.host_available_bytes, "host RAM"),
+        # What was taken for this model is not free any more, but within its budget.
+        host_budget=_budget(
+            budget.host_bytes, hardware.host_available_bytes + held_bytes, "host RAM"
+        ),
         vram_budget=None
         if hardware.vram_free_bytes is None
         else _budget(budget.vram_bytes, hardware.vram_free_bytes, "VRAM"),
