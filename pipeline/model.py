@@ -26,7 +26,8 @@ from layerstream.pipeline.modules import Use
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
-from layerstream.pipeline.sweeps import Rider, Sweeps
+from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.sweeps import Sweeps
 from layerstream.stages.devices import open_device
 from layerstream.stages.errors import ClosedError, ModelError
 from layerstream.stages.threads import Once, Threads, finish_in_thread, settled
