@@ -22,6 +22,8 @@ __all__ = ["make_plan"]
 _SLOTS = 3
 # Below this, the fixed cost of a batch (about a millisecond of hand-offs) shows beside the time to read it.
 _BATCH_BYTES = 64 << 20
+# Mapped batches take no slots; handing one over costs a millisecond or two where all cores compute.
+_MAPPED_BATCH_BYTES = 256 << 20
 # Best or within noise of it on the disks tried, from one virtual disk to NVMe; larger only delays the last
 # block of a batch.
 _REQUEST_BYTES = 8 << 20
@@ -204,8 +206,9 @@ def _candidates(frame: _Frame, size: int | None) -> list[tuple[int, int]]:
             raise PlanError(f"layer_batch_size is {size}, but must be a whole number from 1")
         sizes = [size]
     else:
-        typical = sorted(blocks)[len(blocks) // 2] if blocks else _BATCH_BYTES
-        largest = min(-(-_BATCH_BYTES // max(typical, 1)), max(len(blocks), 1))
+        wanted = _MAPPED_BATCH_BYTES if frame.maps else _BATCH_BYTES
+        typical = sorted(blocks)[len(blocks) // 2] if blocks else wanted
+        largest = min(-(-wanted // max(typical, 1)), max(len(blocks), 1))
         sizes = sorted({max(largest >> halvings, 1) for halvings in range(largest.bit_length())})[
             ::-1
         ]
