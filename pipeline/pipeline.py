@@ -30,7 +30,7 @@ from layerstream.stages.readers import DirectReader, MmapReader, Reader, Throttl
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.threads import Once, Threads, finish_in_thread
-from layerstream.stages.timings import Clock, Timings
+from layerstream.stages.timings import Clock, Occupancy, Timings
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline", "open_reader"]
@@ -91,6 +91,7 @@ class Pipeline:
         self._device_given = device
         self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
+        self._arenas: tuple[RingArena, ...] = ()
         self._sweeps_completed = 0
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
@@ -296,12 +297,26 @@ class Pipeline:
 
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened."""
-        spans = [span for clock in self._clocks for span in clock.spans]
+        last = max(clock.stopped for clock in self._clocks)
+        sizes = (self.plan.host_arena_bytes, self.plan.device_arena_bytes)
+        arenas = zip(("host slots", "device slots"), sizes, self._arenas, strict=False)
         return Timings(
             sweeps=self._sweeps_completed,
-            wall_seconds=max((span.stop_seconds for span in spans), default=self._opened_at)
-            - self._opened_at,
+            wall_seconds=max(0.0, last - self._opened_at),
             stages=tuple(clock.sums() for clock in self._clocks),
+            start_seconds=self._opened_at,
+            labels=tuple(batch.label for batch in self.plan.batches),
+            occupancy=tuple(
+                Occupancy(
+                    name=name,
+                    capacity_bytes=size,
+                    mean_bytes=arena.gauge.mean(),
+                    peak_bytes=arena.gauge.peak,
+                    spans=tuple(arena.spans),
+                )
+                for name, size, arena in arenas
+                if size
+            ),
         )
 
     def _ended(self, sweep: Sweep) -> None:

@@ -1,11 +1,10 @@
-"""Plans and timings -> text."""
+"""Plans -> text. Timings tell of themselves: ``Timings.summary``."""
 
 from layerstream.pipeline.plan import MemoryUse, Plan
 from layerstream.stages.batch import LayerBatch
-from layerstream.stages.timings import Timings
 from layerstream.stages.units import format_bytes
 
-__all__ = ["describe_plan", "describe_timings"]
+__all__ = ["describe_plan"]
 
 
 def describe_plan(plan: Plan) -> str:
@@ -30,18 +29,6 @@ def describe_plan(plan: Plan) -> str:
     else:
         lines.append("time per sweep: not predicted, the disk's bandwidth was not measured")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
-
-
-def describe_timings(timings: Timings) -> str:
-    """One line per stage: busy, waiting, bytes and bytes per second."""
-    lines = [f"{timings.sweeps} sweeps in {timings.wall_seconds:.2f} s"]
-    lines += [
-        f"{stage.name:>8}: busy {stage.busy_seconds:.2f} s, waited in {stage.waited_in_seconds:.2f} s, "
-        f"waited out {stage.waited_out_seconds:.2f} s, {stage.items} batches, "
-        f"{format_bytes(stage.bytes)}, {format_bytes(stage.bytes_per_second)}/s"
-        for stage in timings.stages
-    ]
-    return "\n".join(lines)
 
 
 def _memory(side: str, memory: MemoryUse) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from layerstream.stages.devices import Event
 from layerstream.stages.errors import PlanError
+from layerstream.stages.timings import SPANS_KEPT, Doing, Gauge, Span
 
 __all__ = ["RingArena", "Slot", "ring_bytes"]
 
@@ -32,15 +33,19 @@ class Slot:
         offset: bytes from the start of the arena.
         tensor: the bytes, uint8 ``[nbytes]``.
         after: events that must have passed before the slot is written.
+        batch: index of the layer batch that it holds; -1 where nobody said.
+        taken_seconds: when it was taken, by ``time.perf_counter``.
     """
 
-    __slots__ = ("_freed", "after", "nbytes", "offset", "tensor")
+    __slots__ = ("_freed", "after", "batch", "nbytes", "offset", "taken_seconds", "tensor")
 
     def __init__(self, offset: int, tensor: torch.Tensor, after: tuple[Event, ...]) -> None:
         self.offset = offset
         self.nbytes = tensor.numel()
         self.tensor = tensor
         self.after = after
+        self.batch = -1
+        self.taken_seconds = 0.0
         self._freed = False
 
 
@@ -53,6 +58,8 @@ class RingArena:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
+        self.gauge = Gauge()  # of the bytes in slots
+        self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)  # of slots that were given back
         self._live: deque[Slot] = deque()
         self._end = 0  # where the youngest slot ends
         self._events: list[tuple[int, int, Event]] = []  # (start, stop, event) of slots given back
@@ -73,8 +80,12 @@ class RingArena:
         """Slots that have not been given back."""
         return sum(not slot._freed for slot in self._live)  # noqa: SLF001
 
-    async def take(self, nbytes: int) -> Slot:
+    async def take(self, nbytes: int, *, batch: int = -1) -> Slot:
         """The next slot of ``nbytes``, as soon as there is room. A cancelled wait takes nothing.
+
+        Args:
+            nbytes: its size.
+            batch: index of the layer batch that it is for, which the timings tell.
 
         Raises:
             PlanError: the ring is smaller than the slot.
@@ -90,6 +101,7 @@ class RingArena:
         stop = offset + nbytes
         slot = Slot(offset, self._memory[offset:stop], self._events_in(offset, stop))
         self._live.append(slot)
+        slot.batch, slot.taken_seconds = batch, self.gauge.change(nbytes)
         self._end = stop
         return slot
 
@@ -101,6 +113,8 @@ class RingArena:
         if slot._freed:  # noqa: SLF001
             raise AssertionError(f"slot at {slot.offset} was given back twice")
         slot._freed = True  # noqa: SLF001
+        now = self.gauge.change(-slot.nbytes)
+        self.spans.append(Span(Doing.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
         slot.tensor = torch.empty(0, dtype=torch.uint8)
         if (
             slot.nbytes

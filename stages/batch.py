@@ -78,6 +78,12 @@ class LayerBatch:
     device_resident: bool = False  # the device image is kept: read and copied once
 
     @property
+    def label(self) -> str:
+        """Its layers, in few words."""
+        first, *rest = self.layers or ("",)
+        return f"{first} to {rest[-1]}" if rest else first
+
+    @property
     def streamed(self) -> bool:
         """Whether every sweep reads the batch from disk."""
         return not (self.host_resident or self.device_resident)

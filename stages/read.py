@@ -86,7 +86,8 @@ async def read_stage(
                 idle_since = clock.add(
                     Doing.WORKING,
                     begun,
-                    max(end for _, end in times),
+                    # Small requests may have overtaken the last ones of the batch before.
+                    max(begun, *(end for _, end in times)),
                     batch=item.batch.index,
                     nbytes=item.batch.read_bytes,
                 )
@@ -124,7 +125,7 @@ async def _begin(
     if batch.host_resident:
         destination = residents.host_bytes(batch)
     else:
-        slot = await arena.take(batch.host_bytes)
+        slot = await arena.take(batch.host_bytes, batch=batch.index)
         item.host_slot = HeldSlot(arena, slot)
         destination = slot.tensor
     if not item.wanted:  # dropped while it waited for room

@@ -3,7 +3,10 @@
 import asyncio
 import time
 
+import torch
+
 from layerstream.stages.arena import RingArena
+from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import noting
@@ -32,6 +35,10 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
     Computation gets a batch as soon as its copies are on the device's copy stream: it waits there for their
     event, not here. A second loop waits for the event on the host, to give the host slot back.
 
+    A copy counts as work from when it has its room until its event has passed on the host. On a GPU that
+    includes what it waits for the computation that still reads its slot; CUDA events around the copy would
+    tell the two apart, and this is the seam for them.
+
     Args:
         route: told of batches that were dropped.
         source: batches whose bytes have arrived.
@@ -45,25 +52,25 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
     # Copies whose end nobody has seen yet. Two keep the copy stream busy; more would only hold host slots.
     copying: Channel[tuple[InFlight, HeldSlot | None, float]] = Channel(2)
     sources: set[HeldSlot] = set()  # host slots that are being copied from
+    copies = _Copies(clock)
 
     async def start() -> None:
         while True:
             waiting = time.perf_counter()
             item = await source.get()
-            begun = clock.add(Doing.WAITING_IN, waiting)
+            waiting = copies.waited(Doing.WAITING_IN, waiting, item.batch.index)
             if item.wanted and item.needs_copy:
                 with noting("transfer", item.batch):
-                    await _begin(
-                        item, device=device, arena=arena, residents=residents, threads=threads
-                    )
+                    destination, after = await _room(item, arena=arena, residents=residents)
+                    begun = copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
+                    copies.under_way += 1
+                    await _begin(item, destination, device=device, threads=threads, after=after)
                 # Only computation may still need the host image from here on; if it does not, the slot goes
                 # home when the copy is done, whatever becomes of the batch until then.
                 slot = None if item.batch.uses_host_image else item.detach_host_slot()
                 if slot is not None:
                     sources.add(slot)
-                waiting = time.perf_counter()
-                clock.add(Doing.WAITING_OUT, begun, waiting, batch=item.batch.index)
-                await copying.put((item, slot, waiting))
+                await copying.put((item, slot, begun))
             elif item.resident:
                 item.device = residents.device_image(item.batch)
             if not item.wanted:
@@ -71,21 +78,15 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
                 continue
             waiting = time.perf_counter()
             await out.put(item)
-            clock.add(Doing.WAITING_OUT, waiting, batch=item.batch.index)
+            copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
 
     async def finish() -> None:
-        finished = 0.0
         while True:
             item, slot, begun = await copying.get()
             with noting("transfer", item.batch):
                 assert item.copied is not None  # noqa: S101
                 await threads.run(item.copied.synchronize)
-            finished = clock.add(
-                Doing.WORKING,
-                max(begun, finished),
-                batch=item.batch.index,
-                nbytes=item.batch.copied_bytes,
-            )
+            copies.end(begun, item.batch)
             if slot is not None:
                 sources.remove(slot)
                 slot.give_back()
@@ -103,27 +104,54 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
             slot.give_back()
 
 
+class _Copies:
+    """The time of a stage whose two loops work and wait at once: while copies are under way, it works."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._finished = 0.0  # when the last copy was
+        self.under_way = 0  # begun, and not seen to their end
+
+    def waited(self, doing: Doing, since: float, batch: int) -> float:
+        """Count what of the time since ``since`` was spent on nothing but waiting; returns the present."""
+        now = time.perf_counter()
+        if not self.under_way:
+            self._clock.add(doing, max(since, self._finished), now, batch=batch)
+        return now
+
+    def end(self, begun: float, batch: LayerBatch) -> None:
+        """Count a copy that began at ``begun``, and queued behind those before it."""
+        begun = max(begun, self._finished)
+        nbytes = batch.copied_bytes
+        self._finished = self._clock.add(Doing.WORKING, begun, batch=batch.index, nbytes=nbytes)
+        self.under_way -= 1
+
+
 def _drain(device: Device) -> None:
     device.copy((), after=()).synchronize()  # copies pass in order: when this one has, all have
 
 
+async def _room(
+    item: InFlight, *, arena: RingArena, residents: Residents
+) -> tuple[torch.Tensor, tuple[Event, ...]]:
+    """The bytes on the device for ``item``, and what must have passed before they are written."""
+    batch = item.batch
+    if batch.device_resident:
+        return residents.device_bytes(batch), ()
+    slot = await arena.take(batch.device_bytes, batch=batch.index)
+    item.device_slot = HeldSlot(arena, slot)
+    return slot.tensor, slot.after
+
+
 async def _begin(
     item: InFlight,
+    destination: torch.Tensor,
     *,
     device: Device,
-    arena: RingArena,
-    residents: Residents,
     threads: Threads,
+    after: tuple[Event, ...],
 ) -> None:
-    """Find room for ``item`` on the device and start its copies."""
-    batch = item.batch
-    after: tuple[Event, ...] = ()
-    if batch.device_resident:
-        destination = residents.device_bytes(batch)
-    else:
-        slot = await arena.take(batch.device_bytes)
-        item.device_slot = HeldSlot(arena, slot)
-        destination, after = slot.tensor, slot.after
+    """Start the copies of ``item`` to ``destination``."""
     item.device = Image([(0, destination)])
     assert item.host is not None  # noqa: S101
     copies = [
@@ -131,6 +159,6 @@ async def _begin(
             destination.narrow(0, segment.device_offset, segment.nbytes),
             item.host.bytes(segment.host_offset, segment.nbytes),
         )
-        for segment in batch.segments
+        for segment in item.batch.segments
     ]
     item.copied = await threads.run(device.copy, copies, after=after)

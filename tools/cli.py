@@ -7,11 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import demo, generate, make_checkpoint
+from layerstream.tools import demo, generate, make_checkpoint, profile
 
 __all__ = ["main"]
 
-_COMMANDS = {"generate": generate, "demo": demo, "make-checkpoint": make_checkpoint}
+_COMMANDS = {
+    "generate": generate,
+    "demo": demo,
+    "profile": profile,
+    "make-checkpoint": make_checkpoint,
+}
 
 # What a shell says of a command that a signal ended: 128 and the signal's number.
 _INTERRUPTED = 130

@@ -18,8 +18,17 @@ __all__ = ["GRID", "best_raw_read", "raw_read"]
 GRID = tuple(itertools.product((1 << 20, 4 << 20, 8 << 20, 16 << 20), (1, 2, 4)))
 
 
-def raw_read(paths: Sequence[Path], *, block_bytes: int, threads: int) -> float:
-    """Bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages."""
+def raw_read(
+    paths: Sequence[Path], *, block_bytes: int, threads: int, limit_bytes: int | None = None
+) -> float:
+    """Bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages.
+
+    Args:
+        paths: the files.
+        block_bytes: size of one read.
+        threads: reads in flight.
+        limit_bytes: read no more than about this much; None: all.
+    """
     memory = HostMemory(block_bytes * threads)
     buffer = memory.tensor.numpy().data
     descriptors = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
@@ -29,6 +38,8 @@ def raw_read(paths: Sequence[Path], *, block_bytes: int, threads: int) -> float:
         if (whole := path.stat().st_size // BLOCK_BYTES * BLOCK_BYTES)
         for offset in range(0, whole, block_bytes)
     ]
+    if limit_bytes is not None:
+        jobs = jobs[: -(-limit_bytes // block_bytes)]
     queue, lock = iter(jobs), threading.Lock()
 
     def work(number: int) -> None:

@@ -1,0 +1,88 @@
+"""What holds the sweeps back, and what to change, told from timings."""
+
+from dataclasses import dataclass
+
+from layerstream.stages.timings import StageTimings, Timings
+from layerstream.stages.units import format_bytes
+
+__all__ = ["Bottleneck", "find_bottleneck", "summarize"]
+
+# A stage that is busy for this share of the time dominates: the others are hidden behind it.
+_DOMINATES = 0.9
+# Below this, more of the time goes to handing batches on than to any work.
+_IDLE = 0.5
+# Time between sweeps that is worth a word.
+_SHOWS = 0.05
+
+_REMEDIES = {
+    "read": "a faster disk, or a larger host budget, which keeps more layers in RAM",
+    "transfer": "a faster link to the device, or a larger VRAM budget, which keeps more layers on it",
+    "compute": "a faster device or more of its threads; weights arrive in time, so faster disks bring nothing",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck:
+    """What takes the largest part of the time."""
+
+    name: str  # a stage's name; "caller" where nobody asked for a sweep; "nothing" before any work
+    share: float  # of the time that passed
+    sentence: str  # what it is, and what to change
+
+
+def find_bottleneck(timings: Timings) -> Bottleneck:
+    """What holds the sweeps of ``timings`` back."""
+    longest = max(timings.stages, key=lambda stage: stage.busy_seconds, default=None)
+    if longest is None or not longest.items or timings.wall_seconds <= 0:
+        return Bottleneck(name="nothing", share=0.0, sentence="nothing has been streamed yet")
+    share, asleep = timings.overlap_efficiency, _unasked_share(timings)
+    if asleep > max(share, _IDLE):
+        sentence = (
+            f"for {asleep:.0%} of the time nobody asked for a sweep: the caller holds things back. "
+            "What helps: asking for the next sweep sooner"
+        )
+        return Bottleneck(name="caller", share=asleep, sentence=sentence)
+    within = share / max(1 - asleep, share)  # of the time in which there was a sweep
+    if within >= _DOMINATES:
+        words, remedy = "holds the sweeps back", _REMEDIES.get(longest.name, "making it faster")
+    elif within >= _IDLE:
+        words = "is the longest stage, but the stages overlap only in part"
+        remedy = "more slots (a larger budget or a smaller layer batch size); then a faster stage"
+    else:
+        words = "is the longest stage, but most of the time goes to hand-offs and waiting in turn"
+        remedy = "larger layer batches, and room for several of them"
+    between = f", and {asleep:.0%} pass between sweeps" if asleep >= _SHOWS else ""
+    sentence = (
+        f"{longest.name} {words}: busy {share:.0%} of the time{between}. What helps: {remedy}"
+    )
+    return Bottleneck(name=longest.name, share=share, sentence=sentence)
+
+
+def summarize(timings: Timings) -> str:
+    """A line for each stage, how well they overlap, how full the slots were, and the bottleneck."""
+    lines = [f"{timings.sweeps} sweeps in {timings.wall_seconds:.2f} s"]
+    lines += [_stage_line(stage) for stage in timings.stages]
+    lines += [
+        f"{each.name}: {format_bytes(each.mean_bytes)} of {format_bytes(each.capacity_bytes)} "
+        f"in use on average, {format_bytes(each.peak_bytes)} at most"
+        for each in timings.occupancy
+    ]
+    lines.append(f"overlap efficiency {timings.overlap_efficiency:.2f}")
+    return "\n".join([*lines, f"bottleneck: {find_bottleneck(timings).sentence}"])
+
+
+def _unasked_share(timings: Timings) -> float:
+    """How much of the time computation neither worked nor waited for weights."""
+    for stage in timings.stages:
+        if stage.name == "compute":
+            asked = stage.busy_seconds + stage.waited_in_seconds + stage.waited_out_seconds
+            return max(0.0, 1 - asked / timings.wall_seconds)
+    return 0.0
+
+
+def _stage_line(stage: StageTimings) -> str:
+    return (
+        f"{stage.name:>8}: busy {stage.busy_seconds:.2f} s, waited in {stage.waited_in_seconds:.2f} s, "
+        f"waited out {stage.waited_out_seconds:.2f} s, {stage.items} batches, "
+        f"{format_bytes(stage.bytes)}, {format_bytes(stage.bytes_per_second)}/s"
+    )

@@ -1,0 +1,193 @@
+"""Timings: no moment is counted twice, traces are what the sums say, and the bottleneck has its right name."""
+
+import json
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
+from support.fake_device import FakeDevice
+from support.loop import run
+
+from layerstream.pipeline import Pipeline
+from layerstream.stages.bottleneck import find_bottleneck
+from layerstream.stages.timings import Clock, Doing, Gauge, StageTimings, Timings
+
+BLOCKS = 6
+BATCHES = BLOCKS + 2
+
+
+def look(batch, seen):
+    return seen + len(batch.tensors)
+
+
+def toil(batch, seen):
+    """Computation that takes long beside reading a few kilobytes."""
+    matrix = torch.ones(400, 400)
+    for _ in range(20):
+        matrix = (matrix @ matrix).clamp(0, 1)
+    return seen + len(batch.tensors)
+
+
+async def swept(plan, compute=look, *, sweeps=4, device=None):
+    """Timings of whole sweeps, and of those after the first."""
+    async with Pipeline(plan, device=device) as pipeline:
+        await pipeline.run(compute, 0)
+        start = time.perf_counter()
+        for _ in range(sweeps - 1):
+            await pipeline.run(compute, 0)
+        timings = pipeline.timings()
+        return timings, timings.between(start, time.perf_counter(), sweeps=sweeps - 1)
+
+
+def slow_disk(folder):
+    """A plan whose reads take far longer than all else: 1 MB/s, tens of milliseconds for each batch."""
+    plan = arranged(plan_for(folder, CPU, reader="throttled"))
+    return replace(plan, throttle_bytes_per_second=1e6)
+
+
+ARRANGED = {
+    "streamed": {},
+    "one slot": {"slots": 1},
+    "some resident": {"on_host": (1, 4), "on_device": (2,)},
+    "all resident": {"on_device": range(BATCHES)},
+}
+
+
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+@pytest.mark.parametrize("residents", ARRANGED.values(), ids=ARRANGED)
+def test_a_trace_has_a_track_for_each_stage_and_slot_without_overlaps_and_adds_up_to_the_sums(
+    tmp_path, hardware, residents
+):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    plan = arranged(plan_for(tmp_path, hardware), **residents)
+    device = None if hardware is CPU else FakeDevice()
+    timings, _ = run(swept(plan, device=device))
+    timings.write_trace(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    tracks = {
+        event["args"]["name"]: event["tid"]
+        for event in trace["traceEvents"]
+        if event["name"] == "thread_name"
+    }
+    assert list(tracks)[:3] == ["read", "transfer", "compute"]
+    slots = [name for name in tracks if "slots" in name]
+    assert slots == list(tracks)[3:]
+    assert slots or residents
+    for track in tracks.values():
+        held = [event for event in trace["traceEvents"] if event["tid"] == track and "ts" in event]
+        held.sort(key=lambda span: (span["ts"], span["dur"]))
+        assert all(a["ts"] + a["dur"] <= b["ts"] + 0.01 for a, b in pairwise(held))
+    for stage in timings.stages:
+        spans = [
+            event
+            for event in trace["traceEvents"]
+            if event["ph"] == "X" and event["tid"] == tracks[stage.name]
+        ]
+        assert all(span["dur"] >= 0 for span in spans)
+        summed = dict.fromkeys(Doing, 0.0)
+        for span in spans:
+            summed[span["cat"]] += span["dur"] / 1e6
+        assert summed[Doing.WORKING] == pytest.approx(stage.busy_seconds, abs=1e-5)
+        assert summed[Doing.WAITING_IN] == pytest.approx(stage.waited_in_seconds, abs=1e-5)
+        assert summed[Doing.WAITING_OUT] == pytest.approx(stage.waited_out_seconds, abs=1e-5)
+        assert sum(span["args"]["bytes"] for span in spans) == stage.bytes
+        assert sum(summed.values()) <= timings.wall_seconds + 1e-5
+    computed = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "working"]
+    assert "2 model.layers.1" in computed
+
+
+def test_with_a_slow_disk_reading_is_named_and_hides_all_else(tmp_path):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    plan = slow_disk(tmp_path)
+    _, steady = run(swept(plan))
+    assert 0.9 <= steady.overlap_efficiency <= 1.0
+    read, _, compute = steady.stages
+    assert read.bytes == pytest.approx(3 * plan.disk_bytes_per_sweep, rel=0.1)
+    assert compute.items == 3 * BATCHES
+    assert find_bottleneck(steady).name == "read"
+    assert "read holds the sweeps back" in steady.summary()
+    assert "faster disk" in steady.summary()
+
+
+def test_with_a_heavy_computation_computing_is_named(tmp_path):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    _, steady = run(swept(arranged(plan_for(tmp_path, CPU)), toil))
+    assert find_bottleneck(steady).name == "compute"
+    assert "faster device" in steady.summary()
+
+
+def stage(name, busy, waited_in=0.0):
+    return StageTimings(
+        name=name,
+        items=1,
+        bytes=1,
+        busy_seconds=busy,
+        waited_in_seconds=waited_in,
+        waited_out_seconds=0.0,
+    )
+
+
+SAID = {
+    "read": ((9.5, 1.0, 1.0, 9.0), "read", "a faster disk"),
+    "transfer": ((1.0, 9.5, 1.0, 9.0), "transfer", "larger VRAM budget"),
+    "compute": ((1.0, 1.0, 9.5, 0.5), "compute", "a faster device"),
+    "in part": ((7.0, 1.0, 3.0, 7.0), "read", "more slots"),
+    "hand-offs": ((3.0, 1.0, 2.0, 8.0), "read", "larger layer batches"),
+    "between sweeps": ((1.0, 0.0, 7.0, 0.1), "compute", "29% pass between sweeps"),
+    "the caller": ((1.0, 1.0, 1.0, 1.0), "caller", "nobody asked for a sweep"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_bottleneck_says_what_to_change(case):
+    (read, transfer, compute, waited), name, words = SAID[case]
+    stages = (stage("read", read), stage("transfer", transfer), stage("compute", compute, waited))
+    found = find_bottleneck(Timings(sweeps=1, wall_seconds=10.0, stages=stages))
+    assert found.name == name
+    assert words in found.sentence
+    assert "What helps: " in found.sentence
+
+
+def test_before_any_work_there_is_no_bottleneck():
+    timings = Timings(sweeps=0, wall_seconds=0.0, stages=(Clock("read").sums(),))
+    assert (timings.overlap_efficiency, find_bottleneck(timings).name) == (0.0, "nothing")
+    assert "nothing has been streamed yet" in timings.summary()
+
+
+def test_a_stretch_of_time_takes_its_share_of_the_spans_that_reach_into_it():
+    clock = Clock("read")
+    clock.add(Doing.WORKING, 0.0, 2.0, batch=0, nbytes=100)
+    clock.add(Doing.WAITING_OUT, 2.0, 3.0, batch=1)
+    clock.add(Doing.WORKING, 3.0, 7.0, batch=1, nbytes=400)
+    part = clock.sums().between(1.0, 4.0)
+    assert (part.busy_seconds, part.waited_out_seconds, part.bytes, part.items) == (2, 1, 150, 1)
+
+
+def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
+    clock = Clock("read")
+    for second in range(10_000):
+        clock.add(Doing.WORKING, second, second + 1, batch=0, nbytes=3)
+    sums = clock.sums()
+    assert (sums.items, sums.bytes, sums.busy_seconds) == (10_000, 30_000, 10_000)
+    timings = Timings(sweeps=1, wall_seconds=10_000, stages=(sums,))
+    assert len(sums.spans) < 10_000
+    assert timings.complete_since_seconds == sums.spans[0].start_seconds == 10_000 - len(sums.spans)
+
+
+def test_occupancy_stays_within_the_ring(tmp_path):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    timings, _ = run(swept(arranged(plan_for(tmp_path, GPU)), device=FakeDevice()))
+    assert [each.name for each in timings.occupancy] == ["host slots", "device slots"]
+    for each in timings.occupancy:
+        assert 0 < each.mean_bytes <= each.peak_bytes <= each.capacity_bytes
+
+
+def test_a_gauge_remembers_its_peak():
+    gauge = Gauge()
+    for by in (3, 4, -5):
+        gauge.change(by)
+    assert gauge.peak == 7
+    assert 0 <= gauge.mean() <= 7
