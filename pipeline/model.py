@@ -28,7 +28,7 @@ from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.sweeps import Sweeps
-from layerstream.stages.devices import open_device
+from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError, ModelError
 from layerstream.stages.threads import Once, Threads, finish_in_thread, settled
 from layerstream.stages.timings import Timings
@@ -160,12 +160,13 @@ class StreamedModel:
         self.module = traced.module
         device = open_device(self.plan.device)
         self._device = device.torch_device
+        self._computes = device
         bindings = await finish_in_thread(lambda: layout.bind(self.plan, self._device))
         for table in layout.gather(checkpoint, self._device):
             self._resources.callback(table.close)
         move_buffers(self.module, self._device)
         pipeline = await self._resources.enter_async_context(Pipeline(self.plan, device=device))
-        kept = await self._keep(pipeline, layout, bindings)
+        kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
         self._sweeps = Sweeps(pipeline, self.module, bindings, device=device, kept=kept)
         self._resources.push_async_callback(self._sweeps.aclose)
@@ -176,7 +177,7 @@ class StreamedModel:
         self._resources.push_async_callback(self._sweeps.aclose)
 
     async def _keep(
-        self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding]
+        self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding], device: Device
     ) -> list[int]:
         """Load what has to be there all the time, and bind it for good."""
         pinned = {layer.name for layer in layout.layers if layer.pinned}
@@ -187,6 +188,8 @@ class StreamedModel:
                 # A module that outlives its model must not keep all residents' memory.
                 self._resources.callback(self._let_go, binding)
                 self._put_buffers(binding.bind(batch.tensors))
+            # Passes may compute on other streams, which know nothing of this thread's.
+            await finish_in_thread(device.record().synchronize)
         return kept
 
     def _let_go(self, binding: Binding) -> None:
@@ -264,12 +267,14 @@ class StreamedModel:
         sweeps = self._sweeps
         assert sweeps is not None  # noqa: S101
         rider = Rider(sweeps)
+        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it.
+        stream = self._computes.stream()
 
         def work() -> T:
             rider.root = clone = clone_modules(self.module)
-            here = [_moved(each, self._device) for each in inputs]
-            named_here = {name: _moved(each, self._device) for name, each in named.items()}
-            with sweeps.riding(rider):
+            with self._computes.computing_on(stream), sweeps.riding(rider):
+                here = [_moved(each, self._device) for each in inputs]
+                named_here = {name: _moved(each, self._device) for name, each in named.items()}
                 return function(clone)(*here, **named_here)
 
         future = self._threads.submit(work)

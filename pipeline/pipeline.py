@@ -285,7 +285,7 @@ class Pipeline:
             finally:
                 # In this thread, on its stream; and also when the result is an error or nobody wants it any
                 # more, since what was given to the device until then still reads the tensors.
-                after[:] = (self._device.record(),)
+                after[:] = batch.record()
 
         async with self.sweep(route) as sweep:
             while (batch := await sweep.receive()) is not None:

@@ -1,7 +1,7 @@
 """The compute stage: device slot -> the caller's computation."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -29,6 +29,7 @@ class Batch:
     def __init__(self, item: InFlight, device: Device) -> None:
         self._item = item
         self._device = device
+        self._streams: set[Hashable] = set()  # on which somebody computes with the tensors
         self.index = item.batch.index
         self.layers = item.batch.layers
 
@@ -40,11 +41,18 @@ class Batch:
         """The tensors by name, contiguous views of memory that is used again for later batches.
 
         Asking for them makes the calling thread's current stream wait for their copy, so ask in the
-        thread, and on the stream, that computes.
+        thread, and on the stream, that computes. The batch goes home when that stream has done what it was
+        given until then, also if another stream is current by that time.
         """
+        self._streams.add(self._device.stream())
         if self._item.copied is not None:
             self._device.wait(self._item.copied)
         return self._tensors
+
+    def record(self) -> tuple[Event, ...]:
+        """What may read the tensors: the work so far of the calling thread, and on streams that asked."""
+        streams = {self._device.stream(), *self._streams}
+        return tuple(self._device.record(stream) for stream in streams)
 
     @cached_property
     def _tensors(self) -> Mapping[str, torch.Tensor]:
@@ -90,6 +98,7 @@ class Sweep:
         self._on_end = on_end
         self._on_drop = on_drop
         self._held: InFlight | None = None
+        self._batch: Batch | None = None
         self._held_since = 0.0
         self._received = 0
         self.ended = False
@@ -118,24 +127,26 @@ class Sweep:
         self._held = item
         self._received += 1
         self._held_since = self._clock.add(Doing.WAITING_IN, waiting, batch=item.batch.index)
-        return Batch(item, self._device)
+        self._batch = Batch(item, self._device)
+        return self._batch
 
     def give_back(self, after: Sequence[Event] | None = None) -> None:
         """Give back the batch that was received last, if it is still held.
 
         Args:
-            after: the computations that read its tensors; by default all that the calling thread has given
-                to the device so far.
+            after: the computations that read its tensors; by default all that was given to the device so
+                far, by the calling thread and on streams on which its tensors were asked for.
         """
         item, self._held = self._held, None
-        if item is not None:
+        batch, self._batch = self._batch, None
+        if item is not None and batch is not None:
             self._clock.add(
                 Doing.WORKING,
                 self._held_since,
                 batch=item.batch.index,
                 nbytes=sum(view.nbytes for view in item.batch.tensors),
             )
-            self._route.done(item, (self._device.record(),) if after is None else after)
+            self._route.done(item, batch.record() if after is None else after)
 
     def end(self) -> None:
         """Give back what is held, and let the pipeline begin another sweep. May be called again."""

@@ -1,11 +1,12 @@
 """Where computation runs: the CPU, or a CUDA device. The only file that touches ``torch.cuda``.
 
 A device hands out memory, copies bytes from a host image to a device image, and gives events, with which
-stages tell one another what has been done. Nothing here synchronises a whole device.
+stages tell one another what has been done. Only ``drain``, behind all work, synchronises a whole device.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -60,8 +61,14 @@ class Device(Protocol):
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
 
-    def record(self) -> Event:
-        """The work that the calling thread has given to the device so far."""
+    def stream(self) -> Hashable:
+        """What the calling thread's work on the device is queued on now. Equal for equal streams."""
+
+    def computing_on(self, stream: Hashable) -> AbstractContextManager[object]:
+        """Queue the calling thread's work on ``stream``, which ``stream()`` gave in any thread."""
+
+    def record(self, stream: Hashable = None) -> Event:
+        """The work queued on ``stream`` so far; by default on the calling thread's own."""
 
     def wait(self, event: Event) -> None:
         """Let the work that the calling thread gives to the device from now on wait for ``event``."""
@@ -107,7 +114,15 @@ class CpuDevice:
             destination.copy_(source)
         return _Passed()
 
-    def record(self) -> Event:
+    def stream(self) -> Hashable:
+        """None: there are no queues."""
+        return None
+
+    def computing_on(self, stream: Hashable) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Nothing to do: work is done when it returns."""
+        return nullcontext()
+
+    def record(self, stream: Hashable = None) -> Event:  # noqa: ARG002
         """An event that has passed."""
         return _Passed()
 
@@ -162,29 +177,44 @@ class CudaDevice:
         memory = HostMemory(nbytes)
         memory.tensor.zero_()  # registering faults pages in one by one; touching them first does it in bulk
         # In one piece: a copy that spans two registrations is refused, and a segment may lie anywhere.
-        code = self._cudart("cudaHostRegister", memory.address, nbytes, 0) if nbytes else 0
-        if code != 0:
+        refusal = self._cudart("cudaHostRegister", memory.address, nbytes, 0) if nbytes else None
+        if refusal is not None:
             memory.close()
             raise DeviceError(
                 f"{self.torch_device} refused to page-lock {nbytes} bytes of host memory "
-                f"({torch.cuda.CudaError(code)}); lower the host budget or raise the limit on locked "
+                f"({refusal}); lower the host budget or raise the limit on locked "
                 "memory (ulimit -l)"
             )
         return memory
 
     def release_host_memory(self, memory: HostMemory) -> None:
         """Unregister and close ``memory``, once no copy reads it any more."""
-        self._stream.synchronize()
-        code = self._cudart("cudaHostUnregister", memory.address) if memory.nbytes else 0
-        if code != 0:
-            logger.warning("cudaHostUnregister failed: %s", torch.cuda.CudaError(code))
-        memory.close()
+        try:
+            self._stream.synchronize()
+            refusal = self._cudart("cudaHostUnregister", memory.address) if memory.nbytes else None
+            if refusal is not None:
+                logger.warning("cudaHostUnregister failed: %s", refusal)
+        except RuntimeError as error:  # a kernel has faulted: nothing runs on this device any more
+            logger.warning(
+                "%s has failed, host memory stays registered: %s", self.torch_device, error
+            )
+        finally:
+            memory.close()
 
-    def _cudart(self, name: str, *args: int) -> int:
-        """Call the CUDA runtime with this device current; returns its error code."""
+    def _cudart(self, name: str, *args: int) -> str | None:
+        """Call the CUDA runtime with this device current; returns what it has to complain of."""
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.torch_device):
-            return int(getattr(cudart, name)(*args))
+            code = int(getattr(cudart, name)(*args))
+            if code == 0:
+                return None
+            # The runtime remembers a failure for this thread, and torch would raise it at the next kernel,
+            # which has nothing to do with it. torch has no call to clear it but to meet it.
+            try:
+                torch.empty(1, device=self.torch_device).fill_(0)
+            except RuntimeError as error:
+                logger.debug("cleared after %s: %s", name, error)
+        return str(torch.cuda.CudaError(code))
 
     def device_memory(self, nbytes: int) -> torch.Tensor:
         """Memory from torch's caching allocator, so that its counters tell the whole truth."""
@@ -203,7 +233,12 @@ class CudaDevice:
 
     def drain(self) -> None:
         """Block until every stream of the device is empty."""
-        torch.cuda.synchronize(self.torch_device)
+        try:
+            torch.cuda.synchronize(self.torch_device)
+        except RuntimeError:
+            # Sticky: whoever computes has been told, or is told at his next call. Nothing runs any more, so
+            # memory may go; raising here would hide the error that the pipeline is being closed for.
+            logger.exception("%s has failed", self.torch_device)
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Put ``copies`` on the copy stream; nothing here waits on the host."""
@@ -217,10 +252,19 @@ class CudaDevice:
             done.record(self._stream)
         return done
 
-    def record(self) -> Event:
-        """The calling thread's current stream, as far as it is filled."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.torch_device))
+    def stream(self) -> torch.cuda.Stream:
+        """The calling thread's current stream."""
+        return torch.cuda.current_stream(self.torch_device)
+
+    def computing_on(self, stream: Hashable) -> AbstractContextManager[object]:
+        """Make ``stream`` the calling thread's current one."""
+        assert isinstance(stream, torch.cuda.Stream)  # noqa: S101
+        return torch.cuda.stream(stream)
+
+    def record(self, stream: Hashable = None) -> Event:
+        """``stream``, or else the calling thread's current one, as far as it is filled."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream if isinstance(stream, torch.cuda.Stream) else self.stream())
         return event
 
     def wait(self, event: Event) -> None:

@@ -290,6 +290,26 @@ def sweep_late(folder, device, monkeypatch):
     return run(main()), expected
 
 
+def test_a_batch_that_is_computed_with_on_a_stream_of_the_callers_is_not_overwritten(tmp_path):
+    expected = write_checkpoint(tmp_path, blocks=12)
+    device = FakeDevice()
+    stream = device.new_stream()
+
+    async def main():
+        seen = {}
+        async with Pipeline(arranged(plan_for(tmp_path, GPU), slots=2), device=device) as pipeline:
+            async for batch in pipeline.sweep():
+                with device.computing_on(stream):  # and left again before the batch is given back
+                    for name, tensor in batch.tensors.items():
+                        device.launch(
+                            lambda name=name, tensor=tensor: seen.update({name: tensor.clone()})
+                        )
+            device.record(stream).synchronize()
+        return seen
+
+    assert equal(run(main()), expected)
+
+
 def poison_host_slots_that_go_home(monkeypatch):
     """A slot may be written as soon as it is given back; here it is, at once."""
     from layerstream.stages.arena import RingArena

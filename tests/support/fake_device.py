@@ -6,7 +6,8 @@ a copy when somebody waits for it. Where a stage forgets a wait, the bytes are n
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -109,9 +110,20 @@ class FakeDevice:
             self._copying.waiting.extend(partial(_copy, *each) for each in copies)
             return _FakeEvent(self, self._copying)
 
-    def record(self) -> _FakeEvent:
+    def stream(self) -> _Stream:
+        return self._stream
+
+    @contextmanager
+    def computing_on(self, stream: _Stream) -> Iterator[None]:
+        before, self._local.stream = self._stream, stream
+        try:
+            yield
+        finally:
+            self._local.stream = before
+
+    def record(self, stream: _Stream | None = None) -> _FakeEvent:
         with self._changed:
-            return _FakeEvent(self, self._stream)
+            return _FakeEvent(self, self._stream if stream is None else stream)
 
     def wait(self, event: _FakeEvent) -> None:
         with self._changed:
@@ -124,6 +136,10 @@ class FakeDevice:
         if not hasattr(self._local, "stream"):
             self._local.stream = _Stream()
         return self._local.stream
+
+    def new_stream(self) -> _Stream:
+        """A compute stream that is no thread's yet."""
+        return _Stream()
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Put ``kernel`` on the calling thread's compute stream. It runs when something depends on it."""

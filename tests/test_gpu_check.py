@@ -1,0 +1,92 @@
+"""The check that proves the CUDA path: without a GPU it can be rehearsed, and then it measures nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerstream.tools.benchmarks.gpu_rows import ROWS
+from layerstream.tools.benchmarks.overlap import overlap_of, picture
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tools" / "gpu_check.sh"
+
+
+def test_a_rehearsal_runs_every_row_and_writes_no_figure(tmp_path):
+    command = [sys.executable, "-m", "layerstream.tools.benchmarks.gpu", "--rehearse"]
+    ran = subprocess.run(
+        [*command, "--out", tmp_path / "out", "--scratch", tmp_path],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert result["rehearsal"]
+    assert [row["name"] for row in result["rows"]] == [row.name for row in ROWS]
+    assert not any(row["measured"] or row["failed"] or row["result"] for row in result["rows"])
+    assert all(
+        row["why"] == "rehearsed"
+        or row["why"].endswith("is not installed")
+        or (row["name"], row["why"]) == ("peak VRAM to budget", "no row before this one used VRAM")
+        for row in result["rows"]
+    )
+    assert (tmp_path / "out" / "gpu_check.txt").read_text().count("not measured") == len(ROWS)
+    assert (tmp_path / "out" / "gpu_overlap.svg").read_text().count("<rect") > 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the checkpoint is gone
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_the_check_says_so_in_a_line_and_leaves_nothing(tmp_path):
+    ran = subprocess.run(
+        ["bash", SCRIPT],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "TMPDIR": str(tmp_path)},
+    )
+    assert ran.returncode == 1
+    assert len(ran.stderr.splitlines()) == 1
+    assert "sees no CUDA device here; --rehearse" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_argument_of_the_check_is_refused():
+    ran = subprocess.run(
+        ["bash", SCRIPT, "--fast"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2
+    assert "usage:" in ran.stderr
+
+
+def test_the_recorded_table_has_every_row():
+    lines = (ROOT / "tools" / "benchmarks" / "gpu.md").read_text(encoding="utf-8").splitlines()
+    recorded = {line.split("|")[1].strip() for line in lines if line.startswith("| ")}
+    assert {row.name for row in ROWS} <= recorded
+
+
+@pytest.mark.parametrize(
+    ("copies", "kernels", "share"),
+    [
+        pytest.param([(0, 10)], [(0, 10)], 1.0, id="all"),
+        pytest.param([(0, 5)], [(0, 10)], 0.5, id="half"),
+        pytest.param([(0, 2), (8, 12)], [(1, 3), (9, 11)], 0.75, id="pieces"),
+        pytest.param([(0, 5)], [(5, 10)], 0.0, id="one after the other"),
+        pytest.param([(0, 5)], [], 0.0, id="no kernels"),
+    ],
+)
+def test_overlap_is_the_part_of_the_kernels_time_with_a_copy_beside_it(copies, kernels, share):
+    assert overlap_of(copies, kernels) == share
+
+
+def test_the_picture_has_a_lane_for_copies_and_one_for_kernels():
+    drawn = picture([(0, 5), (7, 9)], [(1, 2)], title="both")
+    assert drawn.count('fill="#3572b0"') == 2
+    assert drawn.count('fill="#d98032"') == 1
+    assert picture([], [], title="nothing").count("<rect") == 0

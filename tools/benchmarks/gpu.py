@@ -1,0 +1,189 @@
+"""The GPU benchmark: ``python -m layerstream.tools.benchmarks.gpu --out DIR``; tools/gpu_check.sh runs it.
+
+Makes a checkpoint of 11 GB with random weights, measures row after row until its time is up, and writes what it
+has after each. A row that was not measured says so, and why.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerstream.stages.units import format_bytes
+from layerstream.tools.arguments import positive
+from layerstream.tools.benchmarks.copying import Accelerator
+from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row
+from layerstream.tools.benchmarks.gpu_rows import ROWS
+from layerstream.tools.families import FAMILIES, scaled
+from layerstream.tools.synthetic import Recipe, make_checkpoint
+from layerstream.tools.tables import format_table
+
+__all__ = ["main"]
+
+MIB = 1 << 20
+
+
+def main() -> int:
+    """Run the benchmark; exit code 1 if a test or a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(), help="where results go (default: here)")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the checkpoint is made (default: TMPDIR)"
+    )
+    parser.add_argument("--seconds", type=positive, default=270, help="no row begins after these")
+    parser.add_argument("--tests", type=Path, help="JUnit XML of the tests, to go into the result")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny, on the CPU: measures nothing"
+    )
+    args = parser.parse_args()
+    ends = time.monotonic() + args.seconds
+    if not args.rehearse and not torch.cuda.is_available():
+        print("there is no CUDA device here; --rehearse runs this on the CPU", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "rehearsal": args.rehearse,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "tests": _tests(args.tests),
+        "rows": [_entry(row, "not reached") for row in ROWS],
+    }
+    accelerator = Accelerator(device=torch.device("cpu" if args.rehearse else "cuda:0"))
+    result["device"] = accelerator.describe()
+    _write(args.out, result)
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="layerstream-gpu-") as scratch:
+        try:
+            made = make_checkpoint(Path(scratch) / "model", _recipe(rehearse=args.rehearse))
+        except Exception as error:
+            for entry in result["rows"]:
+                entry["why"] = f"no checkpoint: {error}"
+            _write(args.out, result)
+            raise
+        result["model_bytes"] = made.total_bytes
+        bench = Bench(
+            accelerator=accelerator,
+            folder=made.folder,
+            out=args.out,
+            sweeps=2 if args.rehearse else 20,
+            block_bytes=tuple(MIB << n for n in ((0, 1) if args.rehearse else range(0, 9, 2))),
+            pin_bytes=4 * MIB if args.rehearse else 4 << 30,
+        )
+        for place, row in enumerate(ROWS):
+            late = time.monotonic() > ends
+            entry = _entry(row, "out of time") if late else _measure(row, bench, args.rehearse)
+            result["rows"][place] = entry
+            _write(args.out, result)
+    print((args.out / "gpu_check.txt").read_text(encoding="utf-8"), end="")
+    failed = [entry for entry in result["rows"] if entry["failed"]]
+    tests = result["tests"]
+    return int(bool(failed) or (tests is not None and bool(tests["failed"] or not tests["passed"])))
+
+
+def _recipe(*, rehearse: bool) -> Recipe:
+    family = FAMILIES["llama-3.1-8b"]
+    config = scaled(
+        family.config,
+        layers=4 if rehearse else 24,
+        hidden=128 if rehearse else None,
+        vocab=320 if rehearse else 32000,
+    )
+    # The first end token that chance brings would cut decoding short.
+    config |= {"bos_token_id": 256, "eos_token_id": None}
+    return Recipe(
+        family="llama-3.1-8b",
+        config=config,
+        dtype="bfloat16",
+        max_shard_bytes=MIB if rehearse else 1 << 30,
+        seed=0,
+        sparse=False,
+    )
+
+
+def _entry(row: Row, why: str, *, failed: bool = False) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "target": row.target,
+        "measured": False,
+        "why": why,
+        "failed": failed,
+        "result": None,
+    }
+
+
+def _measure(row: Row, bench: Bench, rehearse: bool) -> dict[str, Any]:
+    print(f".. {row.name}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    try:
+        found = row.measure(bench)
+    except NotMeasuredError as error:
+        return _entry(row, str(error))
+    except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
+        print(f"   failed: {error!r}", file=sys.stderr)
+        return _entry(row, f"failed: {type(error).__name__}: {error}"[:300], failed=True)
+    if rehearse:  # what a CPU gave is nobody's figure
+        return _entry(row, "rehearsed")
+    return _entry(row, "") | {
+        "measured": True,
+        "result": asdict(found),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _tests(path: Path | None) -> dict[str, int] | None:
+    """Counts from the JUnit XML that pytest wrote."""
+    if path is None or not path.is_file():
+        return None
+    suites = list(ET.parse(path).getroot().iter("testsuite"))  # noqa: S314 - pytest's own output
+    counts = {
+        name: sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
+    }
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+    }
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    (out / "gpu_check.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    title = f"{result['device']['name']}, torch {result['device']['torch']}, {result['date']}"
+    if "model_bytes" in result:
+        title += f", model of {format_bytes(result['model_bytes'])}"
+    tests = result["tests"]
+    counted = (
+        "tests: not run"
+        if tests is None
+        else f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+    )
+    rows = [
+        (
+            entry["name"],
+            entry["target"],
+            _ratio(entry),
+            entry["result"]["says"] if entry["measured"] else entry["why"],
+        )
+        for entry in result["rows"]
+    ]
+    table = format_table(("row", "target", "ratio", ""), rows)
+    (out / "gpu_check.txt").write_text(f"{title}\n{counted}\n{table}\n", encoding="utf-8")
+
+
+def _ratio(entry: dict[str, Any]) -> str:
+    if not entry["measured"]:
+        return "not measured"
+    ratio = entry["result"]["ratio"]
+    return "-" if ratio is None else f"{ratio:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

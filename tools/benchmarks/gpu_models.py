@@ -1,0 +1,138 @@
+"""Rows of the GPU benchmark: whole models, beside others' ways to run them."""
+
+import asyncio
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from layerstream.pipeline import Budget, Plan, StreamedModel, Workload
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
+from layerstream.tools.benchmarks.gpu_streaming import copied_bytes, streaming_plan, within_budget
+from layerstream.tools.benchmarks.peers import PEERS, NotInstalledError
+
+__all__ = ["against", "decode"]
+
+# Room for what a model takes beside its layers: buffers, and weights that are used several times.
+_SPARE_BYTES = 256 * MIB
+_WORKLOAD = Workload(prompt_tokens=32, new_tokens=16)
+
+
+def _ids(bench: Bench) -> torch.Tensor:
+    ids = torch.arange(_WORKLOAD.prompt_tokens).remainder(200).add(3)
+    return ids.unsqueeze(0).to(bench.accelerator.device)
+
+
+def _budget(bench: Bench, *, resident_share: float = 0.0, on_host: bool = True) -> Budget:
+    plan = streaming_plan(bench, on_host=on_host)
+    layers = sum(batch.device_bytes or batch.host_bytes for batch in plan.batches)
+    host = plan.host_memory.budget_bytes + _SPARE_BYTES
+    if plan.device_memory is None:
+        return Budget(host=host)
+    vram = plan.device_memory.budget_bytes + _SPARE_BYTES + int(resident_share * layers)
+    return Budget(vram=vram, host=host)
+
+
+def _ours(bench: Bench, *, on_host: bool) -> tuple[float, torch.Tensor]:
+    """Seconds of a forward pass, the median of three, and its logits."""
+
+    async def main() -> tuple[float, torch.Tensor]:
+        async with StreamedModel.open(
+            bench.folder,
+            device=bench.device,
+            budget=_models_budget,
+            workload=_WORKLOAD,
+            reader="direct",
+        ) as model:
+            seconds, logits = [], torch.empty(0)
+            for _ in range(4):
+                began = time.perf_counter()
+                logits = (await model.forward(input_ids=_ids(bench), use_cache=False)).logits.cpu()
+                seconds.append(time.perf_counter() - began)
+            return statistics.median(seconds[1:]), logits
+
+    _models_budget = _budget(bench, on_host=on_host)
+    return asyncio.run(main())
+
+
+def against(name: str, *, on_host: bool) -> Callable[[Bench], Result]:
+    """A forward pass of the peer ``name`` against ours, from host RAM or from disk."""
+
+    def measure(bench: Bench) -> Result:
+        with tempfile.TemporaryDirectory(dir=bench.folder.parent) as scratch:
+            try:
+                forward = PEERS[name](bench.folder, bench.accelerator.device, Path(scratch))
+            except NotInstalledError as error:
+                raise NotMeasuredError(str(error)) from error
+            ids, logits = _ids(bench), torch.empty(0)
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                logits = forward(ids).cpu()
+                seconds.append(time.perf_counter() - began)
+            theirs = statistics.median(seconds[1:])
+            del forward
+            gc.collect()
+        key = f"ours_seconds_{'ram' if on_host else 'disk'}"
+        ours, own_logits = _ours(bench, on_host=on_host)
+        bench.found[key] = ours
+        pageable = bench.found["pinned"] / bench.found["pageable"]
+        return Result(
+            ratio=theirs / ours,
+            says=f"{theirs:.2f} s against our {ours:.2f} s per forward pass; logits "
+            f"{'equal' if torch.equal(logits, own_logits) else 'NOT equal'}",
+            details={
+                "their_seconds": theirs,
+                "our_seconds": ours,
+                "equal": torch.equal(logits, own_logits),
+                "pinned_to_pageable": pageable,
+                "wanted_of_cpu_offload": max(2.0, 0.9 * pageable),
+            },
+        )
+
+    return measure
+
+
+def decode(share: float) -> Callable[[Bench], Result]:
+    """Seconds per token with ``share`` of the layers resident in VRAM."""
+
+    def measure(bench: Bench) -> Result:
+        budget = _budget(bench, resident_share=share)
+        peak = bench.accelerator.begin_peak()
+
+        async def main() -> tuple[float, int, Plan]:
+            async with StreamedModel.open(
+                bench.folder,
+                device=bench.device,
+                budget=budget,
+                workload=_WORKLOAD,
+                reader="direct",
+            ) as model:
+                await model.generate(_ids(bench), max_new_tokens=2, do_sample=False)
+                tokens = model.stream(_ids(bench), max_new_tokens=9, do_sample=False)
+                stamps = [time.perf_counter() async for _ in tokens]
+                return (stamps[-1] - stamps[0]) / (len(stamps) - 1), peak(), model.plan
+
+        seconds, used, plan = asyncio.run(main())
+        copied = copied_bytes(plan)
+        bound = copied / bench.found["pinned"]
+        memory = plan.device_memory
+        within_budget(bench, plan, used)
+        return Result(
+            ratio=None,  # the planner predicts no times yet
+            says=f"{seconds * 1e3:.0f} ms per token, not predicted; its copies alone {bound * 1e3:.0f} ms",
+            details={
+                "seconds_per_token": seconds,
+                "predicted_seconds_per_token": None,
+                "copied_bytes_per_token": copied,
+                "copy_seconds_per_token": bound,
+                "peak_vram_bytes": used,
+                "vram_budget_bytes": memory and memory.budget_bytes,
+            },
+        )
+
+    return measure

@@ -1,0 +1,45 @@
+"""The rows of the GPU benchmark, the most wanted first: each a ratio, beside what it is a ratio to."""
+
+from layerstream.tools.benchmarks.gpu_bench import Row
+from layerstream.tools.benchmarks.gpu_models import against, decode
+from layerstream.tools.benchmarks.gpu_streaming import (
+    bandwidth,
+    from_disk,
+    from_ram,
+    overlap,
+    page_locking,
+    vram,
+)
+
+__all__ = ["ROWS"]
+
+ROWS = (
+    Row(name="H2D copies, pinned to pageable", target="-", measure=bandwidth),
+    Row(name="page-locking, registered to torch's", target="-", measure=page_locking),
+    Row(name="streaming from RAM to pinned copies", target=">= 0.95", measure=from_ram),
+    Row(name="overlap: longer of the two to both", target="-", measure=overlap),
+    Row(name="streaming from disk to raw read", target=">= 0.92", measure=from_disk),
+    Row(
+        name="against accelerate cpu_offload",
+        target=">= 0.9 x pinned/pageable, >= 2",
+        measure=against("accelerate cpu_offload", on_host=True),
+    ),
+    *(
+        Row(
+            name=f"decode, {share:.0%} of the layers in VRAM",
+            target="predicted within 15 %",
+            measure=decode(share),
+        )
+        for share in (0.0, 0.5, 0.9)
+    ),
+    Row(name="peak VRAM to budget", target="<= 1", measure=vram),
+    Row(name="against AirLLM", target=">= 5", measure=against("AirLLM", on_host=False)),
+    *(
+        Row(name=f"against {name}", target="-", measure=against(name, on_host=on_host))
+        for name, on_host in (
+            ("per-module offload by hand", True),
+            ("diffusers group offloading", True),
+            ("accelerate disk_offload", False),
+        )
+    ),
+)

@@ -1,0 +1,114 @@
+"""Other ways to run a model that does not fit, where they are installed. Each gives logits for a prompt."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PEERS", "Forward", "NotInstalledError", "module_offload"]
+
+Forward = Callable[[torch.Tensor], torch.Tensor]  # ids on the device -> logits
+
+
+class NotInstalledError(Exception):
+    """Raised when a peer is not on this machine."""
+
+
+def _needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise NotInstalledError(f"{package} is not installed")
+
+
+def _model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def _logits(model: Any) -> Forward:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return forward
+
+
+def accelerate_cpu(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """Accelerate's ``cpu_offload``: every module's weights are copied from RAM as it is called."""
+    _needs("accelerate")
+    from accelerate import cpu_offload
+
+    _ = scratch
+    return _logits(cpu_offload(_model(folder), execution_device=device))
+
+
+def accelerate_disk(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """Accelerate's ``disk_offload``: from its own copy of the weights, mapped."""
+    _needs("accelerate")
+    from accelerate import disk_offload
+
+    return _logits(disk_offload(_model(folder), offload_dir=str(scratch), execution_device=device))
+
+
+def airllm(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """AirLLM: a file for each layer, written beforehand."""
+    _needs("airllm")
+    from airllm import AutoModel
+
+    model = AutoModel.from_pretrained(
+        str(folder), device=str(device), layer_shards_saving_path=str(scratch)
+    )
+    return _logits(model)
+
+
+def diffusers_groups(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """Diffusers' group offloading of single modules, prefetched on a stream."""
+    _needs("diffusers")
+    from diffusers.hooks import apply_group_offloading
+
+    _ = scratch
+    model = _model(folder)
+    apply_group_offloading(
+        model,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+    )
+    return _logits(model)
+
+
+def module_offload(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """What diffusers does without a stream, by hand: a block's modules to the device and back, as it is called."""
+    _ = scratch
+    model = _model(folder)
+    blocks = {id(block) for block in model.model.layers}
+
+    def come(module: torch.nn.Module, _: Any) -> None:
+        module.to(device)
+
+    def go(module: torch.nn.Module, _: Any, output: Any) -> Any:
+        module.to("cpu")
+        return output
+
+    for module in model.modules():
+        if id(module) in blocks:
+            module.register_forward_pre_hook(come)
+            module.register_forward_hook(go)
+    for part in (model.model.embed_tokens, model.model.norm, model.model.rotary_emb, model.lm_head):
+        part.to(device)
+    return _logits(model)
+
+
+# By the name in the table; RAM to RAM peers first.
+PEERS: Mapping[str, Callable[[Path, torch.device, Path], Forward]] = {
+    "accelerate cpu_offload": accelerate_cpu,
+    "per-module offload by hand": module_offload,
+    "diffusers group offloading": diffusers_groups,
+    "accelerate disk_offload": accelerate_disk,
+    "AirLLM": airllm,
+}
