@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.pipeline.binding import Absent, Binding, source_name
+from layerstream.pipeline.binding import Absent, Binding, put_buffers, source_name
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.conversion import Recipe, TracedModel
 from layerstream.pipeline.embedding import WHOLE_BYTES, GatheredTable, TableSource, congruent
@@ -64,8 +64,7 @@ class Assembly:
                 lambda recipe: _fetcher(recipe, self._checkpoint, device),
             )
             binding.unbind()
-            for use, absent in binding.absent_buffers().items():
-                self.traced.module.get_submodule(use.module)._buffers[use.name] = absent  # noqa: SLF001
+            put_buffers(self.traced.module, binding.absent_buffers())
             bindings.append(binding)
         return bindings
 

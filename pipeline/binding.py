@@ -17,7 +17,7 @@ from layerstream.stages.compute import Batch
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import ModelError
 
-__all__ = ["Absent", "Binding", "Bound", "source_name"]
+__all__ = ["Absent", "Binding", "Bound", "put_buffers", "source_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,12 @@ class Binding:
     def absent_buffers(self) -> dict[Use, torch.Tensor]:
         """What stands in a clone's buffers while the batch is not there."""
         return {use: place.absent for place in self._places for use in place.buffers}
+
+
+def put_buffers(root: nn.Module, buffers: Mapping[Use, torch.Tensor]) -> None:
+    """Put ``buffers`` into the tables of the module tree ``root``; each clone has tables of its own."""
+    for use, tensor in buffers.items():
+        root.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
 
 
 def _first(owners: Sequence[tuple[nn.Module, Use]]) -> tuple[nn.Module, str]:

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from layerstream.pipeline.assembly import Assembly, move_buffers
-from layerstream.pipeline.binding import Binding
+from layerstream.pipeline.binding import Binding, put_buffers
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.conversion import (
@@ -22,7 +22,6 @@ from layerstream.pipeline.conversion import (
 )
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.hub import resolve_model_path_async
-from layerstream.pipeline.modules import Use
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
@@ -187,18 +186,14 @@ class StreamedModel:
                 binding = bindings[batch.index]
                 # A module that outlives its model must not keep all residents' memory.
                 self._resources.callback(self._let_go, binding)
-                self._put_buffers(binding.bind(batch.tensors))
+                put_buffers(self.module, binding.bind(batch.tensors))
             # Passes may compute on other streams, which know nothing of this thread's.
             await finish_in_thread(device.record().synchronize)
         return kept
 
     def _let_go(self, binding: Binding) -> None:
         binding.unbind()
-        self._put_buffers(binding.absent_buffers())
-
-    def _put_buffers(self, buffers: Mapping[Use, torch.Tensor]) -> None:
-        for use, tensor in buffers.items():
-            self.module.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
+        put_buffers(self.module, binding.absent_buffers())
 
     async def __aexit__(
         self,

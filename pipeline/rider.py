@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from layerstream.pipeline.binding import Bound
+from layerstream.pipeline.binding import Bound, put_buffers
 from layerstream.pipeline.modules import Use
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import noting
@@ -124,7 +124,7 @@ class Rider:
             raise
         self._visited.append(index)
         with noting("compute", bound):
-            self._put_buffers(bound.bind())
+            put_buffers(self.root, bound.bind())
 
     def detached(self, output: Any) -> Any:
         """What a module returns, with copies of what are views of weights; None if nothing is.
@@ -158,21 +158,21 @@ class Rider:
         if self._held is None:
             return None
         event = self._sweeps.device.record()
-        self._put_buffers(self._sweeps.absent_buffers(self._held.index))
+        put_buffers(self.root, self._sweeps.absent_buffers(self._held.index))
         self._held = None
         return event
-
-    def _put_buffers(self, buffers: Mapping[Use, torch.Tensor]) -> None:
-        for use, tensor in buffers.items():
-            self.root.get_submodule(use.module)._buffers[use.name] = tensor  # noqa: SLF001
 
     def _end_pass(self, *, completed: bool) -> None:
         self._modules.clear()
         torch.set_grad_enabled(self._gradients)
-        released = self._release()
         visited, self._visited = tuple(self._visited), []
-        self._sweeps.tell(
-            self._sweeps.left, self, released, self._entry, visited if completed else None
-        )
-        if self._turn is not None:
-            self._turn.release()
+        released = None
+        try:
+            released = self._release()
+        finally:  # also on a device that has failed: the others must not wait for us
+            self._held = None
+            self._sweeps.tell(
+                self._sweeps.left, self, released, self._entry, visited if completed else None
+            )
+            if self._turn is not None:
+                self._turn.release()

@@ -315,6 +315,34 @@ def test_an_error_of_the_model_itself_reaches_the_caller_and_harms_nobody(tmp_pa
         run(main())
 
 
+@pytest.mark.filterwarnings("ignore:module forward hook")  # torch tells of the second error, too
+def test_a_device_that_fails_while_a_batch_goes_home_lets_the_next_request_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    inputs = inputs_for("llama")
+
+    async def main() -> None:
+        async with await open_streaming(folder) as model:
+            device, calls = model._sweeps.device, 0
+            record = device.record
+
+            def failing(stream: object = None) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls > 1:  # the first is that of binding
+                    raise RuntimeError("the device has failed")
+                return record(stream)
+
+            monkeypatch.setattr(device, "record", failing)
+            with pytest.raises(RuntimeError, match="the device has failed"):
+                await model.forward(**inputs)
+            monkeypatch.undo()
+            assert (await model.forward(**inputs)).logits.isfinite().all()
+
+    run(main())
+
+
 def test_a_failed_read_reaches_every_request(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6)
     inputs = inputs_for("llama")
