@@ -1,43 +1,122 @@
 """What this machine has. The only prober."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import psutil
 
 from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.figures import ComputeRate, Figure, Origin
 from layerstream.stages.devices import open_device
+from layerstream.stages.errors import PlanError
 from layerstream.stages.threads import finish_in_thread
 
-__all__ = ["Hardware", "host_available_bytes"]
+__all__ = ["ComputeRate", "Figure", "Hardware", "Origin", "host_available_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The machine that a plan is made for. Written by hand, it is a what-if."""
+    """The machine that a plan is made for. Written by hand, it is a what-if.
 
-    device: str  # "cpu" or "cuda:0"
+    Rates are None where they are not known.
+
+    Attributes:
+        device: "cpu" or "cuda:0".
+        vram_free_bytes: None on a CPU device.
+        cores: that this process may use.
+        disk_bytes_per_second: of direct reads, as the pipeline makes them.
+        mmap_bytes_per_second: of faulting in mapped files that are not in the page cache.
+        cached_bytes: how much of the checkpoint's files is in the page cache now.
+        h2d_bytes_per_second: host to device, from page-locked memory.
+        pageable_h2d_bytes_per_second: host to device, from ordinary memory.
+        host_copy_bytes_per_second: from host memory to host memory, in one thread.
+        compute: by ascending tokens.
+        direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
+        mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
+        overhead_seconds_per_batch: of handing a layer batch through the stages.
+        figures: how each of these is known, by the field's name; what is not in it was given by hand.
+
+    Raises:
+        PlanError: a rate that is not above zero, a negative size, or no cores.
+    """
+
+    device: str
     host_available_bytes: int
-    vram_free_bytes: int | None  # None on a CPU device
+    vram_free_bytes: int | None
     cores: int
-    disk_bytes_per_second: float | None = None  # None: not measured
-    h2d_bytes_per_second: float | None = None  # None: not measured
+    disk_bytes_per_second: float | None = None
+    mmap_bytes_per_second: float | None = None
+    cached_bytes: int = 0
+    h2d_bytes_per_second: float | None = None
+    pageable_h2d_bytes_per_second: float | None = None
+    host_copy_bytes_per_second: float | None = None
+    compute: tuple[ComputeRate, ...] = ()
+    direct_read_cpu_seconds_per_byte: float | None = None
+    mmap_read_cpu_seconds_per_byte: float | None = None
+    overhead_seconds_per_batch: float | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("host_available_bytes", "vram_free_bytes", "cached_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # so that NaN is refused too
+                raise PlanError(f"hardware: {name} is {value}; give the bytes, from 0")
+        if not self.cores >= 1:
+            raise PlanError(f"hardware: cores is {self.cores}; give a whole number from 1")
+        for name in _RATES:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise PlanError(
+                    f"hardware: {name} is {value}; give a number above zero, or None for unknown"
+                )
+        for name in _COSTS:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise PlanError(
+                    f"hardware: {name} is {value}; give seconds, from 0, or None for unknown"
+                )
+        self._check_compute()
+
+    def _check_compute(self) -> None:
+        sizes = [rate.tokens for rate in self.compute]
+        if sizes != sorted({size for size in sizes if size >= 1}):
+            raise PlanError(
+                f"hardware: compute has rates for {sizes} tokens; give each size once, in ascending order, from 1"
+            )
+        for rate in self.compute:
+            if not 0 < rate.bytes_per_second < math.inf:
+                raise PlanError(
+                    f"hardware: compute at {rate.tokens} tokens has {rate.bytes_per_second} bytes per "
+                    "second; give a number above zero"
+                )
 
     @classmethod
-    async def probe(cls, checkpoint: Checkpoint, device: str = "auto") -> Self:
+    async def probe(
+        cls,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        *,
+        fresh: bool = False,
+        measure: bool = True,
+        cache_folder: Path | None = None,
+    ) -> Self:
         """Ask this machine what it has free.
 
         Args:
             checkpoint: the files that will be read.
             device: "auto", "cpu", "cuda" or "cuda:N".
+            fresh: measure again what was measured before.
+            measure: False asks for free memory and what is known from before, and measures nothing.
+            cache_folder: where measurements are kept; by default the user's cache folder.
 
         Raises:
             DeviceError: there is no such device.
         """
-        _ = checkpoint  # bandwidths are not measured yet
+        _ = checkpoint, fresh, measure, cache_folder  # rates are not measured yet
         return await finish_in_thread(lambda: cls._ask(device))
 
     @classmethod
@@ -51,6 +130,20 @@ class Hardware:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
         )
+
+
+_RATES = (
+    "disk_bytes_per_second",
+    "mmap_bytes_per_second",
+    "h2d_bytes_per_second",
+    "pageable_h2d_bytes_per_second",
+    "host_copy_bytes_per_second",
+)
+_COSTS = (
+    "direct_read_cpu_seconds_per_byte",
+    "mmap_read_cpu_seconds_per_byte",
+    "overhead_seconds_per_batch",
+)
 
 
 def host_available_bytes(process: Path = Path("/proc/self")) -> int:

@@ -1,13 +1,14 @@
 """What the machine has free: the least of what the system and each cgroup allow."""
 
 import asyncio
+from dataclasses import replace
 
 import psutil
 import pytest
-from support.checkpoints import write_checkpoint
+from support.checkpoints import GPU, write_checkpoint
 
-from layerstream.pipeline import Checkpoint, DeviceError, Hardware
-from layerstream.pipeline.hardware import host_available_bytes
+from layerstream.pipeline import Checkpoint, DeviceError, Hardware, PlanError
+from layerstream.pipeline.hardware import ComputeRate, host_available_bytes
 
 MIB = 1 << 20
 
@@ -113,3 +114,47 @@ def test_this_machine_is_probed(tmp_path):
     assert hardware.host_available_bytes > 0
     with pytest.raises(DeviceError, match="'toaster' is not a device"):
         asyncio.run(Hardware.probe(checkpoint, device="toaster"))
+
+
+# -- what is given by hand ------------------------------------------------------------------------
+
+
+def test_rates_given_by_hand_are_taken_as_they_are():
+    what_if = replace(GPU, disk_bytes_per_second=7e9, h2d_bytes_per_second=25e9)
+    assert what_if.disk_bytes_per_second == 7e9
+    assert what_if.figures == {}
+    assert hash(what_if) == hash(replace(what_if))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    ["disk_bytes_per_second", "mmap_bytes_per_second", "h2d_bytes_per_second", "compute"],
+)
+def test_a_rate_that_is_none_is_refused_by_its_name(name, value):
+    given = (ComputeRate(tokens=1, bytes_per_second=value),) if name == "compute" else value
+    with pytest.raises(PlanError, match=f"hardware: {name} .*; give a number above zero"):
+        replace(GPU, **{name: given})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("host_available_bytes", -1),
+        ("vram_free_bytes", -1),
+        ("cached_bytes", -1),
+        ("cores", 0),
+        ("direct_read_cpu_seconds_per_byte", -1e-9),
+        ("overhead_seconds_per_batch", float("nan")),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(name, value):
+    with pytest.raises(PlanError, match=f"hardware: {name} is {value}; give "):
+        replace(GPU, **{name: value})
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 1), (0, 1)])
+def test_compute_rates_come_by_ascending_tokens(sizes):
+    rates = tuple(ComputeRate(tokens=size, bytes_per_second=1e9) for size in sizes)
+    with pytest.raises(PlanError, match="in ascending order, from 1"):
+        replace(GPU, compute=rates)

@@ -1,0 +1,35 @@
+"""How fast a machine is, and how each rate is known. Plain data."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["ComputeRate", "Figure", "Origin"]
+
+
+class Origin(StrEnum):
+    """Where a figure comes from."""
+
+    MEASURED = "measured"  # on this machine, just now
+    CACHED = "cached"  # on this machine, at an earlier time
+    ASSUMED = "assumed"  # nobody has measured it
+    GIVEN = "given"  # by the caller: a what-if
+    LEARNT = "learnt"  # from sweeps of this model on this machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """How one rate is known. The rate itself is the median of the samples."""
+
+    origin: Origin
+    least: float | None = None  # of the samples, in the unit of the rate
+    most: float | None = None
+    samples: int = 0
+    age_seconds: float | None = None  # since it was measured; None where it was not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeRate:
+    """How fast weights are computed with, in passes of one size."""
+
+    tokens: int  # in one pass: the rows that each weight matrix is multiplied with
+    bytes_per_second: float  # of weights, in the checkpoint's main dtype
