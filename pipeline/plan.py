@@ -7,14 +7,19 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from layerstream.pipeline.prediction import Advice, Candidate, Prediction
+from layerstream.pipeline.rates import Input
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
-from layerstream.stages.units import parse_bytes
+from layerstream.stages.units import parse_size
 
 __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
 
 # Raised when the meaning of a field changes, so that an old plan is refused instead of misread.
-_VERSION = 1
+_VERSION = 2
+
+# Of which a share is a size, whatever is free: to try whether one can be read.
+_MUCH_BYTES = 1 << 40
 
 
 class ReaderKind(StrEnum):
@@ -27,7 +32,9 @@ class ReaderKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The memory that a pipeline may use. Bytes, or strings such as "4GiB"; None: what is free, less a margin.
+    """The memory that a pipeline may use: bytes, or strings such as "4GiB" or, of what is free, "80%".
+
+    None: what is free, less a tenth.
 
     The host budget counts what the pipeline adds in anonymous and page-locked memory: slots, residents, and
     on a CPU device the KV cache and activations of the workload. The page cache does not count.
@@ -39,18 +46,19 @@ class Budget:
     vram: int | str | None = None
     host: int | str | None = None
 
-    @property
-    def vram_bytes(self) -> int | None:
-        """The VRAM budget in bytes."""
-        return _budget_bytes(self.vram, "VRAM")
+    def vram_bytes(self, free_bytes: int) -> int | None:
+        """The VRAM budget in bytes, where so much is free."""
+        return _budget_bytes(self.vram, "VRAM", free_bytes)
 
-    @property
-    def host_bytes(self) -> int | None:
-        """The host budget in bytes."""
-        return _budget_bytes(self.host, "host")
+    def host_bytes(self, free_bytes: int) -> int | None:
+        """The host budget in bytes, where so much is free."""
+        return _budget_bytes(self.host, "host", free_bytes)
 
     def __post_init__(self) -> None:
-        _ = self.vram_bytes, self.host_bytes  # refuse nonsense where it is written
+        _ = (
+            self.vram_bytes(_MUCH_BYTES),
+            self.host_bytes(_MUCH_BYTES),
+        )  # refuse nonsense where it is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +113,6 @@ class Plan:
     files: tuple[PlannedFile, ...]
     device: str  # "cpu" or "cuda:0"
     reader: ReaderKind
-    disk_bytes_per_second: float | None  # measured or given; None: not measured
     throttle_bytes_per_second: float | None  # of a throttled reader
     read_request_bytes: int
     reads_in_flight: int
@@ -118,6 +125,15 @@ class Plan:
     device_memory: MemoryUse | None  # None on a CPU device, where there is only the host's
     batches: tuple[LayerBatch, ...]
     workload: Workload | None
+    workload_bytes: int  # of the reserved memory, what is for requests: KV cache and activations
+    kv_cache_on_host: (
+        bool  # the KV cache lives in host RAM, and travels to the device layer by layer
+    )
+    decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
+    prediction: Prediction
+    inputs: tuple[Input, ...]  # the figures that it was made with, and how each is known
+    candidates: tuple[Candidate, ...]  # what it was chosen from, the fastest first
+    advice: tuple[Advice, ...]  # what would help
     notes: tuple[str, ...]  # what was assumed, and why things are as they are
 
     def __post_init__(self) -> None:
@@ -134,6 +150,11 @@ class Plan:
     def disk_bytes_per_sweep(self) -> int:
         """Bytes that every sweep but the first reads from disk."""
         return sum(batch.read_bytes for batch in self.batches if batch.streamed)
+
+    @property
+    def predicted_sweep_seconds(self) -> float:
+        """The time of a sweep while decoding."""
+        return self.prediction.decode.seconds
 
     @property
     def first_sweep_bytes(self) -> int:
@@ -174,17 +195,17 @@ class Plan:
         return plan
 
 
-def _budget_bytes(given: int | str | None, side: str) -> int | None:
+def _budget_bytes(given: int | str | None, side: str, free_bytes: int) -> int | None:
     if given is None:
         return None
     if isinstance(given, str):
         try:
-            return parse_bytes(given)
+            return parse_size(given, of_bytes=free_bytes)
         except ValueError as error:
             raise PlanError(f"{side} budget: {error}") from error
     if not isinstance(given, int) or isinstance(given, bool) or given <= 0:
         raise PlanError(
-            f'{side} budget {given!r} is not a size above nothing; write it like "4GiB"'
+            f'{side} budget {given!r} is not a size above nothing; write it like "4GiB" or "80%"'
         )
     return given
 

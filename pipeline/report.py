@@ -23,11 +23,7 @@ def describe_plan(plan: Plan) -> str:
     ]
     if plan.device_memory is not None:
         lines.append(_memory("VRAM", plan.device_memory))
-    if plan.disk_bytes_per_second:
-        seconds = plan.disk_bytes_per_sweep / plan.disk_bytes_per_second
-        lines.append(f"reading takes {seconds:.2f} s per sweep at the disk's rate")
-    else:
-        lines.append("time per sweep: not predicted, the disk's bandwidth was not measured")
+    lines.append(f"predicted {plan.predicted_sweep_seconds:.3f} s per sweep")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 

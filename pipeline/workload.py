@@ -1,13 +1,51 @@
 """The memory that a workload takes beside the weights, estimated from a model's config. Pure."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from layerstream.pipeline.plan import Workload
 
-__all__ = ["workload_bytes"]
+__all__ = ["WorkloadMemory", "estimate_memory", "workload_bytes"]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadMemory:
+    """The memory of a workload beside the weights."""
+
+    kv_bytes: int  # KV cache of all sequences at their end, and what growing it takes on top
+    prefill_bytes: int  # activations while the prompt is processed, logits included
+    decode_bytes: int  # the same while one token per sequence is
+    measured: bool  # by a pass on the meta device; else estimated from config.json
+
+    @property
+    def peak_bytes(self) -> int:
+        """All at its worst."""
+        return self.kv_bytes + max(self.prefill_bytes, self.decode_bytes)
+
+    def scaled(self, times: int) -> Self:
+        """The same for ``times`` as many sequences."""
+        return replace(
+            self,
+            kv_bytes=times * self.kv_bytes,
+            prefill_bytes=times * self.prefill_bytes,
+            decode_bytes=times * self.decode_bytes,
+        )
+
+
+def estimate_memory(
+    config: Mapping[str, Any] | None, workload: Workload | None
+) -> WorkloadMemory | None:
+    """Stand-in until measured."""
+    if workload is None or config is None:
+        return None
+    total, _ = workload_bytes(config, workload)
+    one, _ = workload_bytes(config, replace(workload, prompt_tokens=1))
+    return WorkloadMemory(
+        kv_bytes=0, prefill_bytes=total, decode_bytes=min(one, total), measured=False
+    )
 
 
 def workload_bytes(

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "parse_bytes", "parse_rate", "parse_size"]
 
 _ROUNDS_UP = 999.5  # what would print as 1000
 
@@ -29,6 +29,37 @@ def parse_bytes(text: str) -> int:
     if not 1 <= count < _ABSURD_BYTES:
         raise ValueError(f"not a size: {text!r}; write it like 4GiB or 900MB")
     return int(count)
+
+
+def parse_size(text: str, *, of_bytes: int) -> int:
+    """As ``parse_bytes``, or a share of ``of_bytes`` such as "80%".
+
+    Raises:
+        ValueError: it is neither, or a share of nothing, or of more than all.
+    """
+    number = text.strip().removesuffix("%")
+    if number == text.strip():
+        return parse_bytes(text)
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"not a share: {text!r}; write it like 80%, above 0% and up to 100%")
+    return int(share * of_bytes)
+
+
+def parse_rate(text: str) -> float:
+    """The bytes per second that ``text`` says, such as "7GB/s" or "25 GiB/s".
+
+    Raises:
+        ValueError: it says nothing of the kind, or nothing above zero.
+    """
+    size = text.strip().removesuffix("/s")
+    try:
+        return float(parse_bytes(size))
+    except ValueError:
+        raise ValueError(f"not a rate: {text!r}; write it like 7GB/s") from None
 
 
 def format_bytes(count: float) -> str:

@@ -1,0 +1,88 @@
+"""What would help: the chosen plan once more, with one thing changed. Pure."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.plan import Budget, ReaderKind
+from layerstream.pipeline.prediction import Advice
+from layerstream.pipeline.search import Choice, Request
+from layerstream.stages.errors import PlanError
+
+__all__ = ["advise"]
+
+_GIB = 1 << 30
+
+
+def advise(request: Request, best: Choice) -> tuple[Advice, ...]:
+    """What ``best`` would gain from more memory, a faster disk or link, and more sequences at a time."""
+    placement = best.placement
+    fixed = dataclasses.replace(
+        request,
+        reader=placement.reader,
+        layer_batch_size=placement.size,
+        slots=placement.slots,
+        budget=_absolute(request, best),
+    )
+    found = []
+    for change, changed in _changes(fixed):
+        try:
+            prediction = changed.choices()[0].prediction
+        except PlanError:  # more sequences take more memory
+            continue
+        found.append(
+            Advice(
+                change=change,
+                sweep_seconds=prediction.decode.seconds,
+                tokens_per_second=prediction.tokens_per_second,
+                request_seconds=prediction.request_seconds,
+            )
+        )
+    return tuple(found)
+
+
+def _changes(request: Request) -> Iterator[tuple[str, Request]]:
+    yield "1 GiB more of host RAM", _more(request, host=_GIB)
+    if not request.on_cpu:
+        yield "1 GiB more of VRAM", _more(request, vram=_GIB)
+    hardware, rates = request.hardware, request.rates
+    if request.throttle_bytes_per_second is None:
+        faster = dataclasses.replace(
+            hardware, disk_bytes_per_second=2 * rates.disk, mmap_bytes_per_second=2 * rates.mmap
+        )
+        yield "a disk twice as fast", dataclasses.replace(request, hardware=faster)
+    if not request.on_cpu:
+        faster = dataclasses.replace(hardware, h2d_bytes_per_second=2 * rates.h2d)
+        yield "a link to the device twice as fast", dataclasses.replace(request, hardware=faster)
+    if request.workload is not None:
+        more = dataclasses.replace(request.workload, batch_size=2 * request.workload.batch_size)
+        memory = request.memory and request.memory.scaled(2)
+        yield (
+            "twice the sequences at a time",
+            dataclasses.replace(request, workload=more, memory=memory),
+        )
+
+
+def _absolute(request: Request, best: Choice) -> Budget:
+    """The budgets in bytes, so that they can be added to."""
+    host, device = best.memory
+    # Where none was given, the page cache counts as well; giving one would forbid that.
+    cached = best.placement.reader is ReaderKind.MMAP and request.budget.host is None
+    return Budget(
+        host=None if cached else host.budget_bytes,
+        vram=None if device is None else device.budget_bytes,
+    )
+
+
+def _more(request: Request, *, host: int = 0, vram: int = 0) -> Request:
+    hardware: Hardware = dataclasses.replace(
+        request.hardware,
+        host_available_bytes=request.hardware.host_available_bytes + host,
+        vram_free_bytes=None if request.on_cpu else (request.hardware.vram_free_bytes or 0) + vram,
+    )
+    was = request.budget
+    budget = Budget(
+        host=None if was.host is None else int(was.host) + host,
+        vram=None if was.vram is None else int(was.vram) + vram,
+    )
+    return dataclasses.replace(request, hardware=hardware, budget=budget)

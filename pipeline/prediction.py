@@ -1,0 +1,83 @@
+"""What a plan says beforehand: times, the candidates that it was chosen from, and what would help. Plain data."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Advice", "Candidate", "Objective", "Prediction", "SweepPrediction"]
+
+
+class Objective(StrEnum):
+    """What a plan is the fastest at."""
+
+    LATENCY = "latency"  # one request on a pipeline that was just opened: loading residents counts
+    THROUGHPUT = "throughput"  # requests one after the other: only what repeats counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPrediction:
+    """The time of one sweep, and what each stage is busy for meanwhile."""
+
+    seconds: float
+    read_seconds: float
+    transfer_seconds: float
+    compute_seconds: float
+    overhead_seconds: float  # hand-offs, which computation waits for
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that is busy the longest: "read", "transfer" or "compute"; or "hand-offs"."""
+        return max(self._busy())[1]
+
+    @property
+    def ceiling(self) -> float:
+        """How many times faster overlapping can be than one stage after another: (d+h+c) / max(d,h,c)."""
+        longest = max(self._busy()[:3])[0]
+        total = self.read_seconds + self.transfer_seconds + self.compute_seconds
+        return total / longest if longest else 1.0
+
+    def _busy(self) -> list[tuple[float, str]]:
+        return [
+            (self.read_seconds, "read"),
+            (self.transfer_seconds, "transfer"),
+            (self.compute_seconds, "compute"),
+            (self.overhead_seconds, "hand-offs"),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the workload takes."""
+
+    objective: Objective
+    first: SweepPrediction  # the first sweep of all: it fills the pipeline and loads residents
+    prefill: SweepPrediction  # the prompt of a later request
+    decode: SweepPrediction  # each further token
+    request_seconds: float  # prompt and new tokens, as the objective counts them
+    tokens_per_second: float  # while decoding, over all sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan that was priced."""
+
+    name: str  # what is special about it; empty for most
+    layer_batch_size: int
+    slots: int
+    reader: str
+    host_used_bytes: int
+    vram_used_bytes: int
+    resident_batches: int
+    batches: int
+    sweep_seconds: float  # of decoding
+    request_seconds: float
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What one change would bring, all else equal."""
+
+    change: str
+    sweep_seconds: float  # of decoding
+    tokens_per_second: float
+    request_seconds: float

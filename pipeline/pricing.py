@@ -1,0 +1,186 @@
+"""What a placement takes in time: rates and work applied to layer batches, and played through. Pure."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from layerstream.pipeline.costs import BatchCost, play
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer
+from layerstream.pipeline.plan import ReaderKind, Workload
+from layerstream.pipeline.prediction import Objective, Prediction
+from layerstream.pipeline.rates import Rates
+from layerstream.pipeline.residence import Arenas
+from layerstream.pipeline.work import Pass, Work
+from layerstream.stages.batch import LayerBatch
+
+__all__ = ["Placement", "Prices"]
+
+# Sweeps that count where nobody says what the pipeline is for: enough for the first not to decide.
+_SWEEPS = 10
+# Between two steps of a generation: the sampling of a token, and what transformers prepares for the next.
+_BETWEEN_SECONDS = 2e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Layer batches with their residence, and the rings that the others pass."""
+
+    reader: ReaderKind
+    on_cpu: bool
+    size: int
+    slots: int
+    arenas: Arenas
+    batches: Sequence[LayerBatch]
+    decode_batches: Sequence[LayerBatch]  # the same, with what is resident while decoding
+    page_room_bytes: int  # memory that the page cache may hold the files in
+    kv_bytes_per_block: int = 0  # of a KV cache on the host, which travels to the device and back
+
+    @property
+    def maps(self) -> bool:
+        """Whether computation uses the mapped files where they are."""
+        return self.on_cpu and self.reader is ReaderKind.MMAP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """All that a price depends on beside the placement.
+
+    Attributes:
+        layers: by name.
+        rates: of the machine.
+        work: the model's computation; None: weights stream past none.
+        workload: what one request asks for.
+        objective: which sweeps count.
+        throttle_bytes_per_second: of a throttled reader.
+        cached_bytes: how much of the files is in the page cache when the first sweep begins.
+    """
+
+    layers: Mapping[str, PlannedLayer]
+    rates: Rates
+    work: Work | None
+    workload: Workload | None
+    objective: Objective
+    throttle_bytes_per_second: float | None
+    cached_bytes: int
+
+    def price(self, placement: Placement) -> Prediction:
+        """What the workload takes with ``placement``."""
+        prefill, decode = self.passes()
+        loaded = frozenset(b.index for b in placement.batches if not b.streamed)
+        first = self._sweep(placement, prefill, placement.batches, loaded=frozenset(), first=True)
+        prompt = self._sweep(placement, prefill, placement.batches, loaded=loaded)
+        step = self._sweep(placement, decode, placement.decode_batches, loaded=None)
+        costs = play(
+            [first, step, step, step, prompt, step],
+            host_ring_bytes=placement.arenas.host,
+            device_ring_bytes=placement.arenas.device,
+            overhead_seconds=self.rates.overhead_seconds_per_batch,
+            between_seconds=0.0 if self.workload is None else _BETWEEN_SECONDS,
+        )
+        # Sweeps may alternate, where slots do not divide them evenly.
+        steady = dataclasses.replace(costs[2], seconds=(costs[2].seconds + costs[3].seconds) / 2)
+        begins = costs[0] if self.objective is Objective.LATENCY else costs[4]
+        steps = _SWEEPS - 1 if self.workload is None else self.workload.new_tokens - 1
+        sequences = 1 if self.workload is None else self.workload.batch_size
+        return Prediction(
+            objective=self.objective,
+            first=costs[0],
+            prefill=costs[4],
+            decode=steady,
+            request_seconds=begins.seconds + steps * steady.seconds,
+            tokens_per_second=sequences / steady.seconds if steady.seconds > 0 else 0.0,
+        )
+
+    def passes(self) -> tuple[Pass | None, Pass | None]:
+        """A request's first pass and a typical later one; None where nothing is computed."""
+        if self.work is None or self.workload is None:
+            return None, None
+        sequences, prompt = self.workload.batch_size, self.workload.prompt_tokens
+        context = prompt + self.workload.new_tokens // 2
+        return (
+            Pass(sequences=sequences, tokens=prompt, context=prompt, prompt=True),
+            Pass(sequences=sequences, tokens=1, context=context, prompt=False),
+        )
+
+    def _sweep(
+        self,
+        placement: Placement,
+        forward: Pass | None,
+        batches: Sequence[LayerBatch],
+        *,
+        loaded: frozenset[int] | None,
+        first: bool = False,
+    ) -> list[BatchCost]:
+        """What each batch of a sweep takes; ``loaded``: residents that are there (None: all)."""
+        missing = self._missing_share(placement, batches, first=first)
+        costs = []
+        for batch in batches:
+            visited = [
+                layer for name in batch.layers if self._visits(layer := self.layers[name], forward)
+            ]
+            if not visited:
+                continue
+            there = not batch.streamed and (loaded is None or batch.index in loaded)
+            costs.append(
+                self._batch(placement, batch, visited, forward, there=there, missing=missing)
+            )
+        return costs
+
+    def _visits(self, layer: PlannedLayer, forward: Pass | None) -> bool:
+        return forward is None or self.work is None or self.work.visits(layer, forward)
+
+    def _batch(
+        self,
+        placement: Placement,
+        batch: LayerBatch,
+        layers: Sequence[PlannedLayer],
+        forward: Pass | None,
+        *,
+        there: bool,
+        missing: float,
+    ) -> BatchCost:
+        read, processor = (0.0, 0.0) if there else self._read(placement, batch, missing)
+        compute = 0.0
+        if forward is not None and self.work is not None:
+            compute = sum(self.work.seconds(layer, forward) for layer in layers)
+        copied = 0 if there and batch.device_resident else batch.copied_bytes
+        link = self.rates.host_copy if placement.on_cpu else self.rates.h2d
+        if layers[0].kind is LayerKind.BLOCK:
+            copied += placement.kv_bytes_per_block * len(layers)
+        slot = not placement.maps and not there and not batch.host_resident
+        return BatchCost(
+            read_seconds=read,
+            copy_seconds=copied / link,
+            # Where computation runs on the processor too, reading takes some of its time.
+            compute_seconds=compute + (processor if placement.on_cpu and compute else 0.0),
+            host_bytes=batch.host_bytes if slot else 0,
+            device_bytes=0 if batch.device_resident else batch.device_bytes,
+            copied_away=not batch.uses_host_image,
+        )
+
+    def _read(self, placement: Placement, batch: LayerBatch, missing: float) -> tuple[float, float]:
+        """Seconds of reading ``batch``, and of processor time for it."""
+        rates, nbytes = self.rates, batch.read_bytes
+        if placement.reader is not ReaderKind.MMAP:
+            throttle = self.throttle_bytes_per_second or math.inf
+            seconds = nbytes / min(rates.disk, throttle)
+            return seconds, nbytes * rates.direct_cpu_seconds_per_byte
+        seconds = missing * nbytes / rates.mmap
+        processor = missing * nbytes * rates.mmap_cpu_seconds_per_byte
+        if not placement.on_cpu:  # copied out of the mapping
+            seconds += nbytes / rates.host_copy
+        return seconds, processor
+
+    def _missing_share(
+        self, placement: Placement, batches: Sequence[LayerBatch], *, first: bool
+    ) -> float:
+        """How much of what is read through the page cache is not in it."""
+        if placement.reader is not ReaderKind.MMAP:
+            return 1.0
+        wanted = sum(b.read_bytes for b in batches if first or b.streamed)
+        if first:
+            return max(0.0, 1 - self.cached_bytes / wanted) if wanted else 0.0
+        # Going round and round through a cache that is too small, nothing is ever found in it.
+        return 0.0 if wanted <= placement.page_room_bytes else 1.0

@@ -1,0 +1,241 @@
+"""What lives where: layer batches of one size, the rings that they pass, and who stays resident. Pure."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer, layout_batch
+from layerstream.pipeline.plan import MemoryUse, ReaderKind
+from layerstream.stages.arena import ring_bytes
+from layerstream.stages.batch import LayerBatch
+
+__all__ = ["Arenas", "Frame", "Need"]
+
+# A batch that is this many times as large as most sets the size of the ring that all pass.
+_OVERSIZED = 2
+
+
+class Arenas(NamedTuple):
+    """Bytes of the two rings."""
+
+    host: int
+    device: int
+
+
+class Need(NamedTuple):
+    """Bytes that a choice takes on either side; on the CPU all of it is the host's."""
+
+    host: int
+    vram: int
+
+
+_NOTHING = Need(0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What all candidates of one reader have in common, and how they fill the budgets."""
+
+    checkpoint: Checkpoint
+    layers: Sequence[PlannedLayer]
+    on_cpu: bool
+    reader: ReaderKind
+    host_budget: int
+    vram_budget: int | None
+    host_reserved: int
+    vram_reserved: int
+    kv_on_host_bytes: int = 0  # of a GPU's KV cache
+    held_bytes: int = 0  # residents leave room for it
+
+    @property
+    def maps(self) -> bool:
+        """Whether computation uses the mapped files where they are."""
+        return self.on_cpu and self.reader is ReaderKind.MMAP
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Names of layers that must be resident."""
+        return frozenset(layer.name for layer in self.layers if layer.pinned)
+
+    def batches(self, size: int) -> list[LayerBatch]:
+        """All layers, ``size`` blocks to a batch; those that must be resident are."""
+        pinned = self.pinned
+        return [
+            self._resident(batch) if pinned.intersection(batch.layers) else batch
+            for batch in self._laid_out(size)
+        ]
+
+    def _laid_out(self, size: int) -> list[LayerBatch]:
+        groups: list[list[PlannedLayer]] = []
+        for layer in self.layers:
+            joins = (
+                groups
+                and layer.kind is groups[-1][0].kind is LayerKind.BLOCK
+                and layer.pinned == groups[-1][0].pinned
+                and len(groups[-1]) < size
+            )
+            if joins:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return [
+            layout_batch(
+                group,
+                index=index,
+                file_bytes=[file.size_bytes for file in self.checkpoint.files],
+                reads_host_images=self.on_cpu,
+            )
+            for index, group in enumerate(groups)
+        ]
+
+    def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:
+        """``batch`` kept where computation reads it; ``on_host`` keeps a GPU's batch in host RAM instead."""
+        if self.on_cpu:
+            return dataclasses.replace(
+                batch,
+                host_resident=batch.uses_host_image and not self.maps,
+                device_resident=batch.device_bytes > 0,
+            )
+        return dataclasses.replace(batch, host_resident=on_host, device_resident=not on_host)
+
+    def arenas(self, batches: Sequence[LayerBatch], slots: int) -> Arenas:
+        """The host ring and the device ring that ``batches`` pass, ``slots`` at a time."""
+        # A device resident that is not kept on the host too passes the host ring once, on its way in.
+        passing = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+        host = max(
+            ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *passing, 0, 0
+        )
+        device = ring_bytes([b.device_bytes for b in batches if not b.device_resident], slots=slots)
+        return Arenas(0 if self.maps else host, device)
+
+    def memory(
+        self, batches: Sequence[LayerBatch], arenas: Arenas
+    ) -> tuple[MemoryUse, MemoryUse | None]:
+        """What a choice uses of the host budget and of the VRAM budget."""
+        residents = (
+            sum(batch.host_bytes for batch in batches if batch.host_resident),
+            sum(batch.device_bytes for batch in batches if batch.device_resident),
+        )
+        reserved = (self.host_reserved, self.vram_reserved + self._scratch(batches))
+        if self.vram_budget is None:  # the device's memory is the host's
+            return (
+                MemoryUse(
+                    budget_bytes=self.host_budget,
+                    arena_bytes=sum(arenas),
+                    resident_bytes=sum(residents),
+                    reserved_bytes=sum(reserved),
+                ),
+                None,
+            )
+        host, device = (
+            MemoryUse(
+                budget_bytes=budget, arena_bytes=arena, resident_bytes=stays, reserved_bytes=kept
+            )
+            for budget, arena, stays, kept in zip(
+                (self.host_budget, self.vram_budget), arenas, residents, reserved, strict=True
+            )
+        )
+        return host, device
+
+    def _scratch(self, batches: Sequence[LayerBatch]) -> int:
+        """What computation makes out of weights: for good out of pinned ones, else for one batch at a time."""
+        pinned = self.pinned
+        for_good = [b.scratch_bytes for b in batches if pinned.intersection(b.layers)]
+        for_now = [b.scratch_bytes for b in batches if not pinned.intersection(b.layers)]
+        return sum(for_good) + max(for_now, default=0)
+
+    def need(self, batches: Sequence[LayerBatch], arenas: Arenas) -> Need:
+        """What a choice takes on either side."""
+        host, device = self.memory(batches, arenas)
+        return Need(host.used_bytes, 0 if device is None else device.used_bytes)
+
+    def fits(self, need: Need, *, spare: Need = _NOTHING) -> bool:
+        """Whether the budgets hold ``need``; ``spare`` is what they have beyond themselves."""
+        return (
+            need.host <= self.host_budget + spare.host
+            and need.vram <= (self.vram_budget or 0) + spare.vram
+        )
+
+    def with_residents(
+        self, batches: Sequence[LayerBatch], slots: int, *, oversized_first: bool
+    ) -> list[LayerBatch]:
+        """Give what is left of the budgets to residents: VRAM first, then host RAM.
+
+        They are spread evenly. With ``oversized_first``, batches that are much larger than most come before
+        the others: passing the rings, each takes room that the others leave empty.
+        """
+        placed = list(batches)
+        room = Need(-self.held_bytes, 0)
+        for on_host in (True,) if self.on_cpu else (False, True):
+            if oversized_first:
+                for index in _oversized(placed):
+                    tried = self._with(placed, {index}, on_host=on_host)
+                    if self.fits(self.need(tried, self.arenas(tried, slots)), spare=room):
+                        placed = tried
+            placed = self._evenly_filled(placed, slots=slots, on_host=on_host, room=room)
+        return placed
+
+    def grown(
+        self, batches: Sequence[LayerBatch], arenas: Arenas, *, spare: Need
+    ) -> list[LayerBatch]:
+        """``batches`` with more residents beside computation, in memory that is ``spare`` for a while."""
+        return self._evenly_filled(
+            batches,
+            arenas=arenas,
+            on_host=self.on_cpu,
+            room=spare._replace(host=spare.host - self.held_bytes),
+        )
+
+    def _evenly_filled(
+        self,
+        batches: Sequence[LayerBatch],
+        *,
+        on_host: bool,
+        room: Need,
+        slots: int = 0,
+        arenas: Arenas | None = None,
+    ) -> list[LayerBatch]:
+        """As many of the streamed batches as fit, resident; with fixed ``arenas``, or those that they need."""
+        streamed = [b.index for b in batches if b.streamed]
+
+        def tried(count: int) -> list[LayerBatch] | None:
+            chosen = {streamed[i] for i in evenly(len(streamed), count)}
+            made = self._with(batches, chosen, on_host=on_host)
+            need = self.need(made, arenas or self.arenas(made, slots))
+            return made if self.fits(need, spare=room) else None
+
+        fewest, most, best = 0, len(streamed), list(batches)
+        while fewest < most:  # more residents take more memory, but for what the rings gain
+            count = (fewest + most + 1) // 2
+            made = tried(count)
+            if made is None:
+                most = count - 1
+            else:
+                fewest, best = count, made
+        for count in (len(streamed), fewest + 1):  # all of them need no ring at all
+            if fewest < count <= len(streamed) and (made := tried(count)) is not None:
+                return made
+        return best
+
+    def _with(
+        self, batches: Iterable[LayerBatch], chosen: set[int], *, on_host: bool
+    ) -> list[LayerBatch]:
+        return [self._resident(b, on_host=on_host) if b.index in chosen else b for b in batches]
+
+
+def evenly(among: int, count: int) -> list[int]:
+    """``count`` of the numbers below ``among``, evenly spread, so that neither disk nor compute bunches up."""
+    return [(2 * i + 1) * among // (2 * count) for i in range(count)]
+
+
+def _oversized(batches: Sequence[LayerBatch]) -> list[int]:
+    """Indices of streamed batches that are much larger than most, the largest first."""
+    streamed = sorted(b.host_bytes for b in batches if b.streamed)
+    if not streamed:
+        return []
+    typical = streamed[len(streamed) // 2]
+    large = [b for b in batches if b.streamed and b.host_bytes > _OVERSIZED * typical]
+    return [b.index for b in sorted(large, key=lambda b: -b.host_bytes)]

@@ -1,0 +1,318 @@
+"""The candidates for one plan: which are tried, which of them fit, and which is the fastest. Pure."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer
+from layerstream.pipeline.plan import Budget, MemoryUse, ReaderKind, Workload
+from layerstream.pipeline.prediction import Objective, Prediction
+from layerstream.pipeline.pricing import Placement, Prices
+from layerstream.pipeline.rates import Rates, rates_of
+from layerstream.pipeline.residence import Frame, Need
+from layerstream.pipeline.work import Work
+from layerstream.pipeline.workload import WorkloadMemory
+from layerstream.stages.batch import LayerBatch
+from layerstream.stages.errors import PlanError
+from layerstream.stages.units import format_bytes
+
+__all__ = ["Choice", "Request"]
+
+# Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
+# the first is taken.
+_SLOTS = (3, 2, 4, 1)
+# Blocks per layer batch that are tried; larger batches than this gain nothing.
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_MOST_BATCH_BYTES = 1 << 30
+# What is faster by less than this is as fast.
+_EQUAL = 0.01
+# Left alone of what is free, for everybody else and for the allocators' own waste.
+_MARGIN = 0.1
+# The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
+_CACHED = 0.9
+# Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
+_VRAM_FIXED_BYTES = 64 << 20
+# Stacks of our threads, queues, and the tables of a few thousand tensors.
+_FIXED_BYTES = 16 << 20
+# Of a KV cache on the host, the layers that are on the device: one in use, one on its way.
+_KV_LAYERS_ON_DEVICE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A placement with its price."""
+
+    frame: Frame
+    placement: Placement
+    prediction: Prediction
+    name: str = ""
+
+    @property
+    def memory(self) -> tuple[MemoryUse, MemoryUse | None]:
+        """What it uses of the budgets."""
+        return self.frame.memory(self.placement.batches, self.placement.arenas)
+
+    @property
+    def need(self) -> Need:
+        """The same, in sum."""
+        return self.frame.need(self.placement.batches, self.placement.arenas)
+
+    @property
+    def _preference(self) -> tuple[int, int]:
+        return _SLOTS.index(self.placement.slots), sum(self.need)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a plan is asked for: the arguments of ``make_plan``, checked."""
+
+    checkpoint: Checkpoint
+    hardware: Hardware
+    budget: Budget
+    workload: Workload | None
+    objective: Objective
+    layers: tuple[PlannedLayer, ...]
+    memory: WorkloadMemory | None
+    reader: ReaderKind | None
+    throttle_bytes_per_second: float | None
+    layer_batch_size: int | None
+    slots: int | None
+    held_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PlanError(f"{self.checkpoint.path}: holds no tensors to stream")
+        vram = self.hardware.vram_free_bytes
+        if (vram is None) != (self.hardware.device == "cpu"):
+            raise PlanError(
+                f"hardware: vram_free_bytes is {vram}, but the device is {self.hardware.device}; "
+                "give the free VRAM of a GPU, and None for the CPU"
+            )
+        if self.budget.vram is not None and self.on_cpu:
+            raise PlanError(
+                "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
+            )
+        if self.layer_batch_size is not None and self.layer_batch_size < 1:
+            raise PlanError(
+                f"layer_batch_size is {self.layer_batch_size}, but must be a whole number from 1"
+            )
+        if self.slots is not None and self.slots not in _SLOTS:
+            raise PlanError(f"slots is {self.slots}, but must be 1 to {max(_SLOTS)}")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether computation runs on the host's own processor."""
+        return self.hardware.device == "cpu"
+
+    @property
+    def workload_bytes(self) -> int:
+        """What requests take beside weights."""
+        return 0 if self.memory is None else self.memory.peak_bytes
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What the machine does per second."""
+        return rates_of(self.hardware)
+
+    @cached_property
+    def _host_budget(self) -> int:
+        # What was taken for this model is not free any more, but within its budget.
+        free = self.hardware.host_available_bytes + self.held_bytes
+        return _budget(self.budget.host_bytes(free), free, "host RAM")
+
+    @cached_property
+    def _vram_budget(self) -> int | None:
+        free = self.hardware.vram_free_bytes
+        return None if free is None else _budget(self.budget.vram_bytes(free), free, "VRAM")
+
+    def choices(self) -> list[Choice]:
+        """All candidates that fit, the best one first, then by the time that they take.
+
+        Raises:
+            PlanError: none fits.
+        """
+        for kv_on_host in (False,) if self.on_cpu or self.memory is None else (False, True):
+            found = [
+                choice
+                for reader in self._readers()
+                for choice in self._of_frame(self._frame(reader, kv_on_host=kv_on_host))
+            ]
+            if found:
+                break
+        else:
+            raise PlanError(self._too_small())
+        found.sort(key=lambda choice: choice.prediction.request_seconds)
+        fastest = found[0].prediction.request_seconds
+        equal = [c for c in found if c.prediction.request_seconds <= fastest * (1 + _EQUAL)]
+        best = min(equal, key=lambda choice: choice._preference)  # noqa: SLF001 - it is ours
+        return [best, *(choice for choice in found if choice is not best)]
+
+    def notes(self, best: Choice) -> tuple[str, ...]:
+        """What was assumed, and why things are as they are."""
+        notes = []
+        if best.placement.reader is ReaderKind.MMAP and self.reader is None:
+            notes.append("the files are mapped: computation reads them in the page cache")
+        if self.memory is not None and self.workload is not None:
+            how = (
+                "measured on the meta device"
+                if self.memory.measured
+                else "estimated from config.json"
+            )
+            w = self.workload
+            notes.append(
+                f"KV cache and activations are {how} for {w.batch_size} x ({w.prompt_tokens} + "
+                f"{w.new_tokens}) tokens"
+            )
+        elif self.workload is not None:
+            notes.append(
+                "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
+            )
+        return tuple(notes)
+
+    # -- candidates ------------------------------------------------------------------------------
+
+    def _readers(self) -> tuple[ReaderKind, ...]:
+        return (ReaderKind.DIRECT, ReaderKind.MMAP) if self.reader is None else (self.reader,)
+
+    def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
+        kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
+        kv_left = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
+        requests = self.workload_bytes
+        return Frame(
+            checkpoint=self.checkpoint,
+            layers=self.layers,
+            on_cpu=self.on_cpu,
+            reader=reader,
+            host_budget=self._host_budget,
+            vram_budget=self._vram_budget,
+            host_reserved=_FIXED_BYTES + (requests if self.on_cpu else kv),
+            vram_reserved=0 if self.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
+            kv_on_host_bytes=kv,
+            held_bytes=self.held_bytes,
+        )
+
+    def _of_frame(self, frame: Frame) -> Iterator[Choice]:
+        prices = self._prices()
+        for size in self._sizes():
+            batches = frame.batches(size)
+            for slots in self._slots(frame):
+                if not frame.fits(frame.need(batches, frame.arenas(batches, slots))):
+                    continue
+                seen: list[list[LayerBatch]] = []
+                for oversized_first in (False, True):
+                    placed = frame.with_residents(batches, slots, oversized_first=oversized_first)
+                    if placed not in seen:
+                        seen.append(placed)
+                        yield self._choice(frame, prices, placed, size=size, slots=slots)
+            # Also what everybody would do first is priced, so that nothing chosen is worse.
+            if size == 1 and frame.fits(frame.need(batches, frame.arenas(batches, 1))):
+                yield dataclasses.replace(
+                    self._choice(frame, prices, batches, size=1, slots=1),
+                    name="one layer at a time",
+                )
+
+    def _slots(self, frame: Frame) -> tuple[int, ...]:
+        if self.slots is not None:
+            return (self.slots,)
+        return _SLOTS[:1] if frame.maps else _SLOTS  # mapped batches take no slots
+
+    def _sizes(self) -> list[int]:
+        if self.layer_batch_size is not None:
+            return [self.layer_batch_size]
+        blocks = sorted(layer.nbytes for layer in self.layers if layer.kind is LayerKind.BLOCK)
+        if not blocks:
+            return [1]
+        typical = max(blocks[len(blocks) // 2], 1)
+        most = min(len(blocks), max(_MOST_BATCH_BYTES // typical, 1))
+        return sorted({min(size, most) for size in _SIZES})
+
+    def _choice(
+        self,
+        frame: Frame,
+        prices: Prices,
+        batches: Sequence[LayerBatch],
+        *,
+        size: int,
+        slots: int,
+    ) -> Choice:
+        arenas = frame.arenas(batches, slots)
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
+        placement = Placement(
+            reader=frame.reader,
+            on_cpu=self.on_cpu,
+            size=size,
+            slots=slots,
+            arenas=arenas,
+            batches=batches,
+            decode_batches=frame.grown(batches, arenas, spare=self._spare()),
+            kv_bytes_per_block=frame.kv_on_host_bytes // max(blocks, 1),
+            page_room_bytes=self._page_room(frame, batches),
+        )
+        return Choice(
+            frame=frame,
+            placement=placement,
+            prediction=prices.price(placement),
+        )
+
+    def _spare(self) -> Need:
+        """What the activations of a prompt leave free while no prompt is processed."""
+        if self.memory is None:
+            return Need(0, 0)
+        spare = max(0, self.memory.prefill_bytes - self.memory.decode_bytes)
+        return Need(spare, 0) if self.on_cpu else Need(0, spare)
+
+    def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:
+        """Memory that the page cache may hold the files in.
+
+        Whoever sets a host budget means all memory that the model takes, in the page cache too: then only
+        what is in there already counts, when it is next to everything.
+        """
+        free = int(self.hardware.host_available_bytes * (1 - _MARGIN))
+        wanted = sum(batch.read_bytes for batch in batches)
+        if self.budget.host is not None and self.hardware.cached_bytes < _CACHED * wanted:
+            return 0
+        return max(0, free - frame.need(batches, frame.arenas(batches, 1)).host)
+
+    def _prices(self) -> Prices:
+        return Prices(
+            layers={layer.name: layer for layer in self.layers},
+            rates=self.rates,
+            work=Work(self.checkpoint.config, self.rates) if self.workload is not None else None,
+            workload=self.workload,
+            objective=self.objective,
+            throttle_bytes_per_second=self.throttle_bytes_per_second,
+            cached_bytes=self.hardware.cached_bytes,
+        )
+
+    def _too_small(self) -> str:
+        frame = self._frame(self._readers()[0], kv_on_host=False)
+        batches = frame.batches(self.layer_batch_size or 1)
+        need = frame.need(batches, frame.arenas(batches, self.slots or 1))
+        nbytes, name = max((layer.nbytes, layer.name) for layer in self.layers)
+        side, needed, have = (
+            ("host", need.host, frame.host_budget)
+            if need.host > frame.host_budget
+            else ("VRAM", need.vram, frame.vram_budget or 0)
+        )
+        reserved = format_bytes(frame.host_reserved + frame.vram_reserved)
+        return (
+            f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time: at least "
+            f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
+            f"{reserved} are reserved for the workload); raise the budget, or ask for fewer tokens at a time"
+        )
+
+
+def _budget(given: int | None, free: int, what: str) -> int:
+    if given is None:
+        return int(free * (1 - _MARGIN))
+    if given > free:
+        raise PlanError(
+            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
+            "free; lower it or free memory"
+        )
+    return given

@@ -1,0 +1,95 @@
+"""How much a model computes in one sweep: seconds per layer, estimated from its config. Pure."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer
+from layerstream.pipeline.rates import Rates
+
+__all__ = ["Pass", "Work"]
+
+_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
+_ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
+# Softmax and score of one pair of tokens cost about this many times a multiplication's share: assumed.
+_MATRIX_DIMENSIONS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """The shape of one forward pass."""
+
+    sequences: int
+    tokens: int  # new ones, of each sequence
+    context: int  # tokens of each sequence behind it, the new ones included
+    prompt: bool  # it is a request's first pass
+
+
+class Work:
+    """The computation of a model whose ``config.json`` is given, priced at ``rates``.
+
+    A linear layer's time is its bytes by the rate that was measured for the pass's number of tokens. A
+    mixture of experts computes with the experts that its tokens are routed to: of E experts, of which each
+    token takes k, ``1 - (1 - k/E)^tokens`` are read, as if routing were even. Attention of ``q`` new tokens over
+    a context of ``c`` takes ``4 q c`` times the width of the heads in operations, and reads the keys and values.
+    The head computes the last token of each sequence, as generation does.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
+        text = {**(config or {}), **((config or {}).get("text_config") or {})}
+        self._rates = rates
+        self._encodes_once = bool(text.get("is_encoder_decoder"))
+        experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
+        taken = _first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+        self._expert_share = min(1.0, taken / experts) if experts and taken else 1.0
+        heads = _first(text, "num_attention_heads", "n_head", "num_heads") or 0
+        hidden = _first(text, "hidden_size", "n_embd", "d_model") or 0
+        head = _first(text, "head_dim", "d_kv") or (hidden // heads if heads else 0)
+        self._attention_width = heads * head
+        self._kv_width = 2 * (_first(text, "num_key_value_heads") or heads) * head
+
+    def visits(self, layer: PlannedLayer, forward: Pass) -> bool:
+        """Whether the pass needs ``layer``: an encoder runs for the prompt only."""
+        return forward.prompt or not (self._encodes_once and _ENCODER.search(layer.name))
+
+    def seconds(self, layer: PlannedLayer, forward: Pass) -> float:
+        """What computing ``layer`` takes."""
+        if layer.kind is LayerKind.EMBEDDING:
+            return 0.0  # it takes rows
+        tokens = forward.sequences * (1 if layer.kind is LayerKind.HEAD else forward.tokens)
+        dense, experts = _split(layer)
+        total = dense / self._rates.weights_per_second(tokens)
+        if experts:
+            read = 1 - (1 - self._expert_share) ** tokens
+            each = tokens * self._expert_share / read
+            total += experts * read / self._rates.weights_per_second(each)
+        if layer.kind is LayerKind.BLOCK:
+            total += self._attention(forward)
+        return total
+
+    def _attention(self, forward: Pass) -> float:
+        pairs = forward.sequences * forward.tokens * forward.context
+        last = self._rates.compute[-1]
+        # A weight of two bytes is multiplied once per token: so many operations per second are known to work.
+        operations = 4 * pairs * self._attention_width / (last.bytes_per_second * last.tokens)
+        read = 2 * forward.sequences * forward.context * self._kv_width
+        return operations + read / self._rates.compute[0].bytes_per_second
+
+
+def _split(layer: PlannedLayer) -> tuple[int, int]:
+    """Bytes of the matrices that every token is multiplied with, and of experts."""
+    dense = experts = 0
+    for tensor in layer.tensors:
+        if len(tensor.shape) < _MATRIX_DIMENSIONS:
+            continue
+        if _EXPERT.search(tensor.name):
+            experts += tensor.nbytes
+        else:
+            dense += tensor.nbytes
+    return dense, experts
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((config[n] for n in names if type(config.get(n)) is int and config[n] > 0), None)
