@@ -1,6 +1,7 @@
 """How fast a device computes with weights, and how fast bytes are copied to it."""
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ class _Products:
     ) -> None:
         self._device = device
         self._matrices = cycle(_cut(weights, shapes))
-        self._seconds_per_token = 0.0  # of one product, the longest seen
+        self._seconds_per_token = 0.0  # of one product of the last size
 
     def rate(self, tokens: int, *, seconds: float) -> Rate | None:
         """Bytes of weights per second with ``tokens`` rows; None where ``seconds`` are too short."""
@@ -108,7 +109,7 @@ class _Products:
             return None
         ends = time.perf_counter() + seconds
         samples: list[float] = []
-        count = 1
+        count, best = 1, math.inf
         self._time(tokens, count)  # the first one of a size chooses and loads its kernels
         while len(samples) < _LEAST_SAMPLES or time.perf_counter() < ends:
             took, nbytes = self._time(tokens, count)
@@ -116,8 +117,8 @@ class _Products:
                 count *= 2
                 continue
             samples.append(nbytes / took)
-            if len(samples) == 1:
-                self._seconds_per_token = took / count / tokens
+            best = min(best, took / count)
+        self._seconds_per_token = best / tokens
         return Rate.of(samples)
 
     def _time(self, tokens: int, count: int) -> tuple[float, int]:

@@ -55,7 +55,8 @@ class MeasuredCache:
             found = _checked(document, key, names, now=time.time())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:  # ValueError: not JSON, or not what we write
+        # ValueError: not JSON, or not what we write. RecursionError: brackets without end.
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning(
                 "%s: measuring again, since what is kept cannot be used: %s", path, error
             )
