@@ -24,23 +24,27 @@ logger = logging.getLogger(__name__)
 # As the planner sets them: what is measured is what will run.
 _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
-# Each reader is given so much and no more, whichever ends first. A quarter of a second at 1 GB/s is long enough for
-# the queue to be full and short enough for the start of a service.
-_MOST_BYTES = 256 << 20
-_MOST_SECONDS = 0.5
+# Each reader is given so much and no more, whichever ends first: short enough for the start of a service. What
+# mapped files bring in goes to the page cache, and is little; of a disk with 3 GB/s, 256 MiB would be over
+# before it shows its steady rate.
+_MOST_DIRECT_BYTES = 1 << 30
+_MOST_MAPPED_BYTES = 256 << 20
+_MOST_SECONDS = 0.4
 # Files are read in runs of many requests; the runs are scattered, lest one lucky place speaks for all.
 _WINDOW_BYTES = 64 << 20
 # Less data than this cannot keep the requests flowing: a rate from it would be a latency in disguise.
 LEAST_BYTES = 64 << 20
 # One request of this size tells slow disks, which get small requests, so that the time is kept.
 _PILOT_BYTES = 1 << 20
-# Samples are groups of completed requests: of one round of all threads, and no more than this many.
+# Samples are groups of completed requests: of two rounds of all threads, since requests that were made together
+# end together, and no more than this many.
+_ROUNDS = 2
 _MOST_SAMPLES = 8
 # Of the page cache that others filled, no more than this is dropped for a sample.
 _MOST_EVICTED_BYTES = 128 << 20
-# To look at every page of a large checkpoint would take seconds.
-_LOOKED_AT_BYTES = 1 << 30
-_LOOK_BYTES = 1 << 20
+# To look at every page of a large checkpoint would take seconds. Pages come and go in runs, so samples will do.
+_LOOKS = 2048
+_LOOK_BYTES = 64 << 10
 
 
 class _Done(NamedTuple):
@@ -79,7 +83,7 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
         try:
             done = _burst(
                 lambda worker, extent: reader.read(extent, places[worker][: extent.nbytes]),
-                _within(chosen, _MOST_BYTES),
+                _within(chosen, _MOST_DIRECT_BYTES),
             )
         finally:
             reader.close()
@@ -128,7 +132,7 @@ def cached_bytes(paths: Sequence[Path]) -> int:
     reader = MmapReader(paths)
     try:
         sizes = [path.stat().st_size for path in paths]
-        step = max(1, sum(sizes) // _LOOKED_AT_BYTES)
+        step = max(1, sum(sizes) // (_LOOKS * _LOOK_BYTES))
         looks = [
             Extent(file=file, offset=at, nbytes=min(_LOOK_BYTES, size - at))
             for file, size in enumerate(sizes)
@@ -171,7 +175,7 @@ def _cold(reader: MmapReader, chosen: Sequence[Extent]) -> list[Extent]:
     cold: list[Extent] = []
     warm: list[Extent] = []
     for window in chosen[:64]:
-        if len(cold) * _WINDOW_BYTES >= _MOST_BYTES:
+        if len(cold) * _WINDOW_BYTES >= _MOST_MAPPED_BYTES:
             break
         resident = reader.resident_bytes(window)
         if resident is not None:
@@ -181,7 +185,7 @@ def _cold(reader: MmapReader, chosen: Sequence[Extent]) -> list[Extent]:
             reader.evict(window)
             if reader.resident_bytes(window) == 0:
                 cold.append(window)
-    return _within(cold, _MOST_BYTES)
+    return _within(cold, _MOST_MAPPED_BYTES)
 
 
 def _within(windows: Sequence[Extent], nbytes: int) -> list[Extent]:
@@ -241,7 +245,7 @@ def _burst(read: Callable[[int, Extent], None], chosen: Sequence[Extent]) -> tup
 
 
 def _rates(done: Sequence[_Done], began: float) -> tuple[Rate, Rate]:
-    count = max(1, min(_MOST_SAMPLES, len(done) // _REQUESTS))
+    count = max(1, min(_MOST_SAMPLES, len(done) // (_ROUNDS * _REQUESTS)))
     bounds = [len(done) * number // count for number in range(count + 1)]
     per_second, per_byte = [], []
     for first, last in pairwise(bounds):

@@ -44,6 +44,8 @@ _COPIES = (
 )
 # Volumes that hold less than the rest of a checkpoint, such as one small file elsewhere, do not show in its rate.
 _LEAST_SHARE = 0.9
+# A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
+_DISTURBED = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,8 +178,20 @@ def _known(
         return None
     for name, rate in rates.items():
         logger.info("%s: %s is %.3g (%.3g to %.3g)", what, name, rate.median, rate.least, rate.most)
-    cache.store(subject.key, rates)
+    if _disturbed(rates):
+        logger.info("%s: the samples differ so much that they are not kept for the next time", what)
+    else:
+        cache.store(subject.key, rates)
     return Measured(rates=rates, age_seconds=0.0), Origin.MEASURED
+
+
+def _disturbed(rates: Mapping[str, Rate]) -> bool:
+    """Whether something else kept the machine busy: good for now, perhaps, but not for a week."""
+    return any(
+        rate.most > _DISTURBED * rate.median
+        for name, rate in rates.items()
+        if not name.endswith(PER_BYTE)
+    )
 
 
 def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
