@@ -236,6 +236,8 @@ def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:
         name: of the field: bytes per second, or something per byte.
         values: pairs of a volume's value and its share of the bytes.
     """
+    if len(values) == 1:
+        return values[0][0]  # exactly
     shares = sum(share for _, share in values)
     if name.endswith(PER_BYTE):
         return sum(value * share for value, share in values) / shares
