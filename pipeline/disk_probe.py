@@ -13,7 +13,7 @@ from layerstream.pipeline.figures import Rate
 from layerstream.pipeline.volumes import data_ranges, windows
 from layerstream.stages.batch import Extent
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import DirectReader, MmapReader
+from layerstream.stages.readers import BLOCK_BYTES, DirectReader, MmapReader
 from layerstream.stages.threads import Threads
 from layerstream.stages.units import format_bytes
 
@@ -132,17 +132,29 @@ def cached_bytes(paths: Sequence[Path]) -> int:
     reader = MmapReader(paths)
     try:
         sizes = [path.stat().st_size for path in paths]
-        step = max(1, sum(sizes) // (_LOOKS * _LOOK_BYTES))
-        looks = [
-            Extent(file=file, offset=at, nbytes=min(_LOOK_BYTES, size - at))
-            for file, size in enumerate(sizes)
-            for at in range(0, size, step * _LOOK_BYTES)
-        ]
+        looks = _looks(sizes)
         there = sum(reader.resident_bytes(look) or 0 for look in looks)
         looked_at = sum(look.nbytes for look in looks)
         return int(sum(sizes) * min(1, there / looked_at)) if looked_at else 0
     finally:
         reader.close()
+
+
+def _looks(sizes: Sequence[int]) -> list[Extent]:
+    """Pieces evenly spread over files of these sizes; all of them where they are small."""
+    stride = max(1, sum(sizes) // (_LOOKS * _LOOK_BYTES)) * _LOOK_BYTES
+    # Not from the beginning: headers have just been read, and are in memory whatever the weights are.
+    at = stride // 2 if stride > _LOOK_BYTES else 0
+    looks = []
+    for file, size in enumerate(sizes):
+        while at < size:
+            begin = at // BLOCK_BYTES * BLOCK_BYTES
+            looks.append(Extent(file=file, offset=begin, nbytes=min(_LOOK_BYTES, size - begin)))
+            at += stride
+        at -= size
+        if stride == _LOOK_BYTES:
+            at = 0
+    return looks
 
 
 def _chosen(paths: Sequence[Path], files: Sequence[int]) -> list[Extent]:
@@ -180,7 +192,7 @@ def _cold(reader: MmapReader, chosen: Sequence[Extent]) -> list[Extent]:
         resident = reader.resident_bytes(window)
         if resident is not None:
             (warm if resident else cold).append(window)
-    if not cold:
+    if sum(window.nbytes for window in cold) < LEAST_BYTES // 2:
         for window in _within(warm, _MOST_EVICTED_BYTES):
             reader.evict(window)
             if reader.resident_bytes(window) == 0:

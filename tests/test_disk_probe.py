@@ -301,3 +301,18 @@ def test_windows_begin_and_end_on_blocks_and_leave_out_what_is_too_small():
         Extent(file=3, offset=36_864, nbytes=16_384),
         Extent(file=3, offset=53_248, nbytes=8192),
     ]
+
+
+def test_a_large_checkpoint_is_looked_at_in_samples_and_not_just_at_its_headers():
+    looks = disk_probe._looks([4 << 30] * 200)
+    assert 1000 < len(looks) <= 2048
+    assert {each.file for each in looks} == set(range(200))
+    assert not any(each.offset < 64 << 10 for each in looks[:100])
+    assert all(each.offset % 4096 == 0 for each in looks)
+
+
+def test_small_files_are_looked_at_in_full():
+    sizes = [100_000, 1, 70_000]
+    looks = disk_probe._looks(sizes)
+    for file, size in enumerate(sizes):
+        assert sum(each.nbytes for each in looks if each.file == file) == size
