@@ -1,9 +1,12 @@
 """How fast a machine is, and how each rate is known. Plain data."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
-__all__ = ["ComputeRate", "Figure", "Origin"]
+__all__ = ["ComputeRate", "Figure", "Origin", "Rate"]
 
 
 class Origin(StrEnum):
@@ -33,3 +36,23 @@ class ComputeRate:
 
     tokens: int  # in one pass: the rows that each weight matrix is multiplied with
     bytes_per_second: float  # of weights, in the checkpoint's main dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """The samples of one measurement, in short."""
+
+    median: float
+    least: float
+    most: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Self:
+        """At least one sample."""
+        return cls(
+            median=statistics.median(samples),
+            least=min(samples),
+            most=max(samples),
+            samples=len(samples),
+        )

@@ -1,5 +1,6 @@
 """What this machine has. The only prober."""
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,17 @@ from typing import Self
 import psutil
 
 from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.disk_probe import cached_bytes
 from layerstream.pipeline.figures import ComputeRate, Figure, Origin
-from layerstream.stages.devices import open_device
-from layerstream.stages.errors import PlanError
+from layerstream.pipeline.measured import MeasuredCache
+from layerstream.pipeline.probing import Rates, probe_rates
+from layerstream.stages.devices import Device, open_device
+from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["ComputeRate", "Figure", "Hardware", "Origin", "host_available_bytes"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,20 +122,37 @@ class Hardware:
         Raises:
             DeviceError: there is no such device.
         """
-        _ = checkpoint, fresh, measure, cache_folder  # rates are not measured yet
-        return await finish_in_thread(lambda: cls._ask(device))
+        opened = await finish_in_thread(lambda: open_device(device))
+        rates = await probe_rates(
+            checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
+        )
+        # Last, when the measurements have given their own memory back.
+        return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
 
     @classmethod
-    def _ask(cls, device: str) -> Self:
-        opened = open_device(device)
+    def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
         return cls(
-            device=str(opened.torch_device),
+            device=str(device.torch_device),
             host_available_bytes=host_available_bytes(),
-            vram_free_bytes=opened.free_bytes(),
+            vram_free_bytes=device.free_bytes(),
             cores=len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
+            cached_bytes=_cached_bytes(checkpoint),
+            figures=rates.figures,
+            **rates.fields,
         )
+
+
+def _cached_bytes(checkpoint: Checkpoint) -> int:
+    try:
+        return cached_bytes([file.path for file in checkpoint.files])
+    except (
+        LayerstreamError,
+        OSError,
+    ) as error:  # gone since it was opened: whoever reads it will say so
+        logger.warning("what is in the page cache is not known: %s", error)
+        return 0
 
 
 _RATES = (

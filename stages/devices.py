@@ -5,6 +5,7 @@ stages tell one another what has been done. Only ``drain``, behind all work, syn
 """
 
 import logging
+import platform
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -39,6 +40,9 @@ class Device(Protocol):
     def reads_host_images(self) -> bool:
         """Whether computation reads host images where they lie, so that only fused tensors are copied."""
 
+    def model_name(self) -> str:
+        """What the device is called by its maker, to tell it from others."""
+
     def free_bytes(self) -> int | None:
         """Device memory that this process may still take; None where that is the host's."""
 
@@ -57,6 +61,9 @@ class Device(Protocol):
 
     def drain(self) -> None:
         """Block until the device has done all that it was given: its memory is about to be freed."""
+
+    def trim(self) -> None:
+        """Give back what torch's allocator keeps and nobody uses, after work that will not be repeated."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
@@ -87,6 +94,10 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     reads_host_images = True
 
+    def model_name(self) -> str:
+        """The architecture, as the system calls it."""
+        return platform.machine()
+
     def free_bytes(self) -> int | None:
         """None: the host's memory is all there is."""
         return None
@@ -105,6 +116,9 @@ class CpuDevice:
 
     def drain(self) -> None:
         """Nothing to do: work is done when it returns."""
+
+    def trim(self) -> None:
+        """Nothing to do: the system has its memory back already."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Copy now."""
@@ -158,6 +172,10 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         # High priority: a copy that waits behind compute kernels for its turn starves the next batch.
         self._stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def model_name(self) -> str:
+        """As the driver calls it."""
+        return torch.cuda.get_device_name(self.torch_device)
 
     def free_bytes(self) -> int:
         """What the driver has free, and what torch's allocator keeps but does not use."""
@@ -239,6 +257,11 @@ class CudaDevice:
             # Sticky: whoever computes has been told, or is told at his next call. Nothing runs any more, so
             # memory may go; raising here would hide the error that the pipeline is being closed for.
             logger.exception("%s has failed", self.torch_device)
+
+    def trim(self) -> None:
+        """Give the free blocks of the caching allocator back to the driver."""
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Put ``copies`` on the copy stream; nothing here waits on the host."""

@@ -290,8 +290,28 @@ class MmapReader:
             )
 
     def _is_resident(self, address: int, nbytes: int) -> bool:
+        pages = self._pages(address, nbytes)
+        return pages is not None and b"\0" not in pages
+
+    def _pages(self, address: int, nbytes: int) -> bytes | None:
+        """A byte for each page, zero where it is not in memory; None where the kernel does not say."""
         pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
-        return self._mincore(address, nbytes, pages) == 0 and b"\0" not in pages.raw
+        return pages.raw if self._mincore(address, nbytes, pages) == 0 else None
+
+    def resident_bytes(self, extent: Extent) -> int | None:
+        """How much of ``extent``, which begins on a page, is in the page cache; None where nobody may know."""
+        if not self._askable[extent.file]:
+            return None
+        pages = self._pages(self._addresses[extent.file] + extent.offset, extent.nbytes)
+        if pages is None:
+            return None
+        return min(extent.nbytes, (len(pages) - pages.count(0)) * mmap.PAGESIZE)
+
+    def evict(self, extent: Extent) -> None:
+        """Drop ``extent`` from the page cache, as far as nobody has it mapped in or writes to it."""
+        if hasattr(os, "posix_fadvise"):
+            descriptor = self._files.descriptors[extent.file]
+            os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def mapped(self, batch: LayerBatch) -> Image:
         """Views of the mapping, one part per read."""

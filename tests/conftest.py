@@ -1,6 +1,15 @@
-"""Quiet for the tests: no progress bars and tables of transformers, which are not ours."""
+"""Quiet for the tests: no progress bars and tables of transformers, which are not ours; and no cache of the user's."""
 
+import pytest
 import transformers
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_users(tmp_path_factory):
+    """What is known of this machine makes no difference to a test, and no test writes in anybody's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

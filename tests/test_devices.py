@@ -164,6 +164,18 @@ def test_free_memory_is_told_by_devices_that_have_their_own(make_device):
     assert before - (80 << 20) < device.free_bytes() <= before - kept.numel()
 
 
+@on_every_device
+def test_a_device_has_a_name_and_gives_up_only_memory_that_nobody_uses(make_device):
+    device = make_device()
+    assert device.model_name()
+    host, expected = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    device.copy([(target, host.tensor)], after=()).synchronize()
+    device.trim()
+    assert torch.equal(target.cpu(), expected)
+    device.release_host_memory(host)
+
+
 @pytest.mark.parametrize("name", ["auto", "cpu"])
 def test_a_machine_without_a_gpu_computes_on_its_cpu(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

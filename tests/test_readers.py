@@ -369,3 +369,24 @@ def test_a_descriptor_that_cannot_be_opened_for_want_of_rights_is_said(files, mo
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(ReadError, match=r"a\.bin.*Permission denied"):
         _Files(files, 0)
+
+
+def test_a_mapping_tells_how_much_is_in_memory_and_drops_it(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as stream:
+        stream.write(os.urandom(16 * BLOCK_BYTES + 100))
+        os.fsync(stream.fileno())
+    whole = Extent(file=0, offset=0, nbytes=16 * BLOCK_BYTES + 100)
+    half = Extent(file=0, offset=8 * BLOCK_BYTES, nbytes=8 * BLOCK_BYTES + 100)
+    reader = MmapReader([path])
+    try:
+        assert reader.resident_bytes(whole) == whole.nbytes
+        assert reader.resident_bytes(half) == half.nbytes
+        reader.evict(whole)
+        left = reader.resident_bytes(whole)
+        if left == whole.nbytes:
+            pytest.skip("this filesystem keeps files in memory")
+        reader.touch(half)
+        assert reader.resident_bytes(half) == half.nbytes
+    finally:
+        reader.close()

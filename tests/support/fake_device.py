@@ -79,6 +79,9 @@ class FakeDevice:
 
     # -- the protocol ----------------------------------------------------------------------------
 
+    def model_name(self) -> str:
+        return "fake"
+
     def free_bytes(self) -> int:
         return self._free_bytes
 
@@ -103,6 +106,9 @@ class FakeDevice:
     def drain(self) -> None:
         with self._changed:
             self._copying.run_to(self._copying.end)
+
+    def trim(self) -> None:
+        pass
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
         with self._changed:

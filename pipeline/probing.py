@@ -1,0 +1,244 @@
+"""Measures what is not known of a machine yet, off the event loop, and remembers it."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.compute_probe import (
+    TOKENS,
+    block_shapes,
+    main_dtype,
+    measure_compute,
+    measure_copies,
+)
+from layerstream.pipeline.disk_probe import LEAST_BYTES, measure_direct, measure_mmap
+from layerstream.pipeline.figures import ComputeRate, Figure, Origin, Rate
+from layerstream.pipeline.measured import PER_BYTE, Measured, MeasuredCache, machine
+from layerstream.pipeline.volumes import volumes
+from layerstream.stages.devices import Device
+from layerstream.stages.errors import LayerstreamError
+from layerstream.stages.threads import finish_in_thread
+
+__all__ = ["Rates", "probe_rates"]
+
+logger = logging.getLogger(__name__)
+
+_READERS = (
+    (
+        "direct",
+        ("disk_bytes_per_second", f"direct_read_cpu_seconds{PER_BYTE}"),
+        measure_direct,
+    ),
+    ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap),
+)
+_COPIES = (
+    "host_copy_bytes_per_second",
+    "h2d_bytes_per_second",
+    "pageable_h2d_bytes_per_second",
+)
+# Volumes that hold less than the rest of a checkpoint, such as one small file elsewhere, do not show in its rate.
+_LEAST_SHARE = 0.9
+# A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
+_DISTURBED = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Fields of Hardware, and how each of them is known."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """One thing that is measured by itself and kept by itself."""
+
+    key: Mapping[str, str]  # what the rates depend on
+    names: Collection[str]  # of the rates
+    measure: Callable[[], Mapping[str, Rate]]
+    share: float = 1.0  # of the checkpoint's bytes that it speaks for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A rate of one volume."""
+
+    rate: Rate
+    share: float
+    origin: Origin
+    age_seconds: float
+
+
+async def probe_rates(
+    checkpoint: Checkpoint,
+    device: Device,
+    *,
+    fresh: bool,
+    measure: bool,
+    cache: MeasuredCache,
+) -> Rates:
+    """The rates of this machine that a plan for ``checkpoint`` depends on.
+
+    A checkpoint below 64 MiB gets those that are known from larger ones, and no others: it shows no rate,
+    and is done with sooner than a measurement would be.
+
+    Args:
+        checkpoint: the files that will be read.
+        device: where computation will run.
+        fresh: measure again what is known.
+        measure: False measures nothing.
+        cache: what is known.
+    """
+    subjects = await finish_in_thread(lambda: _subjects(checkpoint, device))
+    measure = measure and checkpoint.total_bytes >= LEAST_BYTES
+    found = []
+    # One after another: together, each would measure the others.
+    for subject in subjects:
+        # A thread for each: between two of them a cancelled caller gets away.
+        known = await finish_in_thread(
+            partial(_known, subject, cache, fresh=fresh and measure, measure=measure)
+        )
+        if known is not None:
+            found.append((subject, *known))
+    return _combined(found)
+
+
+def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
+    here = machine()
+    there = {
+        **here,
+        "device": f"{device.torch_device} {device.model_name()}",
+        "torch": str(torch.__version__),
+        # As the calling thread has it, and so every thread that has not been told otherwise.
+        "threads": str(torch.get_num_threads()),
+    }
+    dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
+    sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
+    return [
+        *_disk_subjects(checkpoint, here),
+        _Subject(
+            key={**there, "of": "copies"},
+            names=_COPIES,
+            measure=partial(measure_copies, device),
+        ),
+        _Subject(
+            key={**there, "of": "compute", "dtype": dtype, "shapes": sizes},
+            names=[str(tokens) for tokens in TOKENS],
+            measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
+        ),
+    ]
+
+
+def _disk_subjects(checkpoint: Checkpoint, here: Mapping[str, str]) -> list[_Subject]:
+    paths = [file.path for file in checkpoint.files]
+    total = sum(file.size_bytes for file in checkpoint.files)
+    return [
+        _Subject(
+            key={**here, "of": f"disk-{reader}", "volume": volume},
+            names=names,
+            measure=partial(measure, paths, files),
+            share=sum(checkpoint.files[file].size_bytes for file in files) / total,
+        )
+        for volume, files in _volumes(paths).items()
+        for reader, names, measure in _READERS
+    ]
+
+
+def _volumes(paths: Sequence[Path]) -> dict[str, list[int]]:
+    try:
+        return volumes(paths)
+    except OSError as error:
+        logger.warning("the disk is not measured: %s", error)
+        return {}
+
+
+def _known(
+    subject: _Subject, cache: MeasuredCache, *, fresh: bool, measure: bool
+) -> tuple[Measured, Origin] | None:
+    if not fresh:
+        cached = cache.load(subject.key, names=subject.names)
+        if cached is not None:
+            return cached, Origin.CACHED
+    if not measure:
+        return None
+    what = subject.key["of"]
+    try:
+        rates = subject.measure()
+    except (LayerstreamError, OSError, RuntimeError) as error:  # RuntimeError: torch's
+        logger.warning("measuring %s failed, the rate is not known: %s", what, error)
+        return None
+    if not rates:
+        return None
+    for name, rate in rates.items():
+        logger.info("%s: %s is %.3g (%.3g to %.3g)", what, name, rate.median, rate.least, rate.most)
+    if _disturbed(rates):
+        logger.info("%s: the samples differ so much that they are not kept for the next time", what)
+    else:
+        cache.store(subject.key, rates)
+    return Measured(rates=rates, age_seconds=0.0), Origin.MEASURED
+
+
+def _disturbed(rates: Mapping[str, Rate]) -> bool:
+    """Whether something else kept the machine busy: good for now, perhaps, but not for a week."""
+    return any(
+        rate.most > _DISTURBED * rate.median
+        for name, rate in rates.items()
+        if not name.endswith(PER_BYTE)
+    )
+
+
+def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
+    fields: dict[str, Any] = {}
+    figures: dict[str, Figure] = {}
+    parts: dict[str, list[_Part]] = {}
+    for subject, measured, origin in found:
+        age = measured.age_seconds
+        if subject.key["of"] == "compute":
+            fields["compute"] = tuple(
+                ComputeRate(tokens=tokens, bytes_per_second=measured.rates[str(tokens)].median)
+                for tokens in TOKENS
+                if str(tokens) in measured.rates
+            )
+            samples = sum(rate.samples for rate in measured.rates.values())
+            figures["compute"] = Figure(origin=origin, samples=samples, age_seconds=age)
+            continue
+        for name, rate in measured.rates.items():
+            part = _Part(rate=rate, share=subject.share, origin=origin, age_seconds=age)
+            parts.setdefault(name, []).append(part)
+    for name, several in parts.items():
+        if sum(part.share for part in several) < _LEAST_SHARE:
+            logger.info("%s is not known: it was measured on some of the volumes only", name)
+            continue
+        fields[name] = _mean(name, [(part.rate.median, part.share) for part in several])
+        figures[name] = Figure(
+            origin=Origin.CACHED
+            if any(part.origin is Origin.CACHED for part in several)
+            else Origin.MEASURED,
+            least=_mean(name, [(part.rate.least, part.share) for part in several]),
+            most=_mean(name, [(part.rate.most, part.share) for part in several]),
+            samples=sum(part.rate.samples for part in several),
+            age_seconds=max(part.age_seconds for part in several),
+        )
+    return Rates(fields=fields, figures=figures)
+
+
+def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:
+    """The rate at which all volumes are read one after another, as a sweep does.
+
+    Args:
+        name: of the field: bytes per second, or something per byte.
+        values: pairs of a volume's value and its share of the bytes.
+    """
+    if len(values) == 1:
+        return values[0][0]  # exactly
+    shares = sum(share for _, share in values)
+    if name.endswith(PER_BYTE):
+        return sum(value * share for value, share in values) / shares
+    return shares / sum(share / value for value, share in values)
