@@ -114,12 +114,12 @@ class PromptPass:
         name, cache = _cache_of(self._output)
         self._output = None
         prompt_bytes = _storage_bytes(cache)
+        inputs = self._inputs(1, workload.prompt_tokens + workload.new_tokens)
+        if name:
+            inputs[name] = cache
         with torch.no_grad(), self.watched():
             _grow(cache, workload.new_tokens - 1)
             self._live.peak_bytes = self._live.now_bytes
-            inputs = self._inputs(1, workload.prompt_tokens + workload.new_tokens)
-            if name:
-                inputs[name] = cache
             output = clone_modules(self._module)(**inputs)
             _sample(output.logits)
         _, cache = _cache_of(output)
@@ -223,7 +223,10 @@ class _FusedAttention(TorchFunctionMode):
         if choose(*stand_ins, *rest, **options) == _MATH:
             return None
         if attn_mask is not None and attn_mask.dtype is torch.bool:
-            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # it is turned into numbers
+            # It is turned into numbers, where it does not hold.
+            numbers = torch.empty(attn_mask.shape, dtype=query.dtype)
+            attn_mask.logical_not()
+            attn_mask = numbers
         *batch, heads, queries, _ = query.shape
         attended = torch.empty((*batch, queries, heads, value.shape[-1]), dtype=query.dtype)
         torch.empty((*batch, queries, heads), dtype=torch.float32)  # sums, while it runs

@@ -1,5 +1,6 @@
 """Made-up values for forward passes on the meta device, where no value is known."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._left = _MOST_ANSWERS
         self._padded = padded
-        self._whether_all: torch.Tensor | None = None
+        self._whether_all: weakref.ref[torch.Tensor] | None = None
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what takes values."""
@@ -37,9 +38,12 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 shape = (tensor.numel(), tensor.dim())
                 return torch.empty(shape, dtype=torch.long, device="meta")
             if func is _aten.equal.default or tensor.dtype is torch.bool:
-                return tensor is not self._whether_all
+                return self._whether_all is None or tensor is not self._whether_all()
             return 1.0 if tensor.is_floating_point() else 1
         result = func(*args, **(kwargs or {}))
-        if self._padded and func is _aten.all.default:
-            self._whether_all = result
+        # transformers also compares the sum of a mask with the number of its elements.
+        if self._padded and (
+            func is _aten.all.default or (func is _aten.eq.Scalar and not args[0].dim())
+        ):
+            self._whether_all = weakref.ref(result)
         return result

@@ -135,8 +135,8 @@ def _activation_bytes(sizes: _Sizes, batch: int, tokens: int, seen: int) -> int:
     # Gate, up and their product; a mixture of experts repeats its input for each that computes for a token.
     routed = sizes.experts_per_token
     inner = (3 * hidden + sizes.inners * sizes.inner) * item
-    if routed:
-        inner += 3 * routed * hidden * item + 4 * sizes.experts * _FLOAT32
+    if routed:  # what it makes of gate and up lies beside both of them
+        inner += (3 * routed * hidden + sizes.inner) * item + 4 * sizes.experts * _FLOAT32
     scan = 2 * hidden * item + sizes.scan * _FLOAT32
     per_token = max(norm, attention, inner, scan)
     scores = 0
@@ -144,13 +144,14 @@ def _activation_bytes(sizes: _Sizes, batch: int, tokens: int, seen: int) -> int:
         # No fused kernel of the CPU takes these: scores and weights in float32, keys and values for all heads.
         scores = heads * tokens * seen * (2 * _FLOAT32 + item)
         scores += 2 * heads * seen * (sizes.key + sizes.value) * (item + _FLOAT32)
-    # Sequences of a batch differ in length: a mask, and the same as numbers, and keys and values for all heads.
-    padded = 0
-    if batch > 1:
-        padded = tokens * seen * (2 + item) + seen * heads * (sizes.key + sizes.value) * item
+    # Where sequences of a batch differ in length, or not all tokens are seen: masks, and one as numbers, and
+    # keys and values for all heads.
+    masks = 0
+    if batch > 1 or any(window is not None and tokens > window for window in sizes.windows):
+        masks = tokens * seen * (2 + item) + seen * heads * (sizes.key + sizes.value) * item
     if tokens > 1:
         tokens = -(-tokens // sizes.piece) * sizes.piece
-    return batch * (tokens * per_token + max(scores, padded))
+    return batch * (tokens * per_token + max(scores, masks))
 
 
 def _sizes(config: Config | None) -> _Sizes | None:
