@@ -7,28 +7,45 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerstream.pipeline.activations import PromptPass
 from layerstream.pipeline.binding import Absent, Binding, put_buffers, source_name
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.conversion import Recipe, TracedModel
 from layerstream.pipeline.embedding import WHOLE_BYTES, GatheredTable, TableSource, congruent
 from layerstream.pipeline.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.modules import ModelLayer, gathered_uses, model_layers, uses_of
-from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.plan import Plan, Workload
 from layerstream.pipeline.recording import record
 from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import Extent
 
 __all__ = ["Assembly", "move_buffers"]
 
 
 class Assembly:
-    """A traced model, taken apart: what streams in which layer, and what is gathered."""
+    """A traced model, taken apart: what streams in which layer, and what is gathered.
 
-    def __init__(self, traced: TracedModel, checkpoint: Checkpoint) -> None:
+    Attributes:
+        memory: what ``workload`` takes beside the weights on ``device``, as a pass on the meta device measured
+            it; None where no workload is given, or it could not be measured.
+    """
+
+    memory: WorkloadMemory | None
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        checkpoint: Checkpoint,
+        workload: Workload | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.traced = traced
         self._checkpoint = checkpoint
         uses = uses_of(traced)
-        recordings = record(traced.module)
+        prompt = None if workload is None else PromptPass.of(traced.module, workload, device)
+        recordings = record(traced.module, prompt)
+        self.memory = prompt.memory() if prompt else None
         self._gathered = gathered_uses(traced, uses, recordings)
         self._uses = {
             name: rest

@@ -143,6 +143,7 @@ class StreamedModel:
                 budget=options["budget"],
                 workload=options["workload"],
                 layers=layout.planned(checkpoint),
+                memory=layout.memory,
                 reader=options["reader"],
                 throttle_bytes_per_second=options["throttle_bytes_per_second"],
                 layer_batch_size=options["layer_batch_size"],
@@ -333,4 +334,4 @@ def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedMo
         dtype=options["dtype"],
         **options["model_options"],
     )
-    return traced, Assembly(traced, checkpoint)
+    return traced, Assembly(traced, checkpoint, options["workload"])

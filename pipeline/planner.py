@@ -73,7 +73,7 @@ def make_plan(
         workload=workload,
         objective=_objective(objective),
         layers=tuple(layers or planned_layers(checkpoint, group_layers(checkpoint))),
-        memory=memory or estimate_memory(checkpoint.config, workload),
+        memory=_memory(checkpoint, workload, memory),
         reader=_reader(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,
         layer_batch_size=layer_batch_size,
@@ -115,6 +115,14 @@ def make_plan(
         advice=advise(request, best),
         notes=request.notes(best),
     )
+
+
+def _memory(
+    checkpoint: Checkpoint, workload: Workload | None, measured: WorkloadMemory | None
+) -> WorkloadMemory | None:
+    if workload is None or measured is not None:
+        return measured
+    return estimate_memory(checkpoint.config, workload)
 
 
 def _told(choice: Choice, *, chosen: bool) -> Candidate:

@@ -9,13 +9,15 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerstream.pipeline.activations import PromptPass
+from layerstream.pipeline.answers import Answers
 from layerstream.pipeline.clones import clone_modules
 
 __all__ = ["Call", "Recording", "Touch", "record"]
@@ -23,9 +25,6 @@ __all__ = ["Call", "Recording", "Touch", "record"]
 logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
-
-# A loop that waits for a value to change would wait for ever.
-_MOST_ANSWERS = 10_000
 
 
 class Call(NamedTuple):
@@ -56,13 +55,15 @@ class Recording:
         return [event for event in self.events if isinstance(event, Touch)]
 
 
-def record(model: Any) -> list[Recording]:
+def record(model: Any, prompt: PromptPass | None = None) -> list[Recording]:
     """Forward passes of ``model``, a transformers model on the meta device; the most telling one first.
 
-    Inputs are made up from the signature of its ``forward``. Where none fits, the list may be empty.
+    The first pass is ``prompt``, if given: it then knows what it takes. Inputs of others are made up from the
+    signature of the model's ``forward``. Where none fits, the list may be empty.
     """
     recordings = []
-    for inputs in _dummy_inputs(model):
+    passes: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt is None else [prompt]
+    for inputs in chain(passes, _dummy_inputs(model)):
         recording, missed = _recorded(model, inputs)
         recordings.append(recording)
         if recording.complete and not missed:
@@ -75,17 +76,21 @@ def record(model: Any) -> list[Recording]:
     return recordings
 
 
-def _recorded(root: Any, inputs: dict[str, torch.Tensor]) -> tuple[Recording, bool]:
+def _recorded(root: Any, inputs: PromptPass | dict[str, torch.Tensor]) -> tuple[Recording, bool]:
     """A recording of the pass that ``inputs`` cause, and whether it left out any weight."""
     clone = clone_modules(root)
     events: list[Call | Touch] = []
     spied = _spy_on(clone, events)
     complete = True
     try:
-        with torch.no_grad(), torch.device("meta"), _Answers():
-            clone(**inputs)
+        if isinstance(inputs, PromptPass):
+            with torch.no_grad(), inputs.watched():
+                inputs.done(clone(**inputs.inputs))
+        else:
+            with torch.no_grad(), torch.device("meta"), Answers():
+                clone(**inputs)
     except Exception as error:  # noqa: BLE001 - whatever a model does with inputs made up for it
-        logger.debug("no forward pass on the meta device with %s: %s", sorted(inputs), error)
+        logger.debug("no forward pass on the meta device: %s", error)
         complete = False
     recording = Recording(complete=complete, events=tuple(events))
     return recording, spied > len({touch.tensor for touch in recording.touches})
@@ -174,29 +179,6 @@ class _Spy(nn.Parameter):
             touched = args[0].touched
             return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, touched), result)
         return result
-
-
-class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes up the values that a model asks for, so that the pass goes on."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._left = _MOST_ANSWERS
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what takes values."""
-        if func in {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default}:  # noqa: SLF001
-            self._left -= 1
-            if self._left < 0:
-                raise RuntimeError("the model keeps asking for values")
-            tensor = args[0]
-            if func is _aten.nonzero.default:  # all are taken for true
-                shape = (tensor.numel(), tensor.dim())
-                return torch.empty(shape, dtype=torch.long, device="meta")
-            if func is _aten.equal.default or tensor.dtype is torch.bool:
-                return True
-            return 1.0 if tensor.is_floating_point() else 1
-        return func(*args, **(kwargs or {}))
 
 
 def _dummy_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from layerstream.pipeline.plan import MemoryUse, ReaderKind
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import LayerBatch
 
-__all__ = ["Arenas", "Frame", "Need"]
+__all__ = ["Arenas", "Frame", "Need", "evenly"]
 
 # A batch that is this many times as large as most sets the size of the ring that all pass.
 _OVERSIZED = 2

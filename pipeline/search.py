@@ -24,10 +24,12 @@ __all__ = ["Choice", "Request"]
 
 # Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
 # the first is taken.
-_SLOTS = (3, 2, 4, 1)
+_SLOTS = (3, 2, 4)
 # Blocks per layer batch that are tried; larger batches than this gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
+# Where no more fit: the stages wait for one another.
+_LEAST_SLOTS = 1
 # What is faster by less than this is as fast.
 _EQUAL = 0.01
 # Left alone of what is free, for everybody else and for the allocators' own waste.
@@ -62,8 +64,10 @@ class Choice:
         return self.frame.need(self.placement.batches, self.placement.arenas)
 
     @property
-    def _preference(self) -> tuple[int, int]:
-        return _SLOTS.index(self.placement.slots), sum(self.need)
+    def _preference(self) -> tuple[bool, int, int]:
+        # What is left of a budget is there to be used: residents also help where the model is wrong.
+        slots = (*_SLOTS, _LEAST_SLOTS).index(self.placement.slots)
+        return bool(self.name), slots, sum(self.need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,8 @@ class Request:
             raise PlanError(
                 f"layer_batch_size is {self.layer_batch_size}, but must be a whole number from 1"
             )
-        if self.slots is not None and self.slots not in _SLOTS:
-            raise PlanError(f"slots is {self.slots}, but must be 1 to {max(_SLOTS)}")
+        if self.slots is not None and self.slots not in (*_SLOTS, _LEAST_SLOTS):
+            raise PlanError(f"slots is {self.slots}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
 
     @property
     def on_cpu(self) -> bool:
@@ -131,6 +135,8 @@ class Request:
 
     def choices(self) -> list[Choice]:
         """All candidates that fit, the best one first, then by the time that they take.
+
+        Among those that are equally fast, those with residents come first, then three slots, then the least memory.
 
         Raises:
             PlanError: none fits.
@@ -209,12 +215,11 @@ class Request:
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
-            # Also what everybody would do first is priced, so that nothing chosen is worse.
-            if size == 1 and frame.fits(frame.need(batches, frame.arenas(batches, 1))):
-                yield dataclasses.replace(
-                    self._choice(frame, prices, batches, size=1, slots=1),
-                    name="one layer at a time",
-                )
+            # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
+            slots = self.slots or _LEAST_SLOTS
+            if frame.fits(frame.need(batches, frame.arenas(batches, slots))):
+                bare = self._choice(frame, prices, batches, size=size, slots=slots)
+                yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
     def _slots(self, frame: Frame) -> tuple[int, ...]:
         if self.slots is not None:
