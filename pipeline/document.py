@@ -1,7 +1,7 @@
 """A report as data, and how it looks: plain text for a terminal, or Markdown."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerstream.stages.tables import format_table
@@ -20,10 +20,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The first column names a row, the others are figures."""
+    """The first column names a row, the others are figures, but for those that are ``left``."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    left: Collection[int] = (0,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,8 @@ def _text(section: Section) -> Iterator[str]:
             case Facts(pairs=pairs):
                 width = max(len(name) for name, _ in pairs)
                 lines = [f"{name:{width}}  {value}" for name, value in pairs]
-            case Table(columns=columns, rows=rows):
-                lines = format_table(columns, rows).splitlines()
+            case Table(columns=columns, rows=rows, left=left):
+                lines = format_table(columns, rows, left=left).splitlines()
             case Drawing(lines=drawn):
                 lines = list(drawn)
             case Sentences(lines=said):
@@ -85,8 +86,8 @@ def _markdown(section: Section) -> Iterator[str]:
         match block:
             case Facts(pairs=pairs):
                 yield "\n".join(f"- **{name}**: {_escaped(value)}" for name, value in pairs)
-            case Table(columns=columns, rows=rows):
-                ruler = [":---", *["---:"] * (len(columns) - 1)]
+            case Table(columns=columns, rows=rows, left=left):
+                ruler = [":---" if place in left else "---:" for place in range(len(columns))]
                 yield "\n".join(map(_row, (columns, ruler, *rows)))
             case Drawing(lines=lines):
                 yield "\n".join(("```", *lines, "```"))

@@ -90,7 +90,7 @@ def _candidates(plan: Plan) -> Section:
     )
     return Section(
         title="What was weighed: the best of each layer batch size and reader, and the trivial plan",
-        blocks=[Table(columns=columns, rows=rows)],
+        blocks=[Table(columns=columns, rows=rows, left=(0, len(columns) - 1))],
     )
 
 
@@ -129,7 +129,7 @@ def _advice(plan: Plan) -> Section:
     request = "request" if plan.workload is not None else "10 sweeps"
     return Section(
         title="What would help, each by itself",
-        blocks=[Table(columns=("", "sweep", request, ""), rows=rows)],
+        blocks=[Table(columns=("", "sweep", request, ""), rows=rows, left=(0, 3))],
     )
 
 
@@ -154,7 +154,7 @@ def _inputs(plan: Plan) -> Section:
         for each in plan.inputs
         if each.value  # an empty page cache is no input
     ]
-    blocks: list[Block] = [Table(columns=("", "value", "how it is known"), rows=rows)]
+    blocks: list[Block] = [Table(columns=("", "value", "how it is known"), rows=rows, left=(0, 2))]
     lines = list(plan.notes)
     if any(each.origin is Origin.ASSUMED for each in plan.inputs):
         lines.append(

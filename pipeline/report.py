@@ -92,7 +92,7 @@ def _decision(plan: Plan) -> Section:
     blocks: list[Block] = [
         Facts(pairs=list(_facts(plan))),
         Drawing(lines=list(_map(plan))),
-        Table(columns=_TIMES, rows=list(_times(plan))),
+        Table(columns=_TIMES, rows=list(_times(plan)), left=(0, len(_TIMES) - 1)),
         Facts(pairs=list(_speeds(plan))),
     ]
     return Section(
