@@ -101,6 +101,7 @@ class Sweep:
         self._batch: Batch | None = None
         self._held_since = 0.0
         self._received = 0
+        self.began_seconds = time.perf_counter()
         self.ended = False
 
     @property

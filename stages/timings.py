@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from layerstream.stages.forecast import Forecast
+
 __all__ = ["SPANS_KEPT", "Clock", "Doing", "Gauge", "Occupancy", "Span", "StageTimings", "Timings"]
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
@@ -102,6 +104,9 @@ class Timings:
     start_seconds: float = 0.0  # when it was opened, by ``time.perf_counter``
     labels: tuple[str, ...] = ()  # the layers of each layer batch
     occupancy: tuple[Occupancy, ...] = ()
+    forecast: Forecast | None = (
+        None  # what the plan had said; None where there is no plan, or no sweep yet
+    )
 
     @property
     def overlap_efficiency(self) -> float:
@@ -118,10 +123,11 @@ class Timings:
     def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
         """The same for a stretch of time in which the caller has counted ``sweeps``.
 
-        Times are ``time.perf_counter``'s; occupancy stays that of the whole run.
+        Times are ``time.perf_counter``'s; occupancy stays that of the whole run, and there is no forecast.
         """
         return replace(
             self,
+            forecast=None,
             sweeps=sweeps,
             start_seconds=start_seconds,
             wall_seconds=stop_seconds - start_seconds,
@@ -156,6 +162,7 @@ class Timings:
             "overlap_efficiency": self.overlap_efficiency,
             "stages": stages,
             "occupancy": occupancy,
+            "forecast": self.forecast.to_dict() if self.forecast is not None else None,
         }
 
 
