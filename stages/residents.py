@@ -77,11 +77,13 @@ class Residents:
         If it is on its way, this waits to see whether it gets there: with few batches the next sweep's
         prefetch meets a resident that this sweep is still loading. On False, the caller loads it.
         """
+        if batch.streamed:  # also if it has just ceased to stay
+            return False
         while batch.index in self._loading:
             self._changed.clear()
             await self._changed.wait()
-        if batch.index in self._loaded or batch.streamed:
-            return batch.index in self._loaded
+        if batch.index in self._loaded:
+            return True
         self._loading.add(batch.index)
         return False
 
