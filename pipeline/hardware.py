@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
@@ -18,6 +18,10 @@ from layerstream.pipeline.probing import Rates, probe_rates
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.timings import Timings
+
+if TYPE_CHECKING:
+    from layerstream.pipeline.plan import Plan
 
 __all__ = ["ComputeRate", "Figure", "Hardware", "Origin", "host_available_bytes"]
 
@@ -128,6 +132,12 @@ class Hardware:
         )
         # Last, when the measurements have given their own memory back.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
+
+    def learn(self, plan: "Plan", timings: Timings) -> "Hardware":
+        """The same machine with the rates that the stages reached while ``plan`` was run, marked as learnt."""
+        from layerstream.pipeline.learning import learn
+
+        return learn(self, plan, timings)
 
     @classmethod
     def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:

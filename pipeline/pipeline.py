@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,7 @@ from layerstream.stages.readers import DirectReader, MmapReader, Reader, Throttl
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.threads import Once, Threads, finish_in_thread
-from layerstream.stages.timings import Clock, Occupancy, Timings
+from layerstream.stages.timings import Clock, Occupancy, SweepSpan, Timings
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline", "open_reader"]
@@ -44,6 +45,8 @@ T = TypeVar("T")
 
 # One batch ready behind each stage absorbs jitter; how many are under way is for the arenas to bound.
 _QUEUE_SIZE = 1
+# Sweeps that timings tell of one by one: enough to learn from.
+_SWEEPS_KEPT = 64
 
 
 def open_reader(plan: Plan) -> Reader:
@@ -98,6 +101,8 @@ class Pipeline:
         self._sweeps_completed = 0
         self._forecast = Forecasts()
         self._expected = plan.prediction.first  # of the sweep under way
+        self._tokens: int | None = None  # in it
+        self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = ExitStack()
@@ -239,12 +244,19 @@ class Pipeline:
 
     # -- use -------------------------------------------------------------------------------------
 
-    def sweep(self, route: Sequence[int] | None = None, *, prompt: bool = False) -> Sweep:
+    def sweep(
+        self,
+        route: Sequence[int] | None = None,
+        *,
+        prompt: bool = False,
+        tokens: int | None = None,
+    ) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.
 
         Args:
             route: indices of the batches to visit, in order; by default all of them.
             prompt: a prompt is processed in it: it is compared with what the plan says of such sweeps.
+            tokens: of the one forward pass in it, for whoever learns from its timings.
 
         Raises:
             BusyError: another sweep is under way.
@@ -267,6 +279,7 @@ class Pipeline:
             on_drop=self._dropped,
         )
         self._expected = self._prediction(prompt=prompt)
+        self._tokens = tokens
         self._current = weakref.ref(sweep)
         return sweep
 
@@ -360,6 +373,7 @@ class Pipeline:
             wall_seconds=max(0.0, last - self._opened_at),
             stages=stages,
             start_seconds=self._opened_at,
+            latest=tuple(self._latest),
             forecast=self._forecast.sums(**busy),
             labels=tuple(batch.label for batch in self.plan.batches),
             occupancy=tuple(
@@ -382,7 +396,11 @@ class Pipeline:
         self._current = None
         if sweep.complete:
             self._sweeps_completed += 1
-            self._forecast.count(self._expected, time.perf_counter() - sweep.began_seconds)
+            now = time.perf_counter()
+            self._forecast.count(self._expected, now - sweep.began_seconds)
+            self._latest.append(
+                SweepSpan(start_seconds=sweep.began_seconds, stop_seconds=now, tokens=self._tokens)
+            )
         else:
             # The next sweep most likely begins at the beginning: what is under way is dropped for it.
             self._route.restart()

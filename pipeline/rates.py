@@ -93,14 +93,22 @@ def rates_of(hardware: Hardware) -> Rates:
         return value
 
     disk = rate("disk_bytes_per_second", _DISK)
+    compute = _compute(hardware, inputs)
+    processor = (
+        rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU),
+        rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU),
+    )
+    figure = hardware.figures.get("compute")
+    if figure is not None and figure.origin is Origin.LEARNT:
+        processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
     return Rates(
         disk=disk,
         mmap=rate("mmap_bytes_per_second", disk * _MMAP_SHARE),
         host_copy=rate("host_copy_bytes_per_second", _HOST_COPY),
         h2d=math.inf if hardware.device == "cpu" else rate("h2d_bytes_per_second", _H2D),
-        compute=_compute(hardware, inputs),
-        direct_cpu_seconds_per_byte=rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU),
-        mmap_cpu_seconds_per_byte=rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU),
+        compute=compute,
+        direct_cpu_seconds_per_byte=processor[0],
+        mmap_cpu_seconds_per_byte=processor[1],
         overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD),
         inputs=tuple(inputs),
     )

@@ -11,7 +11,17 @@ from typing import Any
 
 from layerstream.stages.forecast import Forecast
 
-__all__ = ["SPANS_KEPT", "Clock", "Doing", "Gauge", "Occupancy", "Span", "StageTimings", "Timings"]
+__all__ = [
+    "SPANS_KEPT",
+    "Clock",
+    "Doing",
+    "Gauge",
+    "Occupancy",
+    "Span",
+    "StageTimings",
+    "SweepSpan",
+    "Timings",
+]
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
@@ -80,6 +90,17 @@ class StageTimings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SweepSpan:
+    """A sweep that was completed. Times are ``time.perf_counter``'s."""
+
+    start_seconds: float
+    stop_seconds: float
+    tokens: (
+        int | None
+    )  # of the one forward pass in it; None where there were several, or nobody said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
     """How full a ring of slots has been since the pipeline was opened.
 
@@ -104,6 +125,7 @@ class Timings:
     start_seconds: float = 0.0  # when it was opened, by ``time.perf_counter``
     labels: tuple[str, ...] = ()  # the layers of each layer batch
     occupancy: tuple[Occupancy, ...] = ()
+    latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
     forecast: Forecast | None = (
         None  # what the plan had said; None where there is no plan, or no sweep yet
     )
