@@ -1,6 +1,7 @@
 """A streamed model for code that knows nothing of asyncio: an instance of its transformers class."""
 
 import asyncio
+import functools
 import os
 import threading
 import weakref
@@ -83,6 +84,20 @@ class _Closable:
         self.close()
 
 
+def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
+    """The ``generate`` of ``kind`` as a request: its memory is reserved before, and threads share sweeps."""
+
+    @functools.wraps(kind.generate)
+    def generate(self: Any, *inputs: Any, **named: Any) -> Any:
+        if model.in_request():
+            return kind.generate(self, *inputs, **named)
+        return model.generate_here(
+            lambda clone: functools.partial(kind.generate, clone), inputs, named
+        )
+
+    return generate
+
+
 def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     """A transformers model whose weights stream, for code that knows nothing of asyncio.
 
@@ -107,6 +122,8 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     kind = type(module)
     # transformers' pipelines look for the class by its name.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if hasattr(kind, "generate"):
+        names["generate"] = _generate_of(kind, model)
     module.__class__ = type(kind.__name__, (kind, _Closable), names)
     vars(module)["_layerstream_close"] = closer
     return module

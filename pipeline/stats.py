@@ -70,12 +70,13 @@ class Counters:
     failed: int = 0
     refused: int = 0
     chunked: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of requests that have ended
 
     def stats(
         self,
         timings: Timings,
         *,
+        tokens: int,
         sweeps: int,
         passes: int,
         waiting: int,
@@ -95,7 +96,7 @@ class Counters:
             requests_failed=self.failed,
             requests_refused=self.refused,
             prompts_chunked=self.chunked,
-            tokens_generated=self.tokens,
+            tokens_generated=tokens,
             bytes_read=timings.stages[0].bytes,
             requests_waiting=waiting,
             requests_riding=riding,

@@ -324,7 +324,7 @@ def test_a_device_that_fails_while_a_batch_goes_home_lets_the_next_request_pass(
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            device, calls = model._sweeps.device, 0
+            device, calls = model._engine._device, 0
             record = device.record
 
             def failing(stream: object = None) -> Any:
