@@ -51,7 +51,7 @@ class _Closer:
 
     def __init__(self, host: _LoopThread, model: StreamedModel) -> None:
         self._host = host
-        self._model = model
+        self.model = model
         self._lock = threading.Lock()
         this = weakref.ref(self)
         # Not atexit: by then the pools of threads that closing takes are shut down. Thread pools
@@ -60,8 +60,8 @@ class _Closer:
 
     def __call__(self) -> None:
         if self._lock.acquire(blocking=False):
-            self._model.abandon_pass()
-            self._host.run(self._model.aclose())
+            self.model.abandon_pass()
+            self._host.run(self.model.aclose())
             self._host.stop()
 
 
