@@ -115,7 +115,7 @@ class Estimator:
         branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
         rows = shape.rows * branches
         candidates = self._candidates(setting, named)
-        if setting.number("guidance_scale", 1) != 1:
+        if setting.get("guidance_scale") not in (None, 1):
             rows *= 2  # a second pass without the prompt, with a cache of its own
 
         def at_once(tokens: int) -> int:
