@@ -4,7 +4,7 @@ from collections import deque
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from layerstream.stages.errors import AdmissionError
+from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.units import format_bytes
 
 __all__ = ["Admission", "Reservation"]
@@ -39,7 +39,7 @@ class Admission:
         self._places = places
         self._queue: deque[Reservation] = deque()
         self._granted: set[Reservation] = set()
-        self._error: BaseException | None = None
+        self._closed: str | None = None
 
     @property
     def waiting(self) -> int:
@@ -48,8 +48,8 @@ class Admission:
 
     def ask(self, reservation: Reservation) -> None:
         """Grant ``reservation`` when its turn comes; at once if there is room and nobody waits."""
-        if self._error is not None:
-            reservation.set_exception(self._error)
+        if self._closed is not None:
+            reservation.set_exception(ClosedError(self._closed))
             return
         self._queue.append(reservation)
         self._grant()
@@ -65,12 +65,12 @@ class Admission:
             reservation.cancel()
         self._grant()
 
-    def close(self, error: BaseException) -> None:
-        """Let those who wait, and all who ask from now on, fail with ``error``."""
-        self._error = error
+    def close(self, why: str) -> None:
+        """Let those who wait, and all who ask from now on, fail with a ClosedError that says ``why``."""
+        self._closed = why
         while self._queue:
             with suppress(InvalidStateError):  # cancelled by who waits
-                self._queue.popleft().set_exception(error)
+                self._queue.popleft().set_exception(ClosedError(why))
 
     def _grant(self) -> None:
         while self._queue:

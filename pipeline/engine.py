@@ -12,12 +12,12 @@ import torch
 
 from layerstream.pipeline.admission import Admission, Reservation
 from layerstream.pipeline.clones import clone_modules
-from layerstream.pipeline.counting import counted
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
 from layerstream.pipeline.stats import Counters, Stats
 from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.tokens import counted
 from layerstream.stages.devices import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.threads import Threads, settled
@@ -185,7 +185,7 @@ class Engine:
     def close(self) -> None:
         """Refuse new requests, and fail those that wait for their memory."""
         self._refusing = "the model is not open; use it inside `async with`"
-        self._admission.close(ClosedError(_CLOSED))
+        self._admission.close(_CLOSED)
 
     def stats(self, timings: Timings) -> Stats:
         """What requests have done, and are doing now."""
@@ -235,7 +235,7 @@ class Engine:
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
         if what == "generate":
-            request.named = counted(self._module, request.named, request)
+            request.named = counted(self._module, inputs, request.named, request)
         return request
 
     def _refused(self) -> None:

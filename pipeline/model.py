@@ -28,9 +28,10 @@ from layerstream.pipeline.planner import make_plan
 from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.tokens import token_streamer
 from layerstream.pipeline.workload import workload_bytes
 from layerstream.stages.devices import Device, open_device
-from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.errors import ClosedError
 from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
 from layerstream.stages.usage import anonymous_bytes
@@ -276,7 +277,7 @@ class StreamedModel:
             AdmissionError, ClosedError: as for ``generate``.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = _token_streamer(asyncio.get_running_loop(), tokens)
+        streamer = token_streamer(asyncio.get_running_loop(), tokens)
         generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
         generating.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
@@ -328,31 +329,6 @@ def _room_bytes(plan: Plan, config: Mapping[str, Any] | None, *, held_bytes: int
     else:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
     return max(reserved + max(0, free), _SMALL_CHANGE_BYTES)
-
-
-def _token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:
-    from transformers.generation.streamers import BaseStreamer
-
-    class TokenStreamer(BaseStreamer):
-        """Hands each new token to the event loop; the first call brings the prompt."""
-
-        prompt_seen = False
-
-        def put(self, value: torch.Tensor) -> None:
-            if not self.prompt_seen:
-                self.prompt_seen = True
-                if value.dim() > 1 and value.shape[0] > 1:
-                    raise ModelError(
-                        f"stream() yields the tokens of one sequence, but {value.shape[0]} were given; use generate()"
-                    )
-                return
-            for token in value.flatten().tolist():
-                loop.call_soon_threadsafe(tokens.put_nowait, token)
-
-        def end(self) -> None:
-            """Nothing to do: the generation's task tells when it is done."""
-
-    return TokenStreamer()
 
 
 def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:

@@ -14,7 +14,7 @@ from layerstream.pipeline.admission import refusal
 from layerstream.pipeline.plan import Workload
 from layerstream.pipeline.workload import workload_bytes
 
-__all__ = ["Estimator", "Need", "takes_criteria"]
+__all__ = ["Estimator", "Need", "by_name", "takes_criteria"]
 
 # Below this, a prompt in pieces takes more sweeps than anybody would wait for.
 _SMALLEST_CHUNK = 32
@@ -81,7 +81,8 @@ class Estimator:
         Raises:
             AdmissionError: more than there is for all requests together.
         """
-        shape = self._shape(inputs, named)
+        named = by_name(getattr(self._module, "forward", None), inputs, named)
+        shape = self._shape(named)
         kept = named.get("logits_to_keep")
         positions = kept if isinstance(kept, int) and kept > 0 else shape.length
         nbytes = self._bytes(
@@ -107,7 +108,8 @@ class Estimator:
         Raises:
             AdmissionError: more than there is for all requests together.
         """
-        shape = self._shape(inputs, named)
+        named = by_name(getattr(self._module, "generate", None), inputs, named)
+        shape = self._shape(named)
         setting = _Settings(self._module, named)
         # The ids that come with a cache usually hold the tokens that it was made of, too.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
@@ -150,11 +152,9 @@ class Estimator:
             ),
         )
 
-    def _shape(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> _Shape:
+    def _shape(self, named: Mapping[str, Any]) -> _Shape:
         given = dict(named)
         main = getattr(self._module, "main_input_name", "input_ids")
-        if inputs:
-            given.setdefault(main, inputs[0])
         if "inputs" in given:  # as generate calls it
             given.setdefault(main, given["inputs"])
         rows, length = _tokens(given, "input_ids", "inputs_embeds")
@@ -267,6 +267,13 @@ class _Settings:
         """The same where it is a number."""
         value = self.get(name)
         return int(value) if isinstance(value, (int, float)) else default
+
+
+def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, as far as ``function`` has names for them."""
+    parameters = inspect.signature(function).parameters.values() if function is not None else ()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return {**dict(zip(names, inputs, strict=False)), **named}
 
 
 def takes_criteria(module: Any) -> bool:

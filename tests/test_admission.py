@@ -66,7 +66,7 @@ def test_closing_fails_those_who_wait_and_those_who_come() -> None:
     admission = Admission(room_bytes=10, places=1)
     asked(admission, 10)
     waiting = asked(admission, 1)
-    admission.close(ClosedError("closed"))
+    admission.close("closed")
     for reservation in (waiting, asked(admission, 1)):
         with pytest.raises(ClosedError):
             reservation.result(0)
