@@ -12,6 +12,7 @@ import torch
 
 from layerstream.pipeline.admission import Admission, Reservation
 from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.drawing import drawing_from
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
@@ -40,6 +41,7 @@ class Request:
     named: dict[str, Any]
     rider: Rider
     reservation: Reservation
+    generator: torch.Generator | None  # what it samples from, instead of torch's own
     tokens: int = 0  # written in the rider's thread alone
     asked_seconds: float = field(default_factory=time.perf_counter)
 
@@ -141,7 +143,7 @@ class Engine:
         rider = request.rider
         rider.root = clone = clone_modules(self._module)
         try:
-            with self.riders.riding(rider):
+            with self.riders.riding(rider), drawing_from(request.generator):
                 torch_device = self._device.torch_device
                 here = [_moved(each, torch_device) for each in request.inputs]
                 named = {name: _moved(each, torch_device) for name, each in request.named.items()}
@@ -216,6 +218,8 @@ class Engine:
         if self._refusing is not None:
             self._sweeps.tell(self._refused)
             raise ClosedError(self._refusing)
+        named = dict(named)
+        generator = named.pop("generator", None) if what == "generate" else None
         price = self._estimator.generation if what == "generate" else self._estimator.forward
         try:
             need = price(inputs, named)
@@ -228,7 +232,8 @@ class Engine:
             need=need,
             call=call,
             inputs=inputs,
-            named=dict(named),
+            named=named,
+            generator=generator,
             rider=Rider(self._sweeps),
             reservation=Reservation(need.nbytes, places=places),
         )

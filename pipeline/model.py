@@ -258,7 +258,8 @@ class StreamedModel:
 
         Requests share sweeps. Each reserves the KV cache and the activations that it may come to need, and
         waits, first come, first served, until there is room for them; what the caller keeps of the result
-        is his own. Tensors among the inputs are moved to the device where computation runs. If the waiting
+        is his own. ``generator``, a ``torch.Generator``, is what this request samples from: torch's default source
+        is shared by all. Tensors among the inputs are moved to the device where computation runs. If the waiting
         task is cancelled, generation is unwound at its next layer batch.
 
         Raises:

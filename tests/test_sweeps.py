@@ -202,6 +202,32 @@ def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
     assert all(torch.equal(results[i], expected[i]) for i in range(4))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["sampling", "beam sampling"])
+def test_requests_that_sample_draw_from_sources_of_their_own(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    sampling = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, **options}
+    expected = []
+    for seed, ids in enumerate(PROMPTS):
+        torch.manual_seed(seed)
+        expected.append(alone(folder, ids, **sampling))
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            results = await asyncio.gather(
+                *(
+                    model.generate(
+                        input_ids=ids, generator=torch.Generator().manual_seed(seed), **sampling
+                    )
+                    for seed, ids in enumerate(PROMPTS)
+                )
+            )
+            assert all(map(torch.equal, expected, results))
+
+    run(main())
+
+
 # -- more tokens per sweep -----------------------------------------------------------------------
 
 
