@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.pipeline.binding import Absent
-
 __all__ = ["clone_modules"]
 
 # Larger buffers are masks and tables, which nothing writes to; copies of them would only take memory.
@@ -26,9 +24,8 @@ def clone_modules(root: nn.Module) -> Any:
     for module in modules:
         clones[id(module)] = object.__new__(type(module))
         for buffer in list(module._buffers.values()):  # noqa: SLF001
-            if buffer is None or isinstance(buffer, Absent):
-                continue
-            if buffer.nbytes <= _COPIED_BYTES:
+            # Placeholders of streamed buffers are of another type.
+            if type(buffer) is torch.Tensor and buffer.nbytes <= _COPIED_BYTES:
                 with torch.inference_mode(mode=False), torch.no_grad():
                     clones[id(buffer)] = buffer.clone()
     for module in modules:
