@@ -8,10 +8,10 @@ A batch is: absent -> read -> transferred -> bound -> held by n riders -> unboun
 """
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,9 +22,17 @@ from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.rider import PassCancelled, Rider
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices import Device, Event
-from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.errors import ClosedError
 
 __all__ = ["Sweeps"]
+
+# A departure waits at most so long for riders that are between two steps: sampling takes milliseconds, and
+# who misses it loses a sweep. But what is waited for in vain is lost to all who are aboard.
+_PATIENCE_SECONDS = 0.005
+_PATIENCE_SHARE = 0.05  # of a sweep
+# Riders that compute with a batch at the same time. Each has torch's whole team of threads to itself: two at a
+# time only take them away from one another, and from the event loop.
+_AT_ONCE = 1
 
 
 class Sweeps:
@@ -32,7 +40,6 @@ class Sweeps:
 
     Args:
         pipeline: open; nobody else asks it for sweeps.
-        root: the module tree, with hooks on it that call ``enter``, ``hold`` and ``leave``.
         bindings: what each layer batch puts into the module tree.
         device: where computation runs.
         kept: indices of batches that are bound for good; they are on no route.
@@ -41,7 +48,6 @@ class Sweeps:
     def __init__(
         self,
         pipeline: Pipeline,
-        root: torch.nn.Module,
         bindings: Sequence[Binding],
         *,
         device: Device,
@@ -51,18 +57,25 @@ class Sweeps:
         self._pipeline = pipeline
         self._bindings = bindings
         self._all = tuple(i for i in range(len(bindings)) if i not in set(kept))
-        self._routes: dict[str, tuple[int, ...]] = {}  # what the last pass from an entry visited
+        # What the last pass from an entry visited: a rider's own, and anybody's.
+        self._routes: dict[tuple[Rider | None, str], tuple[int, ...]] = {}
         self._waiting: dict[Rider, tuple[int, Future[Bound]]] = {}
         self._expects: dict[Rider, list[int]] = {}  # what each rider aboard may still want
         self._entries: dict[Rider, str] = {}
         self._holders: set[Rider] = set()
+        self._running: set[Rider] = set()  # whose requests have begun and not ended
+        self._between: set[Rider] = (
+            set()
+        )  # those of them that will want the first batch of a sweep shortly
+        self._boarding: tuple[
+            int, ...
+        ] = ()  # the route of a sweep whose first batch is still to come
+        self._sweep_seconds = 1.0  # of the last one; before any, a guess
+        self.departures = 0
+        self.passes = 0
         self._events: list[Event] = []
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._loop_thread = threading.get_ident()
-        self._local = threading.local()
-        self._root = root
-        self._turn = threading.Lock()
         self._error: BaseException | None = None
         self._task = asyncio.create_task(self._conduct(), name="layerstream-conductor")
 
@@ -77,41 +90,29 @@ class Sweeps:
                 if isinstance(ticket, Future):
                     ticket.set_exception(ClosedError("the model was closed"))
 
-    @contextmanager
-    def riding(self, rider: Rider) -> Iterator[None]:
-        """Let the forward passes of the calling thread be those of ``rider``."""
-        self._local.rider = rider
-        try:
-            yield
-        finally:
-            del self._local.rider
-
-    def rider(self) -> Rider:
-        """Whose pass the calling thread is in.
-
-        A thread that was not given a rider calls the module tree itself, not a clone: all such threads
-        share its buffers, so their passes go one after the other.
-        """
-        rider = self.current()
-        if rider is None:
-            if threading.get_ident() == self._loop_thread:
-                raise ModelError(
-                    "the streamed module was called on the event loop, which feeds it; await the StreamedModel's "
-                    "forward or generate instead, or call the module in a thread"
-                )
-            rider = self._local.rider = Rider(self, turn=self._turn)
-            rider.root = self._root
-        return rider
-
-    def current(self) -> Rider | None:
-        """The rider of the calling thread, if it has one."""
-        return getattr(self._local, "rider", None)
-
     def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
         """What stands in a clone's buffers while layer batch ``index`` is not there."""
         return self._bindings[index].absent_buffers()
 
     # -- on the event loop -----------------------------------------------------------------------
+
+    @property
+    def aboard(self) -> int:
+        """How many riders are in the sweep under way."""
+        return len(self._expects)
+
+    def began(self, rider: Rider) -> None:
+        """The request of ``rider`` begins: its first pass is to be expected."""
+        self._running.add(rider)
+        self._between.add(rider)
+
+    def ended(self, rider: Rider) -> None:
+        """The request of ``rider`` has ended: nothing more comes from it."""
+        self._running.discard(rider)
+        self._between.discard(rider)
+        for key in [key for key in self._routes if key[0] is rider]:
+            del self._routes[key]
+        self._changed.set()
 
     def wanted(
         self,
@@ -129,9 +130,15 @@ class Sweeps:
         if rider.cancelled:
             ticket.set_exception(PassCancelled())
             return
+        self._waiting[rider] = (index, ticket)
         if entry is not None:
             self._entries[rider] = entry
-        self._waiting[rider] = (index, ticket)
+            self._between.discard(rider)
+            self.passes += 1
+            if index in self._boarding[:1] and set(route := self._route(rider)) <= set(
+                self._boarding
+            ):
+                self._expects[rider] = route
         expected = self._expects.get(rider)
         if expected is not None:
             if index in expected:
@@ -165,12 +172,17 @@ class Sweeps:
         self.released(rider, released)
         self.gave_up(rider)
         self._entries.pop(rider, None)
+        if rider in self._running and not rider.cancelled:
+            self._between.add(rider)
         if visited:
-            self._routes[entry] = visited
+            self._routes[None, entry] = visited
+            if rider in self._running:
+                self._routes[rider, entry] = visited
 
     def cancel(self, rider: Rider) -> None:
         """Unwind the pass of ``rider``: at once if it waits, else where it next wants a batch."""
         rider.cancelled = True
+        self._between.discard(rider)
         waiting = self._waiting.pop(rider, None)
         if waiting is not None:
             self._expects.pop(rider, None)
@@ -181,46 +193,71 @@ class Sweeps:
         try:
             while True:
                 await self._until(lambda: bool(self._waiting))
-                order = self._board()
-                async with self._pipeline.sweep(order) as sweep:
-                    await self._ride(sweep)
+                await self._linger()
+                if self._waiting:
+                    await self._depart()
         except asyncio.CancelledError:
             self._fail(ClosedError("the model was closed while it was computing"))
             raise
         except BaseException as error:  # noqa: BLE001 - every rider has to hear of it, none may hang
             self._fail(error)
 
-    def _board(self) -> tuple[int, ...]:
-        """Take all who wait aboard; returns the route: all that any of them may want."""
-        for rider, (index, _) in self._waiting.items():
-            route = self._routes.get(self._entries[rider], self._all)
-            self._expects[rider] = sorted({index, *(other for other in route if other > index)})
-        return tuple(sorted({index for route in self._expects.values() for index in route}))
+    async def _linger(self) -> None:
+        """Wait a little for those between two steps; who is late takes the next sweep."""
+        patience = max(_PATIENCE_SECONDS, _PATIENCE_SHARE * self._sweep_seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._until(lambda: not self._between or not self._waiting)
+        # Who was late once is not waited for again before it has caught a sweep.
+        self._between.clear()
+
+    async def _depart(self) -> None:
+        """One sweep, with all who wait."""
+        for rider in self._waiting:
+            self._expects[rider] = self._route(rider)
+        order = tuple(sorted({index for route in self._expects.values() for index in route}))
+        self.departures += 1
+        started = time.perf_counter()
+        async with self._pipeline.sweep(order) as sweep:
+            self._boarding = order
+            await self._ride(sweep)
+            if sweep.complete:
+                self._sweep_seconds = time.perf_counter() - started
+
+    def _route(self, rider: Rider) -> list[int]:
+        """What ``rider``, who waits, may want from where it is."""
+        index, _ = self._waiting[rider]
+        entry = self._entries[rider]
+        route = self._routes.get((rider, entry)) or self._routes.get((None, entry), self._all)
+        return sorted({index, *(other for other in route if other > index)})
 
     async def _ride(self, sweep: Sweep) -> None:
-        while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
-            bound = Bound(batch, self._bindings[batch.index], self.device)
-            try:
-                await self._serve(bound)
-            finally:
-                bound.unbind()
-            events, self._events = tuple(self._events), []
-            sweep.give_back(events)
+        try:
+            while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
+                bound = Bound(batch, self._bindings[batch.index], self.device)
+                try:
+                    await self._serve(bound)
+                finally:
+                    bound.unbind()
+                self._boarding = ()
+                events, self._events = tuple(self._events), []
+                sweep.give_back(events)
+        finally:
+            self._boarding = ()
 
     async def _serve(self, bound: Bound) -> None:
-        """Hand ``bound`` to whoever wants it, until nobody holds it or may still come for it."""
+        """Hand ``bound`` to whoever wants it, in turn, until nobody holds it or may still come for it."""
         while True:
             self._changed.clear()
             for rider, (index, ticket) in list(self._waiting.items()):
+                if len(self._holders) >= _AT_ONCE:
+                    break
                 if index == bound.index and rider in self._expects:
                     del self._waiting[rider]
                     self._expects[rider].remove(index)
                     self._holders.add(rider)
                     ticket.set_result(bound)
-            coming = any(
-                bound.index in expected and rider not in self._waiting
-                for rider, expected in self._expects.items()
-            )
+            coming = any(bound.index in expected for expected in self._expects.values())
             if not self._holders and not coming:
                 return
             await self._changed.wait()
