@@ -156,7 +156,7 @@ def test_a_disk_that_fails_is_warned_of_and_all_else_is_measured(probe, monkeypa
 
 
 def test_a_sparse_checkpoint_has_no_disk_rate(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     path = tmp_path / "model.safetensors"
     save_file({"layers.0.weight": torch.zeros(64 << 10, 512)}, path)
     header = path.read_bytes()[: path.stat().st_size - (128 << 20)]
