@@ -266,3 +266,14 @@ def test_samples_that_lie_far_apart_are_used_but_not_kept(probe, monkeypatch, tm
     assert probe().host_copy_bytes_per_second == 1e9
     assert not list((tmp_path / "cache").glob("copies-*"))
     assert probe(measure=False).host_copy_bytes_per_second is None
+
+
+def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
+    monkeypatch.setattr(probing, "_DISTURBED", 2.0)
+
+    def compute(*medians):
+        rates = [Rate(median=value, least=value, most=value, samples=5) for value in medians]
+        return dict(zip(("1", "4", "16"), rates, strict=True))
+
+    assert probing._disturbed(compute(2e9, 27e9, 20e9))
+    assert not probing._disturbed(compute(20e9, 27e9, 18e9))
