@@ -29,7 +29,6 @@ from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
-from layerstream.pipeline.workload import workload_bytes
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.threads import Once, finish_in_thread
@@ -177,7 +176,7 @@ class StreamedModel:
         self._pipeline = pipeline
         self._sweeps = sweeps = Sweeps(pipeline, bindings, device=device, kept=kept)
         self._resources.push_async_callback(sweeps.aclose)
-        room = _room_bytes(self.plan, checkpoint.config, held_bytes=held)
+        room = _room_bytes(self.plan, held_bytes=held)
         self._engine = engine = Engine(
             self.module,
             sweeps,
@@ -187,6 +186,7 @@ class StreamedModel:
                 checkpoint.config,
                 workload=options["workload"],
                 room_bytes=room,
+                reserved_bytes=self.plan.workload_bytes,
             ),
             room_bytes=room,
             places=options["max_requests"],
@@ -323,14 +323,13 @@ class StreamedModel:
         return self._engine
 
 
-def _room_bytes(plan: Plan, config: Mapping[str, Any] | None, *, held_bytes: int) -> int:
+def _room_bytes(plan: Plan, *, held_bytes: int) -> int:
     """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
-    reserved = workload_bytes(config, plan.workload)[0]
     if plan.device_memory is not None:
         free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
     else:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
-    return max(reserved + max(0, free), _SMALL_CHANGE_BYTES)
+    return max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)
 
 
 def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:

@@ -100,8 +100,6 @@ class Pipeline:
         self._arenas: tuple[RingArena, ...] = ()
         self._sweeps_completed = 0
         self._forecast = Forecasts()
-        self._expected = plan.prediction.first  # of the sweep under way
-        self._tokens: int | None = None  # in it
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
@@ -244,19 +242,11 @@ class Pipeline:
 
     # -- use -------------------------------------------------------------------------------------
 
-    def sweep(
-        self,
-        route: Sequence[int] | None = None,
-        *,
-        prompt: bool = False,
-        tokens: int | None = None,
-    ) -> Sweep:
+    def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.
 
         Args:
             route: indices of the batches to visit, in order; by default all of them.
-            prompt: a prompt is processed in it: it is compared with what the plan says of such sweeps.
-            tokens: of the one forward pass in it, for whoever learns from its timings.
 
         Raises:
             BusyError: another sweep is under way.
@@ -278,8 +268,6 @@ class Pipeline:
             on_end=self._ended,
             on_drop=self._dropped,
         )
-        self._expected = self._prediction(prompt=prompt)
-        self._tokens = tokens
         self._current = weakref.ref(sweep)
         return sweep
 
@@ -395,12 +383,12 @@ class Pipeline:
             return  # dropped in another thread, and the next sweep, now under way, was faster than the news
         self._current = None
         if sweep.complete:
-            self._sweeps_completed += 1
             now = time.perf_counter()
-            self._forecast.count(self._expected, now - sweep.began_seconds)
+            self._forecast.count(self._prediction(prompt=sweep.prompt), now - sweep.began_seconds)
             self._latest.append(
-                SweepSpan(start_seconds=sweep.began_seconds, stop_seconds=now, tokens=self._tokens)
+                SweepSpan(start_seconds=sweep.began_seconds, stop_seconds=now, tokens=sweep.tokens)
             )
+            self._sweeps_completed += 1
         else:
             # The next sweep most likely begins at the beginning: what is under way is dropped for it.
             self._route.restart()

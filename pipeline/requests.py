@@ -56,6 +56,7 @@ class Estimator:
         config: config.json; without one, nothing is known and nothing reserved.
         workload: what the plan reserves for.
         room_bytes: memory for all requests together.
+        reserved_bytes: what the plan reserves for ``workload``. Where it was measured, prices follow it.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Estimator:
         *,
         workload: Workload,
         room_bytes: int,
+        reserved_bytes: int | None = None,
     ) -> None:
+        estimated = workload_bytes(config, workload)[0]
+        self._scale = reserved_bytes / estimated if reserved_bytes and estimated else 1.0
         self._module = module
         self._config = config
         self._workload = workload
@@ -184,10 +188,10 @@ class Estimator:
         asked = Workload(
             batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
         )
-        nbytes = workload_bytes(self._config, asked)[0]
+        nbytes = int(self._scale * workload_bytes(self._config, asked)[0])
         if shape.told:
             return nbytes
-        one = workload_bytes(self._config, self._workload)[0]
+        one = int(self._scale * workload_bytes(self._config, self._workload)[0])
         return max(nbytes, rows * one // self._workload.batch_size)
 
     def _new_tokens(self, setting: "_Settings", shape: _Shape) -> int:

@@ -85,6 +85,7 @@ class Rider:
         self._visited: list[int] = []
         self.cancelled = False
         self.passes = 0  # that were begun
+        self.tokens: int | None = None  # of the pass under way, where its inputs tell
 
     def enter(
         self,
@@ -107,6 +108,7 @@ class Rider:
                 self.gate.enter(inputs, named)
             self._entry = entry
             self.passes += 1
+            self.tokens = _tokens(inputs, named)
             # Gradients would be computed from weights that are gone by then.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
@@ -200,3 +202,11 @@ class Rider:
             )
             if self.gate is not None:
                 self.gate.leave()
+
+
+def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
+    ids = named.get("input_ids", inputs[0] if inputs else None)
+    if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+        return ids.numel()
+    embeds = named.get("inputs_embeds")
+    return embeds.shape[:-1].numel() if isinstance(embeds, torch.Tensor) else None

@@ -115,7 +115,7 @@ class Request:
     @property
     def workload_bytes(self) -> int:
         """What requests take beside weights."""
-        return 0 if self.memory is None else self.memory.peak_bytes
+        return 0 if self.memory is None else self.memory.reserved_bytes
 
     @cached_property
     def rates(self) -> Rates:
@@ -268,7 +268,7 @@ class Request:
         """What the activations of a prompt leave free while no prompt is processed."""
         if self.memory is None:
             return Need(0, 0)
-        spare = max(0, self.memory.prefill_bytes - self.memory.decode_bytes)
+        spare = self.memory.spare_bytes
         return Need(spare, 0) if self.on_cpu else Need(0, spare)
 
     def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:

@@ -220,7 +220,9 @@ class Sweeps:
         started = time.perf_counter()
         async with self._pipeline.sweep(order) as sweep:
             self._boarding = order
-            await self._ride(sweep)
+            riders = await self._ride(sweep)
+            sweep.prompt = any(rider.passes == 1 for rider in riders)
+            sweep.tokens = next(iter(riders)).tokens if len(riders) == 1 else None
             if sweep.complete:
                 self._sweep_seconds = time.perf_counter() - started
 
@@ -231,9 +233,12 @@ class Sweeps:
         route = self._routes.get((rider, entry)) or self._routes.get((None, entry), self._all)
         return sorted({index, *(other for other in route if other > index)})
 
-    async def _ride(self, sweep: Sweep) -> None:
+    async def _ride(self, sweep: Sweep) -> set[Rider]:
+        """Bring the batches of ``sweep`` to those aboard; returns who was."""
+        riders: set[Rider] = set()
         try:
             while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
+                riders.update(self._expects)
                 bound = Bound(batch, self._bindings[batch.index], self.device)
                 try:
                     await self._serve(bound)
@@ -244,6 +249,7 @@ class Sweeps:
                 sweep.give_back(events)
         finally:
             self._boarding = ()
+        return riders
 
     async def _serve(self, bound: Bound) -> None:
         """Hand ``bound`` to whoever wants it, in turn, until nobody holds it or may still come for it."""
