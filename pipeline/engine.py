@@ -237,6 +237,7 @@ class Engine:
             rider=Rider(self._sweeps),
             reservation=Reservation(need.nbytes, places=places),
         )
+        request.rider.need = need
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
         if what == "generate":

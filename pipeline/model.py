@@ -1,6 +1,8 @@
 """A transformers model whose weights stream."""
 
 import asyncio
+import dataclasses
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,9 +24,11 @@ from layerstream.pipeline.conversion import (
 from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
+from layerstream.pipeline.prediction import Objective
 from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
@@ -53,10 +57,12 @@ class StreamedModel:
 
     Attributes:
         plan: how its weights stream.
+        hardware: what the plan was made for.
         module: the transformers model itself. Call it in a thread, not on the event loop.
     """
 
     plan: Plan
+    hardware: Hardware
     module: Any
 
     def __init__(self, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
@@ -79,6 +85,8 @@ class StreamedModel:
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
         max_requests: int = _REQUESTS,
+        objective: Objective | str = Objective.LATENCY,
+        measure: bool = True,
         model_class: type[Any] | None = None,
         dtype: torch.dtype | str = "auto",
         revision: str | None = None,
@@ -94,6 +102,9 @@ class StreamedModel:
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: rate of the throttled reader.
             layer_batch_size: blocks per layer batch, instead of the planner's choice.
+            objective: what the plan is the fastest at: "latency" of one request that comes first, or "throughput".
+            measure: False plans with what is known of this machine from before, and assumptions: opening takes
+                a second or two less where a machine is new.
             max_requests: requests that share sweeps at the same time; more wait their turn.
             model_class: the transformers class; by default the config's ``architectures[0]``.
             dtype: as in ``from_pretrained``.
@@ -116,6 +127,8 @@ class StreamedModel:
                 "throttle_bytes_per_second": throttle_bytes_per_second,
                 "layer_batch_size": layer_batch_size,
                 "max_requests": max_requests,
+                "objective": objective,
+                "measure": measure,
                 "model_class": model_class,
                 "dtype": dtype,
                 "revision": revision,
@@ -141,21 +154,28 @@ class StreamedModel:
         path = await resolve_model_path_async(self._source, revision=options["revision"])
         checkpoint = await Checkpoint.open_async(path)
         traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
-        hardware = await Hardware.probe(checkpoint, device=options["device"])
+        hardware = await Hardware.probe(
+            checkpoint, device=options["device"], measure=options["measure"]
+        )
         # transformers' code for the model, and the module tree: 100 MB where they are new here.
         held = max(0, (anonymous_bytes() or 0) - (before or 0))
+        self.hardware = hardware
+        self._make_plan = functools.partial(
+            make_plan,
+            checkpoint,
+            workload=options["workload"],
+            objective=options["objective"],
+            layers=layout.planned(checkpoint),
+            memory=layout.memory,
+            held_bytes=held,
+        )
         self.plan = await finish_in_thread(
-            lambda: make_plan(
-                checkpoint,
+            lambda: self._make_plan(
                 hardware,
                 budget=options["budget"],
-                workload=options["workload"],
-                layers=layout.planned(checkpoint),
-                memory=layout.memory,
                 reader=options["reader"],
                 throttle_bytes_per_second=options["throttle_bytes_per_second"],
                 layer_batch_size=options["layer_batch_size"],
-                held_bytes=held,
             )
         )
         if traced.unused:
@@ -174,9 +194,16 @@ class StreamedModel:
         pipeline = await self._resources.enter_async_context(Pipeline(self.plan, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
-        self._sweeps = sweeps = Sweeps(pipeline, bindings, device=device, kept=kept)
-        self._resources.push_async_callback(sweeps.aclose)
+        self._checkpoint = checkpoint
         room = _room_bytes(self.plan, held_bytes=held)
+        self._sweeps = sweeps = Sweeps(
+            pipeline,
+            bindings,
+            device=device,
+            kept=kept,
+            phases=Phases(self.plan, room_bytes=room),
+        )
+        self._resources.push_async_callback(sweeps.aclose)
         self._engine = engine = Engine(
             self.module,
             sweeps,
@@ -289,6 +316,48 @@ class StreamedModel:
         finally:
             generating.cancel()
             await asyncio.wait([generating])
+
+    async def replan(self, *, budget: Budget | None = None) -> Plan:
+        """Plan anew with the rates that the sweeps so far have shown, and go on by the new plan.
+
+        Layer batches, slots and reader stay, so that what was read ahead and all KV caches do too; which
+        layers are resident may change, and with a smaller budget their memory is given back. Requests
+        that run go on: the change is made between two sweeps.
+
+        Args:
+            budget: what may be used from now on; by default what the last plan had.
+
+        Raises:
+            PlanError: no plan fits that budget; the old one stays.
+            DeviceError: the memory is not there; the old plan stays.
+            ClosedError: the model is not open.
+        """
+        self._open_engine()
+        old = self.plan
+        hardware = self.hardware.learn(old, self._pipeline.timings())
+        now = await Hardware.probe(self._checkpoint, device=old.device, measure=False)
+        host, device = old.host_memory, old.device_memory
+        hardware = dataclasses.replace(
+            hardware,
+            cached_bytes=now.cached_bytes,
+            # What the running plan has taken is free for the new one.
+            host_available_bytes=now.host_available_bytes + host.arena_bytes + host.resident_bytes,
+            vram_free_bytes=None
+            if now.vram_free_bytes is None or device is None
+            else now.vram_free_bytes + device.arena_bytes + device.resident_bytes,
+        )
+        if budget is None:
+            vram = None if device is None else device.budget_bytes
+            budget = Budget(host=host.budget_bytes, vram=vram)
+        plan = await finish_in_thread(lambda: self._make_plan(hardware, budget=budget, running=old))
+
+        async def adopt() -> None:
+            await self._pipeline.adopt(plan)
+            self._sweeps.phases.replace(plan)
+            self.plan, self.hardware = plan, hardware
+
+        await self._sweeps.between(adopt)
+        return plan
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

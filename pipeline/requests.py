@@ -34,6 +34,8 @@ class Need:
     prompt_tokens: int  # ids in each row that the generated ones come behind
     new_tokens: int
     chunk_tokens: int | None = None  # the prompt has to be read in pieces of so many tokens
+    step_tokens: int = 0  # of a pass behind the prompt, over all rows
+    step_bytes: int = 0  # what it takes while such passes are under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,8 @@ class Estimator:
                 prompt_tokens=shape.prefix,
                 new_tokens=new,
                 chunk_tokens=smaller,
+                step_tokens=rows * (1 + candidates) if cached else 0,
+                step_bytes=min(need, at_once(1 + candidates)) if cached else need,
             ),
         )
 

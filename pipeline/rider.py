@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.binding import Bound, put_buffers
 from layerstream.pipeline.modules import Use
+from layerstream.pipeline.requests import Need
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import noting
 
@@ -86,6 +87,15 @@ class Rider:
         self.cancelled = False
         self.passes = 0  # that were begun
         self.tokens: int | None = None  # of the pass under way, where its inputs tell
+        self.need: Need | None = None  # of its request, if it belongs to one
+
+    @property
+    def demand_bytes(self) -> int | None:
+        """What its request takes while this pass is under way; None if nobody has told."""
+        if self.need is None:
+            return None
+        steps = self.passes and self.tokens is not None and self.tokens <= self.need.step_tokens
+        return self.need.step_bytes if steps else self.need.nbytes
 
     def enter(
         self,

@@ -13,7 +13,7 @@ from layerstream.pipeline.plan import Budget, MemoryUse, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective, Prediction
 from layerstream.pipeline.pricing import Placement, Prices
 from layerstream.pipeline.rates import Rates, rates_of
-from layerstream.pipeline.residence import Frame, Need
+from layerstream.pipeline.residence import Arenas, Frame, Need
 from layerstream.pipeline.work import Work
 from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import LayerBatch
@@ -86,6 +86,7 @@ class Request:
     layer_batch_size: int | None
     slots: int | None
     held_bytes: int
+    rings: Arenas | None = None  # of a running pipeline, which stay as they are
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -205,19 +206,22 @@ class Request:
     def _of_frame(self, frame: Frame) -> Iterator[Choice]:
         prices = self._prices()
         for size in self._sizes():
-            batches = frame.batches(size)
+            batches = frame.batches(size, passing=self.rings)
             for slots in self._slots(frame):
-                if not frame.fits(frame.need(batches, frame.arenas(batches, slots))):
+                rings = self.rings or frame.arenas(batches, slots)
+                if not frame.fits(frame.need(batches, rings)):
                     continue
                 seen: list[list[LayerBatch]] = []
                 for oversized_first in (False, True):
-                    placed = frame.with_residents(batches, slots, oversized_first=oversized_first)
+                    placed = frame.with_residents(
+                        batches, slots, rings=self.rings, oversized_first=oversized_first
+                    )
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
             # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
             slots = self.slots or _LEAST_SLOTS
-            if frame.fits(frame.need(batches, frame.arenas(batches, slots))):
+            if frame.fits(frame.need(batches, self.rings or frame.arenas(batches, slots))):
                 bare = self._choice(frame, prices, batches, size=size, slots=slots)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
@@ -245,7 +249,7 @@ class Request:
         size: int,
         slots: int,
     ) -> Choice:
-        arenas = frame.arenas(batches, slots)
+        arenas = self.rings or frame.arenas(batches, slots)
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
         placement = Placement(
             reader=frame.reader,

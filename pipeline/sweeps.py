@@ -9,7 +9,8 @@ A batch is: absent -> read -> transferred -> bound -> held by n riders -> unboun
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 
 from layerstream.pipeline.binding import Binding, Bound
 from layerstream.pipeline.modules import Use
+from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.rider import PassCancelled, Rider
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices import Device, Event
-from layerstream.stages.errors import ClosedError
+from layerstream.stages.errors import ClosedError, DeviceError
 
 __all__ = ["Sweeps"]
 
@@ -42,6 +44,7 @@ class Sweeps:
         pipeline: open; nobody else asks it for sweeps.
         bindings: what each layer batch puts into the module tree.
         device: where computation runs.
+        phases: which residents a sweep has.
         kept: indices of batches that are bound for good; they are on no route.
     """
 
@@ -52,8 +55,10 @@ class Sweeps:
         *,
         device: Device,
         kept: Sequence[int],
+        phases: Phases,
     ) -> None:
         self.device = device
+        self.phases = phases
         self._pipeline = pipeline
         self._bindings = bindings
         self._all = tuple(i for i in range(len(bindings)) if i not in set(kept))
@@ -63,6 +68,7 @@ class Sweeps:
         self._expects: dict[Rider, list[int]] = {}  # what each rider aboard may still want
         self._entries: dict[Rider, str] = {}
         self._holders: set[Rider] = set()
+        self._errands: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
         self._running: set[Rider] = set()  # whose requests have begun and not ended
         self._between: set[Rider] = (
             set()
@@ -135,10 +141,8 @@ class Sweeps:
             self._entries[rider] = entry
             self._between.discard(rider)
             self.passes += 1
-            if index in self._boarding[:1] and set(route := self._route(rider)) <= set(
-                self._boarding
-            ):
-                self._expects[rider] = route
+            if self._may_board(rider, index):
+                self._expects[rider] = self._route(rider)
         expected = self._expects.get(rider)
         if expected is not None:
             if index in expected:
@@ -146,6 +150,14 @@ class Sweeps:
             else:
                 del self._expects[rider]  # this sweep does not bring it: board the next one
         self._changed.set()
+
+    def _may_board(self, rider: Rider, index: int) -> bool:
+        """Whether ``rider`` may still join the sweep that has just departed."""
+        return (
+            index in self._boarding[:1]
+            and set(self._route(rider)) <= set(self._boarding)
+            and self.phases.allows(self._pipeline.plan, {*self._running, rider})
+        )
 
     def released(self, rider: Rider, released: Event | None) -> None:
         """``rider`` gives no more work that reads the batch it held; ``released`` is the last of it."""
@@ -192,15 +204,52 @@ class Sweeps:
     async def _conduct(self) -> None:
         try:
             while True:
-                await self._until(lambda: bool(self._waiting))
+                await self._until(lambda: bool(self._waiting or self._errands))
+                await self._run_errands()
                 await self._linger()
                 if self._waiting:
+                    await self._place_residents()
                     await self._depart()
         except asyncio.CancelledError:
             self._fail(ClosedError("the model was closed while it was computing"))
             raise
         except BaseException as error:  # noqa: BLE001 - every rider has to hear of it, none may hang
             self._fail(error)
+
+    async def between(self, errand: Callable[[], Awaitable[None]]) -> None:
+        """Have ``errand`` done while no sweep is under way; an error of it is the caller's."""
+        if self._error is not None:
+            raise _echo(self._error)
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._errands.append((errand, done))
+        self._changed.set()
+        await done
+
+    async def _run_errands(self) -> None:
+        while self._errands:
+            errand, done = self._errands.popleft()
+            if done.cancelled():
+                continue
+            try:
+                await errand()
+            except asyncio.CancelledError:
+                self._errands.appendleft((errand, done))  # whoever waits for it hears why
+                raise
+            except Exception as error:  # noqa: BLE001 - of whatever kind, it is the caller's
+                if not done.cancelled():
+                    done.set_exception(error)
+            else:
+                if not done.cancelled():
+                    done.set_result(None)
+
+    async def _place_residents(self) -> None:
+        plan = self.phases.plan_for({*self._running, *self._waiting})
+        if plan is self._pipeline.plan:
+            return
+        try:
+            await self._pipeline.adopt(plan)
+        except DeviceError as error:  # what was planned to be free is in pieces, or somebody else's
+            self.phases.give_up(error)
 
     async def _linger(self) -> None:
         """Wait a little for those between two steps; who is late takes the next sweep."""
@@ -279,6 +328,10 @@ class Sweeps:
         for number, (_, ticket) in enumerate(self._waiting.values()):
             ticket.set_exception(_echo(error) if number else error)
         self._waiting.clear()
+        while self._errands:
+            done = self._errands.popleft()[1]
+            if not done.cancelled():
+                done.set_exception(_echo(error))
 
     async def aclose(self) -> None:
         """Stop; passes under way get a ClosedError where they next want a batch."""

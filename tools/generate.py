@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     show(text.finish())
+    logger.info(generated.timings.summary())
     if args.json:
         report = {"model": str(path), "text": "".join(pieces), **generated.to_json()}
         print(json.dumps(report, indent=2))
