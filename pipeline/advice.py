@@ -8,6 +8,7 @@ from layerstream.pipeline.plan import Budget, ReaderKind
 from layerstream.pipeline.prediction import Advice
 from layerstream.pipeline.search import Choice, Request
 from layerstream.stages.errors import PlanError
+from layerstream.stages.units import format_bytes
 
 __all__ = ["advise"]
 
@@ -26,7 +27,7 @@ def advise(request: Request, best: Choice) -> tuple[Advice, ...]:
         budget=_absolute(request, best),
     )
     found = []
-    for change, changed in _changes(fixed):
+    for change, changed in _changes(fixed, _one_batch(best)):
         try:
             prediction = changed.choices()[0].prediction
         except PlanError:  # more sequences take more memory
@@ -42,10 +43,24 @@ def advise(request: Request, best: Choice) -> tuple[Advice, ...]:
     return tuple(found)
 
 
-def _changes(request: Request) -> Iterator[tuple[str, Request]]:
-    yield "1 GiB more of host RAM", _more(request, host=_GIB)
+def _one_batch(best: Choice) -> tuple[int, int]:
+    """What one more layer batch would take to stay: in host RAM, and in VRAM."""
+    streamed = sorted(
+        (batch.host_bytes, batch.device_bytes) for batch in best.placement.batches if batch.streamed
+    )
+    return streamed[len(streamed) // 2] if streamed else (0, 0)
+
+
+def _changes(request: Request, one_batch: tuple[int, int]) -> Iterator[tuple[str, Request]]:
+    on_host, on_device = one_batch
+    if request.on_cpu:
+        on_host, on_device = on_host + on_device, 0
+    # Less than a layer batch need not bring anything.
+    for nbytes in (_GIB, *(size for size in (on_host,) if size > _GIB)):
+        yield f"{_much(nbytes)} more of host RAM", _more(request, host=nbytes)
     if not request.on_cpu:
-        yield "1 GiB more of VRAM", _more(request, vram=_GIB)
+        for nbytes in (_GIB, *(size for size in (on_device,) if size > _GIB)):
+            yield f"{_much(nbytes)} more of VRAM", _more(request, vram=nbytes)
     hardware, rates = request.hardware, request.rates
     if request.throttle_bytes_per_second is None:
         faster = dataclasses.replace(
@@ -62,6 +77,10 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
             "twice the sequences at a time",
             dataclasses.replace(request, workload=more, memory=memory),
         )
+
+
+def _much(nbytes: int) -> str:
+    return "1 GiB" if nbytes == _GIB else f"{format_bytes(nbytes)} (one layer batch)"
 
 
 def _absolute(request: Request, best: Choice) -> Budget:

@@ -94,10 +94,10 @@ class _Ring:
         self._taken = None
         if not nbytes:
             return 0.0
-        while self._live and self._live[0][1] <= self._now:
-            self._live.popleft()
+        self._settle()
         while (offset := self._find(nbytes)) is None:
-            self._now = max(self._now, self._live.popleft()[1])
+            self._now = max(self._now, self._live[0][1])
+            self._settle()
         self._taken, self._end = offset, offset + nbytes
         return self._now
 
@@ -105,6 +105,11 @@ class _Ring:
         """The slot that was taken last comes free at that time."""
         if self._taken is not None:
             self._live.append((self._taken, at))
+
+    def _settle(self) -> None:
+        # A slot that came free before an older one waits for that one.
+        while self._live and self._live[0][1] <= self._now:
+            self._live.popleft()
 
     def _find(self, nbytes: int) -> int | None:
         if not self._live:

@@ -71,7 +71,7 @@ class Hardware:
     figures: Mapping[str, Figure] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("host_available_bytes", "vram_free_bytes", "cached_bytes"):
+        for name in _SIZES:
             value = getattr(self, name)
             if value is not None and not value >= 0:  # so that NaN is refused too
                 raise PlanError(f"hardware: {name} is {value}; give the bytes, from 0")
@@ -141,6 +141,7 @@ class Hardware:
 
     @classmethod
     def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
+        asked = dict.fromkeys(_SIZES, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
         return cls(
             device=str(device.torch_device),
             host_available_bytes=host_available_bytes(),
@@ -149,7 +150,7 @@ class Hardware:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
             cached_bytes=_cached_bytes(checkpoint),
-            figures=rates.figures,
+            figures={**asked, **rates.figures},
             **rates.fields,
         )
 
@@ -165,6 +166,7 @@ def _cached_bytes(checkpoint: Checkpoint) -> int:
         return 0
 
 
+_SIZES = ("host_available_bytes", "vram_free_bytes", "cached_bytes")
 _RATES = (
     "disk_bytes_per_second",
     "mmap_bytes_per_second",

@@ -1,5 +1,6 @@
 """One layer batch -> coalesced reads and places in its two images. Pure: no file is touched."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ _READ_GAP_BYTES = 256 << 10
 
 # A copy has its price too, some microseconds of the copy engine and of the thread that asks for it.
 _COPY_GAP_BYTES = 16 << 10
+
+# What modules that rows are looked up in are called.
+_TABLE = re.compile("emb|wte|wpe|shared")
+_TABLE_DIMENSIONS = 2
 
 # Tensors begin at multiples of this in device images; kernels choose their widest loads for it.
 _DEVICE_ALIGNMENT = 256
@@ -71,22 +76,38 @@ class PlannedLayer:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def planned_layers(checkpoint: Checkpoint, layers: Sequence[Layer]) -> tuple[PlannedLayer, ...]:
-    """``layers`` with the files, offsets, dtypes and shapes of their tensors."""
+def planned_layers(
+    checkpoint: Checkpoint, layers: Sequence[Layer], *, gathers_tables: bool = False
+) -> tuple[PlannedLayer, ...]:
+    """``layers`` with the files, offsets, dtypes and shapes of their tensors.
+
+    Args:
+        checkpoint: where the tensors are.
+        layers: in execution order.
+        gathers_tables: leave out embedding tables, whose rows a ``StreamedModel`` reads from the files as they are
+            looked up. A table that is the head's matrix as well stays in the head.
+    """
+
+    def streams(layer: Layer, name: str) -> bool:
+        if not gathers_tables or layer.kind is not LayerKind.EMBEDDING:
+            return True
+        is_matrix = len(checkpoint.tensors[name].shape) == _TABLE_DIMENSIONS
+        return not (is_matrix and _TABLE.search(name))
 
     def source(name: str) -> TensorSource:
         info = checkpoint.tensors[name]
         extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
         return TensorSource(name=name, dtype=info.dtype, shape=info.shape, extents=(extent,))
 
-    return tuple(
+    planned = [
         PlannedLayer(
             name=layer.name,
             kind=layer.kind,
-            tensors=tuple(source(name) for name in layer.tensors),
+            tensors=tuple(source(name) for name in layer.tensors if streams(layer, name)),
         )
         for layer in layers
-    )
+    ]
+    return tuple(layer for layer in planned if layer.tensors)
 
 
 class _Piece(NamedTuple):

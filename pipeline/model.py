@@ -86,6 +86,7 @@ class StreamedModel:
         layer_batch_size: int | None = None,
         max_requests: int = _REQUESTS,
         objective: Objective | str = Objective.LATENCY,
+        hardware: Hardware | None = None,
         measure: bool = True,
         model_class: type[Any] | None = None,
         dtype: torch.dtype | str = "auto",
@@ -103,6 +104,7 @@ class StreamedModel:
             throttle_bytes_per_second: rate of the throttled reader.
             layer_batch_size: blocks per layer batch, instead of the planner's choice.
             objective: what the plan is the fastest at: "latency" of one request that comes first, or "throughput".
+            hardware: the machine, if it is known; by default it is probed.
             measure: False plans with what is known of this machine from before, and assumptions: opening takes
                 a second or two less where a machine is new.
             max_requests: requests that share sweeps at the same time; more wait their turn.
@@ -128,6 +130,7 @@ class StreamedModel:
                 "layer_batch_size": layer_batch_size,
                 "max_requests": max_requests,
                 "objective": objective,
+                "hardware": hardware,
                 "measure": measure,
                 "model_class": model_class,
                 "dtype": dtype,
@@ -154,7 +157,7 @@ class StreamedModel:
         path = await resolve_model_path_async(self._source, revision=options["revision"])
         checkpoint = await Checkpoint.open_async(path)
         traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
-        hardware = await Hardware.probe(
+        hardware = options["hardware"] or await Hardware.probe(
             checkpoint, device=options["device"], measure=options["measure"]
         )
         # transformers' code for the model, and the module tree: 100 MB where they are new here.
@@ -333,23 +336,19 @@ class StreamedModel:
             ClosedError: the model is not open.
         """
         self._open_engine()
-        old = self.plan
-        hardware = self.hardware.learn(old, self._pipeline.timings())
-        now = await Hardware.probe(self._checkpoint, device=old.device, measure=False)
-        host, device = old.host_memory, old.device_memory
+        hardware = self.hardware.learn(self.plan, self._pipeline.timings())
+        now = await Hardware.probe(self._checkpoint, device=self.plan.device, measure=False)
+        held = self.plan
         hardware = dataclasses.replace(
             hardware,
             cached_bytes=now.cached_bytes,
             # What the running plan has taken is free for the new one.
-            host_available_bytes=now.host_available_bytes + host.arena_bytes + host.resident_bytes,
+            host_available_bytes=now.host_available_bytes + held.host_memory.taken_bytes,
             vram_free_bytes=None
-            if now.vram_free_bytes is None or device is None
-            else now.vram_free_bytes + device.arena_bytes + device.resident_bytes,
+            if now.vram_free_bytes is None or held.device_memory is None
+            else now.vram_free_bytes + held.device_memory.taken_bytes,
         )
-        if budget is None:
-            vram = None if device is None else device.budget_bytes
-            budget = Budget(host=host.budget_bytes, vram=vram)
-        plan = await finish_in_thread(lambda: self._make_plan(hardware, budget=budget, running=old))
+        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
@@ -358,6 +357,23 @@ class StreamedModel:
 
         await self._sweeps.between(adopt)
         return plan
+
+    def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
+        """What the running plan would be on ``hardware``: other residents and predictions, all else alike.
+
+        Args:
+            hardware: with as much free as it would have without this model.
+            budget: what may be used; by default what the running plan has.
+
+        Raises:
+            PlanError: no plan fits that budget.
+        """
+        self._open_engine()
+        running = self.plan
+        if budget is None:
+            vram = None if running.device_memory is None else running.device_memory.budget_bytes
+            budget = Budget(host=running.host_memory.budget_bytes, vram=vram)
+        return self._make_plan(hardware, budget=budget, running=running)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

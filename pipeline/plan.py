@@ -96,6 +96,11 @@ class MemoryUse:
     reserved_bytes: int  # KV cache, activations and scratch of the workload
 
     @property
+    def taken_bytes(self) -> int:
+        """What a running pipeline has of it, whatever is asked of the model."""
+        return self.arena_bytes + self.resident_bytes
+
+    @property
     def used_bytes(self) -> int:
         """All of it."""
         return self.arena_bytes + self.resident_bytes + self.reserved_bytes

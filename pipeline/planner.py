@@ -13,6 +13,7 @@ from layerstream.pipeline.layers import group_layers
 from layerstream.pipeline.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
 from layerstream.pipeline.prediction import Candidate, Objective
+from layerstream.pipeline.rates import sizes_of
 from layerstream.pipeline.residence import Arenas
 from layerstream.pipeline.search import Choice, Request
 from layerstream.pipeline.workload import WorkloadMemory, estimate_memory
@@ -24,8 +25,8 @@ __all__ = ["make_plan"]
 # block of a batch.
 _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
-# Candidates that a plan tells of.
-_TOLD = 12
+# Candidates that a plan tells of, beside the trivial one.
+_TOLD = 11
 
 
 def make_plan(
@@ -123,8 +124,8 @@ def make_plan(
             if now.streamed and not then.streamed
         ),
         prediction=best.prediction,
-        inputs=request.rates.inputs,
-        candidates=tuple(_told(choice, chosen=choice is best) for choice in choices[:_TOLD]),
+        inputs=(*sizes_of(hardware), *request.rates.inputs),
+        candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),
         advice=advise(request, best),
         notes=request.notes(best),
     )
@@ -136,6 +137,18 @@ def _memory(
     if workload is None or measured is not None:
         return measured
     return estimate_memory(checkpoint.config, workload)
+
+
+def _telling(choices: Sequence[Choice]) -> list[Choice]:
+    """The best of each layer batch size and reader; and what everybody would do first, however slow."""
+    best = choices[0].placement
+    kinds: dict[tuple[int, str], Choice] = {}
+    for choice in choices:
+        kinds.setdefault((choice.placement.size, choice.placement.reader), choice)
+    told = list(kinds.values())[:_TOLD]
+    trivial = [c for c in choices if c.name and c.placement.reader is best.reader]
+    told += sorted(trivial, key=lambda choice: choice.placement.size)[:1]
+    return [choice for choice in choices if any(choice is each for each in told)]
 
 
 def _told(choice: Choice, *, chosen: bool) -> Candidate:

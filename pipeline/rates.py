@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from layerstream.pipeline.figures import ComputeRate, Figure, Origin
 from layerstream.pipeline.hardware import Hardware
 
-__all__ = ["Input", "Rates", "rates_of"]
+__all__ = ["Input", "Rates", "rates_of", "sizes_of"]
 
 # What stands in for a rate that nobody measured or gave; each is marked as assumed wherever it shows.
 _DISK = 1.5e9  # a plain NVMe disk of some years ago
@@ -69,6 +69,19 @@ class Rates:
             if tokens <= many:
                 return 1 / (little + (much - little) * (tokens - few) / (many - few))
         raise AssertionError(tokens)
+
+
+def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
+    """How much memory ``hardware`` has free, and how much of the files it has in memory already; in bytes."""
+    return tuple(
+        Input(
+            name=name,
+            value=float(value),
+            origin=hardware.figures.get(name, Figure(origin=Origin.GIVEN)).origin,
+        )
+        for name in ("host_available_bytes", "vram_free_bytes", "cached_bytes")
+        if (value := getattr(hardware, name)) is not None
+    )
 
 
 def rates_of(hardware: Hardware) -> Rates:

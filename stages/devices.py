@@ -15,7 +15,7 @@ import torch
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "open_device"]
+__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "missing_device", "open_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -301,14 +301,30 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     Raises:
         DeviceError: no such device here.
     """
+    torch_device = _torch_device(name)
+    return CpuDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
+
+
+def missing_device(name: str) -> str | None:
+    """The full name of a device that could be, but is not here, such as "cuda:0"; None for one that is.
+
+    Raises:
+        DeviceError: there is no such kind of device.
+    """
+    torch_device = _torch_device(name)
+    index = torch_device.index or 0
+    if torch_device.type == "cpu" or index < torch.cuda.device_count():
+        return None
+    return f"cuda:{index}"
+
+
+def _torch_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch_device = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
-    if torch_device.type == "cpu":
-        return CpuDevice()
-    if torch_device.type == "cuda":
-        return CudaDevice(torch_device)
-    raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if torch_device.type not in {"cpu", "cuda"}:
+        raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return torch_device

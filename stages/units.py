@@ -2,9 +2,17 @@
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes", "parse_rate", "parse_size"]
+__all__ = [
+    "format_bytes",
+    "format_decimal",
+    "format_seconds",
+    "parse_bytes",
+    "parse_rate",
+    "parse_size",
+]
 
 _ROUNDS_UP = 999.5  # what would print as 1000
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 _ABSURD_BYTES = 1 << 63  # no machine counts further
 
@@ -70,3 +78,27 @@ def format_bytes(count: float) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def format_decimal(count: float) -> str:
+    """``count`` bytes with four digits and a decimal unit, e.g. "690.6 GB": bandwidths are given in such."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(value) < _ROUNDS_UP:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.4g} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``seconds`` as people say it, e.g. "1.25 ms", "98.99 s", "3 h 31 min"."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 10 * _MINUTE:
+        return f"{seconds:.4g} s"
+    whole = round(seconds)
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
+    if whole < 2 * _DAY:
+        return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
+    return f"{whole // _DAY} d {whole % _DAY // _HOUR} h"

@@ -4,54 +4,19 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import CPU, GPU, write_checkpoint
+from support.plans import plan_of
 
 from layerstream.pipeline import Budget, Checkpoint, Plan, PlanError, Workload, make_plan
-from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.residence import evenly
-from layerstream.pipeline.weightfiles import WeightFile
 from layerstream.stages.arena import ring_bytes
-from layerstream.stages.batch import Extent, Place
+from layerstream.stages.batch import Place
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-def model(sizes, *, pinned=(), fused=()):
-    """A checkpoint and its layers, ``sizes`` in bytes: blocks, but for the first and the last."""
-    layers, offset = [], 0
-    for i, nbytes in enumerate(sizes):
-        half = nbytes // 4 * 2
-        extents = (Extent(file=0, offset=offset, nbytes=nbytes),)
-        if i in fused:  # its two halves, the other way round
-            extents = (
-                Extent(file=0, offset=offset + half, nbytes=nbytes - half),
-                Extent(file=0, offset=offset, nbytes=half),
-            )
-        tensor = TensorSource(
-            name=f"layer{i}.w", dtype="bfloat16", shape=(nbytes // 2,), extents=extents
-        )
-        last = i == len(sizes) - 1
-        kind = LayerKind.EMBEDDING if i == 0 else LayerKind.HEAD if last else LayerKind.BLOCK
-        layers.append(
-            PlannedLayer(name=f"layer{i}", kind=kind, tensors=(tensor,), pinned=i in pinned)
-        )
-        offset += nbytes
-    file = WeightFile(name="m.safetensors", path=Path("/nowhere/m.safetensors"), size_bytes=offset)
-    checkpoint = Checkpoint(path=Path("/nowhere"), files=(file,), tensors={}, config=None)
-    return checkpoint, layers
-
-
-def plan_of(sizes, hardware=CPU, *, host=None, vram=None, pinned=(), fused=(), **arguments):
-    checkpoint, layers = model(sizes, pinned=pinned, fused=fused)
-    budget = Budget(host=host, vram=vram)
-    arguments.setdefault("reader", "direct")
-    return make_plan(checkpoint, hardware, budget=budget, layers=layers, **arguments)
 
 
 byte_sizes = st.integers(1, 4 * MIB).map(lambda n: 2 * n)

@@ -2,14 +2,16 @@
 
 import argparse
 
-from layerstream.stages.units import parse_bytes
+from layerstream.stages.units import parse_bytes, parse_rate, parse_size
 
 __all__ = [
     "add_generation_arguments",
     "add_model_arguments",
     "add_output_arguments",
+    "memory",
     "natural",
     "positive",
+    "rate",
     "size",
 ]
 
@@ -32,6 +34,23 @@ def size(text: str) -> int:
     """A number of bytes, with or without a unit."""
     try:
         return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def memory(text: str) -> str:
+    """A size, or a share of what is free such as "80%", as ``Budget`` takes it."""
+    try:
+        parse_size(text, of_bytes=1 << 40)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def rate(text: str) -> float:
+    """Bytes per second, such as "7GB/s"."""
+    try:
+        return parse_rate(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -73,9 +92,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (CUDA where there is one, else CPU), cpu, cuda:0, ...",
     )
     parser.add_argument(
-        "--vram", type=size, metavar="SIZE", help="VRAM that may be used, such as 4GiB"
+        "--vram",
+        type=memory,
+        metavar="SIZE",
+        help="VRAM that may be used, such as 4GiB, or 80%% of what is free",
     )
-    parser.add_argument("--host", type=size, metavar="SIZE", help="host memory that may be used")
+    parser.add_argument(
+        "--host", type=memory, metavar="SIZE", help="host memory that may be used, likewise"
+    )
     parser.add_argument(
         "--reader", choices=["direct", "mmap"], help="how files are read (default: what suits)"
     )

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import demo, generate, make_checkpoint, profile
+from layerstream.tools import demo, generate, make_checkpoint, plan, profile
 
 __all__ = ["main"]
 
 _COMMANDS = {
+    "plan": plan,
     "generate": generate,
     "demo": demo,
     "profile": profile,

@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["format_table", "print_table"]
+from layerstream.stages.tables import format_table
+
+__all__ = ["print_table"]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -17,19 +19,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         else:
             return
     print(f"{title}\n{format_table(columns, lines)}")
-
-
-def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table as plain text, without a title."""
-    lines = [tuple(columns), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _print_rich(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from layerstream.stages.tables import format_table
 from layerstream.stages.units import format_bytes
 from layerstream.tools.arguments import positive
 from layerstream.tools.benchmarks.copying import Accelerator
@@ -24,7 +25,6 @@ from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.families import FAMILIES, scaled
 from layerstream.tools.synthetic import Recipe, make_checkpoint
-from layerstream.tools.tables import format_table
 
 __all__ = ["main"]
 

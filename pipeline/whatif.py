@@ -1,0 +1,112 @@
+"""A machine that is not this one, or not quite: hardware with some of its figures given. Pure."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from layerstream.pipeline.figures import Figure, Origin
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.plan import Budget
+from layerstream.stages.errors import PlanError
+from layerstream.stages.units import format_bytes
+
+__all__ = ["WhatIf"]
+
+# What was measured by computing on this machine's own processor.
+_OF_THE_PROCESSOR = (
+    "compute",
+    "h2d_bytes_per_second",
+    "pageable_h2d_bytes_per_second",
+    "overhead_seconds_per_batch",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhatIf:
+    """What somebody asks to be taken for granted of a machine; None: as this one is.
+
+    Attributes:
+        missing_device: such as "cuda:0", of a GPU that is not here; its VRAM is the budget's.
+        ram_bytes: host RAM that is free.
+        disk_bytes_per_second: of direct reads.
+        h2d_bytes_per_second: host to device, from page-locked memory.
+    """
+
+    missing_device: str | None = None
+    ram_bytes: int | None = None
+    disk_bytes_per_second: float | None = None
+    h2d_bytes_per_second: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is."""
+        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
+
+    def complete(self, hardware: Hardware, budget: Budget) -> Hardware:
+        """``hardware``, as far as nothing else is given.
+
+        Memory that is not given, but of which a budget is, is as large as that. What was measured of a disk or a
+        processor does not hold for another one.
+
+        Args:
+            hardware: this machine; with its processor for a device, where the one asked for is missing.
+            budget: what may be used of the machine asked for.
+
+        Raises:
+            PlanError: a GPU of unknown size, a link to no device, or a figure that makes no sense.
+        """
+        if not self.asked:
+            return hardware
+        changes: dict[str, Any] = {"cached_bytes": 0}  # it begins cold
+        host = self.ram_bytes
+        if host is None:
+            here = hardware.host_available_bytes
+            wanted = budget.host_bytes(here) or 0
+            host = wanted if wanted > here else None
+        if host is not None:
+            changes["host_available_bytes"] = host
+        if self.missing_device is not None:
+            changes |= {
+                "device": self.missing_device,
+                "vram_free_bytes": self._vram_bytes(budget),
+                **dict.fromkeys(_OF_THE_PROCESSOR),
+                "compute": (),
+            }
+        if self.disk_bytes_per_second is not None:
+            changes["disk_bytes_per_second"] = self.disk_bytes_per_second
+            changes["mmap_bytes_per_second"] = None
+        if self.h2d_bytes_per_second is not None:
+            if changes.get("device", hardware.device) == "cpu":
+                raise PlanError(
+                    "a host-to-device bandwidth was given, but the device is the CPU; leave it out or choose a GPU"
+                )
+            changes["h2d_bytes_per_second"] = self.h2d_bytes_per_second
+        given = dict.fromkeys(changes, Figure(origin=Origin.GIVEN))
+        return dataclasses.replace(hardware, **changes, figures={**hardware.figures, **given})
+
+    def notes(self, hardware: Hardware) -> tuple[str, ...]:
+        """What whoever reads a plan for such ``hardware`` must know."""
+        if not self.asked:
+            return ()
+        notes = [
+            "this is a what-if: figures marked as given hold for the machine that was asked about"
+        ]
+        if self.missing_device is not None:
+            notes.append(
+                f"there is no {self.missing_device} here: {format_bytes(hardware.vram_free_bytes or 0)} of its "
+                "VRAM are taken as free beside the CUDA context, which takes some hundred MiB"
+            )
+        return tuple(notes)
+
+    def _vram_bytes(self, budget: Budget) -> int:
+        name = self.missing_device
+        if budget.vram is None:
+            raise PlanError(
+                f"there is no {name} here to be asked for its memory; say how much VRAM it has, such as --vram 24GiB"
+            )
+        # A share differs with what it is a share of; a size does not.
+        if budget.vram_bytes(1 << 30) != budget.vram_bytes(1 << 40):
+            raise PlanError(
+                f"there is no {name} here to take {budget.vram} of; give its VRAM as a size, such as --vram 24GiB"
+            )
+        return budget.vram_bytes(1) or 0

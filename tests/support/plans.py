@@ -1,0 +1,44 @@
+"""Plans for checkpoints that are nowhere: sizes of layers, and nothing else."""
+
+from pathlib import Path
+
+from layerstream.pipeline import Budget, Checkpoint, make_plan
+from layerstream.pipeline.layers import LayerKind
+from layerstream.pipeline.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.weightfiles import WeightFile
+from layerstream.stages.batch import Extent
+from support.checkpoints import CPU
+
+__all__ = ["model", "plan_of"]
+
+
+def model(sizes, *, pinned=(), fused=()):
+    """A checkpoint and its layers, ``sizes`` in bytes: blocks, but for the first and the last."""
+    layers, offset = [], 0
+    for i, nbytes in enumerate(sizes):
+        half = nbytes // 4 * 2
+        extents = (Extent(file=0, offset=offset, nbytes=nbytes),)
+        if i in fused:  # its two halves, the other way round
+            extents = (
+                Extent(file=0, offset=offset + half, nbytes=nbytes - half),
+                Extent(file=0, offset=offset, nbytes=half),
+            )
+        tensor = TensorSource(
+            name=f"layer{i}.w", dtype="bfloat16", shape=(nbytes // 2,), extents=extents
+        )
+        last = i == len(sizes) - 1
+        kind = LayerKind.EMBEDDING if i == 0 else LayerKind.HEAD if last else LayerKind.BLOCK
+        layers.append(
+            PlannedLayer(name=f"layer{i}", kind=kind, tensors=(tensor,), pinned=i in pinned)
+        )
+        offset += nbytes
+    file = WeightFile(name="m.safetensors", path=Path("/nowhere/m.safetensors"), size_bytes=offset)
+    checkpoint = Checkpoint(path=Path("/nowhere"), files=(file,), tensors={}, config=None)
+    return checkpoint, layers
+
+
+def plan_of(sizes, hardware=CPU, *, host=None, vram=None, pinned=(), fused=(), **arguments):
+    checkpoint, layers = model(sizes, pinned=pinned, fused=fused)
+    budget = Budget(host=host, vram=vram)
+    arguments.setdefault("reader", "direct")
+    return make_plan(checkpoint, hardware, budget=budget, layers=layers, **arguments)
