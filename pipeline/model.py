@@ -35,6 +35,7 @@ from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
 from layerstream.stages.usage import anonymous_bytes
@@ -156,6 +157,8 @@ class StreamedModel:
         before = anonymous_bytes()
         path = await resolve_model_path_async(self._source, revision=options["revision"])
         checkpoint = await Checkpoint.open_async(path)
+        ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
+        self._resources.callback(ahead.stop)
         traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
         hardware = options["hardware"] or await Hardware.probe(
             checkpoint, device=options["device"], measure=options["measure"]
@@ -415,6 +418,19 @@ def _room_bytes(plan: Plan, *, held_bytes: int) -> int:
     else:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
     return max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)
+
+
+def _read_ahead(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Readahead:
+    """Have the disk busy while the model is traced, if its files will be mapped."""
+    mapped = (
+        options["reader"] in {None, ReaderKind.MMAP} and not options["throttle_bytes_per_second"]
+    )
+    unbounded = options["budget"] is None or options["budget"].host is None
+    on_cpu = mapped and unbounded and open_device(options["device"]).reads_host_images
+    ahead = Readahead([file.path for file in checkpoint.files])
+    if on_cpu and fits_page_cache(checkpoint.total_bytes):
+        ahead.start()
+    return ahead
 
 
 def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:

@@ -18,6 +18,7 @@ from layerstream.pipeline.work import Work
 from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
+from layerstream.stages.headroom import MARGIN
 from layerstream.stages.units import format_bytes
 
 __all__ = ["Choice", "Request"]
@@ -32,8 +33,6 @@ _MOST_BATCH_BYTES = 1 << 30
 _LEAST_SLOTS = 1
 # What is faster by less than this is as fast.
 _EQUAL = 0.01
-# Left alone of what is free, for everybody else and for the allocators' own waste.
-_MARGIN = 0.1
 # The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
 _CACHED = 0.9
 # Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
@@ -183,7 +182,13 @@ class Request:
     # -- candidates ------------------------------------------------------------------------------
 
     def _readers(self) -> tuple[ReaderKind, ...]:
-        return (ReaderKind.DIRECT, ReaderKind.MMAP) if self.reader is None else (self.reader,)
+        if self.reader is not None:
+            return (self.reader,)
+        room = self.hardware.host_available_bytes * (1 - MARGIN)
+        if self.on_cpu and self.budget.host is None and self.checkpoint.total_bytes <= room:
+            # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
+            return (ReaderKind.MMAP,)
+        return (ReaderKind.DIRECT, ReaderKind.MMAP)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
         kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0
@@ -281,7 +286,7 @@ class Request:
         Whoever sets a host budget means all memory that the model takes, in the page cache too: then only
         what is in there already counts, when it is next to everything.
         """
-        free = int(self.hardware.host_available_bytes * (1 - _MARGIN))
+        free = int(self.hardware.host_available_bytes * (1 - MARGIN))
         wanted = sum(batch.read_bytes for batch in batches)
         if self.budget.host is not None and self.hardware.cached_bytes < _CACHED * wanted:
             return 0
@@ -318,7 +323,7 @@ class Request:
 
 def _budget(given: int | None, free: int, what: str) -> int:
     if given is None:
-        return int(free * (1 - _MARGIN))
+        return int(free * (1 - MARGIN))
     if given > free:
         raise PlanError(
             f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
