@@ -63,10 +63,11 @@ class Choice:
         return self.frame.need(self.placement.batches, self.placement.arenas)
 
     @property
-    def _preference(self) -> tuple[bool, int, int]:
+    def _preference(self) -> tuple[bool, int, bool, int]:
         # What is left of a budget is there to be used: residents also help where the model is wrong.
         slots = (*_SLOTS, _LEAST_SLOTS).index(self.placement.slots)
-        return bool(self.name), slots, sum(self.need)
+        maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
+        return bool(self.name), slots, maps, sum(self.need)
 
 
 @dataclass(frozen=True, kw_only=True)
