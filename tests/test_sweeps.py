@@ -16,6 +16,7 @@ from support.streaming import open_streaming
 from transformers.generation.streamers import BaseStreamer
 
 from layerstream.pipeline import Budget, ClosedError, StreamedModel, Workload, load_streamed
+from layerstream.pipeline.clones import clone_modules
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 PROMPTS = [torch.arange(3, 3 + length)[None] for length in (4, 12, 6, 20, 5, 9, 16, 7)]
@@ -97,6 +98,19 @@ def test_eight_requests_take_the_sweeps_and_the_bytes_of_one(rope: str, tmp_path
 
     with nothing_left_behind():
         run(main())
+
+
+def test_what_one_clone_writes_into_a_buffer_another_does_not_see(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", **ROPES["longrope"])
+    module = transformers.LlamaForCausalLM.from_pretrained(folder)
+    one, other = clone_modules(module), clone_modules(module)
+    before = other.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        one(torch.arange(3, 40)[None])  # longrope updates its frequencies in place
+    assert not torch.equal(one.model.rotary_emb.inv_freq, before)
+    assert torch.equal(other.model.rotary_emb.inv_freq, before)
+    assert torch.equal(module.model.rotary_emb.inv_freq, before)
+    assert one.model.layers[0].mlp.up_proj.weight is module.model.layers[0].mlp.up_proj.weight
 
 
 def test_a_request_that_comes_in_mid_sweep_has_its_first_token_in_the_next_one(
