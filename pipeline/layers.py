@@ -30,7 +30,7 @@ _INDEX = re.compile(r"(?:^|\.)([0-9]+)(?:\.|$)")
 
 _EMBEDS = re.compile("emb|wte|shared")
 _GENERATES = re.compile(
-    "(ForCausalLM|ForConditionalGeneration|LMHeadModel|WithLMHead(Model)?|ForMaskedLM|ForPreTraining)$"
+    "(ForCausalLM|ForConditionalGeneration|LMHeadModel|WithLMHead(Model)?|MTModel|ForMaskedLM|ForPreTraining)$"
 )
 _DIRECT = re.compile(r"(\.[0-9]+)?\.weight")  # "lm_head.weight", but not "lm_head.dense.weight"
 

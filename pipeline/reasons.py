@@ -78,7 +78,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
 def _candidates(plan: Plan) -> Section:
     rows = [_candidate(plan, each) for each in _told(plan.candidates)]
     columns = (
-        "layer batch size",
+        "batch size",
         "slots",
         "reader",
         "stay",

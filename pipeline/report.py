@@ -25,7 +25,7 @@ from layerstream.stages.units import format_bytes, format_seconds
 
 __all__ = ["describe_plan", "report_plan", "summarize_plan"]
 
-_BAR = 16  # characters
+_BAR = 12  # characters
 _MAP_COLUMNS = 76
 
 _LEGEND = {
@@ -91,6 +91,7 @@ def _decision(plan: Plan) -> Section:
     size = format_bytes(plan.first_sweep_bytes)
     blocks: list[Block] = [
         Facts(pairs=list(_facts(plan))),
+        Facts(pairs=list(_memories(plan))),
         Drawing(lines=list(_map(plan))),
         Table(columns=_TIMES, rows=list(_times(plan)), left=(0, len(_TIMES) - 1)),
         Facts(pairs=list(_speeds(plan))),
@@ -123,6 +124,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "while decoding", f"{len(plan.decode_residents)} more stay in {grown}"
     if plan.kv_cache_on_host:
         yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
+
+
+def _memories(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.device_memory is not None:
         yield "VRAM", _memory(plan.device_memory)
     yield "host RAM", _memory(plan.host_memory)
@@ -210,7 +214,7 @@ def _speeds(plan: Plan) -> Iterator[tuple[str, str]]:
             "speed",
             f"{predicted.tokens_per_second:.3g} tokens/s while decoding; "
             f"{format_seconds(predicted.request_seconds)} for a whole request"
-            + (", loading what stays included" if first else ""),
+            + (", loading included" if first else ""),
         )
     apart = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
     yield (

@@ -185,6 +185,7 @@ class Frame:
         running pipeline; by default they are as large as what passes them needs.
         """
         placed = list(batches)
+        apart: set[int] = set()
         room = Need(-self.held_bytes, 0)
         for on_host in (True,) if self.on_cpu else (False, True):
             if oversized_first:
@@ -193,10 +194,27 @@ class Frame:
                     need = self.need(tried, rings or self.arenas(tried, slots))
                     if self.fits(need, spare=room):
                         placed = tried
+                        apart.add(index)
             placed = self._evenly_filled(
                 placed, slots=slots, arenas=rings, on_host=on_host, room=room
             )
-        return placed
+        if self.on_cpu:
+            return placed
+        spread = self._spread([placed[b.index] if b.index in apart else b for b in batches], placed)
+        fits = self.fits(self.need(spread, rings or self.arenas(spread, slots)), spare=room)
+        return spread if fits else placed
+
+    def _spread(
+        self, batches: Sequence[LayerBatch], placed: Sequence[LayerBatch]
+    ) -> list[LayerBatch]:
+        """``batches`` with as many residents on either side as ``placed`` has, both sides evenly as one."""
+        free = [b.index for b in batches if b.streamed]
+        on_device = sum(placed[index].device_resident for index in free)
+        stay = sum(not placed[index].streamed for index in free)
+        chosen = [free[i] for i in evenly(len(free), stay)]
+        devices = {chosen[i] for i in evenly(stay, on_device)}
+        made = self._with(batches, devices, on_host=False)
+        return self._with(made, set(chosen) - devices, on_host=True)
 
     def grown(
         self, batches: Sequence[LayerBatch], arenas: Arenas, *, spare: Need

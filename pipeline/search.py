@@ -24,13 +24,12 @@ from layerstream.stages.units import format_bytes
 __all__ = ["Choice", "Request"]
 
 # Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
-# the first is taken.
-_SLOTS = (3, 2, 4)
+# the first is taken. With a single one the stages wait for one another, which may leave room for more residents.
+_LEAST_SLOTS = 1
+_SLOTS = (3, 2, 4, _LEAST_SLOTS)
 # Blocks per layer batch that are tried; larger batches than this gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
-# Where no more fit: the stages wait for one another.
-_LEAST_SLOTS = 1
 # What is faster by less than this is as fast.
 _EQUAL = 0.01
 # The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
@@ -65,7 +64,7 @@ class Choice:
     @property
     def _preference(self) -> tuple[bool, int, bool, int]:
         # What is left of a budget is there to be used: residents also help where the model is wrong.
-        slots = (*_SLOTS, _LEAST_SLOTS).index(self.placement.slots)
+        slots = _SLOTS.index(self.placement.slots)
         maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
         return bool(self.name), slots, maps, sum(self.need)
 
@@ -105,7 +104,7 @@ class Request:
             raise PlanError(
                 f"layer_batch_size is {self.layer_batch_size}, but must be a whole number from 1"
             )
-        if self.slots is not None and self.slots not in (*_SLOTS, _LEAST_SLOTS):
+        if self.slots is not None and self.slots not in _SLOTS:
             raise PlanError(f"slots is {self.slots}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
 
     @property

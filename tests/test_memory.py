@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from support.cgroup import memory_cgroup, run_in
 from support.models import save_model
 
@@ -19,49 +20,71 @@ import transformers.generation
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 
-folder, budget = sys.argv[1], int(sys.argv[2])
+folder = sys.argv[1]
+host = {"none": None}.get(sys.argv[2], sys.argv[2])
 ids = torch.arange(3, 19)[None]
 
 async def main():
     torch.nn.Linear(64, 64)(torch.ones(1, 64))
     gc.collect()
     idle = anonymous()
-    if budget == 0:
+    if host == "idle":
         print(json.dumps({"idle": idle}))
         return
     async with StreamedModel.open(
         folder,
         device="cpu",
-        budget=Budget(host=budget),
+        budget=Budget(host=host),
         workload=Workload(prompt_tokens=16, new_tokens=4),
     ) as model:
-        used = model.plan.host_memory.used_bytes
+        memory = model.plan.host_memory
         tokens = await model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
         for _ in range(6):
             await model.forward(input_ids=ids)
-        print(json.dumps({"idle": idle, "added": anonymous() - idle, "planned": used,
+        print(json.dumps({"idle": idle, "added": anonymous() - idle, "planned": memory.used_bytes,
+                          "budget": memory.budget_bytes,
                           "streamed": model.plan.disk_bytes_per_sweep, "tokens": tokens.shape[1]}))
 
 asyncio.run(main())
 """
 
 
-def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of more than half a GiB."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
-    folder = save_model(
-        tmp_path / "model", "llama", **sizes, vocab_size=8000, head_dim=256, max_shard_size="200MB"
-    )
+    at = tmp_path_factory.mktemp("memory") / "model"
+    return save_model(at, "llama", **sizes, vocab_size=8000, head_dim=256, max_shard_size="200MB")
+
+
+def idle_bytes(group: Path, folder: Path) -> int:
+    """The anonymous memory of the process before it has a model."""
+    result = run_in(group, PROGRAM, str(folder), "idle", limit_bytes=4 << 30)
+    return int(json.loads(result.stdout.splitlines()[-1])["idle"])
+
+
+def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(folder: Path) -> None:
     model_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     budget = 256 * MIB
     assert model_bytes > 2 * budget
     with memory_cgroup() as group:
-        idle = json.loads(
-            run_in(group, PROGRAM, str(folder), "0", limit_bytes=4 << 30).stdout.splitlines()[-1]
-        )
-        allowed = int(idle["idle"] + 1.05 * budget)
+        allowed = int(idle_bytes(group, folder) + 1.05 * budget)
         result = run_in(group, PROGRAM, str(folder), str(budget), limit_bytes=allowed)
     assert result.returncode == 0, f"killed or failed in {allowed} bytes: {result.stderr[-2000:]}"
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["tokens"] == 20
     assert report["streamed"] > budget
     assert report["added"] <= 1.05 * budget
+
+
+def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(folder: Path) -> None:
+    """As a container's: what the machine has beyond it does not count."""
+    with memory_cgroup() as group:
+        allowed = idle_bytes(group, folder) + 300 * MIB
+        result = run_in(group, PROGRAM, str(folder), "none", limit_bytes=allowed)
+    assert result.returncode == 0, f"killed or failed in {allowed} bytes: {result.stderr[-2000:]}"
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["tokens"] == 20
+    assert report["streamed"] > 256 * MIB
+    assert report["planned"] <= report["budget"] < 300 * MIB
+    assert report["added"] <= 300 * MIB

@@ -131,7 +131,7 @@ def test_this_machine_is_asked_for_its_memory_and_told_so(
     assert "what-if" not in text
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "marian"])
 def test_what_is_planned_to_stream_is_what_the_model_streams(tmp_path: Path, family: str) -> None:
     """Tables are gathered in both; a tied one streams with the head."""
     folder = save_model(tmp_path / "model", family)

@@ -1,7 +1,9 @@
 """Plans: what they must hold to for any model and any budget, and what they say when there is none."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 from collections import Counter
 
@@ -11,8 +13,11 @@ from hypothesis import strategies as st
 from support.checkpoints import CPU, GPU, write_checkpoint
 from support.plans import plan_of
 
-from layerstream.pipeline import Budget, Checkpoint, Plan, PlanError, Workload, make_plan
+from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, PlanError, Workload, make_plan
+from layerstream.pipeline.figures import ComputeRate
+from layerstream.pipeline.report import report_plan
 from layerstream.pipeline.residence import evenly
+from layerstream.pipeline.workload import estimate_memory
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Place
 
@@ -105,6 +110,202 @@ def test_a_plan_written_to_json_is_read_back_equal(request):
     except PlanError:
         return
     assert Plan.from_json(plan.to_json()) == plan
+
+
+positive_rates = st.floats(1e6, 1e12)
+
+
+@st.composite
+def machines(draw):
+    """CPUs and GPUs of any size, their rates known or not."""
+    on_cpu = draw(st.booleans())
+    names = ["disk_bytes_per_second", "mmap_bytes_per_second", "host_copy_bytes_per_second"]
+    known = {name: draw(st.none() | positive_rates) for name in names}
+    if not on_cpu:
+        known["h2d_bytes_per_second"] = draw(st.none() | positive_rates)
+    compute = draw(st.lists(positive_rates, max_size=3))
+    return Hardware(
+        device="cpu" if on_cpu else "cuda:0",
+        host_available_bytes=draw(st.integers(0, 200 * MIB)),
+        vram_free_bytes=None if on_cpu else draw(st.integers(0, 200 * MIB)),
+        cores=draw(st.integers(1, 64)),
+        cached_bytes=draw(st.integers(0, 50 * MIB)),
+        compute=tuple(
+            ComputeRate(tokens=16**i, bytes_per_second=rate) for i, rate in enumerate(compute)
+        ),
+        **known,
+    )
+
+
+budgets = st.none() | st.integers(1, 220 * MIB) | st.integers(1, 100).map(lambda n: f"{n}%")
+
+
+@st.composite
+def anything(draw):
+    sizes = draw(st.lists(byte_sizes, min_size=1, max_size=12))
+    heads = draw(st.sampled_from([1, 4]))
+    sizes_told = {
+        "hidden_size": 64 * heads,
+        "num_hidden_layers": len(sizes),
+        "num_attention_heads": heads,
+        "vocab_size": draw(st.integers(1, 50_000)),
+    }
+    hardware = draw(machines())
+    reader = draw(st.sampled_from([None, "direct", "mmap", "throttled"]))
+    return {
+        "sizes": sizes,
+        "hardware": hardware,
+        "config": draw(st.none() | st.just(sizes_told)),
+        "pinned": draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2)),
+        "fused": draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2)),
+        "host": draw(budgets),
+        "vram": None if hardware.device == "cpu" else draw(budgets),
+        "workload": draw(
+            st.none()
+            | st.builds(
+                Workload,
+                batch_size=st.integers(1, 8),
+                prompt_tokens=st.integers(1, 5000),
+                new_tokens=st.integers(1, 3000),
+            )
+        ),
+        "objective": draw(st.sampled_from(["latency", "throughput"])),
+        "reader": reader,
+        "throttle_bytes_per_second": draw(positive_rates) if reader == "throttled" else None,
+        "layer_batch_size": draw(st.none() | st.integers(1, 4)),
+        "slots": draw(st.none() | st.integers(1, 4)),
+        "held_bytes": draw(st.just(0) | st.integers(0, 50 * MIB)),
+    }
+
+
+@given(anything())
+def test_any_request_gets_a_plan_within_its_budgets_or_hears_what_is_missing(request):
+    hardware = request["hardware"]
+    try:
+        plan = plan_of(**request)
+    except PlanError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert re.search(
+            r"budget of \S+ \S+ (cannot hold one layer at a time: at least \S+ \S+ are needed .* raise the "
+            r"budget|is more than the \S+ \S+ of (host RAM|VRAM) that are free; lower it)",
+            refusal,
+        )
+        return
+    free = hardware.host_available_bytes + request["held_bytes"]
+    given_host = Budget(host=request["host"]).host_bytes(free)
+    assert plan.host_memory.used_bytes <= (free if given_host is None else given_host)
+    if hardware.vram_free_bytes is not None:
+        given_vram = Budget(vram=request["vram"]).vram_bytes(hardware.vram_free_bytes)
+        limit = hardware.vram_free_bytes if given_vram is None else given_vram
+        assert plan.device_memory.used_bytes <= limit
+    names = [name for batch in plan.batches for name in batch.layers]
+    assert names == [f"layer{i}" for i in range(len(request["sizes"]))]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.describe()
+    assert report_plan(plan)
+    times = [sweep.seconds for sweep in (plan.prediction.first, plan.prediction.decode)]
+    assert all(0 <= each < math.inf for each in times)
+
+
+@given(anything())
+def test_what_stays_while_decoding_fits_in_what_the_prompt_gave_back(request):
+    request["config"] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    request["workload"] = Workload(prompt_tokens=4096)
+    try:
+        plan = plan_of(**request)
+    except PlanError:
+        return
+    memory = estimate_memory(request["config"], request["workload"])
+    gone = memory.prefill_bytes - memory.decode_bytes
+    batches = [plan.batches[index] for index in plan.decode_residents]
+    assert all(batch.streamed for batch in batches)
+    if plan.device_memory is None:
+        used = sum(b.device_bytes + (b.host_bytes if b.uses_host_image else 0) for b in batches)
+        side = plan.host_memory
+    else:
+        used, side = sum(b.device_bytes for b in batches), plan.device_memory
+    assert side.used_bytes + used <= side.budget_bytes + max(gone, 0)
+
+
+def test_126_layers_of_six_gibibytes_are_planned_with_what_stays_spread_evenly():
+    sizes = [*[6 << 30] * 126, 4 << 30]
+    hardware = dataclasses.replace(GPU, disk_bytes_per_second=7e9, h2d_bytes_per_second=25e9)
+    plan = plan_of(sizes, hardware, host="128GB", vram="24GB", workload=Workload())
+    stay = [batch.index for batch in plan.batches if not batch.streamed]
+    gaps = [after - before for before, after in itertools.pairwise(stay)]
+    assert len(stay) > 10
+    assert max(gaps) - min(gaps) <= 3
+    assert plan.prediction.decode.bottleneck == "read"
+
+
+TALKATIVE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 1000,
+    "dtype": "bfloat16",
+}
+
+
+def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_is_priced():
+    sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
+    fast = dataclasses.replace(GPU, disk_bytes_per_second=1e12, h2d_bytes_per_second=1e9)
+    asked = {
+        "config": TALKATIVE,
+        "workload": Workload(batch_size=16, prompt_tokens=64, new_tokens=1000),
+        "host": 2 << 30,
+    }
+    roomy = plan_of(sizes, fast, vram=2 << 30, **asked)
+    tight = plan_of(sizes, fast, vram=420 * MIB, **asked)
+    assert not roomy.kv_cache_on_host
+    assert tight.kv_cache_on_host
+    cache = 2 * 8 * 1024 * 2 * 16 * 1064
+    assert tight.host_memory.reserved_bytes >= cache > tight.device_memory.reserved_bytes
+    assert tight.prediction.decode.transfer_seconds >= cache / 1e9
+    assert "in host RAM, since VRAM cannot hold it" in tight.describe()
+
+
+def test_what_counts_decides_whether_loading_residents_is_worth_while():
+    # Two tokens on a GPU beside a slow disk: mapped files in the page cache serve the first one sooner.
+    sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
+    hardware = dataclasses.replace(
+        CPU,
+        disk_bytes_per_second=1e8,
+        mmap_bytes_per_second=1e8,
+        host_copy_bytes_per_second=1e9,
+        cached_bytes=sum(sizes),
+        compute=(ComputeRate(tokens=1, bytes_per_second=1e10),),
+        mmap_read_cpu_seconds_per_byte=0.0,
+    )
+    asked = {"workload": Workload(prompt_tokens=1, new_tokens=2), "reader": None}
+    soon = plan_of(sizes, hardware, **asked, objective="latency")
+    steady = plan_of(sizes, hardware, **asked, objective="throughput")
+    assert soon.reader == "mmap"
+    assert soon.prediction.first.seconds < 0.1
+    assert soon.prediction.request_seconds == pytest.approx(
+        soon.prediction.first.seconds + soon.prediction.decode.seconds
+    )
+    assert steady.prediction.request_seconds == pytest.approx(
+        steady.prediction.prefill.seconds + steady.prediction.decode.seconds
+    )
+
+
+def test_an_objective_that_is_none_is_refused():
+    with pytest.raises(PlanError, match="objective 'beauty' is unknown; use one of latency"):
+        plan_of([MIB], objective="beauty")
+
+
+def test_a_plan_tells_of_the_trivial_plan_however_many_are_faster():
+    sizes = [2 * MIB, *[4 * MIB] * 100, 2 * MIB]
+    plan = plan_of(sizes, host=100 * MIB, workload=Workload(), reader=None)
+    assert len(plan.candidates) <= 12
+    assert any(each.name and each.layer_batch_size == 1 for each in plan.candidates)
+    times = [each.request_seconds for each in plan.candidates if not each.chosen]
+    assert times == sorted(times)
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))

@@ -83,7 +83,7 @@ def test_layer_batches_of_several_layers_stand_apart_and_wrap():
 def test_memory_stands_against_the_budget_of_both_sides(streamed):
     text = streamed.describe()
     assert re.search(r"VRAM +\[s+r+w+\.*\] .* of 88 MiB: slots .*, residents .*, workload", text)
-    assert re.search(r"host RAM +\[[srw.]{16}\] .* of 40 MiB: slots", text)
+    assert re.search(r"host RAM +\[[srw.]{12}\] .* of 40 MiB: slots", text)
 
 
 def test_a_plan_for_the_cpu_tells_of_no_vram():
@@ -153,7 +153,7 @@ def test_the_report_fits_a_terminal_and_is_the_same_in_markdown(hardware):
     vram = 100 * MIB if hardware.device != "cpu" else None
     plan = plan_of(SIZES, hardware, host=50 * MIB, vram=vram, workload=Workload(), reader=None)
     text, markdown = report_plan(plan), report_plan(plan, markdown=True)
-    assert max(map(len, text.splitlines())) <= 105
+    assert max(map(len, text.splitlines())) <= 100
     assert len(plan.describe().splitlines()) <= 24  # one screen
     assert text.startswith(plan.describe())
     assert re.findall(r"[0-9.]+ [GMk]B/s", text) == re.findall(r"[0-9.]+ [GMk]B/s", markdown)

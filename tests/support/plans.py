@@ -12,7 +12,7 @@ from support.checkpoints import CPU
 __all__ = ["model", "plan_of"]
 
 
-def model(sizes, *, pinned=(), fused=()):
+def model(sizes, *, pinned=(), fused=(), config=None):
     """A checkpoint and its layers, ``sizes`` in bytes: blocks, but for the first and the last."""
     layers, offset = [], 0
     for i, nbytes in enumerate(sizes):
@@ -33,12 +33,14 @@ def model(sizes, *, pinned=(), fused=()):
         )
         offset += nbytes
     file = WeightFile(name="m.safetensors", path=Path("/nowhere/m.safetensors"), size_bytes=offset)
-    checkpoint = Checkpoint(path=Path("/nowhere"), files=(file,), tensors={}, config=None)
+    checkpoint = Checkpoint(path=Path("/nowhere"), files=(file,), tensors={}, config=config)
     return checkpoint, layers
 
 
-def plan_of(sizes, hardware=CPU, *, host=None, vram=None, pinned=(), fused=(), **arguments):
-    checkpoint, layers = model(sizes, pinned=pinned, fused=fused)
+def plan_of(
+    sizes, hardware=CPU, *, host=None, vram=None, pinned=(), fused=(), config=None, **arguments
+):
+    checkpoint, layers = model(sizes, pinned=pinned, fused=fused, config=config)
     budget = Budget(host=host, vram=vram)
     arguments.setdefault("reader", "direct")
     return make_plan(checkpoint, hardware, budget=budget, layers=layers, **arguments)
