@@ -227,7 +227,7 @@ class Request:
             # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
             slots = self.slots or _LEAST_SLOTS
             if frame.fits(frame.need(batches, self.rings or frame.arenas(batches, slots))):
-                bare = self._choice(frame, prices, batches, size=size, slots=slots)
+                bare = self._choice(frame, prices, batches, size=size, slots=slots, grows=False)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
     def _slots(self, frame: Frame) -> tuple[int, ...]:
@@ -253,6 +253,7 @@ class Request:
         *,
         size: int,
         slots: int,
+        grows: bool = True,
     ) -> Choice:
         arenas = self.rings or frame.arenas(batches, slots)
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
@@ -263,7 +264,7 @@ class Request:
             slots=slots,
             arenas=arenas,
             batches=batches,
-            decode_batches=frame.grown(batches, arenas, spare=self._spare()),
+            decode_batches=frame.grown(batches, arenas, spare=self._spare()) if grows else batches,
             kv_bytes_per_block=frame.kv_on_host_bytes // max(blocks, 1),
             page_room_bytes=self._page_room(frame, batches),
         )

@@ -271,9 +271,9 @@ class Sweeps:
         started = time.perf_counter()
         async with self._pipeline.sweep(order) as sweep:
             self._boarding = order
-            riders = await self._ride(sweep)
-            sweep.prompt = any(rider.passes == 1 for rider in riders)
-            sweep.tokens = next(iter(riders)).tokens if len(riders) == 1 else None
+            passes = await self._ride(sweep)
+            sweep.prompt = any(number == 1 for number, _ in passes)
+            sweep.tokens = passes[0][1] if len(passes) == 1 else None
             if sweep.complete:
                 self._sweep_seconds = time.perf_counter() - started
 
@@ -284,12 +284,13 @@ class Sweeps:
         route = self._routes.get((rider, entry)) or self._routes.get((None, entry), self._all)
         return sorted({index, *(other for other in route if other > index)})
 
-    async def _ride(self, sweep: Sweep) -> set[Rider]:
-        """Bring the batches of ``sweep`` to those aboard; returns who was."""
-        riders: set[Rider] = set()
+    async def _ride(self, sweep: Sweep) -> list[tuple[int, int | None]]:
+        """Bring the batches of ``sweep`` to those aboard; returns which pass of its each made, and its tokens."""
+        passes: dict[Rider, tuple[int, int | None]] = {}
         try:
             while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
-                riders.update(self._expects)
+                for rider in self._expects:  # before it is in the next one
+                    passes.setdefault(rider, (rider.passes, rider.tokens))
                 bound = Bound(batch, self._bindings[batch.index], self.device)
                 try:
                     await self._serve(bound)
@@ -300,7 +301,7 @@ class Sweeps:
                 sweep.give_back(events)
         finally:
             self._boarding = ()
-        return riders
+        return list(passes.values())
 
     async def _serve(self, bound: Bound) -> None:
         """Hand ``bound`` to whoever wants it, a few at a time, until nobody holds it or may still come for it."""
