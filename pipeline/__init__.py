@@ -7,7 +7,9 @@ from layerstream.pipeline.model import StreamedModel
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, Workload
 from layerstream.pipeline.planner import make_plan
+from layerstream.pipeline.stats import StageUse, Stats
 from layerstream.stages.errors import (
+    AdmissionError,
     BusyError,
     CheckpointError,
     ClosedError,
@@ -19,6 +21,7 @@ from layerstream.stages.errors import (
 )
 
 __all__ = [
+    "AdmissionError",
     "Budget",
     "BusyError",
     "Checkpoint",
@@ -32,6 +35,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "ReadError",
+    "StageUse",
+    "Stats",
     "StreamedModel",
     "Workload",
     "load_streamed",

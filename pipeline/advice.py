@@ -23,6 +23,7 @@ def advise(request: Request, best: Choice) -> tuple[Advice, ...]:
         reader=placement.reader,
         layer_batch_size=placement.size,
         slots=placement.slots,
+        rings=None,
         budget=_absolute(request, best),
     )
     found = []

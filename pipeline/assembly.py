@@ -16,7 +16,7 @@ from layerstream.pipeline.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.modules import ModelLayer, gathered_uses, model_layers, uses_of
 from layerstream.pipeline.plan import Plan, Workload
 from layerstream.pipeline.recording import record
-from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.riders import Riders
 from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import Extent
 
@@ -107,7 +107,7 @@ class Assembly:
             opened.pop_all()  # theirs from here on
         return list(files.values())
 
-    def hook(self, sweeps: Sweeps, plan: Plan) -> None:
+    def hook(self, riders: Riders, plan: Plan) -> None:
         """Let calls of modules tell the sweeps what a pass needs, and when it begins and ends."""
         index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
         needs = {
@@ -124,27 +124,27 @@ class Assembly:
         for path in (around | needs.keys()) - {""} | {""}:
             index = needs.get(path)
             exits = index is not None and (not path or needs.get(path.rpartition(".")[0]) != index)
-            _hook(sweeps, self.traced.module.get_submodule(path), path, index, exits=exits)
+            _hook(riders, self.traced.module.get_submodule(path), path, index, exits=exits)
 
 
-def _hook(sweeps: Sweeps, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
-    def before(module: nn.Module, _args: Any) -> None:
-        rider = sweeps.rider()
-        rider.enter(module, path)
+def _hook(riders: Riders, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
+    def before(module: nn.Module, inputs: Any, named: Any) -> None:
+        rider = riders.rider()
+        rider.enter(module, path, inputs, named)
         if index is not None:
             rider.hold(index)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         # With always_call, it is called after an exception too, then without an output; also after one
         # that kept the thread from getting a rider.
-        rider = sweeps.current()
+        rider = riders.current()
         if rider is None:
             return None
         detached = rider.detached(output) if exits and output is not None else None
         rider.leave(completed=output is not None)
         return detached
 
-    module.register_forward_pre_hook(before, prepend=True)
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
     module.register_forward_hook(after, always_call=True)
 
 

@@ -4,39 +4,49 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["clone_modules"]
+
+# Larger buffers are masks and tables, which nothing writes to; copies of them would only take memory.
+_COPIED_BYTES = 1 << 20
 
 
 def clone_modules(root: nn.Module) -> Any:
     """A shallow clone of a module tree: the same parameter tables, but buffers and attributes of its own.
 
-    A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers
-    and lengths in attributes. Passes that run side by side on one tree take each other's.
+    A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers,
+    some in place, and lengths in attributes. Passes that run side by side on one tree take each other's.
     """
-    clones: dict[int, nn.Module] = {}
-    for module in root.modules():
-        clone = object.__new__(type(module))
-        clones[id(module)] = clone
-    for module in root.modules():
+    clones: dict[int, Any] = {}  # of modules and buffers, by the ids of the originals
+    modules = list(root.modules())
+    for module in modules:
+        clones[id(module)] = object.__new__(type(module))
+        for buffer in list(module._buffers.values()):  # noqa: SLF001
+            # Placeholders of streamed buffers are of another type.
+            if type(buffer) is torch.Tensor and buffer.nbytes <= _COPIED_BYTES:
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    clones[id(buffer)] = buffer.clone()
+    for module in modules:
+        # Snapshots, since a pass of a thread without a clone may be writing to the tree itself.
         vars(clones[id(module)]).update(
             (name, value if name == "_parameters" else _cloned(value, clones))
-            for name, value in vars(module).items()
+            for name, value in list(vars(module).items())
         )
     return clones[id(root)]
 
 
-def _cloned(value: Any, clones: Mapping[int, nn.Module]) -> Any:
-    """``value`` with modules replaced by their clones, and tables that a pass may write to copied."""
-    if isinstance(value, nn.Module):
+def _cloned(value: Any, clones: Mapping[int, Any]) -> Any:
+    """``value`` with modules and buffers replaced by their clones, and tables that a pass may write to copied."""
+    if isinstance(value, (nn.Module, torch.Tensor)):
         return clones.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])
     if type(value) in (dict, list, tuple, set):
         if isinstance(value, dict):
-            return {key: _cloned(each, clones) for key, each in value.items()}
-        return type(value)(_cloned(each, clones) for each in value)
+            return {key: _cloned(each, clones) for key, each in list(value.items())}
+        return type(value)(_cloned(each, clones) for each in list(value))
     if isinstance(value, dict):  # ordered and default dictionaries keep their kind
         copied = value.copy()
         for key, each in value.items():

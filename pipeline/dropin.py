@@ -1,6 +1,7 @@
 """A streamed model for code that knows nothing of asyncio: an instance of its transformers class."""
 
 import asyncio
+import functools
 import os
 import threading
 import weakref
@@ -50,7 +51,7 @@ class _Closer:
 
     def __init__(self, host: _LoopThread, model: StreamedModel) -> None:
         self._host = host
-        self._model = model
+        self.model = model
         self._lock = threading.Lock()
         this = weakref.ref(self)
         # Not atexit: by then the pools of threads that closing takes are shut down. Thread pools
@@ -59,8 +60,8 @@ class _Closer:
 
     def __call__(self) -> None:
         if self._lock.acquire(blocking=False):
-            self._model.abandon_pass()
-            self._host.run(self._model.aclose())
+            self.model.abandon_pass()
+            self._host.run(self.model.aclose())
             self._host.stop()
 
 
@@ -81,6 +82,20 @@ class _Closable:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
+    """The ``generate`` of ``kind`` as a request: its memory is reserved before, and threads share sweeps."""
+
+    @functools.wraps(kind.generate)
+    def generate(self: Any, *inputs: Any, **named: Any) -> Any:
+        if model.in_request():
+            return kind.generate(self, *inputs, **named)
+        return model.generate_here(
+            lambda clone: functools.partial(kind.generate, clone), inputs, named
+        )
+
+    return generate
 
 
 def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
@@ -107,6 +122,8 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     kind = type(module)
     # transformers' pipelines look for the class by its name.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if hasattr(kind, "generate"):
+        names["generate"] = _generate_of(kind, model)
     module.__class__ = type(kind.__name__, (kind, _Closable), names)
     vars(module)["_layerstream_close"] = closer
     return module

@@ -3,12 +3,10 @@
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
-
-import psutil
+from typing import TYPE_CHECKING, Self
 
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.disk_probe import cached_bytes
@@ -17,9 +15,14 @@ from layerstream.pipeline.measured import MeasuredCache
 from layerstream.pipeline.probing import Rates, probe_rates
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import LayerstreamError, PlanError
+from layerstream.stages.headroom import host_available_bytes
 from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.timings import Timings
 
-__all__ = ["ComputeRate", "Figure", "Hardware", "Origin", "host_available_bytes"]
+if TYPE_CHECKING:
+    from layerstream.pipeline.plan import Plan
+
+__all__ = ["ComputeRate", "Figure", "Hardware", "Origin"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +132,12 @@ class Hardware:
         # Last, when the measurements have given their own memory back.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
 
+    def learn(self, plan: "Plan", timings: Timings) -> "Hardware":
+        """The same machine with the rates that the stages reached while ``plan`` was run, marked as learnt."""
+        from layerstream.pipeline.learning import learn
+
+        return learn(self, plan, timings)
+
     @classmethod
     def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
         asked = dict.fromkeys(_SIZES, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
@@ -169,67 +178,3 @@ _COSTS = (
     "mmap_read_cpu_seconds_per_byte",
     "overhead_seconds_per_batch",
 )
-
-
-def host_available_bytes(process: Path = Path("/proc/self")) -> int:
-    """Host RAM that a process may still take: the least of what the system and each cgroup above it allow.
-
-    A cgroup's page cache can be reclaimed, so it counts as free.
-
-    Args:
-        process: the process's folder in /proc.
-    """
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_headrooms(process)]))
-
-
-def _cgroup_headrooms(process: Path) -> Iterator[int]:
-    try:
-        lines = (process / "cgroup").read_text().splitlines()
-        mounts = [line.split() for line in (process / "mounts").read_text().splitlines()]
-    except OSError:  # not Linux, or no cgroups
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            yield from _headrooms(_mounted(mounts, "cgroup2", None), group, _V2)
-        elif "memory" in controllers.split(","):
-            yield from _headrooms(_mounted(mounts, "cgroup", "memory"), group, _V1)
-
-
-_V1 = (
-    ("memory.limit_in_bytes",),
-    "memory.usage_in_bytes",
-    "total_inactive_file",
-    "total_active_file",
-)
-_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file", "active_file")
-
-
-def _mounted(mounts: Sequence[Sequence[str]], kind: str, controller: str | None) -> Path | None:
-    for _, where, filesystem, options, *_ in mounts:
-        if filesystem == kind and (controller is None or controller in options.split(",")):
-            return Path(where)
-    return None
-
-
-def _headrooms(
-    root: Path | None, group: str, names: tuple[tuple[str, ...], str, str, str]
-) -> Iterator[int]:
-    if root is None:
-        return
-    limits, usage, *cached = names
-    folder = root / group.lstrip("/")
-    # Inside a container the path may be the host's: then the mount's root is our own group.
-    for level in [folder, *folder.parents] if folder.is_dir() else [root]:
-        if not level.is_relative_to(root):
-            return
-        try:
-            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-            used = int((level / usage).read_text()) - sum(int(stat.get(name, 0)) for name in cached)
-        except (OSError, ValueError):
-            continue
-        for name in limits:
-            try:
-                yield int((level / name).read_text()) - used
-            except (OSError, ValueError):  # "max", or not there
-                continue

@@ -1,6 +1,8 @@
 """A transformers model whose weights stream."""
 
 import asyncio
+import dataclasses
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -13,23 +15,28 @@ import torch
 from layerstream.pipeline.assembly import Assembly, move_buffers
 from layerstream.pipeline.binding import Binding, put_buffers
 from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.conversion import (
     TracedModel,
     load_config,
     resolve_model_class,
     trace_model,
 )
+from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planner import make_plan
-from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.prediction import Objective
+from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.tokens import token_streamer
 from layerstream.stages.devices import Device, open_device
-from layerstream.stages.errors import ClosedError, ModelError
-from layerstream.stages.threads import Once, Threads, finish_in_thread, settled
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
 from layerstream.stages.usage import anonymous_bytes
 
@@ -39,8 +46,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Requests take turns: sharing sweeps between them is not built yet.
-_RIDERS = 1
+# A sweep costs the same for one request and for twenty. What bounds them is memory; a place costs a thread, and a
+# clone of the module tree while it is taken, which is a megabyte or two.
+_REQUESTS = 16
+# What requests may take of the fixed part of what the plan reserves: a few KiB more or less are not worth a refusal.
+_SMALL_CHANGE_BYTES = 4 << 20
 
 
 class StreamedModel:
@@ -48,17 +58,19 @@ class StreamedModel:
 
     Attributes:
         plan: how its weights stream.
+        hardware: what the plan was made for.
         module: the transformers model itself. Call it in a thread, not on the event loop.
     """
 
     plan: Plan
+    hardware: Hardware
     module: Any
 
     def __init__(self, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
         self._source = source
         self._options = dict(options)
         self._resources = AsyncExitStack()
-        self._sweeps: Sweeps | None = None
+        self._engine: Engine | None = None
         self._closed = False
         self._closing = Once()
 
@@ -73,6 +85,10 @@ class StreamedModel:
         reader: ReaderKind | str | None = None,
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
+        max_requests: int = _REQUESTS,
+        objective: Objective | str = Objective.LATENCY,
+        hardware: Hardware | None = None,
+        measure: bool = True,
         model_class: type[Any] | None = None,
         dtype: torch.dtype | str = "auto",
         revision: str | None = None,
@@ -88,6 +104,11 @@ class StreamedModel:
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: rate of the throttled reader.
             layer_batch_size: blocks per layer batch, instead of the planner's choice.
+            objective: what the plan is the fastest at: "latency" of one request that comes first, or "throughput".
+            hardware: the machine, if it is known; by default it is probed.
+            measure: False plans with what is known of this machine from before, and assumptions: opening takes
+                a second or two less where a machine is new.
+            max_requests: requests that share sweeps at the same time; more wait their turn.
             model_class: the transformers class; by default the config's ``architectures[0]``.
             dtype: as in ``from_pretrained``.
             revision: of a hub id.
@@ -108,6 +129,10 @@ class StreamedModel:
                 "reader": reader,
                 "throttle_bytes_per_second": throttle_bytes_per_second,
                 "layer_batch_size": layer_batch_size,
+                "max_requests": max_requests,
+                "objective": objective,
+                "hardware": hardware,
+                "measure": measure,
                 "model_class": model_class,
                 "dtype": dtype,
                 "revision": revision,
@@ -118,7 +143,7 @@ class StreamedModel:
     # -- life ------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._sweeps is not None or self._closed:
+        if self._engine is not None or self._closed:
             raise ClosedError("a model is opened once; call StreamedModel.open again")
         try:
             await self._open()
@@ -132,22 +157,31 @@ class StreamedModel:
         before = anonymous_bytes()
         path = await resolve_model_path_async(self._source, revision=options["revision"])
         checkpoint = await Checkpoint.open_async(path)
+        ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
+        self._resources.callback(ahead.stop)
         traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
-        hardware = await Hardware.probe(checkpoint, device=options["device"])
+        hardware = options["hardware"] or await Hardware.probe(
+            checkpoint, device=options["device"], measure=options["measure"]
+        )
         # transformers' code for the model, and the module tree: 100 MB where they are new here.
         held = max(0, (anonymous_bytes() or 0) - (before or 0))
+        self.hardware = hardware
+        self._make_plan = functools.partial(
+            make_plan,
+            checkpoint,
+            workload=options["workload"],
+            objective=options["objective"],
+            layers=layout.planned(checkpoint),
+            memory=layout.memory,
+            held_bytes=held,
+        )
         self.plan = await finish_in_thread(
-            lambda: make_plan(
-                checkpoint,
+            lambda: self._make_plan(
                 hardware,
                 budget=options["budget"],
-                workload=options["workload"],
-                layers=layout.planned(checkpoint),
-                memory=layout.memory,
                 reader=options["reader"],
                 throttle_bytes_per_second=options["throttle_bytes_per_second"],
                 layer_batch_size=options["layer_batch_size"],
-                held_bytes=held,
             )
         )
         if traced.unused:
@@ -159,22 +193,42 @@ class StreamedModel:
             )
         self.module = traced.module
         device = open_device(self.plan.device)
-        self._device = device.torch_device
-        self._computes = device
-        bindings = await finish_in_thread(lambda: layout.bind(self.plan, self._device))
-        for table in layout.gather(checkpoint, self._device):
+        bindings = await finish_in_thread(lambda: layout.bind(self.plan, device.torch_device))
+        for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
-        move_buffers(self.module, self._device)
+        move_buffers(self.module, device.torch_device)
         pipeline = await self._resources.enter_async_context(Pipeline(self.plan, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
-        self._sweeps = Sweeps(pipeline, self.module, bindings, device=device, kept=kept)
-        self._resources.push_async_callback(self._sweeps.aclose)
-        layout.hook(self._sweeps, self.plan)
-        self._threads = Threads("rider", _RIDERS)
-        self._resources.push_async_callback(finish_in_thread, self._threads.close)
+        self._checkpoint = checkpoint
+        room = _room_bytes(self.plan, held_bytes=held)
+        self._sweeps = sweeps = Sweeps(
+            pipeline,
+            bindings,
+            device=device,
+            kept=kept,
+            phases=Phases(self.plan, room_bytes=room),
+        )
+        self._resources.push_async_callback(sweeps.aclose)
+        self._engine = engine = Engine(
+            self.module,
+            sweeps,
+            device=device,
+            estimator=Estimator(
+                self.module,
+                checkpoint.config,
+                workload=options["workload"],
+                room_bytes=room,
+                reserved_bytes=self.plan.workload_bytes,
+            ),
+            room_bytes=room,
+            places=options["max_requests"],
+        )
+        layout.hook(engine.riders, self.plan)
+        self._resources.push_async_callback(finish_in_thread, engine.threads.close)
         # Passes under way are failed before their threads are waited for.
-        self._resources.push_async_callback(self._sweeps.aclose)
+        self._resources.push_async_callback(sweeps.aclose)
+        self._resources.callback(engine.close)
 
     async def _keep(
         self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding], device: Device
@@ -209,9 +263,13 @@ class StreamedModel:
         self._closed = True
         await self._closing.run(self._resources.aclose)
 
+    async def drain(self) -> None:
+        """Refuse new requests, and wait for those that run or wait. ``aclose`` then has nobody to fail."""
+        await self._open_engine().drain()
+
     def abandon_pass(self) -> None:
         """End the pass of the calling thread that an interrupt has left open: nobody else would."""
-        rider = self._sweeps.current() if self._sweeps is not None else None
+        rider = self._engine.riders.current() if self._engine is not None else None
         if rider is not None:
             rider.abandon()
 
@@ -220,24 +278,41 @@ class StreamedModel:
     async def forward(self, *inputs: Any, **named: Any) -> Any:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
 
-        Tensors among the inputs are moved to the device where computation runs. If the waiting task is cancelled, the pass is unwound at its next layer batch.
+        Tensors among the inputs are moved to the device where computation runs. If the waiting task is
+        cancelled, the pass is unwound at its next layer batch.
+
+        Raises:
+            AdmissionError: it needs more memory than there is for requests.
+            ClosedError: the model is not open, or is being closed.
         """
-        return await self._ride(lambda model: model, inputs, named)
+        return await self._open_engine().forward(inputs, named)
 
     async def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate, by whatever strategy; takes and returns what the model's own ``generate`` does.
 
-        Tensors among the inputs are moved to the device where computation runs. If the waiting task is cancelled, generation is unwound at its next layer batch.
+        Requests share sweeps. Each reserves the KV cache and the activations that it may come to need, and
+        waits, first come, first served, until there is room for them; what the caller keeps of the result
+        is his own. ``generator``, a ``torch.Generator``, is what this request samples from: torch's default source
+        is shared by all. Tensors among the inputs are moved to the device where computation runs. If the waiting
+        task is cancelled, generation is unwound at its next layer batch.
+
+        Raises:
+            AdmissionError: it needs more memory than there is for requests.
+            ClosedError: the model is not open, or is being closed.
         """
-        return await self._ride(lambda model: model.generate, inputs, named)
+        return await self._open_engine().generate(inputs, named)
 
     async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
         """Generate one sequence, and yield each new token's id when it is there.
 
-        Closing the generator, or cancelling the task that waits for it, ends the generation.
+        Closing the generator, or cancelling the task that waits for it, ends the generation. Nobody waits for
+        a slow consumer: ids queue up for it, and there are no more of them than were asked for.
+
+        Raises:
+            AdmissionError, ClosedError: as for ``generate``.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = _token_streamer(asyncio.get_running_loop(), tokens)
+        streamer = token_streamer(asyncio.get_running_loop(), tokens)
         generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
         generating.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
@@ -248,80 +323,114 @@ class StreamedModel:
             generating.cancel()
             await asyncio.wait([generating])
 
+    async def replan(self, *, budget: Budget | None = None) -> Plan:
+        """Plan anew with the rates that the sweeps so far have shown, and go on by the new plan.
+
+        Layer batches, slots and reader stay, so that what was read ahead and all KV caches do too; which
+        layers are resident may change, and with a smaller budget their memory is given back. Requests
+        that run go on: the change is made between two sweeps.
+
+        Args:
+            budget: what may be used from now on; by default what the last plan had.
+
+        Raises:
+            PlanError: no plan fits that budget; the old one stays.
+            DeviceError: the memory is not there; the old plan stays.
+            ClosedError: the model is not open.
+        """
+        self._open_engine()
+        hardware = self.hardware.learn(self.plan, self._pipeline.timings())
+        now = await Hardware.probe(self._checkpoint, device=self.plan.device, measure=False)
+        held = self.plan
+        hardware = dataclasses.replace(
+            hardware,
+            cached_bytes=now.cached_bytes,
+            # What the running plan has taken is free for the new one.
+            host_available_bytes=now.host_available_bytes + held.host_memory.taken_bytes,
+            vram_free_bytes=None
+            if now.vram_free_bytes is None or held.device_memory is None
+            else now.vram_free_bytes + held.device_memory.taken_bytes,
+        )
+        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
+
+        async def adopt() -> None:
+            await self._pipeline.adopt(plan)
+            self._sweeps.phases.replace(plan)
+            self.plan, self.hardware = plan, hardware
+
+        await self._sweeps.between(adopt)
+        return plan
+
+    def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
+        """What the running plan would be on ``hardware``: other residents and predictions, all else alike.
+
+        Args:
+            hardware: with as much free as it would have without this model.
+            budget: what may be used; by default what the running plan has.
+
+        Raises:
+            PlanError: no plan fits that budget.
+        """
+        self._open_engine()
+        running = self.plan
+        if budget is None:
+            vram = None if running.device_memory is None else running.device_memory.budget_bytes
+            budget = Budget(host=running.host_memory.budget_bytes, vram=vram)
+        return self._make_plan(hardware, budget=budget, running=running)
+
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""
-        return self._open_pipeline().timings()
+        self._open_engine()
+        return self._pipeline.timings()
 
-    async def _ride(
-        self,
-        function: Callable[[Any], Callable[..., T]],
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
+    def stats(self) -> Stats:
+        """Counters and gauges of requests, sweeps and stages, as they are now."""
+        return self._open_engine().stats(self._pipeline.timings())
+
+    def in_request(self) -> bool:
+        """Whether the calling thread is that of a request, whose memory is reserved."""
+        return self._engine is not None and self._engine.riders.in_request()
+
+    def generate_here(
+        self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any
     ) -> T:
-        """Call what ``function`` makes of a clone of the module tree with the inputs, in a rider's thread."""
-        self._open_pipeline()
-        sweeps = self._sweeps
-        assert sweeps is not None  # noqa: S101
-        rider = Rider(sweeps)
-        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it.
-        stream = self._computes.stream()
+        """Generate in the calling thread, which is not that of the event loop. For the drop-in.
 
-        def work() -> T:
-            rider.root = clone = clone_modules(self.module)
-            with self._computes.computing_on(stream), sweeps.riding(rider):
-                here = [_moved(each, self._device) for each in inputs]
-                named_here = {name: _moved(each, self._device) for name, each in named.items()}
-                return function(clone)(*here, **named_here)
+        Args:
+            call: makes of a clone of the module tree what to call with the inputs.
+            inputs: positional arguments of that.
+            named: keyword arguments of that.
+        """
+        assert self._engine is not None  # noqa: S101
+        result: T = self._engine.generate_here(call, inputs, named)
+        return result
 
-        future = self._threads.submit(work)
-        waiting = asyncio.wrap_future(future)
-        try:
-            return await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            if self._closed and waiting.cancelled():
-                raise ClosedError("the model was closed before this request's turn came") from None
-            if not future.cancel():
-                sweeps.cancel(rider)
-                await settled([future])
-                # Taken note of: it is no news to whoever has cancelled it.
-                waiting.cancelled() or waiting.exception()
-            raise
-        finally:
-            del future, waiting  # an error that they hold would hold this frame, and so itself
-
-    def _open_pipeline(self) -> Pipeline:
-        if self._sweeps is None or self._closed:
+    def _open_engine(self) -> Engine:
+        if self._engine is None or self._closed:
             raise ClosedError("the model is not open; use it inside `async with`")
-        return self._pipeline
+        return self._engine
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def _room_bytes(plan: Plan, *, held_bytes: int) -> int:
+    """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
+    if plan.device_memory is not None:
+        free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
+    else:
+        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
+    return max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)
 
 
-def _token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:
-    from transformers.generation.streamers import BaseStreamer
-
-    class TokenStreamer(BaseStreamer):
-        """Hands each new token to the event loop; the first call brings the prompt."""
-
-        prompt_seen = False
-
-        def put(self, value: torch.Tensor) -> None:
-            if not self.prompt_seen:
-                self.prompt_seen = True
-                if value.dim() > 1 and value.shape[0] > 1:
-                    raise ModelError(
-                        f"stream() yields the tokens of one sequence, but {value.shape[0]} were given; use generate()"
-                    )
-                return
-            for token in value.flatten().tolist():
-                loop.call_soon_threadsafe(tokens.put_nowait, token)
-
-        def end(self) -> None:
-            """Nothing to do: the generation's task tells when it is done."""
-
-    return TokenStreamer()
+def _read_ahead(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Readahead:
+    """Have the disk busy while the model is traced, if its files will be mapped."""
+    mapped = (
+        options["reader"] in {None, ReaderKind.MMAP} and not options["throttle_bytes_per_second"]
+    )
+    unbounded = options["budget"] is None or options["budget"].host is None
+    on_cpu = mapped and unbounded and open_device(options["device"]).reads_host_images
+    ahead = Readahead([file.path for file in checkpoint.files])
+    if on_cpu and fits_page_cache(checkpoint.total_bytes):
+        ahead.start()
+    return ahead
 
 
 def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:

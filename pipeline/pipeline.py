@@ -8,11 +8,13 @@ disk ──> [read] ──queue──> [transfer] ──queue──> [compute] �
 """
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,16 +23,18 @@ from typing import Any, Self, TypeVar
 
 from layerstream.pipeline.plan import Plan, ReaderKind
 from layerstream.stages.arena import RingArena
+from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices import Device, Event, open_device
 from layerstream.stages.errors import BusyError, CheckpointError, ClosedError, PlanError, noting
+from layerstream.stages.forecast import Forecasts, SweepPrediction
 from layerstream.stages.read import read_stage
 from layerstream.stages.readers import DirectReader, MmapReader, Reader, ThrottledReader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.threads import Once, Threads, finish_in_thread
-from layerstream.stages.timings import Clock, Occupancy, Timings
+from layerstream.stages.timings import Clock, Occupancy, SweepSpan, Timings
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline", "open_reader"]
@@ -41,6 +45,8 @@ T = TypeVar("T")
 
 # One batch ready behind each stage absorbs jitter; how many are under way is for the arenas to bound.
 _QUEUE_SIZE = 1
+# Sweeps that timings tell of one by one: enough to learn from.
+_SWEEPS_KEPT = 64
 
 
 def open_reader(plan: Plan) -> Reader:
@@ -93,10 +99,15 @@ class Pipeline:
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._arenas: tuple[RingArena, ...] = ()
         self._sweeps_completed = 0
+        self._forecast = Forecasts()
+        self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = ExitStack()
         self._closed = False
+        self._adopting = (
+            asyncio.Lock()
+        )  # whoever asks for a sweep meanwhile is refused, as by a sweep
         self._closing = Once()
         self._opened_at = time.perf_counter()
 
@@ -225,7 +236,8 @@ class Pipeline:
             sweep = self._current() if self._current is not None else None
             if sweep is not None:
                 sweep.end()
-            await self._route.empty()
+            async with self._adopting:  # it hears of it, and leaves
+                await self._route.empty()
         await finish_in_thread(self._resources.close)
 
     # -- use -------------------------------------------------------------------------------------
@@ -240,13 +252,7 @@ class Pipeline:
             BusyError: another sweep is under way.
             ClosedError: the pipeline is not open.
         """
-        if self._stages is None or self._closed:
-            raise ClosedError("the pipeline is not open; use it inside `async with`")
-        if self._current is not None and self._current() is not None:
-            raise BusyError(
-                "a sweep is under way on this pipeline; finish or close it first, or share sweeps "
-                "through StreamedModel"
-            )
+        self._check_idle()
         order = tuple(route) if route is not None else tuple(range(len(self.plan.batches)))
         if not order or not all(0 <= index < len(self.plan.batches) for index in order):
             raise PlanError(
@@ -264,6 +270,15 @@ class Pipeline:
         )
         self._current = weakref.ref(sweep)
         return sweep
+
+    def _check_idle(self) -> None:
+        if self._stages is None or self._closed:
+            raise ClosedError("the pipeline is not open; use it inside `async with`")
+        if self._adopting.locked() or (self._current is not None and self._current() is not None):
+            raise BusyError(
+                "a sweep is under way on this pipeline; finish or close it first, or share sweeps "
+                "through StreamedModel"
+            )
 
     async def run(
         self,
@@ -295,16 +310,59 @@ class Pipeline:
                     sweep.give_back(after)
         return state
 
+    async def adopt(self, plan: Plan) -> None:
+        """Go on by ``plan``, which has other residents than the one so far, and is equal in all else.
+
+        For use between two sweeps. What becomes resident is kept when it next passes. Where something ceases
+        to be, its memory is given back before this returns, and what was read ahead is read once more.
+
+        Raises:
+            BusyError: a sweep is under way.
+            ClosedError: the pipeline is not open.
+            DeviceError: there is no memory for the new residents; the old plan stays.
+            PlanError: the plans differ in more.
+        """
+        self._check_idle()
+        _check_alike(self.plan, plan)
+        async with self._adopting:
+            await self._swap_residents(plan)
+
+    async def _swap_residents(self, plan: Plan) -> None:
+        pairs = list(zip(self.plan.batches, plan.batches, strict=True))
+        gone = [new.index for old, new in pairs if _leaves(old, new)]
+        if gone:
+            self._route.replace(
+                [
+                    dataclasses.replace(old, host_resident=False, device_resident=False)
+                    if old.index in gone
+                    else old
+                    for old, _ in pairs
+                ]
+            )
+            self._route.recall()
+            # Through the stages, since their threads may be copying from what is to be given back.
+            while not (await self._ready.peek()).wanted:
+                self._route.drop(await self._ready.get())
+            await finish_in_thread(self._device.drain)
+            await finish_in_thread(lambda: self._residents.remove(gone))
+        await finish_in_thread(lambda: self._residents.add(plan.batches))
+        self._route.replace(plan.batches)
+        self.plan = plan
+
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened."""
         last = max(clock.stopped for clock in self._clocks)
+        stages = tuple(clock.sums() for clock in self._clocks)
+        busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
         sizes = (self.plan.host_arena_bytes, self.plan.device_arena_bytes)
         arenas = zip(("host slots", "device slots"), sizes, self._arenas, strict=False)
         return Timings(
             sweeps=self._sweeps_completed,
             wall_seconds=max(0.0, last - self._opened_at),
-            stages=tuple(clock.sums() for clock in self._clocks),
+            stages=stages,
             start_seconds=self._opened_at,
+            latest=tuple(self._latest),
+            forecast=self._forecast.sums(**busy),
             labels=tuple(batch.label for batch in self.plan.batches),
             occupancy=tuple(
                 Occupancy(
@@ -325,10 +383,21 @@ class Pipeline:
             return  # dropped in another thread, and the next sweep, now under way, was faster than the news
         self._current = None
         if sweep.complete:
+            now = time.perf_counter()
+            self._forecast.count(self._prediction(prompt=sweep.prompt), now - sweep.began_seconds)
+            self._latest.append(
+                SweepSpan(start_seconds=sweep.began_seconds, stop_seconds=now, tokens=sweep.tokens)
+            )
             self._sweeps_completed += 1
         else:
             # The next sweep most likely begins at the beginning: what is under way is dropped for it.
             self._route.restart()
+
+    def _prediction(self, *, prompt: bool) -> SweepPrediction:
+        prediction = self.plan.prediction
+        if not self._sweeps_completed:
+            return prediction.first
+        return prediction.prefill if prompt else prediction.decode
 
     def _dropped(self, sweep: Sweep) -> None:
         """A sweep was left without being closed. Its finalizer runs in whichever thread dropped it."""
@@ -338,6 +407,35 @@ class Pipeline:
             sweep.end()
         else:
             self._loop.call_soon_threadsafe(sweep.end)
+
+
+def _leaves(old: LayerBatch, new: LayerBatch) -> bool:
+    """Whether an image of a batch that was kept is kept no longer."""
+    return (old.host_resident and not new.host_resident) or (
+        old.device_resident and not new.device_resident
+    )
+
+
+def _check_alike(old: Plan, new: Plan) -> None:
+    """Refuse a plan that would need other memory, files or batches than the pipeline has."""
+
+    def shape(plan: Plan) -> object:
+        streamed = [
+            dataclasses.replace(b, host_resident=False, device_resident=False) for b in plan.batches
+        ]
+        return plan.files, plan.device, plan.reader, streamed
+
+    if shape(old) != shape(new):
+        raise PlanError(
+            "the running plan and the new one differ in more than their residents; open the model anew"
+        )
+    sizes = [(b.host_bytes, b.device_bytes) for b in new.batches if b.streamed]
+    rings = (old.host_arena_bytes, old.device_arena_bytes)
+    if new.reader is not ReaderKind.MMAP and any(a > rings[0] or b > rings[1] for a, b in sizes):
+        raise PlanError(
+            "the new plan streams a layer batch that is larger than the running pipeline's slots; "
+            "open the model anew"
+        )
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

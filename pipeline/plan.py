@@ -3,7 +3,7 @@
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
@@ -96,6 +96,11 @@ class MemoryUse:
     reserved_bytes: int  # KV cache, activations and scratch of the workload
 
     @property
+    def taken_bytes(self) -> int:
+        """What a running pipeline has of it, whatever is asked of the model."""
+        return self.arena_bytes + self.resident_bytes
+
+    @property
     def used_bytes(self) -> int:
         """All of it."""
         return self.arena_bytes + self.resident_bytes + self.reserved_bytes
@@ -160,6 +165,22 @@ class Plan:
     def first_sweep_bytes(self) -> int:
         """Bytes that the first sweep reads from disk: residents are loaded on its way."""
         return sum(batch.read_bytes for batch in self.batches)
+
+    def while_decoding(self) -> Self:
+        """The same with its decode residents in place: how it is while no prompt is processed."""
+        staying = set(self.decode_residents)
+        on_host = self.device_memory is None
+
+        def kept(batch: LayerBatch) -> LayerBatch:
+            if batch.index not in staying:
+                return batch
+            return replace(
+                batch,
+                host_resident=on_host and batch.uses_host_image,
+                device_resident=not on_host or batch.device_bytes > 0,
+            )
+
+        return replace(self, batches=tuple(kept(batch) for batch in self.batches))
 
     def describe(self) -> str:
         """The plan in words, for people."""

@@ -14,6 +14,7 @@ from layerstream.pipeline.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
 from layerstream.pipeline.prediction import Candidate, Objective
 from layerstream.pipeline.rates import sizes_of
+from layerstream.pipeline.residence import Arenas
 from layerstream.pipeline.search import Choice, Request
 from layerstream.pipeline.workload import WorkloadMemory, estimate_memory
 from layerstream.stages.errors import PlanError
@@ -42,6 +43,7 @@ def make_plan(
     layer_batch_size: int | None = None,
     slots: int | None = None,
     held_bytes: int = 0,
+    running: Plan | None = None,
 ) -> Plan:
     """Decide how ``checkpoint`` is streamed on ``hardware``.
 
@@ -63,10 +65,18 @@ def make_plan(
         slots: on either side, instead of the planner's choice.
         held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
             no plan; but residents leave room for it.
+        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader stay.
 
     Raises:
         PlanError: no plan fits the budget, or an argument makes no sense.
     """
+    if running is not None:
+        reader, layer_batch_size, slots = (
+            running.reader,
+            running.layer_batch_size,
+            running.host_slots,
+        )
+        throttle_bytes_per_second = running.throttle_bytes_per_second
     request = Request(
         checkpoint=checkpoint,
         hardware=hardware,
@@ -80,6 +90,9 @@ def make_plan(
         layer_batch_size=layer_batch_size,
         slots=slots,
         held_bytes=held_bytes,
+        rings=None
+        if running is None
+        else Arenas(running.host_arena_bytes, running.device_arena_bytes),
     )
     choices = request.choices()
     best = choices[0]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from layerstream.stages.forecast import SweepPrediction
+
 __all__ = ["Advice", "Candidate", "Objective", "Prediction", "SweepPrediction"]
 
 
@@ -11,37 +13,6 @@ class Objective(StrEnum):
 
     LATENCY = "latency"  # one request on a pipeline that was just opened: loading residents counts
     THROUGHPUT = "throughput"  # requests one after the other: only what repeats counts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepPrediction:
-    """The time of one sweep, and what each stage is busy for meanwhile."""
-
-    seconds: float
-    read_seconds: float
-    transfer_seconds: float
-    compute_seconds: float
-    overhead_seconds: float  # hand-offs, which computation waits for
-
-    @property
-    def bottleneck(self) -> str:
-        """The stage that is busy the longest: "read", "transfer" or "compute"; or "hand-offs"."""
-        return max(self._busy())[1]
-
-    @property
-    def ceiling(self) -> float:
-        """How many times faster overlapping can be than one stage after another: (d+h+c) / max(d,h,c)."""
-        longest = max(self._busy()[:3])[0]
-        total = self.read_seconds + self.transfer_seconds + self.compute_seconds
-        return total / longest if longest else 1.0
-
-    def _busy(self) -> list[tuple[float, str]]:
-        return [
-            (self.read_seconds, "read"),
-            (self.transfer_seconds, "transfer"),
-            (self.compute_seconds, "compute"),
-            (self.overhead_seconds, "hand-offs"),
-        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

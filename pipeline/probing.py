@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,10 @@ def _known(
 
 def _disturbed(rates: Mapping[str, Rate]) -> bool:
     """Whether something else kept the machine busy: good for now, perhaps, but not for a week."""
+    # More tokens never let weights go by faster: where they seem to, the smaller pass had to wait.
+    sizes = [rates[str(tokens)].median for tokens in TOKENS if str(tokens) in rates]
+    if any(more > 2 * _DISTURBED * fewer for fewer, more in pairwise(sizes)):
+        return True
     return any(
         rate.most > _DISTURBED * rate.median
         for name, rate in rates.items()

@@ -60,13 +60,24 @@ class Frame:
         """Names of layers that must be resident."""
         return frozenset(layer.name for layer in self.layers if layer.pinned)
 
-    def batches(self, size: int) -> list[LayerBatch]:
-        """All layers, ``size`` blocks to a batch; those that must be resident are."""
+    def batches(self, size: int, *, passing: Arenas | None = None) -> list[LayerBatch]:
+        """All layers, ``size`` blocks to a batch; those that must be resident are.
+
+        Args:
+            size: blocks in a batch.
+            passing: rings that exist already: what is too large for them has to stay.
+        """
         pinned = self.pinned
-        return [
-            self._resident(batch) if pinned.intersection(batch.layers) else batch
-            for batch in self._laid_out(size)
-        ]
+
+        def stays(batch: LayerBatch) -> bool:
+            large = (
+                passing is not None
+                and not self.maps
+                and (batch.host_bytes > passing.host or batch.device_bytes > passing.device)
+            )
+            return large or not pinned.isdisjoint(batch.layers)
+
+        return [self._resident(batch) if stays(batch) else batch for batch in self._laid_out(size)]
 
     def _laid_out(self, size: int) -> list[LayerBatch]:
         groups: list[list[PlannedLayer]] = []
@@ -160,12 +171,18 @@ class Frame:
         )
 
     def with_residents(
-        self, batches: Sequence[LayerBatch], slots: int, *, oversized_first: bool
+        self,
+        batches: Sequence[LayerBatch],
+        slots: int,
+        *,
+        oversized_first: bool,
+        rings: Arenas | None = None,
     ) -> list[LayerBatch]:
         """Give what is left of the budgets to residents: VRAM first, then host RAM.
 
         They are spread evenly. With ``oversized_first``, batches that are much larger than most come before
-        the others: passing the rings, each takes room that the others leave empty.
+        the others: passing the rings, each takes room that the others leave empty. ``rings`` are those of a
+        running pipeline; by default they are as large as what passes them needs.
         """
         placed = list(batches)
         apart: set[int] = set()
@@ -174,14 +191,17 @@ class Frame:
             if oversized_first:
                 for index in _oversized(placed):
                     tried = self._with(placed, {index}, on_host=on_host)
-                    if self.fits(self.need(tried, self.arenas(tried, slots)), spare=room):
+                    need = self.need(tried, rings or self.arenas(tried, slots))
+                    if self.fits(need, spare=room):
                         placed = tried
                         apart.add(index)
-            placed = self._evenly_filled(placed, slots=slots, on_host=on_host, room=room)
+            placed = self._evenly_filled(
+                placed, slots=slots, arenas=rings, on_host=on_host, room=room
+            )
         if self.on_cpu:
             return placed
         spread = self._spread([placed[b.index] if b.index in apart else b for b in batches], placed)
-        fits = self.fits(self.need(spread, self.arenas(spread, slots)), spare=room)
+        fits = self.fits(self.need(spread, rings or self.arenas(spread, slots)), spare=room)
         return spread if fits else placed
 
     def _spread(

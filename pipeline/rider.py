@@ -1,7 +1,6 @@
 """One forward pass at a time over a module tree, and the layer batch that it holds."""
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -10,10 +9,11 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.binding import Bound, put_buffers
 from layerstream.pipeline.modules import Use
+from layerstream.pipeline.requests import Need
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import noting
 
-__all__ = ["PassCancelled", "Rider"]
+__all__ = ["Gate", "PassCancelled", "Rider"]
 
 
 class Conductor(Protocol):
@@ -53,6 +53,16 @@ class Conductor(Protocol):
         """``rider`` has ended its pass, having visited these batches if it got to its end."""
 
 
+class Gate(Protocol):
+    """What a pass that belongs to no request waits for before it begins."""
+
+    def enter(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """A pass with these inputs is about to begin."""
+
+    def leave(self) -> None:
+        """The pass has ended."""
+
+
 class PassCancelled(Exception):  # noqa: N818 - it reports no error
     """Unwinds a forward pass whose caller does not want it any more; never reaches the caller."""
 
@@ -66,25 +76,49 @@ class Rider:
 
     root: torch.nn.Module  # whose hooks call us
 
-    def __init__(self, sweeps: Conductor, *, turn: "threading.Lock | None" = None) -> None:
+    def __init__(self, sweeps: Conductor, *, gate: Gate | None = None) -> None:
         self._sweeps = sweeps
-        self._turn = turn  # held during a pass
+        self.gate = gate
         self._modules: list[int] = []  # ids of the hooked modules whose calls are under way
         self._held: Bound | None = None
         self._entry = ""
         self._gradients = False
         self._visited: list[int] = []
         self.cancelled = False
+        self.passes = 0  # that were begun
+        self.tokens: int | None = None  # of the pass under way, where its inputs tell
+        self.need: Need | None = None  # of its request, if it belongs to one
 
-    def enter(self, module: torch.nn.Module, entry: str) -> None:
-        """A hooked module is called: with the outermost one, a pass begins."""
+    @property
+    def demand_bytes(self) -> int | None:
+        """What its request takes while this pass is under way; None if nobody has told."""
+        if self.need is None:
+            return None
+        steps = self.passes and self.tokens is not None and self.tokens <= self.need.step_tokens
+        return self.need.step_bytes if steps else self.need.nbytes
+
+    def enter(
+        self,
+        module: torch.nn.Module,
+        entry: str,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+    ) -> None:
+        """A hooked module is called with these inputs: with the outermost one, a pass begins.
+
+        Raises:
+            AdmissionError: the pass belongs to no request, and needs more memory than there is for it.
+            PassCancelled: nobody wants the result any more.
+        """
         if id(module) in self._modules:
             # No module is inside itself: an interrupt kept the hooks of the last pass from running.
             self.abandon()
         if not self._modules:
-            if self._turn is not None:
-                self._turn.acquire()
+            if self.gate is not None:
+                self.gate.enter(inputs, named)
             self._entry = entry
+            self.passes += 1
+            self.tokens = _tokens(inputs, named)
             # Gradients would be computed from weights that are gone by then.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
@@ -152,6 +186,8 @@ class Rider:
         """End the pass that an interrupt has left open, if there is one."""
         if self._modules:
             self._end_pass(completed=False)
+        elif self.gate is not None:
+            self.gate.leave()
 
     def _release(self) -> Event | None:
         """Give the batch at hand back; returns the computation that reads it."""
@@ -174,5 +210,13 @@ class Rider:
             self._sweeps.tell(
                 self._sweeps.left, self, released, self._entry, visited if completed else None
             )
-            if self._turn is not None:
-                self._turn.release()
+            if self.gate is not None:
+                self.gate.leave()
+
+
+def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
+    ids = named.get("input_ids", inputs[0] if inputs else None)
+    if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+        return ids.numel()
+    embeds = named.get("inputs_embeds")
+    return embeds.shape[:-1].numel() if isinstance(embeds, torch.Tensor) else None

@@ -13,11 +13,12 @@ from layerstream.pipeline.plan import Budget, MemoryUse, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective, Prediction
 from layerstream.pipeline.pricing import Placement, Prices
 from layerstream.pipeline.rates import Rates, rates_of
-from layerstream.pipeline.residence import Frame, Need
+from layerstream.pipeline.residence import Arenas, Frame, Need
 from layerstream.pipeline.work import Work
 from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
+from layerstream.stages.headroom import MARGIN
 from layerstream.stages.units import format_bytes
 
 __all__ = ["Choice", "Request"]
@@ -31,8 +32,6 @@ _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
 # What is faster by less than this is as fast.
 _EQUAL = 0.01
-# Left alone of what is free, for everybody else and for the allocators' own waste.
-_MARGIN = 0.1
 # The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
 _CACHED = 0.9
 # Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
@@ -63,10 +62,11 @@ class Choice:
         return self.frame.need(self.placement.batches, self.placement.arenas)
 
     @property
-    def _preference(self) -> tuple[bool, int, int]:
+    def _preference(self) -> tuple[bool, int, bool, int]:
         # What is left of a budget is there to be used: residents also help where the model is wrong.
         slots = _SLOTS.index(self.placement.slots)
-        return bool(self.name), slots, sum(self.need)
+        maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
+        return bool(self.name), slots, maps, sum(self.need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ class Request:
     layer_batch_size: int | None
     slots: int | None
     held_bytes: int
+    rings: Arenas | None = None  # of a running pipeline, which stay as they are
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -114,7 +115,7 @@ class Request:
     @property
     def workload_bytes(self) -> int:
         """What requests take beside weights."""
-        return 0 if self.memory is None else self.memory.peak_bytes
+        return 0 if self.memory is None else self.memory.reserved_bytes
 
     @cached_property
     def rates(self) -> Rates:
@@ -181,7 +182,13 @@ class Request:
     # -- candidates ------------------------------------------------------------------------------
 
     def _readers(self) -> tuple[ReaderKind, ...]:
-        return (ReaderKind.DIRECT, ReaderKind.MMAP) if self.reader is None else (self.reader,)
+        if self.reader is not None:
+            return (self.reader,)
+        room = self.hardware.host_available_bytes * (1 - MARGIN)
+        if self.on_cpu and self.budget.host is None and self.checkpoint.total_bytes <= room:
+            # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
+            return (ReaderKind.MMAP,)
+        return (ReaderKind.DIRECT, ReaderKind.MMAP)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
         kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0
@@ -204,20 +211,23 @@ class Request:
     def _of_frame(self, frame: Frame) -> Iterator[Choice]:
         prices = self._prices()
         for size in self._sizes():
-            batches = frame.batches(size)
+            batches = frame.batches(size, passing=self.rings)
             for slots in self._slots(frame):
-                if not frame.fits(frame.need(batches, frame.arenas(batches, slots))):
+                rings = self.rings or frame.arenas(batches, slots)
+                if not frame.fits(frame.need(batches, rings)):
                     continue
                 seen: list[list[LayerBatch]] = []
                 for oversized_first in (False, True):
-                    placed = frame.with_residents(batches, slots, oversized_first=oversized_first)
+                    placed = frame.with_residents(
+                        batches, slots, rings=self.rings, oversized_first=oversized_first
+                    )
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
             # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
             slots = self.slots or _LEAST_SLOTS
-            if frame.fits(frame.need(batches, frame.arenas(batches, slots))):
-                bare = self._choice(frame, prices, batches, size=size, slots=slots)
+            if frame.fits(frame.need(batches, self.rings or frame.arenas(batches, slots))):
+                bare = self._choice(frame, prices, batches, size=size, slots=slots, grows=False)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
     def _slots(self, frame: Frame) -> tuple[int, ...]:
@@ -243,8 +253,9 @@ class Request:
         *,
         size: int,
         slots: int,
+        grows: bool = True,
     ) -> Choice:
-        arenas = frame.arenas(batches, slots)
+        arenas = self.rings or frame.arenas(batches, slots)
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
         placement = Placement(
             reader=frame.reader,
@@ -253,7 +264,7 @@ class Request:
             slots=slots,
             arenas=arenas,
             batches=batches,
-            decode_batches=frame.grown(batches, arenas, spare=self._spare()),
+            decode_batches=frame.grown(batches, arenas, spare=self._spare()) if grows else batches,
             kv_bytes_per_block=frame.kv_on_host_bytes // max(blocks, 1),
             page_room_bytes=self._page_room(frame, batches),
         )
@@ -267,7 +278,7 @@ class Request:
         """What the activations of a prompt leave free while no prompt is processed."""
         if self.memory is None:
             return Need(0, 0)
-        spare = max(0, self.memory.prefill_bytes - self.memory.decode_bytes)
+        spare = self.memory.spare_bytes
         return Need(spare, 0) if self.on_cpu else Need(0, spare)
 
     def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:
@@ -276,7 +287,7 @@ class Request:
         Whoever sets a host budget means all memory that the model takes, in the page cache too: then only
         what is in there already counts, when it is next to everything.
         """
-        free = int(self.hardware.host_available_bytes * (1 - _MARGIN))
+        free = int(self.hardware.host_available_bytes * (1 - MARGIN))
         wanted = sum(batch.read_bytes for batch in batches)
         if self.budget.host is not None and self.hardware.cached_bytes < _CACHED * wanted:
             return 0
@@ -313,7 +324,7 @@ class Request:
 
 def _budget(given: int | None, free: int, what: str) -> int:
     if given is None:
-        return int(free * (1 - _MARGIN))
+        return int(free * (1 - MARGIN))
     if given > free:
         raise PlanError(
             f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "

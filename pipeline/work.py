@@ -66,7 +66,7 @@ class Work:
             each = tokens * self._expert_share / read
             total += experts * read / self._rates.weights_per_second(each)
         if layer.kind is LayerKind.BLOCK:
-            total += self._attention(forward)
+            total = total * self._rates.beside_matrices + self._attention(forward)
         return total
 
     def _attention(self, forward: Pass) -> float:

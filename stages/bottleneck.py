@@ -67,6 +67,8 @@ def summarize(timings: Timings) -> str:
         f"in use on average, {format_bytes(each.peak_bytes)} at most"
         for each in timings.occupancy
     ]
+    if timings.forecast is not None and timings.forecast.sweeps:
+        lines += timings.forecast.lines()
     lines.append(f"overlap efficiency {timings.overlap_efficiency:.2f}")
     return "\n".join([*lines, f"bottleneck: {find_bottleneck(timings).sentence}"])
 

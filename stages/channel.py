@@ -40,13 +40,18 @@ class Channel(Generic[T]):
         self._items.append(item)
         self._changed.set()
 
-    async def get(self) -> T:
-        """The oldest item, once there is one; or the error that closed the channel."""
+    async def peek(self) -> T:
+        """The oldest item, once there is one, left where it is; or the error that closed the channel."""
         while not self._items and self._error is None:
             await self._wait()
         if self._error is not None:
             raise self._error
-        item = self._items.popleft()
+        return self._items[0]
+
+    async def get(self) -> T:
+        """The oldest item, once there is one; or the error that closed the channel."""
+        item = await self.peek()
+        self._items.popleft()
         self._changed.set()
         return item
 

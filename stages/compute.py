@@ -77,6 +77,10 @@ class Sweep:
     left as a context manager, or dropped.
 
     The pipeline makes these; see ``Pipeline.sweep``.
+
+    Attributes:
+        prompt: a prompt is processed in it: it is compared with what the plan says of such sweeps.
+        tokens: of the one forward pass in it, for whoever learns from the timings; None: several, or not said.
     """
 
     def __init__(
@@ -101,7 +105,10 @@ class Sweep:
         self._batch: Batch | None = None
         self._held_since = 0.0
         self._received = 0
+        self.began_seconds = time.perf_counter()
         self.ended = False
+        self.prompt = False
+        self.tokens: int | None = None
 
     @property
     def complete(self) -> bool:

@@ -6,6 +6,7 @@
     ├── PlanError           no plan fits the budget, or a plan cannot be used here
     ├── DeviceError         a device is not there, or refuses memory
     ├── ModelError          the model cannot be built, or does not match its checkpoint
+    ├── AdmissionError      a request needs more memory than there is for requests
     ├── BusyError           a second sweep was asked for while one is under way
     └── ClosedError         used before it was opened or after it was closed
 
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 __all__ = [
+    "AdmissionError",
     "BusyError",
     "CheckpointError",
     "ClosedError",
@@ -51,6 +53,10 @@ class DeviceError(LayerstreamError):
 
 class ModelError(LayerstreamError):
     """Raised when a model cannot be built, or when it does not match its checkpoint."""
+
+
+class AdmissionError(LayerstreamError):
+    """Raised when a request can never be served: it needs more memory than the plan leaves for requests."""
 
 
 class BusyError(LayerstreamError):

@@ -50,25 +50,29 @@ class HostMemory:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+        # Huge pages begin at multiples of their size; what is mapped and not touched takes no memory.
+        huge = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        size = nbytes + HUGE_PAGE_BYTES if huge else max(nbytes, mmap.PAGESIZE)
         try:
-            self._map = mmap.mmap(
-                -1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise DeviceError(
                 f"the system refused {nbytes} bytes of host memory ({error}); lower the host budget or free memory"
             ) from error
-        if nbytes >= HUGE_PAGE_BYTES:
-            self._advise("MADV_HUGEPAGE")
-        self._advise("MADV_DONTFORK")
-        self.address = address_of(self._map)
-        self.tensor = tensor_over(self._map)[:nbytes]
+        skipped = -address_of(self._map) % HUGE_PAGE_BYTES if huge else 0
+        self.address = address_of(self._map) + skipped
+        if huge:
+            self._advise(
+                "MADV_HUGEPAGE", skipped, huge
+            )  # no more: the last one would be there whole
+        self._advise("MADV_DONTFORK", 0, size)
+        self.tensor = tensor_over(self._map)[skipped : skipped + nbytes]
 
-    def _advise(self, name: str) -> None:
+    def _advise(self, name: str, start: int, nbytes: int) -> None:
         # Only Linux has these; elsewhere they are an optimisation that is not to be had.
         if hasattr(mmap, name):
             try:
-                self._map.madvise(getattr(mmap, name))
+                self._map.madvise(getattr(mmap, name), start, nbytes)
             except OSError as error:
                 logger.debug("madvise(%s) refused: %s", name, error)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -12,32 +13,63 @@ from layerstream.stages.memory import HostMemory, Image
 __all__ = ["Residents"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Home:
+    """Where one resident lives."""
+
+    host: HostMemory | None
+    device: torch.Tensor | None
+
+
 class Residents:
-    """The memory of all residents, allocated once, filled by the first sweep that passes each of them."""
+    """The memory of residents, filled by the first sweep that passes each of them.
+
+    Each has memory of its own, so that it can be given back by itself.
+    """
 
     def __init__(self, batches: Iterable[LayerBatch], device: Device) -> None:
         self._device = device
-        self._host_at: dict[int, int] = {}
-        self._device_at: dict[int, int] = {}
-        host_bytes = device_bytes = 0
-        for batch in batches:
-            if batch.host_resident:
-                self._host_at[batch.index] = host_bytes
-                host_bytes += batch.host_bytes
-            if batch.device_resident:
-                self._device_at[batch.index] = device_bytes
-                device_bytes += batch.device_bytes
-        self._host: HostMemory | None = device.host_memory(host_bytes) if self._host_at else None
-        self._on_device: torch.Tensor | None = None
-        try:
-            if self._device_at:
-                self._on_device = device.device_memory(device_bytes)
-        except BaseException:
-            self.close()
-            raise
+        self._homes: dict[int, _Home] = {}
         self._loaded: set[int] = set()
         self._loading: set[int] = set()
         self._changed = asyncio.Event()
+        self.add(batches)
+
+    def add(self, batches: Iterable[LayerBatch]) -> None:
+        """Take memory for those of ``batches`` that stay and have none yet: for all of them, or for none.
+
+        Raises:
+            DeviceError: there is not that much.
+        """
+        added = []
+        try:
+            for batch in batches:
+                if not batch.streamed and batch.index not in self._homes:
+                    added.append(batch.index)
+                    self._take(batch)
+        except BaseException:
+            self.remove(added)
+            raise
+
+    def _take(self, batch: LayerBatch) -> None:
+        host = self._device.host_memory(batch.host_bytes) if batch.host_resident else None
+        try:
+            device = (
+                self._device.device_memory(batch.device_bytes) if batch.device_resident else None
+            )
+        except BaseException:
+            if host is not None:
+                self._device.release_host_memory(host)
+            raise
+        self._homes[batch.index] = _Home(host=host, device=device)
+
+    def remove(self, indices: Iterable[int]) -> None:
+        """Give back the memory of these; nothing reads or writes it any more."""
+        for index in indices:
+            home = self._homes.pop(index, None)
+            self._loaded.discard(index)
+            if home is not None and home.host is not None:
+                self._device.release_host_memory(home.host)
 
     async def loaded(self, batch: LayerBatch) -> bool:
         """Whether ``batch`` is a resident that has arrived, so that nothing needs to be read for it.
@@ -45,11 +77,13 @@ class Residents:
         If it is on its way, this waits to see whether it gets there: with few batches the next sweep's
         prefetch meets a resident that this sweep is still loading. On False, the caller loads it.
         """
+        if batch.streamed:  # also if it has just ceased to stay
+            return False
         while batch.index in self._loading:
             self._changed.clear()
             await self._changed.wait()
-        if batch.index in self._loaded or batch.streamed:
-            return batch.index in self._loaded
+        if batch.index in self._loaded:
+            return True
         self._loading.add(batch.index)
         return False
 
@@ -65,13 +99,15 @@ class Residents:
 
     def host_bytes(self, batch: LayerBatch) -> torch.Tensor:
         """Where the host image of a host resident lives, uint8 ``[host_bytes]``."""
-        assert self._host is not None  # noqa: S101
-        return self._host.tensor.narrow(0, self._host_at[batch.index], batch.host_bytes)
+        host = self._homes[batch.index].host
+        assert host is not None  # noqa: S101
+        return host.tensor
 
     def device_bytes(self, batch: LayerBatch) -> torch.Tensor:
         """Where the device image of a device resident lives, uint8 ``[device_bytes]``."""
-        assert self._on_device is not None  # noqa: S101
-        return self._on_device.narrow(0, self._device_at[batch.index], batch.device_bytes)
+        device = self._homes[batch.index].device
+        assert device is not None  # noqa: S101
+        return device
 
     def host_image(self, batch: LayerBatch) -> Image | None:
         """The host image of ``batch``, if it is kept."""
@@ -82,9 +118,5 @@ class Residents:
         return Image([(0, self.device_bytes(batch))]) if batch.device_resident else None
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._loaded = set()
-        self._on_device = None
-        if self._host is not None:
-            self._device.release_host_memory(self._host)
-            self._host = None
+        """Give all memory back."""
+        self.remove(list(self._homes))

@@ -88,6 +88,16 @@ class Route:
         self.under_way.append(item)
         return item
 
+    def replace(self, batches: Sequence[LayerBatch]) -> None:
+        """From here on, batches that leave are these: the same ones, but others of them stay resident."""
+        self._batches = tuple(batches)
+
+    def recall(self) -> None:
+        """Nobody wants what is under way; the route begins anew."""
+        for item in self.under_way:
+            item.cancel()
+        self._position = 0
+
     def redirect(self, order: Sequence[int]) -> None:
         """From here on batches leave, and arrive, in ``order``, beginning with its first."""
         self._order, self._position = tuple(order), 0

@@ -9,7 +9,19 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["SPANS_KEPT", "Clock", "Doing", "Gauge", "Occupancy", "Span", "StageTimings", "Timings"]
+from layerstream.stages.forecast import Forecast
+
+__all__ = [
+    "SPANS_KEPT",
+    "Clock",
+    "Doing",
+    "Gauge",
+    "Occupancy",
+    "Span",
+    "StageTimings",
+    "SweepSpan",
+    "Timings",
+]
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
@@ -78,6 +90,17 @@ class StageTimings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SweepSpan:
+    """A sweep that was completed. Times are ``time.perf_counter``'s."""
+
+    start_seconds: float
+    stop_seconds: float
+    tokens: (
+        int | None
+    )  # of the one forward pass in it; None where there were several, or nobody said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
     """How full a ring of slots has been since the pipeline was opened.
 
@@ -102,6 +125,10 @@ class Timings:
     start_seconds: float = 0.0  # when it was opened, by ``time.perf_counter``
     labels: tuple[str, ...] = ()  # the layers of each layer batch
     occupancy: tuple[Occupancy, ...] = ()
+    latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
+    forecast: Forecast | None = (
+        None  # what the plan had said; None where there is no plan, or no sweep yet
+    )
 
     @property
     def overlap_efficiency(self) -> float:
@@ -118,10 +145,11 @@ class Timings:
     def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
         """The same for a stretch of time in which the caller has counted ``sweeps``.
 
-        Times are ``time.perf_counter``'s; occupancy stays that of the whole run.
+        Times are ``time.perf_counter``'s; occupancy stays that of the whole run, and there is no forecast.
         """
         return replace(
             self,
+            forecast=None,
             sweeps=sweeps,
             start_seconds=start_seconds,
             wall_seconds=stop_seconds - start_seconds,
@@ -156,6 +184,7 @@ class Timings:
             "overlap_efficiency": self.overlap_efficiency,
             "stages": stages,
             "occupancy": occupancy,
+            "forecast": self.forecast.to_dict() if self.forecast is not None else None,
         }
 
 

@@ -128,7 +128,7 @@ def test_on_a_cpu_only_copies_from_host_to_host_are_measured():
 
 
 def test_copies_to_a_device_are_measured_from_either_kind_of_memory(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="layerstream")
     device = FakeDevice()
     rates = measure_copies(device)
     assert rates.keys() == {

@@ -155,7 +155,7 @@ def test_only_the_data_of_a_file_that_is_sparse_in_part_is_read(tmp_path, record
 
 @pytest.mark.parametrize("measure", [measure_direct, measure_mmap])
 def test_a_sparse_file_shows_no_rate_and_the_log_says_why(sparse, measure, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     assert measure([sparse], [0]) == {}
     assert "its files are sparse, with" in caplog.text
 
@@ -166,7 +166,7 @@ def test_where_holes_are_not_told_the_blocks_of_a_sparse_file_are(sparse, monkey
 
 
 def test_a_small_file_shows_no_rate(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     path = tmp_path / "small"
     path.write_bytes(os.urandom(100_000))
     assert measure_direct([path], [0]) == {}
@@ -196,7 +196,7 @@ def test_a_refusal_of_direct_reads_is_logged_with_the_rate(files, monkeypatch, c
             self.falls_back = True
 
     monkeypatch.setattr(disk_probe, "DirectReader", Buffered)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     assert measure_direct(files, [0, 1])
     assert "that of buffered ones, as they will run here" in caplog.text
 
@@ -256,7 +256,7 @@ def test_of_files_that_are_all_in_memory_a_sample_is_dropped_from_it(files, monk
 
 
 def test_files_that_cannot_be_dropped_from_memory_show_no_rate(files, mapped, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     for file in range(2):
         mapped.touch(Extent(file=file, offset=0, nbytes=SIZE // 2))  # mapped in: they stay
     assert measure_mmap(files, [0, 1]) == {}

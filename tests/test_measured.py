@@ -41,7 +41,7 @@ def test_what_was_measured_is_found_again_with_its_age(cache, monkeypatch):
 
 
 def test_after_a_week_it_is_measured_again(cache, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     now = measured.time.time()
     monkeypatch.setattr(measured.time, "time", lambda: now + 7 * 86400 + 60)
     assert cache.load(DISK, names=NAMES) is None
@@ -109,7 +109,7 @@ def test_a_corrupt_file_is_measured_again_and_logged_and_replaced(cache, content
 
 
 def test_a_folder_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     (tmp_path / "file").write_bytes(b"")
     cache = MeasuredCache(tmp_path / "file" / "folder")
     cache.store(DISK, RATES)

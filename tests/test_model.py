@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, inputs_for, save_model
+from support.streaming import SMALL, bits_equal, open_streaming, tensors_of
 
 from layerstream.pipeline import (
     Budget,
@@ -21,51 +21,12 @@ from layerstream.pipeline import (
     ClosedError,
     DeviceError,
     ModelError,
-    Plan,
     PlanError,
     StreamedModel,
-    Workload,
     load_streamed,
 )
 
-SMALL = Workload(prompt_tokens=8, new_tokens=8)
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a model's output."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors_of(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from tensors_of(each)
-
-
-def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits: a NaN equals itself."""
-    return one.dtype == other.dtype and torch.equal(
-        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
-    )
-
-
-def smallest_streaming_budget(plan: Plan) -> Budget:
-    """A budget with room for two slots, or for one if two would hold all: something has to stream."""
-    images = {batch: batch.host_bytes + batch.device_bytes for batch in plan.batches}
-    kept = sum(size for batch, size in images.items() if "shared" in batch.layers)
-    sizes = [size for batch, size in images.items() if "shared" not in batch.layers]
-    slots = 2 if sum(sizes) > 2 * max(sizes) else 1
-    return Budget(host=plan.host_memory.reserved_bytes + kept + slots * max(sizes))
-
-
-async def open_streaming(folder: Path, **options: Any) -> StreamedModel:
-    """The model in ``folder`` with as little memory as it can stream in."""
-    options = {"device": "cpu", "workload": SMALL, "layer_batch_size": 1, **options}
-    async with StreamedModel.open(folder, budget=Budget(host="1GiB"), **options) as model:
-        budget = smallest_streaming_budget(model.plan)
-    return StreamedModel.open(folder, budget=budget, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -324,7 +285,7 @@ def test_a_device_that_fails_while_a_batch_goes_home_lets_the_next_request_pass(
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            device, calls = model._sweeps.device, 0
+            device, calls = model._engine._device, 0
             record = device.record
 
             def failing(stream: object = None) -> Any:

@@ -22,6 +22,8 @@ PUBLIC = [
     "Hardware",
     "Pipeline",
     "Plan",
+    "StageUse",
+    "Stats",
     "StreamedModel",
     "Workload",
     "load_streamed",

@@ -156,7 +156,7 @@ def test_a_disk_that_fails_is_warned_of_and_all_else_is_measured(probe, monkeypa
 
 
 def test_a_sparse_checkpoint_has_no_disk_rate(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="layerstream")
     path = tmp_path / "model.safetensors"
     save_file({"layers.0.weight": torch.zeros(64 << 10, 512)}, path)
     header = path.read_bytes()[: path.stat().st_size - (128 << 20)]
@@ -266,3 +266,14 @@ def test_samples_that_lie_far_apart_are_used_but_not_kept(probe, monkeypatch, tm
     assert probe().host_copy_bytes_per_second == 1e9
     assert not list((tmp_path / "cache").glob("copies-*"))
     assert probe(measure=False).host_copy_bytes_per_second is None
+
+
+def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
+    monkeypatch.setattr(probing, "_DISTURBED", 2.0)
+
+    def compute(*medians):
+        rates = [Rate(median=value, least=value, most=value, samples=5) for value in medians]
+        return dict(zip(("1", "4", "16"), rates, strict=True))
+
+    assert probing._disturbed(compute(2e9, 27e9, 20e9))
+    assert not probing._disturbed(compute(20e9, 27e9, 18e9))

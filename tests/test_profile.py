@@ -34,7 +34,13 @@ def test_it_reports_to_machines_with_units_in_the_keys(
     assert (report["prompt_tokens"], report["measured_sweeps"]) == (16, 3)
     assert len(report["sweep_seconds"]) == 4
     assert report["least_sweep_seconds"] <= report["median_sweep_seconds"]
-    assert report["predicted_sweep_seconds"] is None
+    assert report["predicted_sweep_seconds"] > 0
+    forecast = report["forecast"]
+    assert forecast["sweeps"] == 3
+    assert forecast["predicted"]["seconds"] == pytest.approx(3 * report["predicted_sweep_seconds"])
+    assert forecast["measured"]["seconds"] == pytest.approx(sum(report["sweep_seconds"][1:]))
+    said, took = forecast["predicted"]["seconds"], forecast["measured"]["seconds"]
+    assert forecast["errors"]["sweep"] == pytest.approx(said / took - 1)
     assert 0 < report["overlap_efficiency"] <= 1
     assert report["bottleneck"]["sentence"]
     assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
@@ -57,7 +63,8 @@ def test_it_prints_a_table_and_the_bottleneck_of_a_throttled_disk(
         "waiting out",
         "of the link",
         "Time per sweep: median",
-        "Predicted: not predicted",
+        "Sweep: predicted",
+        "Read: predicted",
         "as given",
         "Bottleneck: read",
     ):

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 
+from layerstream.tools.ahead import reading_ahead
 from layerstream.tools.arguments import (
     add_generation_arguments,
     add_model_arguments,
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    with reading_ahead(args):
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
     from layerstream.pipeline.hub import resolve_model_path
 
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     show(text.finish())
+    logger.info(generated.timings.summary())
     if args.json:
         report = {"model": str(path), "text": "".join(pieces), **generated.to_json()}
         print(json.dumps(report, indent=2))

@@ -137,7 +137,7 @@ def _row(profile: Profile, stage: StageTimings) -> tuple[str, ...]:
 
 
 def _lines(profile: Profile) -> list[str]:
-    seconds, predicted = profile.steady_seconds, profile.predicted_sweep_seconds
+    seconds = profile.steady_seconds
     first, *others = profile.sweep_seconds
     median = statistics.median(seconds)
     spread = f" ({min(seconds):.3f} to {max(seconds):.3f})" if others else ""
@@ -145,11 +145,11 @@ def _lines(profile: Profile) -> list[str]:
     given = profile.plan.throttle_bytes_per_second is not None
     lines = [
         f"Time per sweep: median {median:.3f} s{spread}; the first {first:.3f} s",
-        f"Predicted: {predicted:.3f} s" if predicted is not None else "Predicted: not predicted",
+        *(line.strip().capitalize() for line in profile.forecast.lines()),
         f"Overlap efficiency: {profile.steady.overlap_efficiency:.2f}",
         f"Bottleneck: {find_bottleneck(profile.steady).sentence}",
     ]
     if ceiling is not None:
         how = "as given" if given else "measured with raw reads of a sample, after the run"
-        lines.insert(2, f"The disk's ceiling: {ceiling / 1e9:.2f} GB/s, {how}")
+        lines.insert(1, f"The disk's ceiling: {ceiling / 1e9:.2f} GB/s, {how}")
     return lines

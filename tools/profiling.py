@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerstream.stages.bottleneck import find_bottleneck
 from layerstream.stages.errors import ModelError
+from layerstream.stages.forecast import Forecast, Forecasts, SweepPrediction
 from layerstream.stages.timings import StageTimings, Timings
 from layerstream.tools.progress import progress
 
@@ -58,9 +59,23 @@ class Profile:
         return self.sweep_seconds[1:] or self.sweep_seconds
 
     @property
-    def predicted_sweep_seconds(self) -> float | None:
-        """What the plan said beforehand; None: it predicts nothing."""
-        return getattr(self.plan, "predicted_sweep_seconds", None)
+    def predicted(self) -> SweepPrediction:
+        """What the plan said beforehand of a sweep like those that were run: each is a prompt's."""
+        prediction = self.plan.prediction
+        if len(self.sweep_seconds) == 1:
+            return prediction.first
+        return prediction.decode if self.prompt_tokens is None else prediction.prefill
+
+    @property
+    def forecast(self) -> Forecast:
+        """The steady sweeps beside what the plan said of them."""
+        forecasts = Forecasts()
+        for seconds in self.steady_seconds:
+            forecasts.count(self.predicted, seconds)
+        # Of a long run the latest sweeps alone are told stage by stage.
+        shown = len(self.steady_seconds) / max(self.steady.sweeps, 1)
+        busy = {f"{each.name}_seconds": each.busy_seconds * shown for each in self.steady.stages}
+        return forecasts.sums(**busy)
 
     def ceiling(self, stage: StageTimings) -> float | None:
         """The bytes per second that the link of ``stage`` could carry, where that is known."""
@@ -85,7 +100,7 @@ class Profile:
             "median_sweep_seconds": statistics.median(self.steady_seconds),
             "least_sweep_seconds": min(self.steady_seconds),
             "most_sweep_seconds": max(self.steady_seconds),
-            "predicted_sweep_seconds": self.predicted_sweep_seconds,
+            "predicted_sweep_seconds": self.predicted.seconds,
             "bottleneck": {
                 "name": bottleneck.name,
                 "share_of_time": bottleneck.share,
@@ -93,6 +108,7 @@ class Profile:
             },
             "measured_sweeps": steady.pop("sweeps"),
             **steady,
+            "forecast": self.forecast.to_dict(),
         }
 
 

@@ -110,6 +110,8 @@ async def stream_tokens(
                 batch_size=1, prompt_tokens=len(prompt), new_tokens=args.max_new_tokens
             ),
             reader=args.reader,
+            # The first token counts here; `layerstream plan` measures, and what it has measured is used.
+            measure=False,
         ) as model,
     ):
         plan = model.plan

@@ -1,0 +1,306 @@
+"""Runs requests: each waits for its memory and a place, then rides sweeps in a thread, in a clone of the model."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.admission import Admission, Reservation
+from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.drawing import drawing_from
+from layerstream.pipeline.requests import Estimator, Need
+from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.riders import Riders
+from layerstream.pipeline.stats import Counters, Stats
+from layerstream.pipeline.sweeps import Sweeps
+from layerstream.pipeline.tokens import counted
+from layerstream.stages.devices import Device
+from layerstream.stages.errors import AdmissionError, ClosedError
+from layerstream.stages.threads import Threads, settled
+from layerstream.stages.timings import Timings
+
+__all__ = ["Engine", "Request"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One call of ``forward`` or ``generate``, from when it asks to when it has ended."""
+
+    number: int
+    what: str
+    need: Need
+    call: Callable[[Any], Callable[..., Any]]  # of a clone of the module tree, what to call
+    inputs: Sequence[Any]
+    named: dict[str, Any]
+    rider: Rider
+    reservation: Reservation
+    generator: torch.Generator | None  # what it samples from, instead of torch's own
+    tokens: int = 0  # written in the rider's thread alone
+    asked_seconds: float = field(default_factory=time.perf_counter)
+
+
+class Engine:
+    """The requests of one model.
+
+    Args:
+        module: the transformers model; its hooks ask ``riders`` for the rider of their thread.
+        sweeps: what requests ride.
+        device: where computation runs.
+        estimator: prices requests.
+        admission: who may ride.
+        places: threads for riders.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        sweeps: Sweeps,
+        *,
+        device: Device,
+        estimator: Estimator,
+        room_bytes: int,
+        places: int,
+    ) -> None:
+        self._module = module
+        self._sweeps = sweeps
+        self._device = device
+        self._estimator = estimator
+        self._admission = Admission(room_bytes=room_bytes, places=places)
+        self.riders = Riders(sweeps, module, admission=self._admission, estimate=estimator.forward)
+        self.threads = Threads("rider", places)
+        self._counters = Counters()
+        self._numbers = itertools.count(1)
+        self._active: set[Request] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusing: str | None = None  # why no more requests are taken
+
+    # -- requests of tasks on the event loop -----------------------------------------------------
+
+    async def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """One forward pass of the model."""
+        return await self._run("forward", lambda model: model, inputs, named)
+
+    async def generate(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """One generation of the model."""
+        return await self._run("generate", lambda model: model.generate, inputs, named)
+
+    async def _run(
+        self,
+        what: str,
+        call: Callable[[Any], Callable[..., Any]],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+    ) -> Any:
+        request = self._request(what, call, inputs, named, places=1)
+        self._begin(request)
+        try:
+            self._admission.ask(request.reservation)
+            await asyncio.wrap_future(request.reservation)
+            result = await self._ride(request)
+        except BaseException as error:
+            self._end(request, error)
+            raise
+        self._end(request, None)
+        return result
+
+    async def _ride(self, request: Request) -> Any:
+        """Run an admitted request in a rider's thread, to its end even if the waiting task is cancelled."""
+        self._started(request)
+        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it.
+        stream = self._device.stream()
+
+        def work() -> Any:
+            with self._device.computing_on(stream):
+                return self._work(request)
+
+        future = self.threads.submit(work)
+        waiting = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            if waiting.cancelled():
+                raise ClosedError(_CLOSED) from None
+            if not future.cancel():
+                self._sweeps.cancel(request.rider)
+                await settled([future])
+                # Taken note of: it is no news to whoever has cancelled it.
+                waiting.cancelled() or waiting.exception()
+            raise
+        finally:
+            self._sweeps.ended(request.rider)
+            del future, waiting  # an error that they hold would hold this frame, and so itself
+
+    def _work(self, request: Request) -> Any:
+        """What a request does in the thread that it has."""
+        rider = request.rider
+        rider.root = clone = clone_modules(self._module)
+        try:
+            with self.riders.riding(rider), drawing_from(request.generator):
+                torch_device = self._device.torch_device
+                here = [_moved(each, torch_device) for each in request.inputs]
+                named = {name: _moved(each, torch_device) for name, each in request.named.items()}
+                return request.call(clone)(*here, **named)
+        finally:
+            self._sweeps.tell(self._sweeps.ended, rider)
+
+    # -- requests of other threads ---------------------------------------------------------------
+
+    def generate_here(
+        self, call: Callable[[Any], Callable[..., Any]], inputs: Sequence[Any], named: Any
+    ) -> Any:
+        """Generate in the calling thread; ``call`` makes of a clone of the model what to call.
+
+        Raises:
+            ModelError: this is the thread of the event loop.
+        """
+        self.riders.refuse_on_loop()
+        request = self._request("generate", call, inputs, named, places=0)
+        tell = self._sweeps.tell
+        tell(self._begin, request)
+        error: BaseException | None = None
+        try:
+            self.riders.reserve(request.reservation)
+            tell(self._started, request)
+            return self._work(request)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            tell(self._end, request, error)
+            error = None  # it would hold this frame, and so itself
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait for those that were asked for before."""
+        self._refusing = "the model is being closed and takes no more requests"
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Refuse new requests, and fail those that wait for their memory."""
+        self._refusing = "the model is not open; use it inside `async with`"
+        self._admission.close(_CLOSED)
+
+    def stats(self, timings: Timings) -> Stats:
+        """What requests have done, and are doing now."""
+        counted = self._counters.tokens + sum(request.tokens for request in self._active)
+        return self._counters.stats(
+            timings,
+            tokens=counted,
+            sweeps=self._sweeps.departures,
+            passes=self._sweeps.passes,
+            waiting=self._admission.waiting,
+            riding=sum(request.reservation.done() for request in self._active),
+            aboard=self._sweeps.aboard,
+            reserved_bytes=self._admission.reserved_bytes,
+            reservable_bytes=self._admission.room_bytes,
+        )
+
+    # -- one request's life ----------------------------------------------------------------------
+
+    def _request(
+        self,
+        what: str,
+        call: Callable[[Any], Callable[..., Any]],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        *,
+        places: int,
+    ) -> Request:
+        if self._refusing is not None:
+            self._sweeps.tell(self._refused)
+            raise ClosedError(self._refusing)
+        named = dict(named)
+        generator = named.pop("generator", None) if what == "generate" else None
+        price = self._estimator.generation if what == "generate" else self._estimator.forward
+        try:
+            need = price(inputs, named)
+        except AdmissionError:
+            self._sweeps.tell(self._refused)
+            raise
+        request = Request(
+            number=next(self._numbers),
+            what=what,
+            need=need,
+            call=call,
+            inputs=inputs,
+            named=named,
+            generator=generator,
+            rider=Rider(self._sweeps),
+            reservation=Reservation(need.nbytes, places=places),
+        )
+        request.rider.need = need
+        if need.chunk_tokens is not None:
+            request.named["prefill_chunk_size"] = need.chunk_tokens
+        if what == "generate":
+            request.named = counted(self._module, inputs, request.named, request)
+        return request
+
+    def _refused(self) -> None:
+        self._counters.refused += 1
+
+    def _begin(self, request: Request) -> None:
+        self._active.add(request)
+        self._idle.clear()
+
+    def _started(self, request: Request) -> None:
+        self._counters.started += 1
+        self._sweeps.began(request.rider)
+        extra = {"request_id": request.number, "reserved_bytes": request.need.nbytes}
+        logger.debug("request %d (%s) admitted", request.number, request.what, extra=extra)
+        if request.need.chunk_tokens is not None:
+            self._counters.chunked += 1
+            logger.info(
+                "request %d: the activations of its prompt would not fit; it is read %d tokens at a time",
+                request.number,
+                request.need.chunk_tokens,
+                extra=extra,
+            )
+
+    def _end(self, request: Request, error: BaseException | None) -> None:
+        """``request`` is over; all that is counted, freed and told of it."""
+        self._sweeps.ended(request.rider)
+        self._admission.give_back(request.reservation)
+        self._active.discard(request)
+        counters = self._counters
+        counters.tokens += request.tokens
+        if error is None:
+            outcome, counters.completed = "completed", counters.completed + 1
+        elif isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
+            outcome, counters.cancelled = "cancelled", counters.cancelled + 1
+        else:
+            outcome, counters.failed = "failed", counters.failed + 1
+        seconds = time.perf_counter() - request.asked_seconds
+        logger.info(
+            "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
+            request.number,
+            request.what,
+            outcome,
+            request.tokens,
+            request.rider.passes,
+            seconds,
+            extra={
+                "request_id": request.number,
+                "outcome": outcome,
+                "tokens": request.tokens,
+                "passes": request.rider.passes,
+                "seconds": seconds,
+            },
+        )
+        if not self._active:
+            self._idle.set()
+
+
+_CLOSED = "the model was closed before this request's turn came"
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,58 @@
+"""Who may stay resident now: what the activations of a prompt need, residents have while there is none."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+
+from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.rider import Rider
+
+__all__ = ["Phases"]
+
+logger = logging.getLogger(__name__)
+
+
+class Phases:
+    """A plan in its two placements: as it stands, and with its decode residents.
+
+    Args:
+        plan: the running one.
+        room_bytes: memory for the KV caches and activations of all requests together.
+    """
+
+    def __init__(self, plan: Plan, *, room_bytes: int) -> None:
+        self._room = room_bytes
+        self.replace(plan)
+
+    def replace(self, plan: Plan) -> None:
+        """Go on with another plan."""
+        self._plan = self._decoding = plan
+        self._extra = 0
+        if plan.decode_residents:
+            self._decoding = plan.while_decoding()
+            self._extra = _resident_bytes(self._decoding) - _resident_bytes(plan)
+
+    def give_up(self, why: BaseException) -> None:
+        """There is no memory for the decode residents after all: do without."""
+        logger.warning("layers that would stay while decoding are streamed: %s", why)
+        self.replace(dataclasses.replace(self._plan, decode_residents=()))
+
+    def plan_for(self, riders: Iterable[Rider]) -> Plan:
+        """The placement for a sweep while these requests run, some of which ride it."""
+        return self._decoding if self._extra and self._leaves_room(riders) else self._plan
+
+    def allows(self, plan: Plan, riders: Iterable[Rider]) -> bool:
+        """Whether these requests may run while ``plan`` is the placement."""
+        return plan is not self._decoding or not self._extra or self._leaves_room(riders)
+
+    def _leaves_room(self, riders: Iterable[Rider]) -> bool:
+        demands = [rider.demand_bytes for rider in riders]
+        known = [demand for demand in demands if demand is not None]
+        return len(known) == len(demands) and sum(known) + self._extra <= self._room
+
+
+def _resident_bytes(plan: Plan) -> int:
+    return sum(
+        batch.host_bytes * batch.host_resident + batch.device_bytes * batch.device_resident
+        for batch in plan.batches
+    )

@@ -1,0 +1,129 @@
+"""Whose forward pass a thread is in: the rider of its request, or one of its own."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.admission import Admission, Reservation
+from layerstream.pipeline.requests import Need
+from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.sweeps import Sweeps
+from layerstream.stages.errors import ModelError
+
+__all__ = ["Riders"]
+
+
+class Riders:
+    """The riders of all threads that call modules of one tree, or of its clones.
+
+    Args:
+        sweeps: what they ride.
+        root: the module tree itself.
+        admission: where passes that belong to no request reserve their memory.
+        estimate: prices such a pass by its inputs.
+    """
+
+    def __init__(
+        self,
+        sweeps: Sweeps,
+        root: torch.nn.Module,
+        *,
+        admission: Admission,
+        estimate: Callable[[Sequence[Any], Mapping[str, Any]], Need],
+    ) -> None:
+        self._sweeps = sweeps
+        self._root = root
+        self._admission = admission
+        self.estimate = estimate
+        self._local = threading.local()
+        self._loop_thread = threading.get_ident()
+        self.turn = threading.Lock()  # of those who share the tree itself
+
+    @contextmanager
+    def riding(self, rider: Rider) -> Iterator[None]:
+        """Let the forward passes of the calling thread be those of ``rider``."""
+        before = self.current()
+        if before is not None:
+            before.abandon()  # an interrupt may have left its pass open
+        self._local.rider = rider
+        try:
+            yield
+        finally:
+            rider.abandon()
+            self._local.rider = before
+
+    def current(self) -> Rider | None:
+        """The rider of the calling thread, if it has one."""
+        return getattr(self._local, "rider", None)
+
+    def in_request(self) -> bool:
+        """Whether the calling thread belongs to a request, whose memory is reserved."""
+        rider = self.current()
+        return rider is not None and rider.gate is None
+
+    def rider(self) -> Rider:
+        """Whose pass the calling thread is in.
+
+        A thread that was not given a rider calls the module tree itself, not a clone: all such threads
+        share its buffers, so their passes go one after the other.
+        """
+        rider = self.current()
+        if rider is None:
+            self.refuse_on_loop()
+            rider = self._local.rider = Rider(self._sweeps, gate=_OwnPasses(self))
+            rider.root = self._root
+        return rider
+
+    def refuse_on_loop(self) -> None:
+        """Refuse to wait on the event loop for what the event loop brings."""
+        if threading.get_ident() == self._loop_thread:
+            raise ModelError(
+                "the streamed module was called on the event loop, which feeds it; await the StreamedModel's "
+                "forward or generate instead, or call the module in a thread"
+            )
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Wait in the calling thread until ``reservation`` has its memory."""
+        self._sweeps.tell(self._admission.ask, reservation)
+        try:
+            reservation.result()
+        except BaseException:  # an interrupt may come before or after it was granted
+            self.give_back(reservation)
+            raise
+
+    def give_back(self, reservation: Reservation) -> None:
+        """Give back what a thread has reserved."""
+        self._sweeps.tell(self._admission.give_back, reservation)
+
+
+class _OwnPasses:
+    """What the passes of a thread without a request wait for: their memory, then their turn.
+
+    In this order: who has the turn must not wait for memory that is held by who waits for the turn.
+    """
+
+    def __init__(self, riders: Riders) -> None:
+        self._riders = riders
+        self._reservation: Reservation | None = None
+
+    def enter(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """A pass with these inputs is about to begin."""
+        need = self._riders.estimate(inputs, named)
+        reservation = Reservation(need.nbytes, places=0)
+        self._riders.reserve(reservation)
+        try:
+            self._riders.turn.acquire()
+        except BaseException:
+            self._riders.give_back(reservation)
+            raise
+        self._reservation = reservation
+
+    def leave(self) -> None:
+        """The pass has ended."""
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
+            self._riders.turn.release()
+            self._riders.give_back(reservation)

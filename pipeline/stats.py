@@ -1,0 +1,111 @@
+"""Counters and gauges of a streamed model: what a service shows of it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerstream.stages.timings import Timings
+
+__all__ = ["Counters", "StageUse", "Stats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageUse:
+    """How busy one stage of the pipeline has been since the model was opened."""
+
+    name: str
+    utilisation: float  # of the time that passed, from 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a model has done since it was opened, and what it is doing now. Made by ``StreamedModel.stats``."""
+
+    # Counters: they only grow.
+    sweeps: int  # departures; forward passes share them
+    passes: int  # forward passes that were begun
+    requests_started: int  # admitted, whatever became of them
+    requests_completed: int
+    requests_cancelled: int  # by their callers, while they waited or later
+    requests_failed: int  # with an error of the model's or of the pipeline's
+    requests_refused: int  # they would never have fitted, or came when no more were taken
+    prompts_chunked: int  # read in pieces, because their activations would not have fitted
+    tokens_generated: int  # by ``generate`` and ``stream``, over all sequences of a batch
+    bytes_read: int  # of weights, by the read stage
+    # Gauges: as things are now.
+    requests_waiting: int  # for memory or for a place
+    requests_riding: int  # admitted and not done
+    riders_aboard: int  # forward passes in the sweep under way
+    reserved_bytes: int  # KV cache and activations of those that ride
+    reservable_bytes: int  # what there is for that
+    open_seconds: float
+    stages: tuple[StageUse, ...]
+
+    @property
+    def tokens_per_sweep(self) -> float:
+        """Tokens that a sweep has brought on average, over all requests; 0 before any sweep."""
+        return self.tokens_generated / self.sweeps if self.sweeps else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes read from disk for each token; 0 before any token."""
+        return self.bytes_read / self.tokens_generated if self.tokens_generated else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data for JSON; each key carries its unit."""
+        return {
+            **asdict(self),
+            "stages": [asdict(stage) for stage in self.stages],
+            "tokens_per_sweep": self.tokens_per_sweep,
+            "bytes_per_token": self.bytes_per_token,
+        }
+
+
+@dataclass(slots=True)
+class Counters:
+    """What ``Stats`` counts of requests. Written on the event loop only."""
+
+    started: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0
+    chunked: int = 0
+    tokens: int = 0  # of requests that have ended
+
+    def stats(
+        self,
+        timings: Timings,
+        *,
+        tokens: int,
+        sweeps: int,
+        passes: int,
+        waiting: int,
+        riding: int,
+        aboard: int,
+        reserved_bytes: int,
+        reservable_bytes: int,
+    ) -> Stats:
+        """The counters together with what others count."""
+        seconds = max(timings.wall_seconds, 1e-9)
+        return Stats(
+            sweeps=sweeps,
+            passes=passes,
+            requests_started=self.started,
+            requests_completed=self.completed,
+            requests_cancelled=self.cancelled,
+            requests_failed=self.failed,
+            requests_refused=self.refused,
+            prompts_chunked=self.chunked,
+            tokens_generated=tokens,
+            bytes_read=timings.stages[0].bytes,
+            requests_waiting=waiting,
+            requests_riding=riding,
+            riders_aboard=aboard,
+            reserved_bytes=reserved_bytes,
+            reservable_bytes=reservable_bytes,
+            open_seconds=timings.wall_seconds,
+            stages=tuple(
+                StageUse(name=stage.name, utilisation=min(1.0, stage.busy_seconds / seconds))
+                for stage in timings.stages
+            ),
+        )

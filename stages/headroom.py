@@ -1,0 +1,75 @@
+"""How much host memory a process may still take."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+__all__ = ["MARGIN", "host_available_bytes"]
+
+# Of what is free, left alone for everybody else and for the allocators' own waste.
+MARGIN = 0.1
+
+
+def host_available_bytes(process: Path = Path("/proc/self")) -> int:
+    """Host RAM that a process may still take: the least of what the system and each cgroup above it allow.
+
+    A cgroup's page cache can be reclaimed, so it counts as free.
+
+    Args:
+        process: the process's folder in /proc.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_cgroup_headrooms(process)]))
+
+
+def _cgroup_headrooms(process: Path) -> Iterator[int]:
+    try:
+        lines = (process / "cgroup").read_text().splitlines()
+        mounts = [line.split() for line in (process / "mounts").read_text().splitlines()]
+    except OSError:  # not Linux, or no cgroups
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            yield from _headrooms(_mounted(mounts, "cgroup2", None), group, _V2)
+        elif "memory" in controllers.split(","):
+            yield from _headrooms(_mounted(mounts, "cgroup", "memory"), group, _V1)
+
+
+_V1 = (
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "total_active_file",
+)
+_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file", "active_file")
+
+
+def _mounted(mounts: Sequence[Sequence[str]], kind: str, controller: str | None) -> Path | None:
+    for _, where, filesystem, options, *_ in mounts:
+        if filesystem == kind and (controller is None or controller in options.split(",")):
+            return Path(where)
+    return None
+
+
+def _headrooms(
+    root: Path | None, group: str, names: tuple[tuple[str, ...], str, str, str]
+) -> Iterator[int]:
+    if root is None:
+        return
+    limits, usage, *cached = names
+    folder = root / group.lstrip("/")
+    # Inside a container the path may be the host's: then the mount's root is our own group.
+    for level in [folder, *folder.parents] if folder.is_dir() else [root]:
+        if not level.is_relative_to(root):
+            return
+        try:
+            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+            used = int((level / usage).read_text()) - sum(int(stat.get(name, 0)) for name in cached)
+        except (OSError, ValueError):
+            continue
+        for name in limits:
+            try:
+                yield int((level / name).read_text()) - used
+            except (OSError, ValueError):  # "max", or not there
+                continue

@@ -1,0 +1,49 @@
+"""Models opened with as little memory as they can stream in, and their outputs compared."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerstream.pipeline import Budget, Plan, StreamedModel, Workload
+
+__all__ = ["SMALL", "bits_equal", "open_streaming", "smallest_streaming_budget", "tensors_of"]
+
+SMALL = Workload(prompt_tokens=8, new_tokens=8)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a model's output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_of(each)
+
+
+def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits: a NaN equals itself."""
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def smallest_streaming_budget(plan: Plan) -> Budget:
+    """A budget with room for two slots, or for one if two would hold all: something has to stream."""
+    images = {batch: batch.host_bytes + batch.device_bytes for batch in plan.batches}
+    kept = sum(size for batch, size in images.items() if "shared" in batch.layers)
+    sizes = [size for batch, size in images.items() if "shared" not in batch.layers]
+    slots = 2 if sum(sizes) > 2 * max(sizes) else 1
+    return Budget(host=plan.host_memory.reserved_bytes + kept + slots * max(sizes))
+
+
+async def open_streaming(folder: Path, **options: Any) -> StreamedModel:
+    """The model in ``folder`` with as little memory as it can stream in."""
+    options = {"device": "cpu", "workload": SMALL, "layer_batch_size": 1, **options}
+    async with StreamedModel.open(folder, budget=Budget(host="1GiB"), **options) as model:
+        budget = smallest_streaming_budget(model.plan)
+    return StreamedModel.open(folder, budget=budget, **options)

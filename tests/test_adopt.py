@@ -1,0 +1,205 @@
+"""A running pipeline that goes on by another plan: what comes to stay, what goes, and what is on its way."""
+
+import asyncio
+import dataclasses
+
+import pytest
+import torch
+from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
+from support.fake_device import FakeDevice
+from support.faults import Gate, RecordingReader
+from support.loop import happens, run
+
+from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
+
+BLOCKS = 6
+BATCHES = BLOCKS + 2
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return tmp_path, write_checkpoint(tmp_path, blocks=BLOCKS)
+
+
+def with_residents(plan, *, on_host=(), on_device=()):
+    """``plan`` with these residents, in the rings of a plan without any."""
+    rings = arranged(plan)
+    return dataclasses.replace(
+        arranged(plan, on_host=on_host, on_device=on_device),
+        host_arena_bytes=rings.host_arena_bytes,
+        device_arena_bytes=rings.device_arena_bytes,
+    )
+
+
+def recording(plan):
+    return RecordingReader([file.path for file in plan.files])
+
+
+CHANGES = {
+    "some come": ((), (1, 4)),
+    "some go": ((1, 4), ()),
+    "some come, others go": ((1, 4), (2, 4, 6)),
+    "all come": ((), range(BATCHES)),
+    "all go": (range(BATCHES), ()),
+    "most go": (range(BATCHES), (3,)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("side", ["on_host", "on_device"])
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+def test_sweeps_stay_exact_and_read_what_does_not_stay(checkpoint, hardware, side, change):
+    folder, expected = checkpoint
+    plain = plan_for(folder, hardware)
+    old, new = (with_residents(plain, **{side: residents}) for residents in change)
+    device = FakeDevice() if hardware is GPU else None
+    reader, seen = recording(old), []
+
+    def compute(batch, state):
+        for name, tensor in batch.tensors.items():
+            if device is None:
+                seen.append((name, tensor.clone()))
+            else:
+                device.launch(lambda name=name, tensor=tensor: seen.append((name, tensor.clone())))
+        return state + 1
+
+    async def main():
+        async with Pipeline(old, reader=reader, device=device) as pipeline:
+            for _ in range(2):
+                assert await pipeline.run(compute, 0) == BATCHES
+            await pipeline.adopt(new)
+            assert pipeline.plan is new
+            for _ in range(2):  # which also loads what has come
+                assert await pipeline.run(compute, 0) == BATCHES
+            before = len(reader.log)
+            for _ in range(4):
+                assert await pipeline.run(compute, 0) == BATCHES
+            if device is not None:
+                await pipeline.run(lambda _batch, _state: device.finish(), None)
+            return reader.log[before:]
+
+    read = run(main())
+    streamed = {batch.index for batch in new.batches if batch.streamed}
+    assert set(read) == streamed  # every layer lies in a file of its own
+    assert len(seen) == 8 * len(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in seen)
+    assert device is None or device.host_memories == 0
+
+
+def test_what_was_read_ahead_is_not_read_again_when_residents_come(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, CPU)
+    reader = recording(plain)
+
+    async def main():
+        async with Pipeline(with_residents(plain), reader=reader) as pipeline:
+            await pipeline.run(lambda _batch, _state: None, None)
+            await happens_on_disk(reader, BATCHES + 1)
+            await pipeline.adopt(with_residents(plain, on_host=(5,)))
+            await pipeline.run(lambda _batch, _state: None, None)
+            return reader.log
+
+    log = run(main())
+    assert log[: 2 * BATCHES] == [*range(BATCHES), *range(BATCHES)]
+
+
+async def happens_on_disk(reader, requests):
+    await asyncio.to_thread(reader.steps.wait_for, requests)
+
+
+def test_when_residents_go_the_memory_is_back_before_the_next_sweep(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, GPU)
+    device = FakeDevice()
+
+    async def main():
+        everything = with_residents(plain, on_host=range(BATCHES))
+        async with Pipeline(everything, device=device) as pipeline:
+            await pipeline.run(lambda _batch, _state: None, None)
+            assert device.host_memories == 1 + BATCHES
+            await pipeline.adopt(with_residents(plain, on_host=(2,)))
+            assert device.host_memories == 1 + 1
+
+    run(main())
+
+
+def test_without_memory_for_the_new_residents_the_old_plan_stays(checkpoint):
+    folder, expected = checkpoint
+    plain = plan_for(folder, GPU)
+    old = with_residents(plain, on_device=(1,))
+    device = FakeDevice(memory_bytes=old.device_arena_bytes + old.batches[1].device_bytes + 1)
+    kept = []
+
+    async def main():
+        async with Pipeline(old, device=device) as pipeline:
+            with pytest.raises(DeviceError):
+                await pipeline.adopt(with_residents(plain, on_device=(1, 3, 5)))
+            assert pipeline.plan is old
+            await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+
+    run(main())
+    assert set(kept) == set(expected)
+
+
+def test_under_way_a_sweep_is_not_disturbed(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, CPU)
+
+    async def main():
+        async with Pipeline(with_residents(plain)) as pipeline:
+            async with pipeline.sweep() as sweep:
+                await sweep.receive()
+                with pytest.raises(BusyError):
+                    await pipeline.adopt(with_residents(plain, on_host=(1,)))
+            await pipeline.adopt(with_residents(plain, on_host=(1,)))
+        with pytest.raises(ClosedError):
+            await pipeline.adopt(plain)
+
+    run(main())
+
+
+def test_a_plan_with_other_batches_or_too_large_ones_is_refused(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, CPU)
+    larger = dataclasses.replace(plan_for(folder, CPU, slots=2), reader="mmap")
+    small = dataclasses.replace(
+        with_residents(plain, on_host=(BATCHES - 1,)),
+        host_arena_bytes=3 * max(batch.host_bytes for batch in plain.batches[:-1]),
+    )
+
+    async def main():
+        async with Pipeline(with_residents(plain)) as pipeline:
+            with pytest.raises(PlanError, match="differ in more than their residents"):
+                await pipeline.adopt(larger)
+        async with Pipeline(small) as pipeline:
+            with pytest.raises(PlanError, match="larger than the running pipeline's slots"):
+                await pipeline.adopt(with_residents(plain))
+            await pipeline.run(lambda _batch, _state: None, None)
+
+    run(main())
+
+
+def test_closing_while_residents_go_leaves_nothing_behind(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, GPU)
+    device = FakeDevice()
+    old = with_residents(plain, on_host=range(BATCHES))
+    reader = recording(old)
+
+    async def main(gate):
+        pipeline = Pipeline(old, reader=reader, device=device)
+        async with pipeline:
+            await pipeline.run(lambda _batch, _state: None, None)
+            reader.steps.before(reader.steps.count, gate)
+            adopting = asyncio.create_task(pipeline.adopt(with_residents(plain)))
+            await happens(gate.reached)
+            closing = asyncio.create_task(pipeline.aclose())
+            await asyncio.sleep(0)
+            gate.open()
+            await closing
+            with pytest.raises(ClosedError):
+                await adopting
+
+    with Gate() as gate:
+        run(main(gate))
+    assert device.host_memories == 0

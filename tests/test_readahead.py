@@ -1,0 +1,74 @@
+"""Files come into the page cache while something else goes on, and nothing is left of who asked for them."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from support.checkpoints import write_checkpoint
+
+from layerstream.pipeline import Budget, Checkpoint, Hardware, make_plan
+from layerstream.stages.batch import Extent
+from layerstream.stages.headroom import host_available_bytes
+from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.stages.readers import MmapReader
+
+MIB = 1 << 20
+
+
+def cached_share(path: Path) -> float | None:
+    reader = MmapReader([path])
+    whole = Extent(file=0, offset=0, nbytes=path.stat().st_size)
+    resident = reader.resident_bytes(whole)
+    reader.close()
+    return None if resident is None else resident / whole.nbytes
+
+
+def dropped(path: Path) -> None:
+    """Take ``path`` out of the page cache, or skip the test where the system does not let us."""
+    reader = MmapReader([path])
+    reader.evict(Extent(file=0, offset=0, nbytes=path.stat().st_size))
+    reader.close()
+    if cached_share(path) != 0.0:
+        pytest.skip("the page cache keeps the file, as tmpfs does")
+
+
+def test_what_is_read_ahead_is_in_the_page_cache_when_it_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.write(b"\1" * (24 * MIB + 123))
+        file.flush()
+        os.fsync(file.fileno())
+    dropped(path)
+    ahead = Readahead([tmp_path / "missing", path])
+    ahead.start()
+    ahead._thread.join()
+    ahead.stop()
+    reader = MmapReader([path])
+    reader.touch(
+        Extent(file=0, offset=0, nbytes=path.stat().st_size)
+    )  # waits for what is on its way
+    reader.close()
+    assert cached_share(path) == 1.0
+
+
+def test_stopping_leaves_no_thread_and_may_come_before_the_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(MIB))
+    Readahead([path]).stop()
+    with Readahead([path] * 1000):
+        pass
+    assert not [t for t in threading.enumerate() if t.name == "layerstream-readahead"]
+
+
+def test_files_beyond_the_free_memory_are_not_read_ahead() -> None:
+    assert fits_page_cache(MIB)
+    assert not fits_page_cache(host_available_bytes())
+
+
+def test_what_fits_the_page_cache_is_mapped_unless_a_budget_says_otherwise(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    roomy = Hardware(device="cpu", host_available_bytes=1 << 30, vram_free_bytes=None, cores=2)
+    assert make_plan(checkpoint, roomy).reader == "mmap"
+    assert make_plan(checkpoint, roomy, budget=Budget(host="64MiB")).reader == "direct"

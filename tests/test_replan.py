@@ -1,0 +1,181 @@
+"""A running model that plans anew, and residents that come and go with the prompt's activations."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.leaks import nothing_left_behind
+from support.loop import run
+from support.models import save_model
+
+from layerstream.pipeline import Budget, ClosedError, PlanError, StreamedModel, Workload
+from layerstream.pipeline.figures import Origin
+
+MIB = 1 << 20
+# Long enough for the activations of a prompt to outweigh a block; short prompts fit many times over.
+LONG = Workload(prompt_tokens=2048, new_tokens=16)
+GREEDY: dict[str, Any] = {"do_sample": False}
+PROMPT = torch.arange(5, 29)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose blocks are megabytes."""
+    path: Path = save_model(
+        tmp_path_factory.mktemp("replan") / "model",
+        "llama",
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=12,
+        max_position_embeddings=4096,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> torch.Tensor:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens: torch.Tensor = reference.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+    return tokens
+
+
+def opening(folder: Path, *, host: int, workload: Workload = LONG) -> StreamedModel:
+    return StreamedModel.open(
+        folder,
+        device="cpu",
+        reader="direct",
+        layer_batch_size=1,
+        budget=Budget(host=host),
+        workload=workload,
+    )
+
+
+async def smallest(folder: Path, workload: Workload = LONG) -> int:
+    """The host memory of a plan without room for residents."""
+    async with opening(folder, host=2 << 30, workload=workload) as model:
+        plan = model.plan
+        largest = max(batch.host_bytes for batch in plan.batches)
+        return plan.host_memory.reserved_bytes + 3 * largest
+
+
+def test_while_nobody_has_a_prompt_its_room_holds_layers_and_they_are_not_read(
+    folder: Path, expected: torch.Tensor
+) -> None:
+    async def scenario() -> None:
+        # Code that is loaded only once counts in the first model's budget alone.
+        await smallest(folder)
+        with nothing_left_behind():
+            model = await opening(folder, host=await smallest(folder)).__aenter__()
+            try:
+                plan = model.plan
+                assert plan.decode_residents
+                assert plan.while_decoding().disk_bytes_per_sweep < plan.disk_bytes_per_sweep
+                ids = await model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+                assert torch.equal(ids, expected)
+                before = model.timings().stages[0].bytes
+                again = await model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+                assert torch.equal(again, expected)
+                read = model.timings().stages[0].bytes - before
+            finally:
+                await model.aclose()
+        assert read < 12 * plan.disk_bytes_per_sweep
+
+    run(scenario(), seconds=100)
+
+
+def test_a_prompt_gets_the_room_back_before_it_is_processed(folder: Path) -> None:
+    long = torch.arange(2048)[None] % 90 + 5
+
+    async def scenario() -> None:
+        async with opening(folder, host=await smallest(folder)) as model:
+            await model.generate(input_ids=PROMPT, max_new_tokens=6, **GREEDY)
+            assert model._pipeline.plan is not model.plan
+            streaming = model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
+            await streaming
+            assert model._pipeline.plan is model.plan
+
+    run(scenario(), seconds=100)
+
+
+def test_planned_anew_a_model_goes_on_with_its_requests_and_knows_what_it_has_learnt(
+    folder: Path, expected: torch.Tensor
+) -> None:
+    short = Workload(prompt_tokens=64, new_tokens=16)
+
+    async def scenario() -> None:
+        host = await smallest(folder, short) + 8 * MIB
+        async with opening(folder, host=host, workload=short) as model:
+            before = model.plan
+            tokens: list[int] = []
+            async for token in model.stream(input_ids=PROMPT, max_new_tokens=12, **GREEDY):
+                tokens.append(token)
+                if len(tokens) == 3:
+                    larger = await model.replan(budget=Budget(host=host + 16 * MIB))
+                if len(tokens) == 6:
+                    smaller = await model.replan(budget=Budget(host=host))
+            assert tokens == expected[0, PROMPT.shape[1] :].tolist()
+            assert larger.disk_bytes_per_sweep < before.disk_bytes_per_sweep
+            assert smaller.disk_bytes_per_sweep == before.disk_bytes_per_sweep
+            assert smaller.host_memory.used_bytes <= host
+            assert model.plan is smaller
+            origins = {each.name: each.origin for each in model.plan.inputs}
+            assert origins["disk_bytes_per_second"] is not Origin.GIVEN
+
+    run(scenario(), seconds=100)
+
+
+def test_a_budget_that_nothing_fits_leaves_the_old_plan(folder: Path) -> None:
+    async def scenario() -> None:
+        model = opening(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
+        await model.__aenter__()
+        old = model.plan
+        with pytest.raises(PlanError, match="cannot hold"):
+            await model.replan(budget=Budget(host=MIB))
+        assert model.plan is old
+        await model.forward(input_ids=PROMPT[:, :8])
+        await model.aclose()
+        with pytest.raises(ClosedError):
+            await model.replan()
+
+    run(scenario(), seconds=100)
+
+
+def test_closing_answers_whoever_waits_for_a_new_plan(folder: Path) -> None:
+    async def scenario() -> None:
+        model = opening(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
+        await model.__aenter__()
+        waiting = asyncio.create_task(model.replan())
+        await asyncio.sleep(0)
+        await model.aclose()
+        with pytest.raises(ClosedError):
+            await waiting
+
+    run(scenario(), seconds=100)
+
+
+def test_forecasts_stand_beside_what_was_measured(folder: Path) -> None:
+    async def scenario() -> None:
+        async with opening(folder, host=256 * MIB) as model:
+            await model.generate(input_ids=PROMPT, max_new_tokens=4, min_new_tokens=4, **GREEDY)
+            forecast = model.timings().forecast
+            assert forecast is not None
+            assert forecast.sweeps == 4
+            prediction = model.plan.prediction
+            said = prediction.first.seconds + 3 * prediction.decode.seconds
+            assert forecast.predicted.seconds == pytest.approx(said)
+            assert forecast.measured.seconds > 0
+            text = model.timings().summary()
+            assert "sweep: predicted" in text
+            (first, *steps) = [sweep.tokens for sweep in model.timings().latest]
+            assert (first, steps) == (24, [1, 1, 1])
+            learnt = model.hardware.learn(
+                model.plan,
+                dataclasses.replace(model.timings()),
+            )
+            assert learnt.host_available_bytes == model.hardware.host_available_bytes
+
+    run(scenario(), seconds=100)

@@ -1,0 +1,332 @@
+"""Concurrent requests share sweeps: what they cost together, and that none disturbs another."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.faults import Gate
+from support.leaks import nothing_left_behind
+from support.loop import happens, run
+from support.models import inputs_for, save_model
+from support.streaming import open_streaming
+from transformers.generation.streamers import BaseStreamer
+
+from layerstream.pipeline import Budget, ClosedError, StreamedModel, Workload, load_streamed
+from layerstream.pipeline.clones import clone_modules
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+PROMPTS = [torch.arange(3, 3 + length)[None] for length in (4, 12, 6, 20, 5, 9, 16, 7)]
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+        "max_position_embeddings": 8,
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 12,
+            "factor": 4.0,
+        },
+        "max_position_embeddings": 48,
+    },
+}
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Departures wait as long as it takes for riders between two steps: what is counted depends on no clock."""
+    monkeypatch.setattr("layerstream.pipeline.sweeps._PATIENCE_SECONDS", 20.0)
+
+
+async def streaming(folder: Path) -> StreamedModel:
+    """The model in ``folder`` with hardly any memory for weights, and enough for many requests."""
+    workload = Workload(batch_size=8, prompt_tokens=32, new_tokens=32)
+    return await open_streaming(folder, reader="direct", workload=workload)
+
+
+def alone(folder: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the unstreamed model generates; a fresh one, since a long prompt leaves its frequencies behind."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens: torch.Tensor = reference.generate(input_ids=ids, **{**GREEDY, **options})
+    return tokens
+
+
+class Stalling(BaseStreamer):
+    """A streamer whose caller is stuck from its second token on, until a gate opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate, self._puts = gate, 0
+
+    def put(self, _value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts > 2:
+            self._gate()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("rope", ROPES)
+def test_eight_requests_take_the_sweeps_and_the_bytes_of_one(rope: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6, **ROPES[rope])
+    expected = [alone(folder, ids) for ids in PROMPTS]
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            await model.generate(input_ids=PROMPTS[0], **GREEDY)
+            one = model.stats()
+            results = await asyncio.gather(
+                *(model.generate(input_ids=ids, **GREEDY) for ids in PROMPTS)
+            )
+            both = model.stats()
+            assert all(map(torch.equal, expected, results))
+            assert one.sweeps == 8
+            assert both.sweeps - one.sweeps <= 9
+            assert both.bytes_read - one.bytes_read <= 1.15 * one.bytes_read
+            assert both.passes - one.passes == 64
+            assert both.tokens_generated == 9 * 8
+            assert both.requests_completed == 9
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_what_one_clone_writes_into_a_buffer_another_does_not_see(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", **ROPES["longrope"])
+    module = transformers.LlamaForCausalLM.from_pretrained(folder)
+    one, other = clone_modules(module), clone_modules(module)
+    before = other.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        one(torch.arange(3, 40)[None])  # longrope updates its frequencies in place
+    assert not torch.equal(one.model.rotary_emb.inv_freq, before)
+    assert torch.equal(other.model.rotary_emb.inv_freq, before)
+    assert torch.equal(module.model.rotary_emb.inv_freq, before)
+    assert one.model.layers[0].mlp.up_proj.weight is module.model.layers[0].mlp.up_proj.weight
+
+
+def test_a_request_that_comes_in_mid_sweep_has_its_first_token_in_the_next_one(
+    tmp_path: Path,
+) -> None:
+    folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6)
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            first = model.stream(input_ids=PROMPTS[0], max_new_tokens=200, do_sample=False)
+            await anext(first)
+            for _ in range(5):
+                before = model.stats().sweeps
+                second = model.stream(input_ids=PROMPTS[1], **GREEDY)
+                await anext(second)
+                assert (
+                    model.stats().sweeps - before <= 3
+                )  # the next, its own, and one that has begun since
+                await second.aclose()
+            await first.aclose()
+            assert model.stats().reserved_bytes == 0
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_a_request_stuck_in_its_callers_code_holds_nobody_up(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+
+    async def main() -> None:
+        with Gate() as gate:
+            async with await streaming(folder) as model:
+                stuck = asyncio.create_task(
+                    model.generate(input_ids=PROMPTS[0], **GREEDY, streamer=Stalling(gate))
+                )
+                await happens(gate.reached)
+                result = await model.generate(input_ids=PROMPTS[1], **GREEDY)
+                assert torch.equal(result, alone(folder, PROMPTS[1]))
+                assert not stuck.done()
+                gate.open()
+                assert torch.equal(await stuck, alone(folder, PROMPTS[0]))
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_a_slow_consumer_of_a_stream_holds_nobody_up(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            slow = model.stream(input_ids=PROMPTS[0], **GREEDY)
+            begun = [await anext(slow)]
+            await model.generate(input_ids=PROMPTS[1], **{**GREEDY, "max_new_tokens": 20})
+            rest = begun + [token async for token in slow]
+            assert rest == alone(folder, PROMPTS[0])[0, 4:].tolist()
+
+    run(main())
+
+
+@pytest.mark.usefixtures("patient")
+def test_passes_that_take_other_ways_share_sweeps_with_those_that_take_all(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "t5", num_layers=3, num_decoder_layers=3)
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+    prompts = [ids % 97 + 3 for ids in PROMPTS[:5]]
+    expected = [reference.generate(input_ids=ids, **GREEDY) for ids in prompts]
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            for _ in range(2):
+                results = await asyncio.gather(
+                    *(model.generate(input_ids=ids, **GREEDY) for ids in prompts)
+                )
+                assert all(map(torch.equal, expected, results))
+
+    with nothing_left_behind():
+        run(main())
+
+
+@pytest.mark.usefixtures("patient")
+def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", **ROPES["dynamic"])
+    expected = [alone(folder, ids) for ids in PROMPTS[:4]]
+    results: dict[int, torch.Tensor] = {}
+    with (
+        nothing_left_behind(),
+        load_streamed(folder, device="cpu", budget=Budget(host="1GiB"), reader="direct") as model,
+    ):
+        streamed = vars(model)["_layerstream_close"].model
+        threads = [
+            threading.Thread(
+                target=lambda i=i: results.update({i: model.generate(PROMPTS[i], **GREEDY)})
+            )
+            for i in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        stats = streamed.stats()
+        assert stats.sweeps < stats.passes == 32
+        assert (stats.requests_completed, stats.reserved_bytes) == (4, 0)
+    assert all(torch.equal(results[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["sampling", "beam sampling"])
+def test_requests_that_sample_draw_from_sources_of_their_own(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    sampling = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, **options}
+    expected = []
+    for seed, ids in enumerate(PROMPTS):
+        torch.manual_seed(seed)
+        expected.append(alone(folder, ids, **sampling))
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            results = await asyncio.gather(
+                *(
+                    model.generate(
+                        input_ids=ids, generator=torch.Generator().manual_seed(seed), **sampling
+                    )
+                    for seed, ids in enumerate(PROMPTS)
+                )
+            )
+            assert all(map(torch.equal, expected, results))
+
+    run(main())
+
+
+# -- more tokens per sweep -----------------------------------------------------------------------
+
+
+def test_prompt_lookup_on_a_repetitive_prompt_takes_fewer_sweeps_than_tokens(
+    tmp_path: Path,
+) -> None:
+    folder = save_model(tmp_path / "model", "llama", initializer_range=0.02)
+    ids = torch.tensor([[5, 6, 7, 8] * 6])
+    # A model that says one thing again and again, as greedy decoding of a small one ends up to.
+    expected = alone(folder, ids, max_new_tokens=64)
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            result = await model.generate(
+                input_ids=ids, max_new_tokens=64, do_sample=False, prompt_lookup_num_tokens=8
+            )
+            assert torch.equal(result, expected)
+            stats = model.stats()
+            assert stats.tokens_generated == 64
+            assert stats.tokens_per_sweep > 1.5
+
+    run(main())
+
+
+def test_a_resident_assistant_saves_sweeps(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    assistant = transformers.LlamaForCausalLM.from_pretrained(folder)
+    expected = alone(folder, PROMPTS[1], max_new_tokens=24)
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            result = await model.generate(
+                input_ids=PROMPTS[1], max_new_tokens=24, do_sample=False, assistant_model=assistant
+            )
+            assert torch.equal(result, expected)
+            assert model.stats().tokens_per_sweep > 1.5
+
+    run(main())
+
+
+# -- life ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_drains_finishes_what_runs_and_takes_no_more(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            running = [
+                asyncio.create_task(model.generate(input_ids=ids, **GREEDY)) for ids in PROMPTS
+            ]
+            await asyncio.sleep(0)
+            draining = asyncio.create_task(model.drain())
+            await asyncio.sleep(0)
+            with pytest.raises(ClosedError, match="no more requests"):
+                await model.forward(**inputs_for("llama"))
+            await draining
+            assert all(task.done() for task in running)
+            stats = model.stats()
+            assert (stats.requests_completed, stats.requests_refused) == (len(PROMPTS), 1)
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_statistics_count_every_end_that_a_request_can_come_to(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+
+    async def main() -> None:
+        async with await streaming(folder) as model:
+            await model.forward(**inputs_for("llama"))
+            with pytest.raises(IndexError):
+                await model.forward(input_ids=torch.tensor([[1_000_000]]))
+            stream = model.stream(input_ids=PROMPTS[0], max_new_tokens=1000, do_sample=False)
+            await anext(stream)
+            riding = model.stats()
+            assert (riding.requests_riding, riding.requests_waiting) == (1, 0)
+            assert 0 < riding.reserved_bytes < riding.reservable_bytes
+            await stream.aclose()
+            told = model.stats().to_dict()
+            ends = {name: told[f"requests_{name}"] for name in ("completed", "failed", "cancelled")}
+            assert ends == {"completed": 1, "failed": 1, "cancelled": 1}
+            assert (told["requests_started"], told["requests_riding"]) == (3, 0)
+            assert told["reserved_bytes"] == 0
+            assert [stage["name"] for stage in told["stages"]] == ["read", "transfer", "compute"]
+            assert all(0 <= stage["utilisation"] <= 1 for stage in told["stages"])
+
+    run(main())

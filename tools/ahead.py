@@ -1,0 +1,35 @@
+"""Reading a model's files ahead while Python loads the code that computes with them."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from layerstream.stages.readahead import Readahead, fits_page_cache
+
+__all__ = ["reading_ahead"]
+
+
+@contextmanager
+def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
+    """Fill the page cache with the model of ``args`` during the block, if its plan will be to map the files.
+
+    That is so on a CPU, without a host budget, for files that fit the free memory; else this does nothing.
+    """
+    files = _weights(Path(args.model)) if _maps(args) else []
+    if files and fits_page_cache(sum(path.stat().st_size for path in files)):
+        with Readahead(files):
+            yield
+    else:
+        yield
+
+
+def _maps(args: argparse.Namespace) -> bool:
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not Path("/dev/nvidiactl").exists())
+    return on_cpu and args.host is None and args.reader in {None, "mmap"}
+
+
+def _weights(model: Path) -> list[Path]:
+    if model.is_dir():
+        return sorted(path for path in model.glob("*.safetensors") if path.is_file())
+    return [model] if model.suffix == ".safetensors" and model.is_file() else []
