@@ -1,6 +1,7 @@
 """Arguments that several subcommands share, and the types of their values."""
 
 import argparse
+from pathlib import Path
 
 from layerstream.stages.units import parse_bytes
 
@@ -9,8 +10,10 @@ __all__ = [
     "add_model_arguments",
     "add_output_arguments",
     "natural",
+    "picture",
     "positive",
     "size",
+    "token_ids",
 ]
 
 
@@ -34,6 +37,19 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def token_ids(text: str) -> list[int]:
+    """Ids with commas between them."""
+    return [natural(part.strip()) for part in text.split(",")]
+
+
+def picture(text: str) -> Path:
+    """The name of a file that a picture can be written to."""
+    path = Path(text)
+    if path.suffix.lower() not in {".png", ".svg"}:
+        raise argparse.ArgumentTypeError(f"not the name of a .png or .svg file: {text!r}")
+    return path
 
 
 def _temperature(text: str) -> float:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import demo, generate, make_checkpoint, profile
+from layerstream.tools import bench, demo, generate, make_checkpoint, profile
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ _COMMANDS = {
     "generate": generate,
     "demo": demo,
     "profile": profile,
+    "bench": bench,
     "make-checkpoint": make_checkpoint,
 }
 
