@@ -53,6 +53,7 @@ def write_bars(
     series: Mapping[str, Sequence[tuple[str, float, float, float]]],
     path: Path,
     *,
+    labels: Sequence[str],
     title: str,
     unit: str,
 ) -> None:
@@ -61,10 +62,10 @@ def write_bars(
     Args:
         series: a panel's name, and its rows: label, length, and the least and most that the length stands for.
         path: the file.
+        labels: of all rows, from the top.
         title: over all of them.
         unit: of the lengths.
     """
-    labels = list(dict.fromkeys(label for rows in series.values() for label, *_ in rows))
     figure = _figure_class()(figsize=(10, 1.6 + 0.4 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for axes, (name, rows) in zip(panels, series.items(), strict=True):

@@ -62,7 +62,8 @@ def draw(result: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
         for kind in ("cold", "warm")
     }
     drawn = {kind: bars for kind, bars in series.items() if bars}
-    write_bars(drawn, path, title=_title(result), unit="seconds of a forward pass")
+    labels = [row.name for row in rows]
+    write_bars(drawn, path, labels=labels, title=_title(result), unit="seconds of a forward pass")
 
 
 def _title(result: Mapping[str, Any]) -> str:
