@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from layerstream.stages.errors import ModelError
 from layerstream.tools.arguments import add_output_arguments, picture, positive, size, token_ids
@@ -13,7 +14,7 @@ from layerstream.tools.benching.caches import how_caches_are_dropped
 from layerstream.tools.benching.contenders import PEER_NAMES, line_up
 from layerstream.tools.benching.machine import this_machine
 from layerstream.tools.benching.report import draw, print_report
-from layerstream.tools.benching.results import OURS, rows_of
+from layerstream.tools.benching.results import OURS, Row, rows_of
 from layerstream.tools.benching.rounds import Course, alternate
 from layerstream.tools.plot import check_plot
 from layerstream.tools.progress import progress
@@ -90,13 +91,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; exit code 1 if we failed, or computed something else than transformers."""
-    from layerstream.pipeline import Checkpoint
-    from layerstream.pipeline.hardware import host_available_bytes
     from layerstream.pipeline.hub import resolve_model_path
 
     path = resolve_model_path(args.model).resolve()
     _check_files(args, path)
-    args.python = dict(args.python)
+    result, rows = _compare(args, path)
+    if args.plot is not None:
+        draw(result, rows, args.plot)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_report(result, rows)
+    ours = next((row for row in rows if row.name == OURS), None)
+    if ours is None or any(each["name"] == OURS for each in result["failed"]):
+        return 1
+    return int(ours.agreement is not None and not ours.agreement.equal)
+
+
+def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What there is to print, and the rows of the table."""
+    from layerstream.pipeline import Checkpoint
+    from layerstream.pipeline.hardware import host_available_bytes
+
     checkpoint = Checkpoint.open(path)
     found = line_up(
         args,
@@ -127,20 +143,12 @@ def run(args: argparse.Namespace) -> int:
         "prompt_tokens": len(course.prompt_ids),
         "memory_limit_bytes": args.memory_limit,
         "caches_dropped_by": how_caches_are_dropped(),
-        "machine": this_machine(course.work),
+        "machine": this_machine(path),
         "contenders": [row.to_json() for row in rows],
         "failed": [{"name": each.name, "why": each.why} for each in outcome.failed],
         "left_out": [{"name": each.name, "why": each.why} for each in found.left_out],
     }
-    if args.plot is not None:
-        draw(result, rows, args.plot)
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print_report(result, rows)
-    ours = next((row for row in rows if row.name == OURS), None)
-    wrong = ours is None or (ours.agreement is not None and not ours.agreement.equal)
-    return int(wrong or any(each.name == OURS for each in outcome.failed))
+    return result, rows
 
 
 def _check_files(args: argparse.Namespace, path: Path) -> None:

@@ -114,7 +114,7 @@ def _add_floors(
 
 
 def _add_accelerate(found: LineUp, args: argparse.Namespace) -> None:
-    python = args.python.get("accelerate", sys.executable)
+    python = dict(args.python).get("accelerate", sys.executable)
     if not _has(python, "accelerate", "transformers"):
         found.leave_out("accelerate", _not_installed(python, "accelerate transformers"))
         return
@@ -133,7 +133,7 @@ def _add_accelerate(found: LineUp, args: argparse.Namespace) -> None:
 
 
 def _add_airllm(found: LineUp, args: argparse.Namespace) -> None:
-    python = args.python.get("airllm", sys.executable)
+    python = dict(args.python).get("airllm", sys.executable)
     if not _has(python, "airllm", "transformers"):
         found.leave_out("airllm", _not_installed(python, "airllm"))
         return

@@ -62,7 +62,6 @@ class ContenderProcess:
         assert self._process.stdout is not None  # noqa: S101
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
         except OSError as error:
             raise self._failure() from error
         ready, _, _ = select.select([self._process.stdout], [], [], self._timeout_seconds)
@@ -91,7 +90,10 @@ class ContenderProcess:
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, now)
 
     def _failure(self) -> ContenderError:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return ContenderError("it answers no more")
         if self._limit_bytes is not None and self._group is not None and self._group.kills():
             return ContenderError(f"killed at the limit of {format_bytes(self._limit_bytes)}")
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -136,6 +138,7 @@ def started(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            bufsize=0,  # so that nothing is left to write to one that has died
             cwd=folder,
             env=_environment(python, folder),
             start_new_session=True,  # so that all of it can be killed together
@@ -153,25 +156,21 @@ def started(
         watcher.start()
         try:
             yield contender
+            _close(process)
         finally:
             ended.set()
             watcher.join()
-            _end(process, group)
+            for pid in group.processes() if group else []:
+                _kill(os.kill, pid)
+            _kill(os.killpg, process.pid)
 
 
-def _end(process: subprocess.Popen[bytes], group: MemoryCgroup | None) -> None:
-    """Let it close by itself, for a while; then kill what is left of it."""
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Let it close by itself, for a while."""
     if process.stdin is not None:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-    try:
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for pid in group.processes() if group else []:
-            _kill(os.kill, pid)
-        _kill(os.killpg, process.pid)
 
 
 def _kill(how: Callable[[int, int], None], pid: int) -> None:
