@@ -15,6 +15,7 @@ from support.models import save_model
 
 from layerstream.tools.benching import cgroups, contenders
 from layerstream.tools.benching.contenders import Contender, line_up
+from layerstream.tools.benching.machine import this_machine
 from layerstream.tools.benching.results import Spread, rows_of
 from layerstream.tools.benching.rounds import Course, Outcome, Pass, Turn, alternate
 from layerstream.tools.cli import main
@@ -131,6 +132,33 @@ def test_within_a_limit_the_planner_finds_it_and_the_report_is_for_people(
     assert budget[1] == "MiB"
     assert float(budget[0]) < 700
     assert bool(plot) == drawn.exists()
+
+
+def test_a_cold_pass_reads_even_what_was_mapped_before_and_a_warm_one_reads_nothing(
+    course: Course, tmp_path: Path
+) -> None:
+    with memory_cgroup():
+        pass
+    if this_machine(tmp_path)["filesystem"] == "tmpfs":
+        pytest.skip("nothing is read from a disk on tmpfs")
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"w" * (16 * MIB))
+    maps = f"""
+import mmap
+with open({str(weights)!r}, "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(mapped[::4096])
+{READY}
+for line in sys.stdin:
+    sum(mapped[::4096])
+    answer(seconds=1.0, shape=None)
+"""
+    maps = contender(tmp_path, "maps", maps)
+    (turn,) = raced(course, maps).turns[maps]
+    assert turn.cold
+    assert turn.warm
+    assert (turn.cold.read_bytes or 0) >= 16 * MIB
+    assert turn.warm.read_bytes == 0
 
 
 # -- those who fail --------------------------------------------------------------------------------

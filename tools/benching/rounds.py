@@ -48,6 +48,10 @@ class Course:
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         return folder
 
+    def cached_files(self) -> list[Path]:
+        """Folders and files whose pages a cold pass must not find."""
+        return [self.model, self.work, *([self.gguf] if self.gguf else [])]
+
     def logits_file(self, contender: Contender) -> Path:
         """Where the logits of its latest turn are: float32, as they lie in memory."""
         return self.folder(contender) / "logits"
@@ -132,11 +136,12 @@ def _prepare(contender: Contender, course: Course) -> None:
 
 def _take_turn(contender: Contender, course: Course, *, number: int) -> Turn:
     limit_bytes = course.limit_bytes if contender.limited else None
+    if contender.cold:
+        # What others left in the cache is not charged to this one's cgroup: it would have it for nothing.
+        drop_page_cache(course.cached_files(), None)
     with _opened(contender, course, limit_bytes=limit_bytes) as (process, opened, group):
         if contender.cold:
-            drop_page_cache(
-                [course.model, course.work, *([course.gguf] if course.gguf else [])], group
-            )
+            drop_page_cache(course.cached_files(), group)
         first = _pass(process)
         second = _pass(process) if contender.warm and course.warm else None
         logits = process.ask(do="logits", to=str(course.logits_file(contender)))["shape"]
