@@ -137,8 +137,6 @@ def test_within_a_limit_the_planner_finds_it_and_the_report_is_for_people(
 def test_a_cold_pass_reads_even_what_was_mapped_before_and_a_warm_one_reads_nothing(
     course: Course, tmp_path: Path
 ) -> None:
-    with memory_cgroup():
-        pass
     if this_machine(tmp_path)["filesystem"] == "tmpfs":
         pytest.skip("nothing is read from a disk on tmpfs")
     weights = tmp_path / "weights"
@@ -157,6 +155,8 @@ for line in sys.stdin:
     (turn,) = raced(course, maps).turns[maps]
     assert turn.cold
     assert turn.warm
+    if not turn.all_was_dropped:
+        pytest.skip("only root may drop what another process has mapped")
     assert (turn.cold.read_bytes or 0) >= 16 * MIB
     assert turn.warm.read_bytes == 0
 
@@ -286,6 +286,7 @@ def test_within_a_limit_accelerate_also_runs_with_its_memory_filled(tmp_path: Pa
 def turn(number: int, *, cold: float | None = None, shape: tuple[int, ...] | None = None) -> Turn:
     return Turn(
         round=number,
+        all_was_dropped=True,
         open_seconds=1.0,
         cold=None if cold is None else Pass(seconds=cold, read_bytes=10),
         warm=None,

@@ -10,7 +10,6 @@ from typing import Any
 
 from layerstream.stages.errors import ModelError
 from layerstream.tools.arguments import add_output_arguments, picture, positive, size, token_ids
-from layerstream.tools.benching.caches import how_caches_are_dropped
 from layerstream.tools.benching.contenders import PEER_NAMES, line_up
 from layerstream.tools.benching.machine import this_machine
 from layerstream.tools.benching.report import draw, print_report
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="turns of each contender (default: %(default)s)",
     )
     parser.add_argument(
-        "--cold", action="store_true", help="only passes after the cache is emptied"
+        "--cold", action="store_true", help="only passes after weights left the cache"
     )
     parser.add_argument("--warm", action="store_true", help="only passes right after another pass")
     parser.add_argument(
@@ -142,7 +141,6 @@ def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list
         "rounds": args.rounds,
         "prompt_tokens": len(course.prompt_ids),
         "memory_limit_bytes": args.memory_limit,
-        "caches_dropped_by": how_caches_are_dropped(),
         "machine": this_machine(path),
         "contenders": [row.to_json() for row in rows],
         "failed": [{"name": each.name, "why": each.why} for each in outcome.failed],

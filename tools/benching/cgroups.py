@@ -32,11 +32,12 @@ class MemoryCgroup:
 
     def limit(self, nbytes: int) -> None:
         """Let its processes hold at most ``nbytes``, page cache that they bring in included, without swap."""
-        self._write("memory.limit_in_bytes" if self.v1 else "memory.max", str(nbytes))
+        name = "memory.limit_in_bytes" if self.v1 else "memory.max"
+        (self.folder / name).write_text(str(nbytes))
         # Memory and swap together in version 1, swap alone in version 2; not there where there is no swap.
         swap = "memory.memsw.limit_in_bytes" if self.v1 else "memory.swap.max"
         if (self.folder / swap).exists():
-            self._write(swap, str(nbytes) if self.v1 else "0")
+            (self.folder / swap).write_text(str(nbytes) if self.v1 else "0")
 
     def inside(self, command: Sequence[str]) -> list[str]:
         """``command``, to be started inside: charged for its memory from its first page on."""
@@ -63,19 +64,6 @@ class MemoryCgroup:
         except OSError:
             return 0
         return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-
-    def reclaim(self) -> None:
-        """Take back the page cache of its processes, files that they have mapped included."""
-        try:
-            if self.v1:
-                self._write("memory.force_empty", "0")
-            else:
-                self._write("memory.reclaim", (self.folder / "memory.current").read_text().strip())
-        except OSError:  # it gave back less than was asked for: the rest is no page cache
-            return
-
-    def _write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class ContenderProcess:
     """A contender that answers line by line.
 
     Attributes:
+        pids: of it and of those that work for it.
         peak_anonymous_bytes: the most memory beside mapped files that it held at one look, its children included.
     """
 
@@ -49,7 +50,7 @@ class ContenderProcess:
         self._group = group
         self._limit_bytes = limit_bytes
         self._timeout_seconds = timeout_seconds
-        self._pids = [process.pid]
+        self.pids = [process.pid]
         self.peak_anonymous_bytes = 0
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -71,13 +72,13 @@ class ContenderProcess:
         if not line:
             raise self._failure()
         answer: dict[str, Any] = json.loads(line)
-        self._pids += answer.get("children", [])
+        self.pids += answer.get("children", [])
         return answer
 
     def read_bytes(self) -> int | None:
         """Bytes that it had the disk give so far, as the kernel counts them; None where it does not."""
         try:
-            texts = [Path(f"/proc/{pid}/io").read_text() for pid in self._pids]
+            texts = [Path(f"/proc/{pid}/io").read_text() for pid in self.pids]
         except OSError:
             return None
         lines = [line for text in texts for line in text.splitlines()]
@@ -86,7 +87,7 @@ class ContenderProcess:
     def watch(self, ended: threading.Event) -> None:
         """Keep the peak until ``ended``."""
         while not ended.wait(_LOOK_SECONDS):
-            now = sum(map(_anonymous_bytes, list(self._pids)))
+            now = sum(map(_anonymous_bytes, list(self.pids)))
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, now)
 
     def _failure(self) -> ContenderError:

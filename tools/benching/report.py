@@ -29,10 +29,15 @@ def print_report(result: Mapping[str, Any], rows: Sequence[Row]) -> None:
     print_table(_title(result), _COLUMNS, map(_cells, rows))
     print()
     print(
-        "Seconds of a forward pass, and how many times ours: median (least-most). Cold: the first pass after "
-        f"the cache was emptied ({result['caches_dropped_by']}); warm: the pass right after. Read: from disk, in a "
-        "pass. Memory: the most beside page cache."
+        "Seconds of a forward pass, and how many times ours: median (least-most). Cold: the first pass after the "
+        "weights were dropped from the page cache; warm: the pass right after. Read: from disk, in a pass. Memory: "
+        "the most beside page cache."
     )
+    stayed = [row.name for row in rows if not all(turn.all_was_dropped for turn in row.turns)]
+    if stayed:
+        print(
+            f"Not quite cold, since only root may drop what they have mapped: {', '.join(stayed)}"
+        )
     for row in rows:
         if "plan" in row.turns[-1].notes:
             print(f"\n{row.name}: {row.turns[-1].notes['plan']}")

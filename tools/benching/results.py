@@ -114,6 +114,7 @@ class Row:
         found: dict[str, Any] = {
             "name": self.name,
             "rounds": [turn.round for turn in self.turns],
+            "mapped_weights_stayed_cached": not all(turn.all_was_dropped for turn in self.turns),
             "open_seconds": [turn.open_seconds for turn in self.turns],
         }
         for kind in ("cold", "warm"):

@@ -1,7 +1,7 @@
 """Turns of the contenders, one after the other, round after round.
 
 Every turn is a process of its own, so that no contender holds memory while another one is measured, and none uses a
-pause to read ahead. In a turn the model is opened; then the page cache is emptied and a pass is cold, and the pass
+pause to read ahead. In a turn the model is opened; then the weights are dropped from the page cache and a pass is cold, and the pass
 right after it is warm: whatever the cache and the process could keep of the pass before, they have.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerstream.tools.benching.caches import drop_page_cache
+from layerstream.tools.benching.caches import drop_from_cache
 from layerstream.tools.benching.cgroups import CgroupError, MemoryCgroup, memory_cgroup
 from layerstream.tools.benching.contenders import Contender, LeftOut
 from layerstream.tools.benching.processes import ContenderError, ContenderProcess, started
@@ -49,7 +49,7 @@ class Course:
         return folder
 
     def cached_files(self) -> list[Path]:
-        """Folders and files whose pages a cold pass must not find."""
+        """Folders and files of weights, the contenders' own copies included."""
         return [self.model, self.work, *([self.gguf] if self.gguf else [])]
 
     def logits_file(self, contender: Contender) -> Path:
@@ -71,6 +71,7 @@ class Turn:
 
     Attributes:
         round: which, from 1.
+        all_was_dropped: from the cache, before the cold pass: what is mapped takes root to drop.
         open_seconds: until it was ready, without starting its interpreter.
         cold, warm: its passes; None: not measured.
         peak_anonymous_bytes: the most memory beside mapped files and page cache, at any look.
@@ -81,6 +82,7 @@ class Turn:
     """
 
     round: int
+    all_was_dropped: bool
     open_seconds: float
     cold: Pass | None
     warm: Pass | None
@@ -138,15 +140,15 @@ def _take_turn(contender: Contender, course: Course, *, number: int) -> Turn:
     limit_bytes = course.limit_bytes if contender.limited else None
     if contender.cold:
         # What others left in the cache is not charged to this one's cgroup: it would have it for nothing.
-        drop_page_cache(course.cached_files(), None)
+        drop_from_cache(course.cached_files())
     with _opened(contender, course, limit_bytes=limit_bytes) as (process, opened, group):
-        if contender.cold:
-            drop_page_cache(course.cached_files(), group)
+        dropped = not contender.cold or drop_from_cache(course.cached_files(), process.pids)
         first = _pass(process)
         second = _pass(process) if contender.warm and course.warm else None
         logits = process.ask(do="logits", to=str(course.logits_file(contender)))["shape"]
         return Turn(
             round=number,
+            all_was_dropped=dropped,
             open_seconds=opened["open_seconds"],
             cold=first if contender.cold and course.cold else None,
             warm=second,
