@@ -30,7 +30,7 @@ def print_report(result: Mapping[str, Any], rows: Sequence[Row]) -> None:
     print()
     print(
         "Seconds of a forward pass, and how many times ours: median (least-most). Cold: the first pass after the "
-        "weights were dropped from the page cache; warm: the pass right after. Read: from disk, in a pass. Memory: "
+        "weights were dropped from the page cache; warm: the passes right after. Read: from disk, in a pass. Memory: "
         "the most beside page cache."
     )
     stayed = [row.name for row in rows if not all(turn.all_was_dropped for turn in row.turns)]

@@ -1,10 +1,11 @@
 """Turns of the contenders, one after the other, round after round.
 
 Every turn is a process of its own, so that no contender holds memory while another one is measured, and none uses a
-pause to read ahead. In a turn the model is opened; then the weights are dropped from the page cache and a pass is cold, and the pass
-right after it is warm: whatever the cache and the process could keep of the pass before, they have.
+pause to read ahead. In a turn the model is opened; then the weights are dropped from the page cache and a pass is cold,
+and those right after it are warm: whatever the cache and the process could keep of the pass before, they have.
 """
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from layerstream.tools.benching.contenders import Contender, LeftOut
 from layerstream.tools.benching.processes import ContenderError, ContenderProcess, started
 
 __all__ = ["Course", "Outcome", "Pass", "Turn", "alternate"]
+
+_WARM_PASSES = 3
+_WARM_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One forward pass."""
+    """A forward pass, or the median of a few."""
 
     seconds: float
     read_bytes: int | None  # from disk, as the kernel counts them
@@ -73,7 +77,8 @@ class Turn:
         round: which, from 1.
         all_was_dropped: from the cache, before the cold pass: what is mapped takes root to drop.
         open_seconds: until it was ready, without starting its interpreter.
-        cold, warm: its passes; None: not measured.
+        cold: its first pass; None: not measured.
+        warm: of those right after; None: not measured.
         peak_anonymous_bytes: the most memory beside mapped files and page cache, at any look.
         peak_bytes: of its cgroup, page cache included; None without a cgroup.
         logits_shape: of what is in its logits file; None: it gives none.
@@ -144,14 +149,14 @@ def _take_turn(contender: Contender, course: Course, *, number: int) -> Turn:
     with _opened(contender, course, limit_bytes=limit_bytes) as (process, opened, group):
         dropped = not contender.cold or drop_from_cache(course.cached_files(), process.pids)
         first = _pass(process)
-        second = _pass(process) if contender.warm and course.warm else None
+        warm = _warm(process) if contender.warm and course.warm else None
         logits = process.ask(do="logits", to=str(course.logits_file(contender)))["shape"]
         return Turn(
             round=number,
             all_was_dropped=dropped,
             open_seconds=opened["open_seconds"],
             cold=first if contender.cold and course.cold else None,
-            warm=second,
+            warm=warm,
             peak_anonymous_bytes=process.peak_anonymous_bytes,
             peak_bytes=group.peak_bytes() if group else None,
             logits_shape=None if logits is None else tuple(logits),
@@ -190,6 +195,18 @@ def _opened(
             **contender.request,
         )
         yield process, opened, group
+
+
+def _warm(process: ContenderProcess) -> Pass:
+    """The median of a few passes back to back: one alone may be a neighbour's, and whoever is slow needs no more."""
+    passes = [_pass(process)]
+    while len(passes) < _WARM_PASSES and sum(each.seconds for each in passes) < _WARM_SECONDS:
+        passes.append(_pass(process))
+    known = [each.read_bytes for each in passes if each.read_bytes is not None]
+    return Pass(
+        seconds=statistics.median(each.seconds for each in passes),
+        read_bytes=int(statistics.median(known)) if known else None,
+    )
 
 
 def _pass(process: ContenderProcess) -> Pass:
