@@ -1,6 +1,7 @@
 """Arguments that several subcommands share, and the types of their values."""
 
 import argparse
+from pathlib import Path
 
 from layerstream.stages.units import parse_bytes, parse_rate, parse_size
 
@@ -10,9 +11,11 @@ __all__ = [
     "add_output_arguments",
     "memory",
     "natural",
+    "picture",
     "positive",
     "rate",
     "size",
+    "token_ids",
 ]
 
 
@@ -53,6 +56,19 @@ def rate(text: str) -> float:
         return parse_rate(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def token_ids(text: str) -> list[int]:
+    """Ids with commas between them."""
+    return [natural(part.strip()) for part in text.split(",")]
+
+
+def picture(text: str) -> Path:
+    """The name of a file that a picture can be written to."""
+    path = Path(text)
+    if path.suffix.lower() not in {".png", ".svg"}:
+        raise argparse.ArgumentTypeError(f"not the name of a .png or .svg file: {text!r}")
+    return path
 
 
 def _temperature(text: str) -> float:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import demo, generate, make_checkpoint, plan, profile
+from layerstream.tools import bench, demo, generate, make_checkpoint, plan, profile
 
 __all__ = ["main"]
 
@@ -16,6 +16,7 @@ _COMMANDS = {
     "generate": generate,
     "demo": demo,
     "profile": profile,
+    "bench": bench,
     "make-checkpoint": make_checkpoint,
 }
 

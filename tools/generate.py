@@ -11,7 +11,7 @@ from layerstream.tools.arguments import (
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
-    natural,
+    token_ids,
 )
 from layerstream.tools.streaming import stream_tokens
 from layerstream.tools.text import TokenText, load_tokenizer, prompt_ids
@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
-    prompt.add_argument("--prompt-ids", type=_ids, metavar="1,2,3", help="the same as token ids")
+    prompt.add_argument(
+        "--prompt-ids", type=token_ids, metavar="1,2,3", help="the same as token ids"
+    )
     add_generation_arguments(parser, max_new_tokens=64)
     add_model_arguments(parser)
     add_output_arguments(parser)
@@ -73,7 +75,3 @@ def _generate(args: argparse.Namespace) -> int:
         print()
         print(generated.summary(), file=sys.stderr)
     return 0
-
-
-def _ids(text: str) -> list[int]:
-    return [natural(part.strip()) for part in text.split(",")]

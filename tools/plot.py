@@ -1,13 +1,14 @@
-"""The stages as a timeline, drawn with matplotlib."""
+"""Pictures, drawn with matplotlib: the stages as a timeline, and bars to compare."""
 
 import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.timings import Doing, Timings
 
-__all__ = ["check_plot", "write_plot"]
+__all__ = ["check_plot", "write_bars", "write_plot"]
 
 # Told apart by lightness too, and by those who do not see red or green.
 _COLOURS = {
@@ -46,6 +47,44 @@ def write_plot(timings: Timings, path: Path) -> None:
     axes.set_title(f"overlap efficiency {timings.overlap_efficiency:.2f}", loc="left")
     figure.legend(loc="outside upper right", ncols=len(_COLOURS), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def write_bars(
+    series: Mapping[str, Sequence[tuple[str, float, float, float]]],
+    path: Path,
+    *,
+    labels: Sequence[str],
+    title: str,
+    unit: str,
+) -> None:
+    """Draw panels beside one another, a bar for each row, to a file of the kind that its suffix says.
+
+    Args:
+        series: a panel's name, and its rows: label, length, and the least and most that the length stands for.
+        path: the file.
+        labels: of all rows, from the top.
+        title: over all of them.
+        unit: of the lengths.
+    """
+    figure = _figure_class()(figsize=(10, 1.6 + 0.4 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
+    for axes, (name, rows) in zip(panels, series.items(), strict=True):
+        places = [labels.index(label) for label, *_ in rows]
+        lengths = [length for _, length, _, _ in rows]
+        spreads = ([row[1] - row[2] for row in rows], [row[3] - row[1] for row in rows])
+        colour = _COLOURS[Doing.WORKING]
+        axes.barh(places, lengths, xerr=spreads, color=colour, ecolor="#333333", capsize=3)
+        for place, length, most in zip(places, lengths, (row[3] for row in rows), strict=True):
+            axes.annotate(
+                f"{length:.3g}", (most, place), (6, 0), textcoords="offset points", va="center"
+            )
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"{name}, {unit}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].invert_yaxis()
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    figure.savefig(path, dpi=90)
 
 
 def _figure_class() -> Any:

@@ -10,7 +10,13 @@ from pathlib import Path
 from layerstream.stages.bottleneck import find_bottleneck
 from layerstream.stages.timings import StageTimings
 from layerstream.stages.units import format_bytes
-from layerstream.tools.arguments import add_model_arguments, add_output_arguments, positive, size
+from layerstream.tools.arguments import (
+    add_model_arguments,
+    add_output_arguments,
+    picture,
+    positive,
+    size,
+)
 from layerstream.tools.plot import check_plot, write_plot
 from layerstream.tools.profiling import Profile, profile_model
 from layerstream.tools.tables import print_table
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, metavar="FILE", help="write Chrome trace events, for ui.perfetto.dev"
     )
     parser.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw the stages' timeline: .png or .svg"
+        "--plot", type=picture, metavar="FILE", help="draw the stages' timeline: .png or .svg"
     )
     add_output_arguments(parser)
 
@@ -94,13 +100,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(profile)
     return 0
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in {".png", ".svg"}:
-        raise argparse.ArgumentTypeError(f"not the name of a .png or .svg file: {text!r}")
-    return path
 
 
 def _print(profile: Profile) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from layerstream.pipeline import Budget, Plan, StreamedModel, Workload
+from layerstream.tools.benching.peers import PEERS, NotInstalledError
 from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
 from layerstream.tools.benchmarks.gpu_streaming import copied_bytes, streaming_plan, within_budget
-from layerstream.tools.benchmarks.peers import PEERS, NotInstalledError
 
 __all__ = ["against", "decode"]
 

@@ -1,4 +1,7 @@
-"""Other ways to run a model that does not fit, where they are installed. Each gives logits for a prompt."""
+"""Other ways to run a model that does not fit, where they are installed. Each gives logits for a prompt.
+
+Nothing here needs layerstream: a peer may run in an interpreter that does not have it.
+"""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -7,7 +10,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["PEERS", "Forward", "NotInstalledError", "module_offload"]
+__all__ = [
+    "PEERS",
+    "Forward",
+    "NotInstalledError",
+    "accelerate_mapped",
+    "airllm",
+    "in_memory",
+    "module_offload",
+]
 
 Forward = Callable[[torch.Tensor], torch.Tensor]  # ids on the device -> logits
 
@@ -21,11 +32,13 @@ def _needs(package: str) -> None:
         raise NotInstalledError(f"{package} is not installed")
 
 
-def _model(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def _model(folder: Path, **options: Any) -> Any:
+    """The model in the class that its config names, in its own dtype."""
+    import transformers
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return model.eval()
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    kind: Any = getattr(transformers, config.architectures[0])
+    return kind.from_pretrained(folder, **options).eval()
 
 
 def _logits(model: Any) -> Forward:
@@ -35,6 +48,24 @@ def _logits(model: Any) -> Forward:
         return logits
 
     return forward
+
+
+def in_memory(folder: Path, device: torch.device, scratch: Path) -> Forward:
+    """The model as transformers loads it, all of it on ``device``."""
+    _ = scratch
+    return _logits(_model(folder).to(device))
+
+
+def accelerate_mapped(folder: Path, scratch: Path, *, ram_bytes: int) -> Forward:
+    """Accelerate's dispatch in ``from_pretrained``: modules on "cpu" up to ``ram_bytes``, the others on "disk".
+
+    Disk means the checkpoint's own files, from which a module's weights are copied as it is called.
+    """
+    _needs("accelerate")
+    options: dict[str, Any] = {"device_map": {"": "disk"}}
+    if ram_bytes:
+        options = {"device_map": "auto", "max_memory": {"cpu": ram_bytes}}
+    return _logits(_model(folder, offload_folder=str(scratch), **options))
 
 
 def accelerate_cpu(folder: Path, device: torch.device, scratch: Path) -> Forward:
@@ -47,7 +78,10 @@ def accelerate_cpu(folder: Path, device: torch.device, scratch: Path) -> Forward
 
 
 def accelerate_disk(folder: Path, device: torch.device, scratch: Path) -> Forward:
-    """Accelerate's ``disk_offload``: from its own copy of the weights, mapped."""
+    """Accelerate's ``disk_offload``: from its own copy of the weights, mapped.
+
+    A dispatch with everything on disk computes on the CPU; this is the way to have it on another device.
+    """
     _needs("accelerate")
     from accelerate import disk_offload
 

@@ -1,0 +1,1 @@
+"""What ``layerstream bench`` is made of: contenders in processes of their own, and turns that alternate."""
