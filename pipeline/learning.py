@@ -53,7 +53,11 @@ def _compute(timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
     """Bytes of weights per second, by the tokens of a pass."""
     found = defaultdict(list)
     for sweep in timings.latest:
-        if sweep.tokens is None or sweep.start_seconds < timings.complete_since_seconds:
+        if (
+            sweep.tokens is None
+            or not sweep.steady
+            or sweep.start_seconds < timings.complete_since_seconds
+        ):
             continue
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
         if stage.bytes >= _LEAST_BYTES:

@@ -197,17 +197,18 @@ class StreamedModel:
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
         move_buffers(self.module, device.torch_device)
-        pipeline = await self._resources.enter_async_context(Pipeline(self.plan, device=device))
+        room = _room_bytes(self.plan, held_bytes=held)
+        phases = Phases(self.plan, room_bytes=room)
+        pipeline = await self._resources.enter_async_context(Pipeline(phases.first, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
         self._checkpoint = checkpoint
-        room = _room_bytes(self.plan, held_bytes=held)
         self._sweeps = sweeps = Sweeps(
             pipeline,
             bindings,
             device=device,
             kept=kept,
-            phases=Phases(self.plan, room_bytes=room),
+            phases=phases,
         )
         self._resources.push_async_callback(sweeps.aclose)
         self._engine = engine = Engine(

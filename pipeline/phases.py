@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class Phases:
-    """A plan in its two placements: as it stands, and with its decode residents.
+    """A plan in its placements: at first, as it stands, and with its decode residents.
+
+    Attributes:
+        first: how the first sweep is made.
 
     Args:
         plan: the running one.
@@ -22,10 +25,12 @@ class Phases:
 
     def __init__(self, plan: Plan, *, room_bytes: int) -> None:
         self._room = room_bytes
+        self._swept = False
         self.replace(plan)
 
     def replace(self, plan: Plan) -> None:
         """Go on with another plan."""
+        self.first = plan.at_first()
         self._plan = self._decoding = plan
         self._extra = 0
         if plan.decode_residents:
@@ -39,7 +44,13 @@ class Phases:
 
     def plan_for(self, riders: Iterable[Rider]) -> Plan:
         """The placement for a sweep while these requests run, some of which ride it."""
+        if not self._swept:
+            return self.first
         return self._decoding if self._extra and self._leaves_room(riders) else self._plan
+
+    def swept(self) -> None:
+        """The first sweep is over: from now on residents stay."""
+        self._swept = True
 
     def allows(self, plan: Plan, riders: Iterable[Rider]) -> bool:
         """Whether these requests may run while ``plan`` is the placement."""

@@ -100,6 +100,7 @@ class Pipeline:
         self._arenas: tuple[RingArena, ...] = ()
         self._sweeps_completed = 0
         self._forecast = Forecasts()
+        self._loads = False  # the sweep under way brings residents
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
@@ -259,6 +260,7 @@ class Pipeline:
                 f"route {order} does not lie within the plan's {len(self.plan.batches)} batches"
             )
         self._route.redirect(order)
+        self._loads = not self._residents.complete
         sweep = Sweep(
             order=order,
             route=self._route,
@@ -386,7 +388,12 @@ class Pipeline:
             now = time.perf_counter()
             self._forecast.count(self._prediction(prompt=sweep.prompt), now - sweep.began_seconds)
             self._latest.append(
-                SweepSpan(start_seconds=sweep.began_seconds, stop_seconds=now, tokens=sweep.tokens)
+                SweepSpan(
+                    start_seconds=sweep.began_seconds,
+                    stop_seconds=now,
+                    tokens=sweep.tokens,
+                    steady=self._sweeps_completed > 0 and not self._loads,
+                )
             )
             self._sweeps_completed += 1
         else:
@@ -397,6 +404,8 @@ class Pipeline:
         prediction = self.plan.prediction
         if not self._sweeps_completed:
             return prediction.first
+        if self._loads:
+            return prediction.second
         return prediction.prefill if prompt else prediction.decode
 
     def _dropped(self, sweep: Sweep) -> None:

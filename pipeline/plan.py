@@ -134,6 +134,7 @@ class Plan:
     kv_cache_on_host: (
         bool  # the KV cache lives in host RAM, and travels to the device layer by layer
     )
+    pinned: tuple[int, ...]  # batches that must be resident, whatever it costs
     decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
     prediction: Prediction
     inputs: tuple[Input, ...]  # the figures that it was made with, and how each is known
@@ -165,6 +166,28 @@ class Plan:
     def first_sweep_bytes(self) -> int:
         """Bytes that the first sweep reads from disk: residents are loaded on its way."""
         return sum(batch.read_bytes for batch in self.batches)
+
+    def at_first(self) -> Self:
+        """The same with as few residents as its rings allow: how a model's first sweep is made on a CPU.
+
+        Memory that nobody had before costs a system up to two seconds per GiB, which would come on top of reading
+        it. So the first token does not wait for residents; the second sweep loads them. On a GPU they are worth
+        waiting for: pinning has paid for their memory when the pipeline is open.
+        """
+        if self.device_memory is not None or self.reader is ReaderKind.MMAP:
+            return self
+        pinned = set(self.pinned)
+
+        def passing(batch: LayerBatch) -> LayerBatch:
+            fits = (
+                batch.host_bytes <= self.host_arena_bytes
+                and batch.device_bytes <= self.device_arena_bytes
+            )
+            if batch.index in pinned or not fits:
+                return batch
+            return replace(batch, host_resident=False, device_resident=False)
+
+        return replace(self, batches=tuple(map(passing, self.batches)))
 
     def while_decoding(self) -> Self:
         """The same with its decode residents in place: how it is while no prompt is processed."""

@@ -118,6 +118,11 @@ def make_plan(
         workload=workload,
         workload_bytes=request.workload_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
+        pinned=tuple(
+            batch.index
+            for batch in placement.batches
+            if not best.frame.pinned.isdisjoint(batch.layers)
+        ),
         decode_residents=tuple(
             then.index
             for now, then in zip(placement.batches, placement.decode_batches, strict=True)

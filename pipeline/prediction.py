@@ -20,7 +20,8 @@ class Prediction:
     """What the workload takes."""
 
     objective: Objective
-    first: SweepPrediction  # the first sweep of all: it fills the pipeline and loads residents
+    first: SweepPrediction  # the first sweep of all: it fills the pipeline, and reads everything
+    second: SweepPrediction  # the one behind it: on a CPU it loads the residents
     prefill: SweepPrediction  # the prompt of a later request
     decode: SweepPrediction  # each further token
     request_seconds: float  # prompt and new tokens, as the objective counts them

@@ -42,6 +42,11 @@ class Placement:
         """Whether computation uses the mapped files where they are."""
         return self.on_cpu and self.reader is ReaderKind.MMAP
 
+    @property
+    def keeps_late(self) -> bool:
+        """Whether residents are kept from the second sweep on: see ``Plan.first_residents``."""
+        return self.on_cpu and not self.maps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
@@ -71,25 +76,38 @@ class Prices:
         loaded = frozenset(b.index for b in placement.batches if not b.streamed)
         first = self._sweep(placement, prefill, placement.batches, loaded=frozenset(), first=True)
         prompt = self._sweep(placement, prefill, placement.batches, loaded=loaded)
+        # Where residents wait for the second sweep, that one reads everything as well.
+        second = self._sweep(
+            placement,
+            decode,
+            placement.batches,
+            loaded=frozenset() if placement.keeps_late else loaded,
+            first=placement.keeps_late,
+        )
         step = self._sweep(placement, decode, placement.decode_batches, loaded=None)
         costs = play(
-            [first, step, step, step, prompt, step],
+            [first, second, step, step, prompt, step, step],
             host_ring_bytes=placement.arenas.host,
             device_ring_bytes=placement.arenas.device,
             overhead_seconds=self.rates.overhead_seconds_per_batch,
             between_seconds=0.0 if self.workload is None else _BETWEEN_SECONDS,
         )
+        begins, loads, _, steady, later, *_ = costs
         # Sweeps may alternate, where slots do not divide them evenly.
-        steady = dataclasses.replace(costs[2], seconds=(costs[2].seconds + costs[3].seconds) / 2)
-        begins = costs[0] if self.objective is Objective.LATENCY else costs[4]
+        steady = dataclasses.replace(steady, seconds=(costs[2].seconds + steady.seconds) / 2)
         steps = _SWEEPS - 1 if self.workload is None else self.workload.new_tokens - 1
+        request = later.seconds + steps * steady.seconds
+        if self.objective is Objective.LATENCY:
+            request = begins.seconds + steps * steady.seconds
+            request += loads.seconds - steady.seconds if steps else 0.0
         sequences = 1 if self.workload is None else self.workload.batch_size
         return Prediction(
             objective=self.objective,
-            first=costs[0],
-            prefill=costs[4],
+            first=begins,
+            second=loads,
+            prefill=later,
             decode=steady,
-            request_seconds=begins.seconds + steps * steady.seconds,
+            request_seconds=request,
             tokens_per_second=sequences / steady.seconds if steady.seconds > 0 else 0.0,
         )
 

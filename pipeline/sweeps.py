@@ -275,6 +275,7 @@ class Sweeps:
             sweep.prompt = any(number == 1 for number, _ in passes)
             sweep.tokens = passes[0][1] if len(passes) == 1 else None
             if sweep.complete:
+                self.phases.swept()
                 self._sweep_seconds = time.perf_counter() - started
 
     def _route(self, rider: Rider) -> list[int]:

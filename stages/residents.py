@@ -35,6 +35,11 @@ class Residents:
         self._changed = asyncio.Event()
         self.add(batches)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of them have arrived."""
+        return self._homes.keys() <= self._loaded
+
     def add(self, batches: Iterable[LayerBatch]) -> None:
         """Take memory for those of ``batches`` that stay and have none yet: for all of them, or for none.
 

@@ -98,6 +98,7 @@ class SweepSpan:
     tokens: (
         int | None
     )  # of the one forward pass in it; None where there were several, or nobody said
+    steady: bool  # it was neither the first, nor did it load residents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ a throttled reader gives a constant rate.
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -25,6 +26,9 @@ from layerstream.tools.arguments import positive, size
 from layerstream.tools.tables import print_table
 
 __all__ = ["main"]
+
+
+_REQUESTS = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,7 @@ async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
         layer_batch_size=setting.layer_batch_size,
     ) as model:
         options = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
-        for _ in range(2):  # the first loads residents
+        for _ in range(_REQUESTS):  # the first loads residents
             await model.generate(input_ids=ids, do_sample=False, **options)
         timings, plan = model.timings(), model.plan
         learnt = model.hardware.learn(plan, timings)
@@ -105,7 +109,7 @@ async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
         "slots": plan.host_slots,
         "resident_batches": sum(not batch.streamed for batch in plan.batches),
         "batches": len(plan.batches),
-        **_compared(timings.latest[args.new_tokens :], said, own),
+        **_compared(timings.latest, args.new_tokens, said, own),
     }
 
 
@@ -114,10 +118,15 @@ async def _disk(checkpoint: Checkpoint) -> float | None:
     return hardware.disk_bytes_per_second
 
 
-def _compared(sweeps: tuple[SweepSpan, ...], said: Plan, own: Plan) -> dict[str, float]:
-    """The second request's sweeps beside both predictions."""
-    prompt, *steps = [sweep.stop_seconds - sweep.start_seconds for sweep in sweeps]
-    step = statistics.median(steps)
+def _compared(
+    sweeps: tuple[SweepSpan, ...], new_tokens: int, said: Plan, own: Plan
+) -> dict[str, float]:
+    """The sweeps of all requests but the first, beside both predictions."""
+    # From end to end: in what lies between two sweeps the next one is read ahead.
+    ends = [sweep.stop_seconds for sweep in sweeps]
+    took = [stop - start for start, stop in itertools.pairwise(ends)][new_tokens - 1 :]
+    prompt = statistics.median(took[::new_tokens])
+    step = statistics.median(seconds for number, seconds in enumerate(took) if number % new_tokens)
     return {
         "measured_prefill_seconds": prompt,
         "predicted_prefill_seconds": said.prediction.prefill.seconds,
