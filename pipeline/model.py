@@ -85,6 +85,7 @@ class StreamedModel:
         reader: ReaderKind | str | None = None,
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
+        slots: int | None = None,
         max_requests: int = _REQUESTS,
         objective: Objective | str = Objective.LATENCY,
         hardware: Hardware | None = None,
@@ -104,6 +105,7 @@ class StreamedModel:
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: rate of the throttled reader.
             layer_batch_size: blocks per layer batch, instead of the planner's choice.
+            slots: on either side, instead of the planner's choice.
             objective: what the plan is the fastest at: "latency" of one request that comes first, or "throughput".
             hardware: the machine, if it is known; by default it is probed.
             measure: False plans with what is known of this machine from before, and assumptions: opening takes
@@ -129,6 +131,7 @@ class StreamedModel:
                 "reader": reader,
                 "throttle_bytes_per_second": throttle_bytes_per_second,
                 "layer_batch_size": layer_batch_size,
+                "slots": slots,
                 "max_requests": max_requests,
                 "objective": objective,
                 "hardware": hardware,
@@ -182,6 +185,7 @@ class StreamedModel:
                 reader=options["reader"],
                 throttle_bytes_per_second=options["throttle_bytes_per_second"],
                 layer_batch_size=options["layer_batch_size"],
+                slots=options["slots"],
             )
         )
         if traced.unused:
