@@ -228,6 +228,7 @@ def test_a_gpu_that_is_not_here_takes_nothing_from_this_processor() -> None:
     assert there.host_available_bytes == 64 * GIB
     assert there.compute == ()
     assert there.overhead_seconds_per_batch is None
+    assert there.host_copy_bytes_per_second is None
     assert there.h2d_bytes_per_second == 2.5e10
     assert there.disk_bytes_per_second == 2e9  # nobody asked about another disk
     assert there.figures["disk_bytes_per_second"].origin is Origin.CACHED
