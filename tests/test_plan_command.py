@@ -35,12 +35,6 @@ ELSEWHERE = [
 GIB = 1 << 30
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements of this machine are neither used nor left behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model."""
@@ -129,6 +123,14 @@ def test_this_machine_is_asked_for_its_memory_and_told_so(
     line = next(line for line in text.splitlines() if "host RAM, free" in line)
     assert line.endswith("measured just now")
     assert "what-if" not in text
+
+
+def test_of_a_sparse_file_no_disk_rate_is_called_measured(
+    huge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, huge, "--device", "cuda:9", "--vram", "24GB", "--fresh")
+    (disk,) = [line for line in text.splitlines() if "disk, direct reads" in line]
+    assert disk.endswith("ASSUMED")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "marian"])
