@@ -25,7 +25,7 @@ from layerstream.stages.units import format_bytes, format_seconds
 
 __all__ = ["describe_plan", "report_plan", "summarize_plan"]
 
-_BAR = 12  # characters
+_BAR = 10  # characters
 _MAP_COLUMNS = 76
 
 _LEGEND = {

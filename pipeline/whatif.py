@@ -12,9 +12,11 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["WhatIf"]
 
-# What was measured by computing on this machine's own processor.
+# What was measured of this machine's own processor, and with it for a device.
 _OF_THE_PROCESSOR = (
-    "compute",
+    "host_copy_bytes_per_second",
+    "direct_read_cpu_seconds_per_byte",
+    "mmap_read_cpu_seconds_per_byte",
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
     "overhead_seconds_per_batch",

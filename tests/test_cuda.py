@@ -173,8 +173,8 @@ class StandIn:
     def __init__(self, monkeypatch):
         self.opened = Prompt()
 
-        async def probe(checkpoint, device="auto"):
-            _ = checkpoint, device
+        async def probe(checkpoint, device="auto", *, measure=True):
+            _ = checkpoint, device, measure
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)

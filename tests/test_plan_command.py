@@ -35,12 +35,6 @@ ELSEWHERE = [
 GIB = 1 << 30
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements of this machine are neither used nor left behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model."""
@@ -129,6 +123,14 @@ def test_this_machine_is_asked_for_its_memory_and_told_so(
     line = next(line for line in text.splitlines() if "host RAM, free" in line)
     assert line.endswith("measured just now")
     assert "what-if" not in text
+
+
+def test_of_a_sparse_file_no_disk_rate_is_called_measured(
+    huge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, huge, "--device", "cuda:9", "--vram", "24GB", "--fresh")
+    (disk,) = [line for line in text.splitlines() if "disk, direct reads" in line]
+    assert disk.endswith("ASSUMED")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "marian"])
@@ -228,6 +230,7 @@ def test_a_gpu_that_is_not_here_takes_nothing_from_this_processor() -> None:
     assert there.host_available_bytes == 64 * GIB
     assert there.compute == ()
     assert there.overhead_seconds_per_batch is None
+    assert there.host_copy_bytes_per_second is None
     assert there.h2d_bytes_per_second == 2.5e10
     assert there.disk_bytes_per_second == 2e9  # nobody asked about another disk
     assert there.figures["disk_bytes_per_second"].origin is Origin.CACHED
