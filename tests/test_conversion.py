@@ -84,14 +84,16 @@ def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    def octets(tensor: torch.Tensor) -> torch.Tensor:
+        # A clone: a single element may have any stride, and then refuses to be seen as smaller items.
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return copy.view(-1).view(torch.uint8)
+
     return (
         one.dtype == other.dtype
         and one.shape == other.shape
         and one.stride() == other.stride()
-        and torch.equal(
-            one.detach().contiguous().reshape(-1).view(torch.uint8),
-            other.detach().contiguous().reshape(-1).view(torch.uint8),
-        )
+        and torch.equal(octets(one), octets(other))
     )
 
 
