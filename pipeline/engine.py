@@ -23,6 +23,7 @@ from layerstream.stages.devices import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.threads import Threads, settled
 from layerstream.stages.timings import Timings
+from layerstream.stages.usage import trim_heap
 
 __all__ = ["Engine", "Request"]
 
@@ -150,6 +151,10 @@ class Engine:
                 return request.call(clone)(*here, **named)
         finally:
             self._sweeps.tell(self._sweeps.ended, rider)
+            # A request knows its arguments, and some of them know it: what hangs on it would wait for the collector.
+            del rider.root, clone
+            request.inputs, request.named = (), {}
+            trim_heap()
 
     # -- requests of other threads ---------------------------------------------------------------
 

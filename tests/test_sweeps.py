@@ -1,7 +1,9 @@
 """Concurrent requests share sweeps: what they cost together, and that none disturbs another."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from support.streaming import open_streaming
 from transformers.generation.streamers import BaseStreamer
 
 from layerstream.pipeline import Budget, ClosedError, StreamedModel, Workload, load_streamed
+from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.clones import clone_modules
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -330,3 +333,29 @@ def test_statistics_count_every_end_that_a_request_can_come_to(tmp_path: Path) -
             assert all(0 <= stage["utilisation"] <= 1 for stage in told["stages"])
 
     run(main())
+
+
+def test_what_a_request_had_is_freed_when_it_ends_not_when_the_collector_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    clones = []
+
+    def noted(module: Any) -> Any:
+        clone = clone_modules(module)
+        clones.append(weakref.ref(clone))
+        return clone
+
+    monkeypatch.setattr("layerstream.pipeline.engine.clone_modules", noted)
+
+    async def scenario() -> list[bool]:
+        async with await streaming(folder) as model:
+            gc.disable()
+            try:
+                for ids in PROMPTS[:3]:
+                    await model.generate(input_ids=ids, **GREEDY)
+                return [clone() is None for clone in clones]
+            finally:
+                gc.enable()
+
+    assert run(scenario()) == [True] * 3
