@@ -19,7 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from layerstream.pipeline import Budget, ClosedError, StreamedModel, Workload, load_streamed
 from layerstream.pipeline.clones import clone_modules
-from layerstream.pipeline.clones import clone_modules
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 PROMPTS = [torch.arange(3, 3 + length)[None] for length in (4, 12, 6, 20, 5, 9, 16, 7)]
