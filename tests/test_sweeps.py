@@ -12,7 +12,7 @@ import torch
 import transformers
 from support.faults import Gate
 from support.leaks import nothing_left_behind
-from support.loop import happens, run
+from support.loop import happens, run, turns
 from support.models import inputs_for, save_model
 from support.streaming import open_streaming
 from transformers.generation.streamers import BaseStreamer
@@ -212,6 +212,8 @@ def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join(30)
+        # What a thread has told the loop of its end is heard before this.
+        vars(model)["_layerstream_close"]._host.run(turns())
         stats = streamed.stats()
         assert stats.sweeps < stats.passes == 32
         assert (stats.requests_completed, stats.reserved_bytes) == (4, 0)
