@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import demo, generate, make_checkpoint, profile
+from layerstream.tools import demo, generate, make_checkpoint, profile, serve
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ _COMMANDS = {
     "generate": generate,
     "demo": demo,
     "profile": profile,
+    "serve": serve,
     "make-checkpoint": make_checkpoint,
 }
 
@@ -65,3 +66,7 @@ def _one_line(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     text = f"{error} ({'; '.join(notes)})" if notes else str(error)
     return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
