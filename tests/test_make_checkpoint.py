@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from layerstream.stages.errors import CheckpointError
@@ -15,7 +17,7 @@ from layerstream.tools.cli import main
 from layerstream.tools.families import FAMILIES, scaled
 from layerstream.tools.shapes import tensors_of
 from layerstream.tools.synthetic import Recipe, make_checkpoint
-from layerstream.tools.text import TokenText
+from layerstream.tools.text import TerminalText, TokenText
 
 TINY = ["--layers", "2", "--hidden", "64", "--vocab", "300"]
 
@@ -250,11 +252,25 @@ def test_the_tokenizer_is_loaded_by_transformers_and_gives_every_text_back(tmp_p
 def test_ids_that_no_tokenizer_knows_are_shown_as_numbers(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(make(tmp_path / "model", *TINY))
-    stream = TokenText(tokenizer)
+    stream = TerminalText(tokenizer)
     half, escape, end = 0xF0, 0x1B, 257
     tokens = [ord("a"), half, 299, ord("b"), escape, end, half]
     assert "".join(map(stream.add, tokens)) + stream.finish() == "a\ufffd<299>b\ufffd\ufffd"
-    assert TokenText(None).add(7) == "<7>"
+    assert TerminalText(None).add(7) == "<7>"
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = make(tmp_path_factory.mktemp("bytes") / "model", *TINY)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@given(st.lists(st.sampled_from([*"🐉é b".encode(), 0xFF, 0x1B, 257, 299])))
+def test_pieces_joined_are_the_text_of_all_tokens_at_once(byte_tokenizer, tokens):
+    stream = TokenText(byte_tokenizer)
+    pieces = "".join(map(stream.add, tokens)) + stream.finish()
+    assert pieces == byte_tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_making_headers_loads_neither_torch_nor_transformers(tmp_path):

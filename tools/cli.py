@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import bench, demo, generate, make_checkpoint, plan, profile
+from layerstream.tools import bench, demo, generate, make_checkpoint, plan, profile, serve
 
 __all__ = ["main"]
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "demo": demo,
     "profile": profile,
     "bench": bench,
+    "serve": serve,
     "make-checkpoint": make_checkpoint,
 }
 
@@ -67,3 +68,7 @@ def _one_line(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     text = f"{error} ({'; '.join(notes)})" if notes else str(error)
     return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

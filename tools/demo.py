@@ -20,7 +20,7 @@ from layerstream.tools.progress import progress
 from layerstream.tools.streaming import STAGE_COLUMNS, Generated, stage_rows, stream_tokens
 from layerstream.tools.synthetic import Recipe
 from layerstream.tools.tables import print_table
-from layerstream.tools.text import TokenText, load_tokenizer, prompt_ids
+from layerstream.tools.text import TerminalText, load_tokenizer, prompt_ids
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Plan
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         generated = asyncio.run(
             stream_tokens(path, prompt, args=args, on_plan=begin, on_token=lambda _: advance(1))
         )
-    text = TokenText(tokenizer)
+    text = TerminalText(tokenizer)
     continuation = "".join(map(text.add, generated.token_ids)) + text.finish()
     if args.json:
         report = {"model": str(path), "model_bytes": model_bytes, "text": continuation}

@@ -14,7 +14,7 @@ from layerstream.tools.arguments import (
     token_ids,
 )
 from layerstream.tools.streaming import stream_tokens
-from layerstream.tools.text import TokenText, load_tokenizer, prompt_ids
+from layerstream.tools.text import TerminalText, load_tokenizer, prompt_ids
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -49,7 +49,7 @@ def _generate(args: argparse.Namespace) -> int:
     path = resolve_model_path(args.model)
     tokenizer = load_tokenizer(path)
     prompt = args.prompt_ids or prompt_ids(tokenizer, args.prompt, path)
-    text = TokenText(tokenizer)
+    text = TerminalText(tokenizer)
     pieces: list[str] = []
 
     def show(piece: str) -> None:

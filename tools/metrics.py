@@ -1,0 +1,70 @@
+"""What a streamed model counts, as Prometheus reads it. Needs the extra ``serve``, but no service.
+
+registry = CollectorRegistry()
+registry.register(StatsCollector(model.stats))
+generate_latest(registry)
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from layerstream.pipeline import Stats
+
+__all__ = ["StatsCollector"]
+
+# Name behind "layerstream_", what it means, and the field of Stats. "_total" is added to counters.
+_COUNTERS = (
+    ("sweeps", "Sweeps over the weights", "sweeps"),
+    ("passes", "Forward passes begun; they share sweeps", "passes"),
+    ("requests_started", "Requests admitted", "requests_started"),
+    ("requests_completed", "Requests that came to their end", "requests_completed"),
+    ("requests_cancelled", "Requests cancelled by their callers", "requests_cancelled"),
+    ("requests_failed", "Requests that failed", "requests_failed"),
+    ("requests_refused", "Requests that would never have fitted", "requests_refused"),
+    ("prompts_chunked", "Prompts read in pieces to save memory", "prompts_chunked"),
+    ("generated_tokens", "Tokens generated", "tokens_generated"),
+    ("read_bytes", "Bytes of weights read", "bytes_read"),
+)
+_GAUGES = (
+    ("requests_waiting", "Requests that wait for memory or a place", "requests_waiting"),
+    ("requests_riding", "Requests admitted and not done", "requests_riding"),
+    ("riders_aboard", "Forward passes in the sweep under way", "riders_aboard"),
+    ("reserved_bytes", "KV cache and activations of riding requests", "reserved_bytes"),
+    ("reservable_bytes", "What there is for that", "reservable_bytes"),
+    ("tokens_per_sweep", "Tokens for each sweep, on average", "tokens_per_sweep"),
+    ("bytes_per_token", "Bytes read for each token, on average", "bytes_per_token"),
+    ("open_seconds", "Time since the model was opened", "open_seconds"),
+)
+
+
+class StatsCollector(Collector):
+    """Gives a registry what ``StreamedModel.stats`` returns at the time of asking."""
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing beforehand: a registry asks for it where it would else call ``collect``."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """All counters and gauges."""
+        stats = self._stats()
+        for name, meaning, field in _COUNTERS:
+            yield CounterMetricFamily(
+                f"layerstream_{name}", meaning, value=float(getattr(stats, field))
+            )
+        for name, meaning, field in _GAUGES:
+            yield GaugeMetricFamily(
+                f"layerstream_{name}", meaning, value=float(getattr(stats, field))
+            )
+        busy = GaugeMetricFamily(
+            "layerstream_stage_utilisation_ratio",
+            "Share of the time that a stage was busy, since the model was opened",
+            labels=["stage"],
+        )
+        for stage in stats.stages:
+            busy.add_metric([stage.name], stage.utilisation)
+        yield busy

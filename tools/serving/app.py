@@ -1,0 +1,130 @@
+"""The service: a FastAPI app on an open ``StreamedModel``.
+
+It turns HTTP into calls of ``StreamedModel.stream``, one for each answer, and tokens into JSON. Which of them
+computes when, and in how much memory, is the library's business: here is no scheduling.
+"""
+
+import hmac
+import time
+from typing import Any
+
+import prometheus_client
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from layerstream.pipeline import StreamedModel
+from layerstream.tools.metrics import StatsCollector
+from layerstream.tools.serving.answers import Answers
+from layerstream.tools.serving.errors import ApiError, reply_to
+from layerstream.tools.serving.prompts import Prompts, context_tokens
+from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest, read_request
+from layerstream.tools.serving.settings import Settings
+
+__all__ = ["make_app"]
+
+
+def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
+    """An app that serves ``model``, which is open and stays so for as long as the app is used.
+
+    ``app.state.answers.stop()`` ends what runs; ``tools/serve.py`` does that when it shuts down.
+    """
+    answers = Answers(
+        model,
+        tokenizer,
+        Prompts(
+            tokenizer,
+            chat_template=settings.chat_template,
+            context=context_tokens(model.module.config),
+            vocabulary=model.module.get_input_embeddings().weight.shape[0],
+            new_tokens=settings.new_tokens,
+        ),
+        max_answers=settings.max_answers,
+    )
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(StatsCollector(model.stats))
+    open_answers = prometheus_client.Gauge(
+        "layerstream_open_answers", "Answers under way or waiting", registry=registry
+    )
+    open_answers.set_function(lambda: answers.open)
+    routes = Routes(answers, registry, settings)
+    app = FastAPI(title="layerstream", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.answers = answers
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, reply_to)
+    api = APIRouter(prefix="/v1", dependencies=[Depends(routes.check_key)])
+    api.add_api_route("/models", routes.models, methods=["GET"])
+    api.add_api_route("/models/{name:path}", routes.model, methods=["GET"])
+    api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
+    app.include_router(api)
+    app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    return app
+
+
+class Routes:
+    """What stands behind each path."""
+
+    def __init__(
+        self, answers: Answers, registry: prometheus_client.CollectorRegistry, settings: Settings
+    ) -> None:
+        self._answers = answers
+        self._registry = registry
+        self._settings = settings
+        self._created = int(time.time())
+
+    async def check_key(self, request: Request) -> None:
+        """Raise an ApiError unless the request has the key, if one is wanted."""
+        if self._settings.api_key is None:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise ApiError(
+                401,
+                "Incorrect API key provided; send the right one as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def health(self) -> Response:
+        """Whether requests can be answered."""
+        if self._answers.failure is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
+
+    async def metrics(self) -> Response:
+        """Counters and gauges for Prometheus."""
+        text = prometheus_client.generate_latest(self._registry)
+        return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    async def models(self) -> dict[str, Any]:
+        """All models: the one."""
+        return {"object": "list", "data": [await self.model(self._settings.model_name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The model called ``name``."""
+        if name != self._settings.model_name:
+            raise ApiError(
+                404,
+                f"The model '{name}' does not exist; this server has '{self._settings.model_name}'.",
+                param="model",
+                code="model_not_found",
+            )
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "layerstream"}
+
+    async def chat(self, request: Request) -> Response:
+        """Go on with a conversation."""
+        return await self._answer(request, ChatRequest)
+
+    async def complete(self, request: Request) -> Response:
+        """Go on with a text."""
+        return await self._answer(request, CompletionRequest)
+
+    async def _answer(
+        self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
+    ) -> Response:
+        asked = await read_request(request, kind, max_bytes=self._settings.max_body_bytes)
+        await self.model(asked.model)
+        return await self._answers.answer(asked, request.receive)

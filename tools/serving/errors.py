@@ -1,0 +1,70 @@
+"""Errors as OpenAI's service words them."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from layerstream.pipeline import AdmissionError, ClosedError, LayerstreamError
+
+__all__ = ["ApiError", "api_error", "reply_to"]
+
+
+class ApiError(Exception):
+    """Raised when a request gets an error for an answer.
+
+    Attributes:
+        status: the HTTP status.
+        body: the answer, ``{"error": {"message", "type", "param", "code"}}``.
+        headers: what goes with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        # What is quoted of a request may hold half of a surrogate pair, which no answer can.
+        message = message.encode("utf-8", "replace").decode()
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        kind = {429: "rate_limit_error"}.get(status) or (
+            "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004
+        )
+        param = param and param.encode("utf-8", "replace").decode()
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What the client is told of ``error``."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, AdmissionError):
+        return ApiError(400, str(error), code="memory_exceeded")
+    if isinstance(error, LayerstreamError):
+        status = 503 if isinstance(error, ClosedError) else 500
+        return ApiError(status, f"The model failed: {error}", code=type(error).__name__)
+    # What went wrong inside is for the log, not for whoever asks.
+    return ApiError(500, "The server had an error while it processed the request.")
+
+
+async def reply_to(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed with ``error``: an exception handler for the app."""
+    status = getattr(error, "status_code", None)  # of starlette's own: no such path or method
+    where = f"{request.method} {request.url.path}"
+    if status == 404:  # noqa: PLR2004
+        told = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
+    elif status is not None:
+        told = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
+    else:
+        told = api_error(error)
+    return JSONResponse(
+        told.body, told.status, {**(getattr(error, "headers", None) or {}), **told.headers}
+    )
