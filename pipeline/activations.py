@@ -45,9 +45,10 @@ def measure_memory(
     prompt = PromptPass.of(module, workload, device)
     if prompt is None:
         return None
+    clone = clone_modules(module)  # with copies of buffers, which are no activations
     try:
         with torch.no_grad(), prompt.watched():
-            prompt.done(clone_modules(module)(**prompt.inputs))
+            prompt.done(clone(**prompt.inputs))
     except Exception as error:  # noqa: BLE001 - whatever a model does without values
         logger.debug("the prompt's activations were not measured: %s", error)
     return prompt.memory()
@@ -117,10 +118,11 @@ class PromptPass:
         inputs = self._inputs(1, workload.prompt_tokens + workload.new_tokens)
         if name:
             inputs[name] = cache
+        clone = clone_modules(self._module)
         with torch.no_grad(), self.watched():
             _grow(cache, workload.new_tokens - 1)
             self._live.peak_bytes = self._live.now_bytes
-            output = clone_modules(self._module)(**inputs)
+            output = clone(**inputs)
             _sample(output.logits)
         _, cache = _cache_of(output)
         kv_bytes = _storage_bytes(cache)
