@@ -44,7 +44,7 @@ class Placement:
 
     @property
     def keeps_late(self) -> bool:
-        """Whether residents are kept from the second sweep on: see ``Plan.first_residents``."""
+        """Whether a model keeps its residents from the second sweep on: see ``Plan.at_first``."""
         return self.on_cpu and not self.maps
 
 
@@ -77,12 +77,13 @@ class Prices:
         first = self._sweep(placement, prefill, placement.batches, loaded=frozenset(), first=True)
         prompt = self._sweep(placement, prefill, placement.batches, loaded=loaded)
         # Where residents wait for the second sweep, that one reads everything as well.
+        late = placement.keeps_late and self.workload is not None
         second = self._sweep(
             placement,
             decode,
             placement.batches,
-            loaded=frozenset() if placement.keeps_late else loaded,
-            first=placement.keeps_late,
+            loaded=frozenset() if late else loaded,
+            first=late,
         )
         step = self._sweep(placement, decode, placement.decode_batches, loaded=None)
         costs = play(

@@ -187,7 +187,10 @@ _TIMES = ("predicted", "time", "read", "transfer", "compute", "hand-offs", "held
 
 def _times(plan: Plan) -> Iterator[Sequence[str]]:
     predicted = plan.prediction
-    yield _time("first sweep (loads what stays)", predicted.first)
+    late = plan.workload is not None and plan.at_first() != plan
+    yield _time("first sweep" if late else "first sweep (loads what stays)", predicted.first)
+    if late:
+        yield _time("second sweep (loads what stays)", predicted.second)
     if plan.workload is None:
         yield _time("every further sweep", predicted.decode)
         return
