@@ -169,6 +169,7 @@ class StreamedModel:
         # transformers' code for the model, and the module tree: 100 MB where they are new here.
         held = max(0, (anonymous_bytes() or 0) - (before or 0))
         self.hardware = hardware
+        self._budget: Budget | None = options["budget"]
         self._make_plan = functools.partial(
             make_plan,
             checkpoint,
@@ -362,6 +363,7 @@ class StreamedModel:
             await self._pipeline.adopt(plan)
             self._sweeps.phases.replace(plan)
             self.plan, self.hardware = plan, hardware
+            self._budget = budget or self._budget
 
         await self._sweeps.between(adopt)
         return plan
@@ -377,11 +379,7 @@ class StreamedModel:
             PlanError: no plan fits that budget.
         """
         self._open_engine()
-        running = self.plan
-        if budget is None:
-            vram = None if running.device_memory is None else running.device_memory.budget_bytes
-            budget = Budget(host=running.host_memory.budget_bytes, vram=vram)
-        return self._make_plan(hardware, budget=budget, running=running)
+        return self._make_plan(hardware, budget=budget or self._budget, running=self.plan)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

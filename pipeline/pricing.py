@@ -163,7 +163,9 @@ class Prices:
         read, processor = (0.0, 0.0) if there else self._read(placement, batch, missing)
         compute = 0.0
         if forward is not None and self.work is not None:
-            compute = sum(self.work.seconds(layer, forward) for layer in layers)
+            compute = sum(
+                self.work.seconds(layer, forward, mapped=placement.maps) for layer in layers
+            )
         copied = 0 if there and batch.device_resident else batch.copied_bytes
         link = self.rates.host_copy if placement.on_cpu else self.rates.h2d
         if layers[0].kind is LayerKind.BLOCK:

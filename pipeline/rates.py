@@ -23,6 +23,9 @@ _MMAP_CPU = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
 # A layer takes longer than its matrices alone: norms, rotations, activation functions and Python. 1.0 to 1.3 was
 # measured for passes of 1 to 512 tokens.
 _BESIDE_MATRICES = 1.2
+# Weights in the page cache lie on small pages: reading them takes this much longer than on huge ones, of which the
+# probe makes its matrices. 0.24 s instead of 0.18 was measured for 3.1 GB.
+_MAPPED = 0.3
 # Of one batch through three stages: some hops between threads and the loop.
 _OVERHEAD = 0.5e-3
 
@@ -52,6 +55,7 @@ class Rates:
     h2d: float
     compute: tuple[ComputeRate, ...]
     beside_matrices: float  # times what products with matrices take, a layer takes
+    mapped_seconds_per_byte: float  # that computation takes longer with weights in the page cache
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float
@@ -118,15 +122,15 @@ def rates_of(hardware: Hardware) -> Rates:
     figure = hardware.figures.get("compute")
     if figure is not None and figure.origin is Origin.LEARNT:
         processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
+    probed = figure is not None and figure.origin in {Origin.MEASURED, Origin.CACHED}
     return Rates(
         disk=disk,
         mmap=rate("mmap_bytes_per_second", disk * _MMAP_SHARE),
         host_copy=rate("host_copy_bytes_per_second", _HOST_COPY),
         h2d=math.inf if hardware.device == "cpu" else rate("h2d_bytes_per_second", _H2D),
         compute=compute,
-        beside_matrices=_BESIDE_MATRICES
-        if figure is not None and figure.origin in {Origin.MEASURED, Origin.CACHED}
-        else 1.0,
+        beside_matrices=_BESIDE_MATRICES if probed else 1.0,
+        mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,
         direct_cpu_seconds_per_byte=processor[0],
         mmap_cpu_seconds_per_byte=processor[1],
         overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD),

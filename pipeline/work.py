@@ -54,8 +54,8 @@ class Work:
         """Whether the pass needs ``layer``: an encoder runs for the prompt only."""
         return forward.prompt or not (self._encodes_once and _ENCODER.search(layer.name))
 
-    def seconds(self, layer: PlannedLayer, forward: Pass) -> float:
-        """What computing ``layer`` takes."""
+    def seconds(self, layer: PlannedLayer, forward: Pass, *, mapped: bool = False) -> float:
+        """What computing ``layer`` takes; ``mapped``: its weights are used where a mapping has them."""
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # it takes rows
         tokens = forward.sequences * (1 if layer.kind is LayerKind.HEAD else forward.tokens)
@@ -65,6 +65,8 @@ class Work:
             read = 1 - (1 - self._expert_share) ** tokens
             each = tokens * self._expert_share / read
             total += experts * read / self._rates.weights_per_second(each)
+        if mapped:
+            total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
             total = total * self._rates.beside_matrices + self._attention(forward)
         return total

@@ -120,6 +120,7 @@ async def _begin(
         item.reads = [
             threads.submit(_timed, reader.touch, extent)
             for extent, _ in _requests(batch, request_bytes)
+            if not reader.touched_lately(extent)
         ]
         return
     if batch.host_resident:
