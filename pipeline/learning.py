@@ -9,7 +9,7 @@ from layerstream.pipeline.figures import ComputeRate, Figure, Origin
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.plan import Plan, ReaderKind
 from layerstream.pipeline.rates import Rates, rates_of
-from layerstream.stages.timings import StageTimings, Timings
+from layerstream.stages.timings import StageTimings, SweepSpan, Timings
 
 __all__ = ["learn"]
 
@@ -31,12 +31,11 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
         plan: that was run.
         timings: of the pipeline that ran it.
     """
-    read, transfer, _ = timings.stages
     fields: dict[str, Any] = {}
-    if plan.reader is ReaderKind.DIRECT and read.bytes >= _LEAST_BYTES:
-        fields["disk_bytes_per_second"] = read.bytes_per_second
-    if plan.device_memory is not None and transfer.bytes >= _LEAST_BYTES:
-        fields["h2d_bytes_per_second"] = transfer.bytes_per_second
+    if plan.reader is ReaderKind.DIRECT and (rate := _link(timings, stage=0)):
+        fields["disk_bytes_per_second"] = rate
+    if plan.device_memory is not None and (rate := _link(timings, stage=1)):
+        fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
     learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch)
     if learnt:
@@ -49,15 +48,27 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     )
 
 
+def _steady(timings: Timings) -> list[SweepSpan]:
+    """The sweeps that show what goes on showing, of which every span was kept."""
+    since = timings.complete_since_seconds
+    return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
+
+
+def _link(timings: Timings, *, stage: int) -> float | None:
+    """Bytes per second that a stage reached; None where too little went through it."""
+    passed = [
+        timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
+        for sweep in _steady(timings)
+    ]
+    nbytes, seconds = sum(each.bytes for each in passed), sum(each.busy_seconds for each in passed)
+    return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
+
+
 def _compute(timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
     """Bytes of weights per second, by the tokens of a pass."""
     found = defaultdict(list)
-    for sweep in timings.latest:
-        if (
-            sweep.tokens is None
-            or not sweep.steady
-            or sweep.start_seconds < timings.complete_since_seconds
-        ):
+    for sweep in _steady(timings):
+        if sweep.tokens is None:
             continue
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
         if stage.bytes >= _LEAST_BYTES:
