@@ -1,6 +1,7 @@
 """Shallow clones of module trees, one for each forward pass."""
 
 import types
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ __all__ = ["clone_modules"]
 
 # Larger buffers are masks and tables, which nothing writes to; copies of them would only take memory.
 _COPIED_BYTES = 1 << 20
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, type})
+_TABLES = frozenset({dict, OrderedDict, list, set})
 
 
 def clone_modules(root: nn.Module) -> Any:
@@ -29,11 +32,15 @@ def clone_modules(root: nn.Module) -> Any:
                 with torch.inference_mode(mode=False), torch.no_grad():
                     clones[id(buffer)] = buffer.clone()
     for module in modules:
+        own = vars(clones[id(module)])
         # Snapshots, since a pass of a thread without a clone may be writing to the tree itself.
-        vars(clones[id(module)]).update(
-            (name, value if name == "_parameters" else _cloned(value, clones))
-            for name, value in list(vars(module).items())
-        )
+        for name, value in list(vars(module).items()):
+            kind = type(value)
+            # Most attributes by far; a model has thousands, and each request begins with a clone.
+            if kind in _PLAIN or name == "_parameters":
+                own[name] = value
+            else:
+                own[name] = kind() if kind in _TABLES and not value else _cloned(value, clones)
     return clones[id(root)]
 
 

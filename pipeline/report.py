@@ -30,7 +30,7 @@ _MAP_COLUMNS = 76
 
 _LEGEND = {
     ".": "read in every sweep",
-    "+": "read for the prompt, in VRAM while decoding",
+    "+": "in VRAM while decoding",
     "*": "read for the prompt, in RAM while decoding",
     "h": "stays in host RAM",
     "d": "stays in VRAM",

@@ -24,14 +24,15 @@ from layerstream.stages.units import format_bytes
 __all__ = ["Choice", "Request"]
 
 # Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
-# the first is taken. With a single one the stages wait for one another, which may leave room for more residents.
+# the first is taken. With a single one the stages wait for one another: where nothing else fits.
 _LEAST_SLOTS = 1
 _SLOTS = (3, 2, 4, _LEAST_SLOTS)
 # Blocks per layer batch that are tried; larger batches than this gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
-# What is faster by less than this is as fast.
+# What is faster by less than this is as fast; by more, where it is not known how long computation takes.
 _EQUAL = 0.01
+_EQUAL_PAST_NOTHING = 0.1
 # The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
 _CACHED = 0.9
 # Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
@@ -60,6 +61,11 @@ class Choice:
     def need(self) -> Need:
         """The same, in sum."""
         return self.frame.need(self.placement.batches, self.placement.arenas)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a batch can be read while another one is computed with."""
+        return self.placement.maps or self.placement.slots > _LEAST_SLOTS
 
     @property
     def _preference(self) -> tuple[bool, int, bool, int]:
@@ -152,8 +158,10 @@ class Request:
         else:
             raise PlanError(self._too_small())
         found.sort(key=lambda choice: choice.prediction.request_seconds)
-        fastest = found[0].prediction.request_seconds
-        equal = [c for c in found if c.prediction.request_seconds <= fastest * (1 + _EQUAL)]
+        able = [choice for choice in found if choice.overlaps or choice.name] or found
+        tolerance = _EQUAL_PAST_NOTHING if self.workload is None else _EQUAL
+        most = able[0].prediction.request_seconds * (1 + tolerance)
+        equal = [choice for choice in able if choice.prediction.request_seconds <= most]
         best = min(equal, key=lambda choice: choice._preference)  # noqa: SLF001 - it is ours
         return [best, *(choice for choice in found if choice is not best)]
 

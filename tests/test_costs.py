@@ -176,6 +176,9 @@ def test_a_plan_is_never_slower_by_its_own_model_than_the_trivial_plans(request)
         return
     (chosen,) = [each for each in plan.candidates if each.chosen]
     assert any(each.name for each in plan.candidates)
-    assert all(chosen.request_seconds <= 1.01 * each.request_seconds for each in plan.candidates)
+    # Past no computation that is known of, slots come before what little a resident more would bring.
+    equal = 1.01 if request["workload"] else 1.1
+    assert all(chosen.request_seconds <= equal * each.request_seconds for each in plan.candidates)
     alone = plan_of(**request, layer_batch_size=1, slots=1)
-    assert plan.prediction.request_seconds <= 1.01 * alone.prediction.request_seconds
+    bare = next(each for each in alone.candidates if each.name)
+    assert plan.prediction.request_seconds <= equal * bare.request_seconds
