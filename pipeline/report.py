@@ -31,7 +31,7 @@ _MAP_COLUMNS = 76
 _LEGEND = {
     ".": "read in every sweep",
     "+": "in VRAM while decoding",
-    "*": "read for the prompt, in RAM while decoding",
+    "*": "in RAM while decoding",
     "h": "stays in host RAM",
     "d": "stays in VRAM",
 }
