@@ -328,6 +328,8 @@ class StreamedModel:
         finally:
             generating.cancel()
             await asyncio.wait([generating])
+            # Taken note of: who has left before the end does not want to hear of it.
+            generating.cancelled() or generating.exception()
 
     async def replan(self, *, budget: Budget | None = None) -> Plan:
         """Plan anew with the rates that the sweeps so far have shown, and go on by the new plan.

@@ -21,6 +21,7 @@ from layerstream.pipeline.binding import Binding, Bound
 from layerstream.pipeline.modules import Use
 from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
+from layerstream.pipeline.plan import Plan
 from layerstream.pipeline.rider import PassCancelled, Rider
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices import Device, Event
@@ -95,7 +96,7 @@ class Sweeps:
             self._loop.call_soon_threadsafe(what, *args)
         except RuntimeError:  # the loop is closed, and with it the pipeline
             for ticket in args:
-                if isinstance(ticket, Future):
+                if isinstance(ticket, Future) and not ticket.done():
                     ticket.set_exception(ClosedError("the model was closed"))
 
     def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
@@ -211,6 +212,7 @@ class Sweeps:
                 await self._linger()
                 if self._waiting:
                     await self._place_residents()
+                if self._waiting:  # they may all have been cancelled while residents changed places
                     await self._depart()
         except asyncio.CancelledError:
             self._fail(ClosedError("the model was closed while it was computing"))
@@ -245,13 +247,18 @@ class Sweeps:
                     done.set_result(None)
 
     async def _place_residents(self) -> None:
-        plan = self.phases.plan_for({*self._running, *self._waiting})
-        if plan is self._pipeline.plan:
-            return
-        try:
-            await self._pipeline.adopt(plan)
-        except DeviceError as error:  # what was planned to be free is in pieces, or somebody else's
-            self.phases.give_up(error)
+        # Once more after each change: a prompt that came meanwhile may need the room that was just filled.
+        while (plan := self._placement()) is not self._pipeline.plan:
+            try:
+                await self._pipeline.adopt(plan)
+            except (
+                DeviceError
+            ) as error:  # what was planned to be free is in pieces, or somebody else's
+                self.phases.give_up(error)
+                return
+
+    def _placement(self) -> Plan:
+        return self.phases.plan_for({*self._running, *self._waiting})
 
     async def _linger(self) -> None:
         """Wait a little for those between two steps; who is late takes the next sweep."""

@@ -390,6 +390,9 @@ def test_the_drop_in_is_the_transformers_class_and_computes_like_it(tmp_path: Pa
         tokens = model.generate(**inputs, **GREEDY)
         assert torch.equal(tokens, reference.generate(**inputs, **GREEDY))
     model.close()
+    for call in (model, model.generate):
+        with pytest.raises(ClosedError):
+            call(**inputs)
 
 
 def test_the_drop_in_serves_transformers_pipelines(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import save_model
 
-from layerstream.pipeline import Budget, ClosedError, PlanError, StreamedModel, Workload
+from layerstream.pipeline import Budget, ClosedError, Plan, PlanError, StreamedModel, Workload
 from layerstream.pipeline.figures import Origin
+from layerstream.stages.compute import Sweep
 
 MIB = 1 << 20
 # Long enough for the activations of a prompt to outweigh a block; short prompts fit many times over.
@@ -97,6 +100,75 @@ def test_a_prompt_gets_the_room_back_before_it_is_processed(folder: Path) -> Non
             streaming = model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
             await streaming
             assert model._pipeline.plan is model.plan
+
+    run(scenario(), seconds=100)
+
+
+@asynccontextmanager
+async def held_up(model: StreamedModel) -> AsyncIterator[None]:
+    """Residents of ``model`` are about to change places, and do so when the block ends."""
+    begun, may = asyncio.Event(), asyncio.Event()
+    adopt = model._pipeline.adopt
+
+    async def adopting(plan: Plan) -> None:
+        begun.set()
+        await may.wait()
+        await adopt(plan)
+
+    model._pipeline.adopt = adopting  # type: ignore[method-assign]
+    try:
+        await begun.wait()
+        yield
+    finally:
+        model._pipeline.adopt = adopt  # type: ignore[method-assign]
+        may.set()
+
+
+def test_a_model_goes_on_when_all_who_wait_are_cancelled_while_residents_change_places(
+    folder: Path, expected: torch.Tensor
+) -> None:
+    async def scenario() -> None:
+        async with opening(folder, host=await smallest(folder)) as model:
+            asked = {"input_ids": PROMPT, "max_new_tokens": 12, **GREEDY}
+            task = asyncio.create_task(model.generate(**asked))
+            async with held_up(model):
+                task.cancel()
+                await asyncio.wait([task])
+            assert task.cancelled()
+            assert torch.equal(await model.generate(**asked), expected)
+
+    run(scenario(), seconds=100)
+
+
+def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_it_departs(
+    folder: Path,
+) -> None:
+    long = (
+        torch.arange(1536)[None] % 90 + 5
+    )  # fits beside the short one, but not beside more layers
+
+    async def scenario() -> None:
+        async with opening(folder, host=await smallest(folder)) as model:
+            sweeps, pipeline = model._sweeps, model._pipeline
+            sweep, allowed = pipeline.sweep, []
+
+            def departing(route: Sequence[int]) -> Sweep:
+                riders = {*sweeps._running, *sweeps._waiting}
+                allowed.append(sweeps.phases.allows(pipeline.plan, riders))
+                return sweep(route)
+
+            pipeline.sweep = departing  # type: ignore[assignment, method-assign]
+            short = asyncio.create_task(
+                model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+            )
+            async with held_up(model):
+                prompt = asyncio.create_task(
+                    model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
+                )
+                await sweeps._until(lambda: len(sweeps._waiting) == 2)
+            await asyncio.gather(short, prompt)
+            assert len(allowed) > 2
+            assert all(allowed)
 
     run(scenario(), seconds=100)
 

@@ -22,6 +22,10 @@ pytest.importorskip("fastapi", reason="needs layerstream[serve]")
 pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
 parser = pytest.importorskip("prometheus_client.parser", reason="needs layerstream[serve]")
 
+from pydantic import BaseModel, ValidationError  # noqa: E402 - it comes with fastapi
+
+from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
+
 KEY = "a-key"
 MAX_BODY = 100_000
 HOST = "32MiB"  # 27 are taken by transformers' code and the workload; the weights have 8, so that they stream
@@ -468,6 +472,47 @@ def test_what_asks_for_nothing_special_is_taken(http: Any) -> None:
     assert http.post(CHAT, json=TALK | harmless).status_code == 200
 
 
+def test_an_answer_is_taken_back_as_the_client_gave_it_out(client: Any) -> None:
+    messages: list[Any] = list(SAY)
+    options = GREEDY | {"max_tokens": 4}
+    first = client.chat.completions.create(messages=messages, **options).choices[0].message
+    messages += [first, {"role": "user", "content": "Go on"}]
+    assert client.chat.completions.create(messages=messages, **options).choices[0].message.content
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 5e-324])
+def test_next_to_no_temperature_is_none(
+    temperature: float, client: Any, reference: Reference
+) -> None:
+    options = GREEDY | {"temperature": temperature}
+    done = client.completions.create(prompt="Hello", max_tokens=8, **options)
+    assert done.choices[0].text == reference.text("Hello", 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (CompletionRequest, "prompt", [{}] * 1000),
+        (ChatRequest, "messages", [0] * 1000),
+        (ChatRequest, "messages", [{"role": "user", "content": [0] * 1000}]),
+    ],
+)
+def test_of_a_long_list_of_wrong_items_only_the_first_is_looked_at(
+    kind: type[BaseModel], name: str, value: list[Any]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "tiny", name: value})
+    assert caught.value.error_count() < 10
+
+
+def test_a_client_that_leaves_before_all_is_said_is_no_error_of_the_server(
+    http: Any, server: Server
+) -> None:
+    left(server, ASK, missing=1).close()
+    assert http.post(COMPLETIONS, json=ASK).status_code == 200
+    assert "Traceback" not in server.log  # nor later: see ``serving``
+
+
 @pytest.mark.parametrize("key", [None, "x", "wrong", KEY + "x", "a-k\u00e9y"])
 def test_a_wrong_key_opens_nothing_but_health_and_metrics(key: str | None, server: Server) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
@@ -501,13 +546,14 @@ def test_a_body_that_is_too_long_is_refused(chunked: bool, times: int, http: Any
 LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": LONG_TOKENS, "temperature": 0}
 
 
-def left(server: Server, body: dict[str, Any]) -> socket.socket:
-    """A connection on which ``body`` was sent to be completed. Nobody reads from it."""
+def left(server: Server, body: dict[str, Any], *, missing: int = 0) -> socket.socket:
+    """A connection on which ``body`` was sent to be completed, but for its last bytes. Nobody reads from it."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
     connection = socket.create_connection((host, int(port)), timeout=60)
-    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    length = len(content) + missing
+    connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + content)
     return connection
 
 

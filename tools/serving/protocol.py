@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import ClientDisconnect, Request
 
 from layerstream.tools.serving.errors import ApiError
 
@@ -40,6 +40,11 @@ _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+
+
+Item = TypeVar("Item")
+# The first wrong item is all that is told: a megabyte of them would hold the event loop for seconds.
+_Listed = Annotated[list[Item], Field(fail_fast=True)]
 
 
 class _Part(BaseModel):
@@ -103,8 +108,9 @@ class _Generation(_Part):
 class CompletionRequest(_Generation):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="a string, a list of strings, a list of token ids, or a list of such lists"
+    prompt: str | _Listed[str] | _Listed[int] | _Listed[_Listed[int]] = Field(
+        union_mode="left_to_right",
+        description="a string, a list of strings, a list of token ids, or a list of such lists",
     )
 
     @property
@@ -122,17 +128,27 @@ class TextPart(_Part):
 
 
 class Message(_Part):
-    """One turn of a chat."""
+    """One turn of a chat. As in the request itself, what is null in it was not said.
+
+    The official client sends an answer of ours back with all that was in it, ``"refusal": null`` too.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _Listed[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value is not None}
 
 
 class ChatRequest(_Generation):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(
+    messages: _Listed[Message] = Field(
         min_length=1,
         description=(
             "a list of messages, each with a role (system, developer, user or assistant) and a content "
@@ -188,15 +204,18 @@ async def read_request(request: Request, kind: type[AnyRequest], *, max_bytes: i
 async def _body(request: Request, *, max_bytes: int) -> bytes:
     body = bytearray()
     nbytes = 0
-    async for chunk in request.stream():
-        nbytes += len(chunk)
-        if nbytes <= max_bytes:
-            body += chunk
-        else:
-            # Read on for a while: a client whose upload breaks off does not get to see the answer.
-            body.clear()
-            if nbytes > 8 * max_bytes:
-                break
+    try:
+        async for chunk in request.stream():
+            nbytes += len(chunk)
+            if nbytes <= max_bytes:
+                body += chunk
+            else:
+                # Read on for a while: a client whose upload breaks off does not get to see the answer.
+                body.clear()
+                if nbytes > 8 * max_bytes:
+                    break
+    except ClientDisconnect:
+        raise ApiError(499, "The client has left.") from None  # for the log: nobody is there
     if nbytes > max_bytes:
         raise ApiError(
             413,

@@ -12,6 +12,9 @@ __all__ = ["sampling_options"]
 # What transformers takes for not set where it always takes the likeliest token: it warns of others.
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
+# Below that, only the likeliest token is ever drawn; and scores divided by next to nothing are infinite.
+_COLDEST = 1e-6
+
 
 def sampling_options(
     asked: ChatRequest | CompletionRequest,
@@ -39,7 +42,7 @@ def sampling_options(
             [_Penalties(asked, prompt_tokens=prompt_tokens)]
         )
     temperature = first(asked.temperature, defaults.temperature, 1.0)
-    if temperature == 0:
+    if temperature < _COLDEST:
         return options | _GREEDY
     return options | {
         "do_sample": True,
