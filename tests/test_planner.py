@@ -536,3 +536,23 @@ def test_a_plan_with_garbage_in_a_field_is_refused_or_read_but_never_crashes(gar
     except PlanError:
         return
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_mapped_plan_goes_on_with_no_batch_that_its_ring_cannot_pass():
+    sizes = [1 << 20] * 4 + [8 << 20] + [1 << 20]
+    everything = {"reader": "mmap", "fused": range(len(sizes)), "layer_batch_size": 1}
+    roomy = plan_of(sizes, host=1 << 30, **everything)
+    assert roomy.device_arena_bytes < 8 << 20
+    with pytest.raises(PlanError, match="cannot hold"):  # and is no plan that would break
+        plan_of(sizes, host=20 << 20, running=roomy, **everything)
+    anew = plan_of(sizes, host=1 << 30, running=roomy, **everything)
+    passing = [batch.device_bytes for batch in anew.batches if not batch.device_resident]
+    assert max(passing, default=0) <= anew.device_arena_bytes
+
+
+def test_what_a_refusal_says_is_needed_is_the_least_of_all_readers(tmp_path):
+    write_checkpoint(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(PlanError, match=r"at least 16 MiB are needed .* 16 MiB are reserved"):
+        make_plan(checkpoint, CPU, budget=Budget(host=1 << 20))
+    make_plan(checkpoint, CPU, budget=Budget(host=16 << 20))
