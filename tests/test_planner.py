@@ -556,3 +556,16 @@ def test_what_a_refusal_says_is_needed_is_the_least_of_all_readers(tmp_path):
     with pytest.raises(PlanError, match=r"at least 16 MiB are needed .* 16 MiB are reserved"):
         make_plan(checkpoint, CPU, budget=Budget(host=1 << 20))
     make_plan(checkpoint, CPU, budget=Budget(host=16 << 20))
+
+
+def test_of_mapped_batches_only_what_is_copied_stays_while_decoding():
+    plan = plan_of([1 << 20] * 4, host=1 << 30, reader="mmap")
+    mixed = tuple(
+        dataclasses.replace(batch, device_bytes=4096, device_resident=False)
+        for batch in plan.batches
+    )
+    plan = dataclasses.replace(plan, batches=mixed, decode_residents=(1, 2))
+    kept = plan.while_decoding().batches
+    assert all(batch.uses_host_image for batch in kept)
+    assert [batch.device_resident for batch in kept] == [False, True, True, False]
+    assert not any(batch.host_resident for batch in kept)
