@@ -100,12 +100,12 @@ class Request:
             raise PlanError(
                 "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
             )
-        if self.layer_batch_size is not None and self.layer_batch_size < 1:
+        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
             raise PlanError(
-                f"layer_batch_size is {self.layer_batch_size}, but must be a whole number from 1"
+                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
             )
-        if self.slots is not None and self.slots not in _SLOTS:
-            raise PlanError(f"slots is {self.slots}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
+        if self.slots is not None and not (_is_whole(self.slots) and self.slots in _SLOTS):
+            raise PlanError(f"slots is {self.slots!r}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
 
     @property
     def on_cpu(self) -> bool:
@@ -338,6 +338,10 @@ def _lacks(tried: tuple[Frame, Need]) -> tuple[int, int]:
     frame, need = tried
     vram = max(0, need.vram - (frame.vram_budget or 0))
     return vram + max(0, need.host - frame.host_budget), sum(need)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _budget(given: int | None, free: int, what: str) -> int:
