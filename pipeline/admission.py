@@ -65,6 +65,18 @@ class Admission:
             reservation.cancel()
         self._grant()
 
+    def resize(self, room_bytes: int) -> None:
+        """From now on there is so much. Who has some keeps it; who waits for more than there is, is refused."""
+        self.room_bytes = room_bytes
+        for waiting in [each for each in self._queue if each.nbytes > room_bytes]:
+            self._queue.remove(waiting)  # or else all behind it would wait for ever
+            error = refusal(
+                what="a request that waits", need_bytes=waiting.nbytes, room_bytes=room_bytes
+            )
+            with suppress(InvalidStateError):  # cancelled by who waits
+                waiting.set_exception(error)
+        self._grant()
+
     def close(self, why: str) -> None:
         """Let those who wait, and all who ask from now on, fail with a ClosedError that says ``why``."""
         self._closed = why

@@ -235,8 +235,9 @@ def _burst(read: Callable[[int, Extent], None], chosen: Sequence[Extent]) -> tup
     began = time.perf_counter()
 
     def work(worker: int) -> list[_Done]:
-        done = []
-        while time.perf_counter() - began < _MOST_SECONDS:
+        done: list[_Done] = []
+        # One request at least, however late a busy machine starts its threads.
+        while not done or time.perf_counter() - began < _MOST_SECONDS:
             with lock:
                 request = next(requests, None)
             if request is None:

@@ -182,6 +182,11 @@ class Engine:
             tell(self._end, request, error)
             error = None  # it would hold this frame, and so itself
 
+    def resize(self, room_bytes: int) -> None:
+        """From now on there is so much for all requests together; those that run keep what they have."""
+        self._estimator.resize(room_bytes)
+        self._admission.resize(room_bytes)
+
     # -- life ------------------------------------------------------------------------------------
 
     async def drain(self) -> None:

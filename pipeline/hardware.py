@@ -72,21 +72,22 @@ class Hardware:
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
-            if value is not None and not value >= 0:  # so that NaN is refused too
-                raise PlanError(f"hardware: {name} is {value}; give the bytes, from 0")
-        if not self.cores >= 1:
-            raise PlanError(f"hardware: cores is {self.cores}; give a whole number from 1")
+            # Written so that NaN is refused too.
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise PlanError(f"hardware: {name} is {value!r}; give the bytes, from 0")
+        if not (_is_number(self.cores) and self.cores >= 1):
+            raise PlanError(f"hardware: cores is {self.cores!r}; give a whole number from 1")
         for name in _RATES:
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise PlanError(
-                    f"hardware: {name} is {value}; give a number above zero, or None for unknown"
+                    f"hardware: {name} is {value!r}; give a number above zero, or None for unknown"
                 )
         for name in _COSTS:
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
                 raise PlanError(
-                    f"hardware: {name} is {value}; give seconds, from 0, or None for unknown"
+                    f"hardware: {name} is {value!r}; give seconds, from 0, or None for unknown"
                 )
         self._check_compute()
 
@@ -97,9 +98,9 @@ class Hardware:
                 f"hardware: compute has rates for {sizes} tokens; give each size once, in ascending order, from 1"
             )
         for rate in self.compute:
-            if not 0 < rate.bytes_per_second < math.inf:
+            if not (_is_number(rate.bytes_per_second) and 0 < rate.bytes_per_second < math.inf):
                 raise PlanError(
-                    f"hardware: compute at {rate.tokens} tokens has {rate.bytes_per_second} bytes per "
+                    f"hardware: compute at {rate.tokens} tokens has {rate.bytes_per_second!r} bytes per "
                     "second; give a number above zero"
                 )
 
@@ -140,11 +141,13 @@ class Hardware:
 
     @classmethod
     def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
-        asked = dict.fromkeys(_SIZES, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
+        vram = device.free_bytes()
+        sizes = [name for name in _SIZES if name != "vram_free_bytes" or vram is not None]
+        asked = dict.fromkeys(sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
         return cls(
             device=str(device.torch_device),
             host_available_bytes=host_available_bytes(),
-            vram_free_bytes=device.free_bytes(),
+            vram_free_bytes=vram,
             cores=len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
@@ -152,6 +155,10 @@ class Hardware:
             figures={**asked, **rates.figures},
             **rates.fields,
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _cached_bytes(checkpoint: Checkpoint) -> int:

@@ -58,12 +58,14 @@ class MeasuredCache:
         # ValueError: not JSON, or not what we write. RecursionError: brackets without end.
         except (OSError, ValueError, RecursionError) as error:
             logger.warning(
-                "%s: measuring again, since what is kept cannot be used: %s", path, error
+                "%s: taken as not measured, since what is kept cannot be used: %s", path, error
             )
             return None
         if found.age_seconds > _MOST_SECONDS:
             logger.info(
-                "%s: measuring again, since it is %.0f days old", path, found.age_seconds / 86400
+                "%s: taken as not measured, since it is %.0f days old",
+                path,
+                found.age_seconds / 86400,
             )
             return None
         return found

@@ -170,6 +170,7 @@ class StreamedModel:
         held = max(0, (anonymous_bytes() or 0) - (before or 0))
         self.hardware = hardware
         self._budget: Budget | None = options["budget"]
+        self._held_bytes = held
         self._make_plan = functools.partial(
             make_plan,
             checkpoint,
@@ -336,17 +337,18 @@ class StreamedModel:
 
         Layer batches, slots and reader stay, so that what was read ahead and all KV caches do too; which
         layers are resident may change, and with a smaller budget their memory is given back. Requests
-        that run go on: the change is made between two sweeps.
+        that run go on: the change is made between two sweeps. They keep what they have reserved until they
+        end, also of a larger budget than the new one; those that wait for more than there is now are refused.
 
         Args:
             budget: what may be used from now on; by default what the last plan had.
 
         Raises:
             PlanError: no plan fits that budget; the old one stays.
-            DeviceError: the memory is not there; the old plan stays.
+            DeviceError: the memory is not there; the old plan stays, and gets its residents back.
             ClosedError: the model is not open.
         """
-        self._open_engine()
+        engine = self._open_engine()
         hardware = self.hardware.learn(self.plan, self._pipeline.timings())
         now = await Hardware.probe(self._checkpoint, device=self.plan.device, measure=False)
         held = self.plan
@@ -359,11 +361,24 @@ class StreamedModel:
             if now.vram_free_bytes is None or held.device_memory is None
             else now.vram_free_bytes + held.device_memory.taken_bytes,
         )
+        if budget is None:
+            # Running requests, too, have some of what the last plan was given: that alone is no reason to refuse it.
+            least = held.host_memory.budget_bytes
+            vram = hardware.vram_free_bytes
+            if vram is not None and held.device_memory is not None:
+                vram = max(vram, held.device_memory.budget_bytes)
+            hardware = dataclasses.replace(
+                hardware,
+                host_available_bytes=max(hardware.host_available_bytes, least),
+                vram_free_bytes=vram,
+            )
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
-            self._sweeps.phases.replace(plan)
+            room = _room_bytes(plan, held_bytes=self._held_bytes)
+            self._sweeps.phases.replace(plan, room_bytes=room)
+            engine.resize(room)
             self.plan, self.hardware = plan, hardware
             self._budget = budget or self._budget
 

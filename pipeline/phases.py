@@ -24,12 +24,12 @@ class Phases:
     """
 
     def __init__(self, plan: Plan, *, room_bytes: int) -> None:
-        self._room = room_bytes
         self._swept = False
-        self.replace(plan)
+        self.replace(plan, room_bytes=room_bytes)
 
-    def replace(self, plan: Plan) -> None:
-        """Go on with another plan."""
+    def replace(self, plan: Plan, *, room_bytes: int) -> None:
+        """Go on with another plan, and what it leaves for requests."""
+        self._room = room_bytes
         self.first = plan.at_first()
         self._plan = self._decoding = plan
         self._extra = 0
@@ -40,7 +40,7 @@ class Phases:
     def give_up(self, why: BaseException) -> None:
         """There is no memory for the decode residents after all: do without."""
         logger.warning("layers that would stay while decoding are streamed: %s", why)
-        self.replace(dataclasses.replace(self._plan, decode_residents=()))
+        self.replace(dataclasses.replace(self._plan, decode_residents=()), room_bytes=self._room)
 
     def plan_for(self, riders: Iterable[Rider]) -> Plan:
         """The placement for a sweep while these requests run, some of which ride it."""

@@ -23,7 +23,6 @@ from typing import Any, Self, TypeVar
 
 from layerstream.pipeline.plan import Plan, ReaderKind
 from layerstream.stages.arena import RingArena
-from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices import Device, Event, open_device
@@ -321,7 +320,7 @@ class Pipeline:
         Raises:
             BusyError: a sweep is under way.
             ClosedError: the pipeline is not open.
-            DeviceError: there is no memory for the new residents; the old plan stays.
+            DeviceError: there is no memory for the new residents: none has come, and what was to go has gone.
             PlanError: the plans differ in more.
         """
         self._check_idle()
@@ -330,26 +329,37 @@ class Pipeline:
             await self._swap_residents(plan)
 
     async def _swap_residents(self, plan: Plan) -> None:
-        pairs = list(zip(self.plan.batches, plan.batches, strict=True))
-        gone = [new.index for old, new in pairs if _leaves(old, new)]
+        # What has memory is asked, not the old plan: a change that was broken off may have come between.
+        gone = self._residents.superseded(plan.batches)
         if gone:
-            self._route.replace(
-                [
-                    dataclasses.replace(old, host_resident=False, device_resident=False)
-                    if old.index in gone
-                    else old
-                    for old, _ in pairs
-                ]
-            )
+            left = [
+                dataclasses.replace(old, host_resident=False, device_resident=False)
+                if old.index in gone
+                else old
+                for old in self.plan.batches
+            ]
+            self._route.replace(left)
+            # Whatever becomes of the rest, this is how it is from here on.
+            self.plan = dataclasses.replace(self.plan, batches=tuple(left))
             self._route.recall()
             # Through the stages, since their threads may be copying from what is to be given back.
             while not (await self._ready.peek()).wanted:
                 self._route.drop(await self._ready.get())
             await finish_in_thread(self._device.drain)
             await finish_in_thread(lambda: self._residents.remove(gone))
-        await finish_in_thread(lambda: self._residents.add(plan.batches))
-        self._route.replace(plan.batches)
-        self.plan = plan
+        added = False
+
+        def add() -> None:
+            nonlocal added
+            self._residents.add(plan.batches)
+            added = True
+
+        try:
+            await finish_in_thread(add)
+        finally:
+            if added:  # also if the waiting task was cancelled meanwhile
+                self._route.replace(plan.batches)
+                self.plan = plan
 
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened."""
@@ -418,13 +428,6 @@ class Pipeline:
             self._loop.call_soon_threadsafe(sweep.end)
 
 
-def _leaves(old: LayerBatch, new: LayerBatch) -> bool:
-    """Whether an image of a batch that was kept is kept no longer."""
-    return (old.host_resident and not new.host_resident) or (
-        old.device_resident and not new.device_resident
-    )
-
-
 def _check_alike(old: Plan, new: Plan) -> None:
     """Refuse a plan that would need other memory, files or batches than the pipeline has."""
 
@@ -438,11 +441,18 @@ def _check_alike(old: Plan, new: Plan) -> None:
         raise PlanError(
             "the running plan and the new one differ in more than their residents; open the model anew"
         )
-    sizes = [(b.host_bytes, b.device_bytes) for b in new.batches if b.streamed]
+    in_place = new.reader is ReaderKind.MMAP and new.device_memory is None
+    passing = [
+        (
+            0 if in_place or batch.host_resident else batch.host_bytes,
+            0 if batch.device_resident else batch.device_bytes,
+        )
+        for batch in new.batches
+    ]
     rings = (old.host_arena_bytes, old.device_arena_bytes)
-    if new.reader is not ReaderKind.MMAP and any(a > rings[0] or b > rings[1] for a, b in sizes):
+    if any(a > rings[0] or b > rings[1] for a, b in passing):
         raise PlanError(
-            "the new plan streams a layer batch that is larger than the running pipeline's slots; "
+            "the new plan moves a layer batch that is larger than the running pipeline's slots; "
             "open the model anew"
         )
 

@@ -192,7 +192,9 @@ class Plan:
     def while_decoding(self) -> Self:
         """The same with its decode residents in place: how it is while no prompt is processed."""
         staying = set(self.decode_residents)
-        on_host = self.device_memory is None
+        on_cpu = self.device_memory is None
+        # Mapped, a host image is the page cache's, and takes no memory of ours.
+        on_host = on_cpu and self.reader is not ReaderKind.MMAP
 
         def kept(batch: LayerBatch) -> LayerBatch:
             if batch.index not in staying:
@@ -200,7 +202,7 @@ class Plan:
             return replace(
                 batch,
                 host_resident=on_host and batch.uses_host_image,
-                device_resident=not on_host or batch.device_bytes > 0,
+                device_resident=not on_cpu or batch.device_bytes > 0,
             )
 
         return replace(self, batches=tuple(kept(batch) for batch in self.batches))

@@ -4,6 +4,7 @@ Every layer batch size, slot count and reader that makes sense is placed in the 
 priced (``pricing``); the fastest is the plan. How it is priced, and against what, is in the plan too.
 """
 
+import math
 from collections.abc import Sequence
 
 from layerstream.pipeline.advice import advise
@@ -180,8 +181,11 @@ def _objective(given: Objective | str) -> Objective:
 
 
 def _reader(asked: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
-    if rate is not None and not rate > 0:  # so that NaN is refused too
-        raise PlanError(f"throttle_bytes_per_second is {rate}, but must be more than nothing")
+    # Written so that NaN is refused too; JSON knows no infinity.
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+        raise PlanError(
+            f"throttle_bytes_per_second is {rate!r}, but must be a number above nothing"
+        )
     if asked is None:
         return None if rate is None else ReaderKind.THROTTLED
     if asked not in list(ReaderKind):

@@ -81,6 +81,10 @@ class Estimator:
         self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item = getattr(module, "dtype", torch.float32).itemsize
 
+    def resize(self, room_bytes: int) -> None:
+        """From now on there is so much for all requests together."""
+        self._room = room_bytes
+
     def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
         """What one forward pass takes: its caches, its activations, and logits for all positions.
 

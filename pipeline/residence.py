@@ -70,10 +70,9 @@ class Frame:
         pinned = self.pinned
 
         def stays(batch: LayerBatch) -> bool:
-            large = (
-                passing is not None
-                and not self.maps
-                and (batch.host_bytes > passing.host or batch.device_bytes > passing.device)
+            large = passing is not None and (
+                (batch.host_bytes > passing.host and not self.maps)
+                or batch.device_bytes > passing.device
             )
             return large or not pinned.isdisjoint(batch.layers)
 

@@ -106,12 +106,12 @@ class Request:
             raise PlanError(
                 "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
             )
-        if self.layer_batch_size is not None and self.layer_batch_size < 1:
+        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
             raise PlanError(
-                f"layer_batch_size is {self.layer_batch_size}, but must be a whole number from 1"
+                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
             )
-        if self.slots is not None and self.slots not in _SLOTS:
-            raise PlanError(f"slots is {self.slots}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
+        if self.slots is not None and not (_is_whole(self.slots) and self.slots in _SLOTS):
+            raise PlanError(f"slots is {self.slots!r}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
 
     @property
     def on_cpu(self) -> bool:
@@ -147,7 +147,7 @@ class Request:
         Raises:
             PlanError: none fits.
         """
-        for kv_on_host in (False,) if self.on_cpu or self.memory is None else (False, True):
+        for kv_on_host in self._kv_places():
             found = [
                 choice
                 for reader in self._readers()
@@ -197,6 +197,10 @@ class Request:
             # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
             return (ReaderKind.MMAP,)
         return (ReaderKind.DIRECT, ReaderKind.MMAP)
+
+    def _kv_places(self) -> tuple[bool, ...]:
+        """Whether the KV cache is on the host: what is tried, in this order."""
+        return (False,) if self.on_cpu or self.memory is None else (False, True)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
         kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0
@@ -312,22 +316,40 @@ class Request:
             cached_bytes=self.hardware.cached_bytes,
         )
 
+    def _least(self, frame: Frame) -> Need:
+        batches = frame.batches(self.layer_batch_size or 1, passing=self.rings)
+        return frame.need(batches, self.rings or frame.arenas(batches, self.slots or 1))
+
     def _too_small(self) -> str:
-        frame = self._frame(self._readers()[0], kv_on_host=False)
-        batches = frame.batches(self.layer_batch_size or 1)
-        need = frame.need(batches, frame.arenas(batches, self.slots or 1))
+        frames = [
+            self._frame(reader, kv_on_host=kv_on_host)
+            for reader in self._readers()
+            for kv_on_host in self._kv_places()
+        ]
+        frame, need = min(((frame, self._least(frame)) for frame in frames), key=_lacks)
         nbytes, name = max((layer.nbytes, layer.name) for layer in self.layers)
-        side, needed, have = (
-            ("host", need.host, frame.host_budget)
+        side, needed, have, kept = (
+            ("host", need.host, frame.host_budget, frame.host_reserved)
             if need.host > frame.host_budget
-            else ("VRAM", need.vram, frame.vram_budget or 0)
+            else ("VRAM", need.vram, frame.vram_budget or 0, frame.vram_reserved)
         )
-        reserved = format_bytes(frame.host_reserved + frame.vram_reserved)
+        reserved = format_bytes(kept)
         return (
             f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
             f"{reserved} are reserved for the workload); raise the budget, or ask for fewer tokens at a time"
         )
+
+
+def _lacks(tried: tuple[Frame, Need]) -> tuple[int, int]:
+    """By how much the budgets are too small for it."""
+    frame, need = tried
+    vram = max(0, need.vram - (frame.vram_budget or 0))
+    return vram + max(0, need.host - frame.host_budget), sum(need)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _budget(given: int | None, free: int, what: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from layerstream.pipeline.layers import LayerKind
 from layerstream.pipeline.layout import PlannedLayer
 from layerstream.pipeline.rates import Rates
+from layerstream.pipeline.workload import with_text_config
 
 __all__ = ["Pass", "Work"]
 
@@ -38,7 +39,7 @@ class Work:
     """
 
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
-        text = {**(config or {}), **((config or {}).get("text_config") or {})}
+        text = with_text_config(config or {})
         self._rates = rates
         self._encodes_once = bool(text.get("is_encoder_decoder"))
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")

@@ -6,7 +6,7 @@ from typing import Any
 
 from layerstream.pipeline.plan import Workload
 
-__all__ = ["WorkloadMemory", "estimate_memory", "kv_bytes", "workload_bytes"]
+__all__ = ["WorkloadMemory", "estimate_memory", "kv_bytes", "with_text_config", "workload_bytes"]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
@@ -23,6 +23,9 @@ _WASTE = 2
 
 # Linear attention goes through its prompt in pieces of this many tokens.
 _CHUNK_TOKENS = 64
+
+# A config.json that says more of them says nothing.
+_MOST_LAYERS = 100_000
 
 Config = Mapping[str, Any]
 
@@ -181,11 +184,11 @@ def _sizes(config: Config | None) -> _Sizes | None:
     """What ``config`` says of the decoder; None if it tells no hidden size or no number of layers."""
     if config is None:
         return None
-    config = {**config, **(config.get("text_config") or {})}
+    config = with_text_config(config)
     hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _number(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     layers += _number(config, "num_decoder_layers", "decoder_layers")
-    if not hidden or not layers:
+    if not hidden or not 0 < layers <= _MOST_LAYERS:
         return None
     heads = _number(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     heads = heads or _number(config, "decoder_attention_heads") or 1
@@ -235,6 +238,12 @@ def _sizes(config: Config | None) -> _Sizes | None:
     )
 
 
+def with_text_config(config: Config) -> Config:
+    """``config`` with what it says of its text model, if it has one, in place of its own."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else config
+
+
 def _kv_heads(config: Config) -> int:
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
@@ -248,11 +257,12 @@ def _layers(config: Config, layers: int) -> tuple[tuple[int | None, ...], int]:
         window = None
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
+        kinds = [str(kind) for kind in kinds]
         recurrent = sum(kind in {"linear_attention", "mamba", "conv", "hybrid"} for kind in kinds)
         spans = tuple(
             window if kind == "sliding_attention" else None
             for kind in kinds
-            if kind == "hybrid" or ("attention" in str(kind) and kind != "linear_attention")
+            if kind == "hybrid" or ("attention" in kind and kind != "linear_attention")
         )
         return spans, recurrent
     if "state_size" in config:
@@ -285,6 +295,6 @@ def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
 
 
 def _number(config: Config, *names: str) -> int:
-    """The first of ``names`` that ``config`` gives a number; else 0."""
+    """The first of ``names`` that ``config`` gives a number; else 0, as for one below."""
     found = (config[name] for name in names if type(config.get(name)) is int)
-    return next(found, 0)
+    return max(0, next(found, 0))

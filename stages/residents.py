@@ -31,7 +31,7 @@ class Residents:
         self._device = device
         self._homes: dict[int, _Home] = {}
         self._loaded: set[int] = set()
-        self._loading: set[int] = set()
+        self._loading: dict[int, LayerBatch] = {}  # as it was when that began
         self._changed = asyncio.Event()
         self.add(batches)
 
@@ -73,8 +73,19 @@ class Residents:
         for index in indices:
             home = self._homes.pop(index, None)
             self._loaded.discard(index)
+            self._loading.pop(index, None)
             if home is not None and home.host is not None:
                 self._device.release_host_memory(home.host)
+
+    def superseded(self, batches: Iterable[LayerBatch]) -> list[int]:
+        """Indices of those that have memory, but not for the images that ``batches`` have stay."""
+        return [
+            batch.index
+            for batch in batches
+            if (home := self._homes.get(batch.index)) is not None
+            and (home.host is not None, home.device is not None)
+            != (batch.host_resident, batch.device_resident)
+        ]
 
     async def loaded(self, batch: LayerBatch) -> bool:
         """Whether ``batch`` is a resident that has arrived, so that nothing needs to be read for it.
@@ -89,17 +100,20 @@ class Residents:
             await self._changed.wait()
         if batch.index in self._loaded:
             return True
-        self._loading.add(batch.index)
+        self._loading[batch.index] = batch
         return False
 
     def arrived(self, batch: LayerBatch) -> None:
         """``batch`` has arrived in all images that it keeps."""
-        self._loaded.add(batch.index)
+        # News of a copy into memory that was given back meanwhile must not pass for the next one's.
+        if self._loading.get(batch.index) is batch:
+            self._loaded.add(batch.index)
         self.gave_up(batch)
 
     def gave_up(self, batch: LayerBatch) -> None:
         """``batch`` is not being loaded any more, arrived or not."""
-        self._loading.discard(batch.index)
+        if self._loading.get(batch.index) is batch:
+            del self._loading[batch.index]
         self._changed.set()
 
     def host_bytes(self, batch: LayerBatch) -> torch.Tensor:

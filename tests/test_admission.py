@@ -54,6 +54,20 @@ def test_who_leaves_the_queue_lets_those_behind_in() -> None:
     assert admission.reserved_bytes == 7
 
 
+def test_when_there_is_less_who_has_some_keeps_it_and_who_can_never_fit_hears_of_it() -> None:
+    admission = Admission(room_bytes=10, places=9)
+    first = asked(admission, 6)
+    large, small = asked(admission, 8), asked(admission, 5)
+    admission.resize(7)
+    assert isinstance(large.exception(timeout=0), AdmissionError)
+    assert (admission.reserved_bytes, admission.waiting) == (6, 1)
+    admission.resize(11)
+    assert small.done()
+    admission.give_back(first)
+    admission.give_back(large)
+    assert admission.reserved_bytes == 5
+
+
 def test_places_are_waited_for_too() -> None:
     admission = Admission(room_bytes=10, places=1)
     first, second = asked(admission, 1), asked(admission, 1)

@@ -11,6 +11,7 @@ from support.faults import Gate, RecordingReader
 from support.loop import happens, run
 
 from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
+from layerstream.stages.residents import Residents
 
 BLOCKS = 6
 BATCHES = BLOCKS + 2
@@ -139,6 +140,106 @@ def test_without_memory_for_the_new_residents_the_old_plan_stays(checkpoint):
 
     run(main())
     assert set(kept) == set(expected)
+
+
+def test_a_change_that_fails_half_way_is_told_and_made_good_by_the_old_plan(checkpoint):
+    folder, expected = checkpoint
+    plain = plan_for(folder, GPU)
+    old = with_residents(plain, on_device=(1,), on_host=(2,))
+    device = FakeDevice(memory_bytes=old.device_arena_bytes + old.batches[1].device_bytes + 1)
+    kept = []
+
+    async def main():
+        async with Pipeline(old, device=device) as pipeline:
+            with pytest.raises(DeviceError):
+                await pipeline.adopt(with_residents(plain, on_device=(1, 3, 5)))
+            assert pipeline.plan.batches[1].device_resident
+            assert pipeline.plan.batches[2].streamed
+            await pipeline.adopt(old)
+            assert pipeline.plan is old
+            assert device.host_memories == 1 + 1
+            await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+
+    run(main())
+    assert set(kept) == set(expected)
+
+
+def test_whoever_stops_waiting_for_a_change_leaves_no_memory_without_a_plan(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, GPU)
+    device = FakeDevice()
+    taking = device.host_memory
+
+    async def main(gate):
+        async with Pipeline(with_residents(plain), device=device) as pipeline:
+            new = with_residents(plain, on_host=(1, 2))
+            device.host_memory = lambda nbytes: (gate(), taking(nbytes))[1]
+            adopting = asyncio.create_task(pipeline.adopt(new))
+            await happens(gate.reached)
+            adopting.cancel()
+            await asyncio.sleep(0)
+            gate.open()
+            with pytest.raises(asyncio.CancelledError):
+                await adopting
+            assert pipeline.plan is new
+            await pipeline.adopt(with_residents(plain))
+            assert device.host_memories == 1
+
+    with Gate() as gate:
+        run(main(gate))
+
+
+def test_what_stays_on_one_side_may_come_to_stay_on_both(checkpoint):
+    folder, expected = checkpoint
+    plain = plan_for(folder, GPU)
+    device, kept = FakeDevice(), []
+
+    async def main():
+        async with Pipeline(with_residents(plain, on_host=(1,)), device=device) as pipeline:
+            await pipeline.run(lambda _batch, _state: None, None)
+            await pipeline.adopt(with_residents(plain, on_host=(1,), on_device=(1,)))
+            for _ in range(2):
+                await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+
+    run(main())
+    assert len(kept) == 2 * len(expected)
+
+
+def test_late_news_of_a_copy_does_not_make_other_memory_loaded(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, GPU)
+    first, again = (with_residents(plain, on_device=(1,)).batches for _ in range(2))
+
+    async def main():
+        residents = Residents(first, FakeDevice())
+        assert not await residents.loaded(first[1])
+        residents.remove([1])
+        residents.add(again)
+        residents.arrived(first[1])
+        assert not await residents.loaded(again[1])
+        residents.arrived(again[1])
+        assert await residents.loaded(again[1])
+        residents.close()
+
+    run(main())
+
+
+def test_what_passes_a_ring_on_its_way_to_stay_has_to_fit_it(checkpoint):
+    folder, _ = checkpoint
+    plain = plan_for(folder, GPU)
+    last = BATCHES - 1
+    small = dataclasses.replace(
+        with_residents(plain, on_device=(last,)),
+        device_arena_bytes=3 * max(batch.device_bytes for batch in plain.batches[:-1]),
+    )
+
+    async def main():
+        async with Pipeline(small, device=FakeDevice()) as pipeline:
+            with pytest.raises(PlanError, match="larger than the running pipeline's slots"):
+                await pipeline.adopt(with_residents(plain, on_host=(last,)))
+            await pipeline.run(lambda _batch, _state: None, None)
+
+    run(main())
 
 
 def test_under_way_a_sweep_is_not_disturbed(checkpoint):

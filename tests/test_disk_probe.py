@@ -316,3 +316,8 @@ def test_small_files_are_looked_at_in_full():
     looks = disk_probe._looks(sizes)
     for file, size in enumerate(sizes):
         assert sum(each.nbytes for each in looks if each.file == file) == size
+
+
+def test_a_machine_too_busy_to_start_threads_in_time_still_shows_a_rate(files, monkeypatch):
+    monkeypatch.setattr(disk_probe, "_MOST_SECONDS", 0.0)
+    assert measure_direct(files, [0, 1])["disk_bytes_per_second"].samples >= 1

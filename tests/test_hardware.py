@@ -127,7 +127,7 @@ def test_rates_given_by_hand_are_taken_as_they_are():
     assert hash(what_if) == hash(replace(what_if))
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "7GB/s", True])
 @pytest.mark.parametrize(
     "name",
     ["disk_bytes_per_second", "mmap_bytes_per_second", "h2d_bytes_per_second", "compute"],
@@ -145,12 +145,14 @@ def test_a_rate_that_is_none_is_refused_by_its_name(name, value):
         ("vram_free_bytes", -1),
         ("cached_bytes", -1),
         ("cores", 0),
+        ("cores", None),
+        ("host_available_bytes", "4GiB"),
         ("direct_read_cpu_seconds_per_byte", -1e-9),
         ("overhead_seconds_per_batch", float("nan")),
     ],
 )
 def test_a_machine_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(name, value):
-    with pytest.raises(PlanError, match=f"hardware: {name} is {value}; give "):
+    with pytest.raises(PlanError, match=f"hardware: {name} is {value!r}; give "):
         replace(GPU, **{name: value})
 
 

@@ -45,7 +45,7 @@ def test_after_a_week_it_is_measured_again(cache, monkeypatch, caplog):
     now = measured.time.time()
     monkeypatch.setattr(measured.time, "time", lambda: now + 7 * 86400 + 60)
     assert cache.load(DISK, names=NAMES) is None
-    assert "measuring again, since it is 7 days old" in caplog.text
+    assert "taken as not measured, since it is 7 days old" in caplog.text
 
 
 @pytest.mark.parametrize("differs", ["host", "machine", "processor", "volume", "of"])
@@ -96,14 +96,14 @@ def test_what_is_not_as_it_was_written_is_measured_again_and_logged(cache, chang
     path = the_file(cache)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert cache.load(DISK, names=NAMES) is None
-    assert f"{path}: measuring again, since what is kept cannot be used: " in caplog.text
+    assert f"{path}: taken as not measured, since what is kept cannot be used: " in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_corrupt_file_is_measured_again_and_logged_and_replaced(cache, content, caplog):
     the_file(cache).write_bytes(content)
     assert cache.load(DISK, names=NAMES) is None
-    assert "measuring again" in caplog.text
+    assert "taken as not measured" in caplog.text
     cache.store(DISK, RATES)
     assert cache.load(DISK, names=NAMES).rates == RATES
 

@@ -460,10 +460,16 @@ def test_a_workload_that_makes_no_sense_is_refused(field, nonsense):
         ({"reader": "telepathy"}, "reader 'telepathy' is unknown; use one of direct, mmap"),
         ({"reader": "throttled"}, "throttle_bytes_per_second go together"),
         ({"reader": "mmap", "throttle_bytes_per_second": 5.0}, "go together"),
-        ({"reader": "throttled", "throttle_bytes_per_second": 0}, "more than nothing"),
-        ({"reader": None, "throttle_bytes_per_second": -5.0}, "more than nothing"),
-        ({"reader": None, "throttle_bytes_per_second": float("nan")}, "more than nothing"),
+        ({"reader": "throttled", "throttle_bytes_per_second": 0}, "number above nothing"),
+        ({"reader": None, "throttle_bytes_per_second": -5.0}, "number above nothing"),
+        ({"reader": None, "throttle_bytes_per_second": float("nan")}, "number above nothing"),
+        ({"reader": None, "throttle_bytes_per_second": float("inf")}, "number above nothing"),
+        ({"reader": None, "throttle_bytes_per_second": "1GB/s"}, "number above nothing"),
         ({"layer_batch_size": 0}, "layer_batch_size is 0"),
+        ({"layer_batch_size": 1.5}, "layer_batch_size is 1.5"),
+        ({"layer_batch_size": "4"}, "layer_batch_size is '4'"),
+        ({"slots": True}, "slots is True"),
+        ({"slots": 2.0}, "slots is 2.0"),
         ({"vram": MIB}, "the device is the CPU"),
         ({"sizes": []}, "holds no tensors"),
     ],
@@ -536,3 +542,36 @@ def test_a_plan_with_garbage_in_a_field_is_refused_or_read_but_never_crashes(gar
     except PlanError:
         return
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_mapped_plan_goes_on_with_no_batch_that_its_ring_cannot_pass():
+    sizes = [1 << 20] * 4 + [8 << 20] + [1 << 20]
+    everything = {"reader": "mmap", "fused": range(len(sizes)), "layer_batch_size": 1}
+    roomy = plan_of(sizes, host=1 << 30, **everything)
+    assert roomy.device_arena_bytes < 8 << 20
+    with pytest.raises(PlanError, match="cannot hold"):  # and is no plan that would break
+        plan_of(sizes, host=20 << 20, running=roomy, **everything)
+    anew = plan_of(sizes, host=1 << 30, running=roomy, **everything)
+    passing = [batch.device_bytes for batch in anew.batches if not batch.device_resident]
+    assert max(passing, default=0) <= anew.device_arena_bytes
+
+
+def test_what_a_refusal_says_is_needed_is_the_least_of_all_readers(tmp_path):
+    write_checkpoint(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(PlanError, match=r"at least 16 MiB are needed .* 16 MiB are reserved"):
+        make_plan(checkpoint, CPU, budget=Budget(host=1 << 20))
+    make_plan(checkpoint, CPU, budget=Budget(host=16 << 20))
+
+
+def test_of_mapped_batches_only_what_is_copied_stays_while_decoding():
+    plan = plan_of([1 << 20] * 4, host=1 << 30, reader="mmap")
+    mixed = tuple(
+        dataclasses.replace(batch, device_bytes=4096, device_resident=False)
+        for batch in plan.batches
+    )
+    plan = dataclasses.replace(plan, batches=mixed, decode_residents=(1, 2))
+    kept = plan.while_decoding().batches
+    assert all(batch.uses_host_image for batch in kept)
+    assert [batch.device_resident for batch in kept] == [False, True, True, False]
+    assert not any(batch.host_resident for batch in kept)

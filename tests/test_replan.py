@@ -14,7 +14,15 @@ from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import save_model
 
-from layerstream.pipeline import Budget, ClosedError, Plan, PlanError, StreamedModel, Workload
+from layerstream.pipeline import (
+    AdmissionError,
+    Budget,
+    ClosedError,
+    Plan,
+    PlanError,
+    StreamedModel,
+    Workload,
+)
 from layerstream.pipeline.figures import Origin
 from layerstream.stages.compute import Sweep
 
@@ -212,6 +220,55 @@ def test_a_budget_that_nothing_fits_leaves_the_old_plan(folder: Path) -> None:
         await model.aclose()
         with pytest.raises(ClosedError):
             await model.replan()
+
+    run(scenario(), seconds=100)
+
+
+def test_a_smaller_budget_leaves_less_for_requests_and_a_larger_one_more(folder: Path) -> None:
+    async def scenario() -> None:
+        workload = Workload(prompt_tokens=16)
+        async with opening(folder, host=512 * MIB, workload=workload) as model:
+            for host in (128 * MIB, 256 * MIB):
+                plan = await model.replan(budget=Budget(host=host))
+                taken = plan.host_memory.taken_bytes
+                assert model.stats().reservable_bytes <= host - taken
+                with pytest.raises(AdmissionError):
+                    await model.generate(input_ids=PROMPT, max_new_tokens=10**6, **GREEDY)
+                assert model.stats().reservable_bytes > plan.workload_bytes
+            await model.generate(input_ids=PROMPT, max_new_tokens=2, **GREEDY)
+
+    run(scenario(), seconds=100)
+
+
+def test_what_a_model_was_given_it_may_keep_however_little_is_free_by_now(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with opening(folder, host=256 * MIB) as model:
+            monkeypatch.setattr("layerstream.pipeline.hardware.host_available_bytes", lambda: 0)
+            plan = await model.replan()
+            assert plan.host_memory.budget_bytes == 256 * MIB
+            with pytest.raises(PlanError, match="free"):
+                await model.replan(budget=Budget(host=255 * MIB))
+
+    run(scenario(), seconds=100)
+
+
+def test_two_that_plan_anew_at_once_and_one_that_goes_away_do_not_disturb_a_request(
+    folder: Path, expected: torch.Tensor
+) -> None:
+    async def scenario() -> None:
+        async with opening(folder, host=256 * MIB) as model:
+            generating = asyncio.create_task(
+                model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+            )
+            budgets = (Budget(host=128 * MIB), Budget(host=200 * MIB), None)
+            anew = [asyncio.create_task(model.replan(budget=each)) for each in budgets]
+            await asyncio.sleep(0)
+            anew[0].cancel()
+            _, *plans = await asyncio.gather(*anew, return_exceptions=True)
+            assert torch.equal(await generating, expected)
+            assert any(model.plan is plan for plan in plans)
 
     run(scenario(), seconds=100)
 

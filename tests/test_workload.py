@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints import CPU
 from support.models import CASES, save_model
 
 from layerstream.pipeline import Checkpoint, Workload
@@ -16,6 +17,8 @@ from layerstream.pipeline.activations import LiveBytes, measure_memory
 from layerstream.pipeline.assembly import Assembly
 from layerstream.pipeline.configs import load_config, resolve_model_class
 from layerstream.pipeline.conversion import trace_model
+from layerstream.pipeline.rates import rates_of
+from layerstream.pipeline.work import Work
 from layerstream.pipeline.workload import estimate_memory, kv_bytes
 from layerstream.tools.families import FAMILIES
 
@@ -183,3 +186,22 @@ def test_opening_a_model_for_a_workload_measures_it_and_finds_the_same_layers(
     )
     assert assembled(workload).memory == measured
     assert (measured is None) == (case not in GENERATING)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"text_config": [1]},
+        {"text_config": "gpt"},
+        {"layer_types": [["full_attention"], {}, None]},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": -64},
+        {"vocab_size": -9},
+    ],
+    ids=json.dumps,
+)
+def test_a_config_of_nonsense_makes_no_trouble(odd: dict[str, Any]) -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **odd}
+    memory = estimate_memory(config, Workload())
+    assert memory is None or memory.reserved_bytes > 0
+    Work(config, rates_of(CPU))
