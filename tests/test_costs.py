@@ -178,7 +178,9 @@ def test_a_plan_is_never_slower_by_its_own_model_than_the_trivial_plans(request)
     assert any(each.name for each in plan.candidates)
     # Past no computation that is known of, slots come before what little a resident more would bring.
     equal = 1.01 if request["workload"] else 1.1
-    assert all(chosen.request_seconds <= equal * each.request_seconds for each in plan.candidates)
+    # One slot with residents is for where nothing else fits, whatever the model says of it.
+    rivals = [each for each in plan.candidates if each.name or each.slots > 1]
+    assert all(chosen.request_seconds <= equal * each.request_seconds for each in rivals)
     alone = plan_of(**request, layer_batch_size=1, slots=1)
     bare = next(each for each in alone.candidates if each.name)
     assert plan.prediction.request_seconds <= equal * bare.request_seconds
