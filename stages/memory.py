@@ -98,6 +98,7 @@ class Image:
     def __init__(self, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
         self._starts = [start for start, _ in parts]
         self._parts = [part for _, part in parts]
+        self._tensors: dict[str, torch.Tensor] = {}
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
         """The uint8 view ``[nbytes]`` at ``offset``, which must lie inside one part."""
@@ -105,7 +106,12 @@ class Image:
         return self._parts[which].narrow(0, offset - self._starts[which], nbytes)
 
     def tensor(self, view: TensorView) -> torch.Tensor:
-        """The tensor that ``view`` describes, as a view of these bytes."""
+        """The tensor that ``view`` describes, as a view of these bytes; the same one each time."""
+        if view.name not in self._tensors:
+            self._tensors[view.name] = self._laid_over(view)
+        return self._tensors[view.name]
+
+    def _laid_over(self, view: TensorView) -> torch.Tensor:
         dtype = getattr(torch, view.dtype)
         if view.nbytes == 0:
             return torch.empty(view.shape, dtype=dtype, device=self._device)

@@ -253,6 +253,7 @@ class MmapReader:
         self._mincore = libc.mincore
         self._mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         self._checked_at: dict[Extent, float] = {}
+        self._images: dict[int, Image] = {}
         # Of files that are not ours, mincore says of every page that it is there, so as to tell nothing.
         self._askable = [
             path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths
@@ -328,15 +329,18 @@ class MmapReader:
         """Views of the mapping, one part per read."""
         for read in batch.reads:
             self._check(read.file, read.file_offset + read.nbytes)
-        return Image(
-            [
-                (
-                    read.host_offset,
-                    self._tensors[read.file].narrow(0, read.file_offset, read.nbytes),
-                )
-                for read in batch.reads
-            ]
-        )
+        # A mapping stays where it is: so do the tensors over it, which take milliseconds to make.
+        if batch.index not in self._images:
+            self._images[batch.index] = Image(
+                [
+                    (
+                        read.host_offset,
+                        self._tensors[read.file].narrow(0, read.file_offset, read.nbytes),
+                    )
+                    for read in batch.reads
+                ]
+            )
+        return self._images[batch.index]
 
     def _check(self, file: int, needed: int) -> None:
         if os.fstat(self._files.descriptors[file]).st_size < needed:
@@ -347,6 +351,7 @@ class MmapReader:
 
     def close(self) -> None:
         """Close the files. A mapping that somebody still holds a view of goes with its last view."""
+        self._images.clear()
         self._tensors.clear()
         while self._maps:
             try:
