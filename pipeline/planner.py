@@ -49,7 +49,7 @@ def make_plan(
     """Decide how ``checkpoint`` is streamed on ``hardware``.
 
     Every candidate gives what its slots leave of the budgets to residents: VRAM first, then host RAM. Of
-    candidates that are equally fast by ``pricing``'s model, the one with the least memory in slots is taken.
+    candidates that are equally fast by ``pricing``'s model, the one that reads the least from disk is taken.
 
     Args:
         checkpoint: the weight files.

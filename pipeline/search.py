@@ -68,11 +68,13 @@ class Choice:
         return self.placement.maps or self.placement.slots > _LEAST_SLOTS
 
     @property
-    def _preference(self) -> tuple[bool, int, bool, int]:
-        # What is left of a budget is there to be used: residents also help where the model is wrong.
+    def _preference(self) -> tuple[bool, int, bool, int, int]:
+        # What is left of a budget is there to be used: residents also help where the model is wrong, as with
+        # a rate of computation that was measured while something else computed.
         slots = _SLOTS.index(self.placement.slots)
         maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
-        return bool(self.name), slots, maps, sum(self.need)
+        read = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
+        return bool(self.name), slots, maps, read, sum(self.need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ class Request:
     def choices(self) -> list[Choice]:
         """All candidates that fit, the best one first, then by the time that they take.
 
-        Among those that are equally fast, those with residents come first, then three slots, then the least memory.
+        Among those that are equally fast, those with residents come first, then three slots, then the fewest bytes from disk.
 
         Raises:
             PlanError: none fits.
