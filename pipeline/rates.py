@@ -23,8 +23,9 @@ _MMAP_CPU = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
 # A layer takes longer than its matrices alone: norms, rotations, activation functions and Python. 1.0 to 1.3 was
 # measured for passes of 1 to 512 tokens.
 _BESIDE_MATRICES = 1.2
-# Weights in the page cache lie on small pages: reading them takes this much longer than on huge ones, of which the
-# probe makes its matrices. 0.24 s instead of 0.18 was measured for 3.1 GB.
+# Computing with mapped weights took this much longer than with residents on huge pages: 0.24 s instead of 0.18 for
+# 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
+# errs on the slow side. Not measured again.
 _MAPPED = 0.3
 # Of one batch through three stages: some hops between threads and the loop.
 _OVERHEAD = 0.5e-3
@@ -47,7 +48,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """All rates that a price needs, none missing. Bytes per second, but for the last three."""
+    """All rates that a price needs, none missing. Bytes per second, where the name says nothing else."""
 
     disk: float  # direct reads
     mmap: float  # faulting in files that are not in the page cache
