@@ -58,16 +58,16 @@ class Batch:
     @cached_property
     def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         # A tensor that was made in inference mode would break callers who want gradients elsewhere.
         with torch.inference_mode(mode=False):
-            for view in self._item.batch.tensors:
-                image = images[view.place]
+            for place, views in self._item.batch.views.items():
+                image = images[place]
                 if image is None:
                     raise ClosedError(
                         f"layer batch {self.index} was given back; use its tensors before the next iteration"
                     )
-                tensors[view.name] = image.tensor(view)
+                tensors.update(image.tensors(views))
         return tensors
 
 
@@ -185,7 +185,7 @@ class Sweep:
             computed = tuple(batch.record() if after is None else after)
             turn = _Turn(
                 batch=item.batch.index,
-                nbytes=sum(view.nbytes for view in item.batch.tensors),
+                nbytes=item.batch.tensor_bytes,
                 asked_seconds=self._asked_seconds,
                 handed_over_seconds=self._handed_over_seconds,
                 given_back_seconds=time.perf_counter(),
