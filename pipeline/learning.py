@@ -37,7 +37,9 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     if plan.device_memory is not None and (rate := _link(timings, stage=1)):
         fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
-    learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch)
+    # A GPU computes while batches are handed over; a processor's time with a batch has that in it.
+    on_cpu = plan.device_memory is None
+    learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch if on_cpu else 0.0)
     if learnt:
         fields["compute"] = _merged(known, learnt)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)

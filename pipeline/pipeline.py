@@ -98,7 +98,7 @@ class Pipeline:
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._arenas: tuple[RingArena, ...] = ()
         self._sweeps_completed = 0
-        self._forecast = Forecasts()
+        self._forecast = Forecasts(on_gpu=plan.device_memory is not None)
         self._loads = False  # the sweep under way brings residents
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
         self._current: weakref.ref[Sweep] | None = None

@@ -88,7 +88,7 @@ class _Turn:
     copied: tuple[Event, ...]
     computed: tuple[Event, ...]
 
-    def count(self, clock: Clock, device: Device) -> bool:
+    def count(self, clock: Clock, *, device: Device) -> bool:
         """Add its spans to ``clock``; False if the device cannot tell their times yet."""
         begun, ended = [self.handed_over_seconds], [self.given_back_seconds]
         for events, times in ((self.copied, begun), (self.computed, ended)):
@@ -193,7 +193,7 @@ class Sweep:
                 computed=computed,
             )
             self._route.done(item, computed)
-            self._clock.later(partial(turn.count, self._clock, self._device))
+            self._clock.later(partial(turn.count, device=self._device))
 
     def end(self) -> None:
         """Give back what is held, and let the pipeline begin another sweep. May be called again."""

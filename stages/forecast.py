@@ -103,9 +103,15 @@ class Forecast:
 
 
 class Forecasts:
-    """Adds up what the plan says of the sweeps that are completed."""
+    """Adds up what the plan says of the sweeps that are completed.
 
-    def __init__(self) -> None:
+    Args:
+        on_gpu: computation goes on while batches are handed over, and its time is that of its kernels. A processor
+            holds a batch meanwhile, so that its time is compared with both.
+    """
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
         self._sweeps = 0
         self._seconds = 0.0
         self._said = SweepPrediction.nothing()
@@ -119,16 +125,14 @@ class Forecasts:
     def sums(
         self, *, read_seconds: float, transfer_seconds: float, compute_seconds: float
     ) -> Forecast:
-        """All so far, beside what each stage was busy for meanwhile.
-
-        Computation holds a batch while it is handed over, so that its time is compared with both.
-        """
+        """All so far, beside what each stage was busy for meanwhile."""
         said = self._said
+        handed_over = 0.0 if self._on_gpu else said.overhead_seconds
         return Forecast(
             sweeps=self._sweeps,
             predicted=replace(
                 said,
-                compute_seconds=said.compute_seconds + said.overhead_seconds,
+                compute_seconds=said.compute_seconds + handed_over,
                 overhead_seconds=0.0,
             ),
             measured=SweepPrediction(

@@ -29,6 +29,8 @@ SPANS_KEPT = 8192
 # Work kept whose times the device has still to tell. A GPU's queue holds about so many kernels before whoever
 # gives it more is made to wait; what is older was given to a device that has failed.
 _UNCOUNTED_KEPT = 1024
+# Asked about no sooner than there is so much of it, or somebody wants to know: not for each batch anew.
+_COUNTED_TOGETHER = 64
 
 
 class Doing(StrEnum):
@@ -229,22 +231,23 @@ class Clock:
         self._seconds = dict.fromkeys(Doing, 0.0)
         self._items = 0
         self._bytes = 0
-        self._uncounted: deque[Callable[[], bool]] = deque(maxlen=_UNCOUNTED_KEPT)
+        self._uncounted: deque[Callable[[Clock], bool]] = deque(maxlen=_UNCOUNTED_KEPT)
         self._counting = threading.Lock()  # whoever asks for timings, in any thread, counts
         self.stopped = 0.0  # when the last span ended
 
-    def later(self, count: Callable[[], bool]) -> None:
-        """Have ``count`` add its spans as soon as the device can tell their times; it says whether that was so.
+    def later(self, count: Callable[["Clock"], bool]) -> None:
+        """Have ``count`` add its spans here when the device can tell their times; it says whether that was so.
 
-        Asked in the order given, now and whenever there is more, or somebody wants the sums. Of a device
-        that has failed, the oldest are let go.
+        Asked in the order given, when there are many, or somebody wants the sums. Of a device that has failed,
+        the oldest are let go.
         """
         self._uncounted.append(count)
-        self._count()
+        if len(self._uncounted) >= _COUNTED_TOGETHER:
+            self._count()
 
     def _count(self) -> None:
         with self._counting:
-            while self._uncounted and self._uncounted[0]():
+            while self._uncounted and self._uncounted[0](self):
                 self._uncounted.popleft()
 
     def add(

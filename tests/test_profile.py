@@ -3,7 +3,9 @@
 import argparse
 import asyncio
 import importlib.util
+import io
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from support.checkpoints import CPU, plan_for
 from support.models import save_model
 
 from layerstream.stages.timings import Clock, Doing, Timings
-from layerstream.tools import plot
+from layerstream.tools import plot, progress
 from layerstream.tools.cli import main
 from layerstream.tools.profiling import profile_model
 
@@ -99,6 +101,32 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
     assert profile.steady.stages[2].items == len(profile.plan.batches)
 
 
+class Listener(io.StringIO):
+    """A stream that says when it was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        self.written.set()
+        return count
+
+
+def test_what_takes_long_is_named_while_it_lasts_and_what_is_quick_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = Listener()
+    monkeypatch.setattr("sys.stderr", heard)
+    with progress.waiting("blinking"):
+        pass
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    with progress.waiting("opening"):
+        assert heard.written.wait(20)
+    assert heard.getvalue() == "opening...\n"
+
+
 BAD = {
     "a missing folder": (["nowhere/at/all"], "nowhere"),
     "too small a budget": (["--host", "1MiB"], "raise the budget"),
@@ -109,9 +137,13 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_clear_line_and_exit_code_1(
-    case: str, model: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options, says = BAD[case]
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 600.0)
     source = [] if options[0] == "nowhere/at/all" else [str(model)]
     assert main(["profile", *source, *options]) == 1
     errors = capsys.readouterr().err.splitlines()

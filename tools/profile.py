@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerstream.stages.bottleneck import find_bottleneck
 from layerstream.stages.timings import StageTimings
-from layerstream.stages.units import format_bytes
+from layerstream.stages.units import format_bytes, format_seconds
 from layerstream.tools.arguments import (
     add_model_arguments,
     add_output_arguments,
@@ -114,7 +114,7 @@ def _print(profile: Profile) -> None:
         f"{format_bytes(plan.disk_bytes_per_sweep)} from disk (reader {plan.reader}, on {plan.device})"
     )
     whole = "the only sweep" if len(profile.sweep_seconds) == 1 else f"{steady.sweeps} sweeps"
-    title = f"{whole} in {steady.wall_seconds:.2f} s:"
+    title = f"{whole} in {format_seconds(steady.wall_seconds)}:"
     print_table(title, _COLUMNS, [_row(profile, stage) for stage in steady.stages])
     print()
     for line in _lines(profile):
@@ -127,9 +127,9 @@ def _row(profile: Profile, stage: StageTimings) -> tuple[str, ...]:
         stage.name,
         str(stage.items),
         format_bytes(stage.bytes),
-        f"{stage.busy_seconds:.2f} s",
-        f"{stage.waited_in_seconds:.2f} s",
-        f"{stage.waited_out_seconds:.2f} s",
+        format_seconds(stage.busy_seconds),
+        format_seconds(stage.waited_in_seconds),
+        format_seconds(stage.waited_out_seconds),
         f"{stage.bytes_per_second / 1e9:.2f}" if stage.bytes else "-",
         f"{stage.bytes_per_second / ceiling:.0%}" if ceiling and stage.bytes else "-",
     )

@@ -5,8 +5,8 @@ import asyncio
 import importlib.util
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from layerstream.stages.bottleneck import find_bottleneck
 from layerstream.stages.errors import ModelError
 from layerstream.stages.forecast import Forecast, Forecasts, SweepPrediction
 from layerstream.stages.timings import StageTimings, Timings
-from layerstream.tools.progress import progress
+from layerstream.tools.progress import late_progress, waiting
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Hardware, Plan
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Profile", "profile_model"]
 
-# What is quick needs no progress.
-_QUIET_SECONDS = 2.0
 _LOOK_SECONDS = 0.5
 # Enough for a disk to show its rate, and a fraction of a second on most.
 _SAMPLE_BYTES = 128 << 20
@@ -72,7 +70,7 @@ class Profile:
     @property
     def forecast(self) -> Forecast:
         """The steady sweeps beside what the plan said of them."""
-        forecasts = Forecasts()
+        forecasts = Forecasts(on_gpu=self.plan.device_memory is not None)
         for seconds in self.steady_seconds:
             forecasts.count(self.predicted, seconds)
         # Of a long run the latest sweeps alone are told stage by stage.
@@ -133,7 +131,9 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
     """Stream the model at ``path`` past as many sweeps as ``args`` asks for."""
     opened_as = _model if _computes(path, args) else _weights
     times: list[tuple[float, float]] = []
-    async with opened_as(path, args) as opened:
+    async with AsyncExitStack() as stack:
+        with waiting("opening the model"):
+            opened = await stack.enter_async_context(opened_as(path, args))
         async with _watched(opened, sweeps=args.sweeps):
             for _ in range(args.sweeps):
                 began = time.perf_counter()
@@ -246,21 +246,6 @@ def _inputs(module: Any, tokens: int) -> dict[str, Any]:
 # -- progress, and the ceiling ---------------------------------------------------------------------
 
 
-@contextmanager
-def _late_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``progress`` that shows nothing of what is over in a moment; it is told how much is done by now."""
-    began, shown = time.monotonic(), 0
-    with progress(label, total) as advance:
-
-        def reach(done: int) -> None:
-            nonlocal shown
-            if time.monotonic() - began > _QUIET_SECONDS and done > shown:
-                advance(min(done, total) - shown)
-                shown = min(done, total)
-
-        yield reach
-
-
 @asynccontextmanager
 async def _watched(opened: _Opened, *, sweeps: int) -> AsyncIterator[None]:
     """Show how far the sweeps are while the block runs."""
@@ -275,10 +260,11 @@ async def _watched(opened: _Opened, *, sweeps: int) -> AsyncIterator[None]:
             await asyncio.sleep(_LOOK_SECONDS)
             reach(batches() - before)
 
-    with _late_progress("sweeping, layer batches", sweeps * len(opened.plan.batches)) as reach:
+    with late_progress("sweeping, layer batches", sweeps * len(opened.plan.batches)) as reach:
         task = asyncio.create_task(watch(reach))
         try:
             yield
+            reach(batches() - before)
         finally:
             task.cancel()
             await asyncio.wait([task])
@@ -293,7 +279,7 @@ def _disk_ceiling(plan: "Plan") -> float | None:
         return None
     paths = [Path(file.path) for file in plan.files]
     best = 0.0
-    with _late_progress("measuring the disk", len(_SAMPLE_THREADS)) as reach:
+    with late_progress("measuring the disk", len(_SAMPLE_THREADS)) as reach:
         for number, threads in enumerate(_SAMPLE_THREADS, start=1):
             try:
                 rate = raw_read(

@@ -1,12 +1,17 @@
 """Progress on stderr: a bar with rich in a terminal, else a line at every tenth."""
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["progress"]
+__all__ = ["late_progress", "progress", "waiting"]
 
 _STEPS = 10
+# What is quick needs no progress.
+_QUIET_SECONDS = 2.0
 
 
 @contextmanager
@@ -17,24 +22,10 @@ def progress(
 
     Nothing is shown before the first call, which may add nothing.
     """
-    if not sys.stderr.isatty():
+    bar = _bar(is_bytes=is_bytes)
+    if bar is None:
         yield _PlainProgress(label, total)
         return
-    try:
-        from rich import progress as rich
-        from rich.console import Console
-    except ImportError:
-        yield _PlainProgress(label, total)
-        return
-    bar = rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.DownloadColumn(binary_units=True) if is_bytes else rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,  # what is printed there is the result, and not for stderr
-    )
 
     def advance(count: int) -> None:
         if not bar.tasks:
@@ -46,6 +37,65 @@ def progress(
         yield advance
     finally:
         bar.stop()
+
+
+@contextmanager
+def late_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """``progress`` that shows nothing of what is over in a moment; it is told how much is done by now."""
+    began, shown = time.monotonic(), 0
+    with progress(label, total) as advance:
+
+        def reach(done: int) -> None:
+            nonlocal shown
+            if time.monotonic() - began > _QUIET_SECONDS and done > shown:
+                advance(min(done, total) - shown)
+                shown = min(done, total)
+
+        yield reach
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Show what goes on in the block once it has taken a while, where nobody knows how much of it is done."""
+    bar = _bar(is_bytes=False)
+
+    def show() -> None:
+        if bar is None:
+            print(f"{label}...", file=sys.stderr, flush=True)
+        else:
+            bar.add_task(label, total=None)
+            bar.start()
+
+    timer = threading.Timer(_QUIET_SECONDS, show)  # the block may well hold up an event loop
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(*, is_bytes: bool) -> Any:
+    """A bar on stderr; None where that is no terminal, or there is no rich."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich import progress as rich
+        from rich.console import Console
+    except ImportError:
+        return None
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(binary_units=True) if is_bytes else rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # what is printed there is the result, and not for stderr
+    )
 
 
 class _PlainProgress:
