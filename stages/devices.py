@@ -5,6 +5,7 @@ stages tell one another what has been done. Only ``drain``, behind all work, syn
 """
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Hashable, Sequence
@@ -331,21 +332,21 @@ class _CudaClock:
     def __init__(self, torch_device: torch.device) -> None:
         self._stream = torch.cuda.Stream(torch_device, priority=-1)  # type: ignore[no-untyped-call]
         self._anchor: tuple[torch.cuda.Event, float] | None = None
+        self._renewed_at = -math.inf  # or tried to be
 
     def passed_at(self, event: torch.cuda.Event) -> float | None:
         """When ``event`` passed, by ``time.perf_counter``; None where that cannot be told now, or ever."""
         try:
             if not event.query():  # type: ignore[no-untyped-call]
                 return None
-            if self._anchor is None or time.perf_counter() - self._anchor[1] > _ANCHOR_SECONDS:
-                self._anchor = self._new_anchor() or self._anchor
+            if (now := time.perf_counter()) - self._renewed_at > _ANCHOR_SECONDS:
+                self._renewed_at, self._anchor = now, self._new_anchor() or self._anchor
             if self._anchor is None:
                 return None
             anchor, seconds = self._anchor
             passed: float = seconds + anchor.elapsed_time(event) / 1e3
-        except (
-            RuntimeError
-        ) as error:  # a kernel has faulted: nothing passes on this device any more
+        except RuntimeError as error:
+            # A kernel has faulted: nothing passes on this device any more.
             logger.debug("%s tells no times: %s", self._stream.device, error)
             return None
         return min(passed, time.perf_counter())

@@ -55,7 +55,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimings:
-    """Sums over all spans of one stage since the pipeline was opened, and the latest spans themselves."""
+    """Sums over all spans of one stage since the pipeline was opened, and the latest spans themselves.
+
+    Work that is given to a GPU counts when it is done, and for as long as the GPU took.
+    """
 
     name: str
     items: int  # layer batches on which the stage had work to do

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,9 @@ def raced(course: Course, *those: Contender, rounds: int = 1) -> Outcome:
 
 
 def our_cgroups() -> list[Path]:
-    return [each for root in (cgroups._V1, cgroups._V2) for each in root.glob("layerstream-*")]
+    """Those of this process: others may be measuring beside it."""
+    names = f"layerstream-{os.getpid()}-*"
+    return [each for root in (cgroups._V1, cgroups._V2) for each in root.glob(names)]
 
 
 # -- the whole command -----------------------------------------------------------------------------
@@ -82,7 +85,6 @@ def test_all_are_measured_side_by_side_and_nothing_is_left_over(
     asked = ["--against", "airllm,llama.cpp", "--rounds", "1", "--prompt-tokens", "5"]
     asked += ["--python", f"airllm={air}", "--llama-cpp", str(server.parent)]
     asked += ["--gguf", str(tmp_path / "weights.gguf"), "--json"]
-    before = set(our_cgroups())
     assert main(["bench", str(model), *asked]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in report["contenders"]}
@@ -104,7 +106,7 @@ def test_all_are_measured_side_by_side_and_nothing_is_left_over(
     )
     assert {"processor", "cores", "memory_bytes"} <= report["machine"].keys()
     assert [each.name for each in model.parent.iterdir()] == ["model"]  # the work folder is gone
-    assert set(our_cgroups()) <= before
+    assert our_cgroups() == []
     assert psutil.Process().children() == []
 
 

@@ -179,7 +179,7 @@ def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
     assert timings.complete_since_seconds == sums.spans[0].start_seconds == 10_000 - len(sums.spans)
 
 
-COPY, KERNEL = 0.005, 0.012
+COPY, KERNEL = 0.01, 0.04
 
 
 def compute_on(device, streams=1):
@@ -217,9 +217,9 @@ def test_spans_are_the_devices_times_and_those_of_kernels_side_by_side_count_onc
     _, transfer, compute = timings.stages
     assert before.items < compute.items == 2 * BATCHES
     assert compute.spans[-1].stop_seconds > returned
-    # Each batch waits for the kernel that reads its slot; of that, nothing is the copy's.
+    # Copies wait for the kernel that reads their slot; of that, nothing is the copy's.
     assert transfer.busy_seconds == pytest.approx(transfer.items * COPY, rel=1e-3)
-    assert transfer.waited_out_seconds > BATCHES * (KERNEL - COPY)
+    assert transfer.waited_out_seconds >= KERNEL - COPY
     # However fast the host is through with it. If it is slow, its part comes on top.
     assert compute.busy_seconds >= compute.items * KERNEL - 1e-6
     assert compute.busy_seconds + compute.waited_in_seconds <= timings.wall_seconds + 1e-6

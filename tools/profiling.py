@@ -217,8 +217,8 @@ async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]
 
         async def sweep() -> None:
             output = await model.forward(**inputs)
-            # A GPU is through with it when somebody has seen the result, as whoever decodes must.
-            await asyncio.to_thread(output[0].cpu)
+            # A GPU is through with it when somebody has seen of the result, as whoever decodes must.
+            await asyncio.to_thread(output[0].flatten()[-1].item)
 
         yield _Opened(
             plan=model.plan,

@@ -1,5 +1,6 @@
 """A memory cgroup that holds processes below a limit and counts what they take, version 1 or 2."""
 
+import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
         CgroupError: this machine lets us make none.
     """
     v1 = (_V1 / "memory.limit_in_bytes").exists()
-    folder = (_V1 if v1 else _V2) / f"layerstream-{uuid.uuid4().hex[:12]}"
+    folder = (_V1 if v1 else _V2) / f"layerstream-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir()
     except OSError as error:
