@@ -26,8 +26,8 @@ Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source): uint8 views o
 # How old an anchor may be. CUDA tells milliseconds as a 32-bit float, which after ten seconds resolves a
 # microsecond; and the two clocks drift by some parts in 100,000.
 _ANCHOR_SECONDS = 10.0
-# How long an anchor is looked at to pass: it has nothing to wait for, and takes some microseconds.
-_ANCHORING_SECONDS = 0.001
+# How long an anchor is looked at to pass: it has nothing to wait for, but another process may have its turn.
+_ANCHORING_SECONDS = 0.003
 
 
 class Event(Protocol):

@@ -87,7 +87,7 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
             item, slot, asked, begun = await copying.get()
             with noting("transfer", item.batch):
                 assert item.copied is not None  # noqa: S101
-                times = await threads.run(_finish, device, begun, item.copied)
+                times = await threads.run(_times_when_done, device, begun, item.copied)
             copies.end(asked, *times, item.batch)
             if slot is not None:
                 sources.remove(slot)
@@ -131,7 +131,7 @@ class _Copies:
         self.under_way -= 1
 
 
-def _finish(device: Device, begun: Event, copied: Event) -> tuple[float, float]:
+def _times_when_done(device: Device, begun: Event, copied: Event) -> tuple[float, float]:
     """When a copy began and ended on the device, once it has."""
     copied.synchronize()
     now = time.perf_counter()  # for a device that has failed since
@@ -173,10 +173,10 @@ async def _begin(
         )
         for segment in item.batch.segments
     ]
-    begun, item.copied = await threads.run(_start, device, copies, after)
+    begun, item.copied = await threads.run(_enqueue, device, copies, after)
     return begun
 
 
-def _start(device: Device, copies: Sequence[Copy], after: Sequence[Event]) -> tuple[Event, Event]:
+def _enqueue(device: Device, copies: Sequence[Copy], after: Sequence[Event]) -> tuple[Event, Event]:
     # Copies pass in order: one of nothing passes when those before it have, and ``after`` too.
     return device.copy((), after=after), device.copy(copies, after=())
