@@ -1,8 +1,8 @@
 """One conformance suite for all devices; and proof that the fake one misses no missing wait."""
 
+import itertools
 import threading
 import time
-from itertools import pairwise
 
 import pytest
 import torch
@@ -174,7 +174,7 @@ def test_times_of_copies_and_of_computations_are_of_one_clock(make_device):
     events.append(device.record())
     events[-1].synchronize()
     times = [device.passed_at(event) for event in events]
-    assert all(a <= b + CLOCKS_APART for a, b in pairwise(times))
+    assert all(a <= b + CLOCKS_APART for a, b in itertools.pairwise(times))
     device.release_host_memory(host)
 
 
@@ -327,7 +327,7 @@ def test_an_anchor_that_does_not_pass_at_once_is_not_waited_for(cuda_clock, monk
     event = ScriptedEvent()
     event.record(None)
     told = cuda_clock.passed_at(event)
-    monkeypatch.setattr(ScriptedEvent, "looks", [False] * 10_000)
+    monkeypatch.setattr(ScriptedEvent, "looks", itertools.repeat(False))
     monkeypatch.setattr(devices, "_ANCHOR_SECONDS", 0.0)
     assert cuda_clock.passed_at(event) == told  # by the anchor before
 
@@ -383,7 +383,7 @@ def test_by_the_clock_the_fake_device_takes_its_time_and_tells_it():
     assert device.passed_at(computed) is None
     computed.synchronize()
     times = [device.passed_at(event) for event in (begun, copied, computed)]
-    assert [b - a for a, b in pairwise(times)] == pytest.approx([0.02, 0.03], abs=1e-3)
+    assert [b - a for a, b in itertools.pairwise(times)] == pytest.approx([0.02, 0.03], abs=1e-3)
     assert times[-1] <= time.perf_counter()
     assert torch.equal(target, expected)
 
