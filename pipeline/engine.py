@@ -21,9 +21,9 @@ from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import counted
 from layerstream.stages.devices import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
+from layerstream.stages.libraries import release_unused
 from layerstream.stages.threads import Threads, settled
 from layerstream.stages.timings import Timings
-from layerstream.stages.usage import trim_heap
 
 __all__ = ["Engine", "Request"]
 
@@ -154,7 +154,7 @@ class Engine:
             # A request knows its arguments, and some of them know it: what hangs on it would wait for the collector.
             del rider.root, clone
             request.inputs, request.named = (), {}
-            trim_heap()
+            release_unused()
 
     # -- requests of other threads ---------------------------------------------------------------
 

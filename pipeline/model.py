@@ -24,6 +24,7 @@ from layerstream.pipeline.conversion import (
 from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
@@ -35,6 +36,7 @@ from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.libraries import keep_little
 from layerstream.stages.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
@@ -158,6 +160,8 @@ class StreamedModel:
     async def _open(self) -> None:
         options = self._options
         before = anonymous_bytes()
+        if _on_cpu(options):
+            keep_little()  # before threads of ours have their own heaps
         path = await resolve_model_path_async(self._source, revision=options["revision"])
         checkpoint = await Checkpoint.open_async(path)
         ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
@@ -170,7 +174,6 @@ class StreamedModel:
         held = max(0, (anonymous_bytes() or 0) - (before or 0))
         self.hardware = hardware
         self._budget: Budget | None = options["budget"]
-        self._held_bytes = held
         self._make_plan = functools.partial(
             make_plan,
             checkpoint,
@@ -203,7 +206,7 @@ class StreamedModel:
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
         move_buffers(self.module, device.torch_device)
-        room = _room_bytes(self.plan, held_bytes=held)
+        room = _room_bytes(self.plan, self.module, checkpoint.config)
         phases = Phases(self.plan, room_bytes=room)
         pipeline = await self._resources.enter_async_context(Pipeline(phases.first, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
@@ -226,6 +229,7 @@ class StreamedModel:
                 checkpoint.config,
                 workload=options["workload"],
                 room_bytes=room,
+                on_cpu=self.plan.device_memory is None,
                 reserved_bytes=self.plan.workload_bytes,
             ),
             room_bytes=room,
@@ -376,7 +380,7 @@ class StreamedModel:
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
-            room = _room_bytes(plan, held_bytes=self._held_bytes)
+            room = _room_bytes(plan, self.module, self._checkpoint.config)
             self._sweeps.phases.replace(plan, room_bytes=room)
             engine.resize(room)
             self.plan, self.hardware = plan, hardware
@@ -431,13 +435,24 @@ class StreamedModel:
         return self._engine
 
 
-def _room_bytes(plan: Plan, *, held_bytes: int) -> int:
+def _room_bytes(plan: Plan, module: torch.nn.Module, config: Mapping[str, Any] | None) -> int:
     """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
+    beside = 0
     if plan.device_memory is not None:
         free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
     else:
-        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
-    return max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)
+        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes
+        if (w := plan.workload) is not None:
+            modules = sum(1 for _ in module.modules())
+            each = overheads(config, modules=modules, rows=w.prompt_tokens).rider_bytes
+            beside = w.batch_size * each
+    return max(plan.workload_bytes + beside + max(0, free), _SMALL_CHANGE_BYTES)
+
+
+def _on_cpu(options: Mapping[str, Any]) -> bool:
+    hardware: Hardware | None = options["hardware"]
+    name = options["device"] if hardware is None else hardware.device
+    return open_device(name).reads_host_images
 
 
 def _read_ahead(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Readahead:
@@ -446,9 +461,8 @@ def _read_ahead(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Readahead
         options["reader"] in {None, ReaderKind.MMAP} and not options["throttle_bytes_per_second"]
     )
     unbounded = options["budget"] is None or options["budget"].host is None
-    on_cpu = mapped and unbounded and open_device(options["device"]).reads_host_images
     ahead = Readahead([file.path for file in checkpoint.files])
-    if on_cpu and fits_page_cache(checkpoint.total_bytes):
+    if mapped and unbounded and _on_cpu(options) and fits_page_cache(checkpoint.total_bytes):
         ahead.start()
     return ahead
 

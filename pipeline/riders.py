@@ -12,6 +12,7 @@ from layerstream.pipeline.requests import Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.stages.errors import ModelError
+from layerstream.stages.libraries import release_unused
 
 __all__ = ["Riders"]
 
@@ -126,4 +127,5 @@ class _OwnPasses:
         reservation, self._reservation = self._reservation, None
         if reservation is not None:
             self._riders.turn.release()
+            release_unused()
             self._riders.give_back(reservation)
