@@ -362,9 +362,9 @@ class Pipeline:
                 self.plan = plan
 
     def timings(self) -> Timings:
-        """What the stages have done since the pipeline was opened."""
-        last = max(clock.stopped for clock in self._clocks)
+        """What the stages have done since the pipeline was opened: of a GPU's work, what it is through with."""
         stages = tuple(clock.sums() for clock in self._clocks)
+        last = max(clock.stopped for clock in self._clocks)
         busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
         sizes = (self.plan.host_arena_bytes, self.plan.device_arena_bytes)
         arenas = zip(("host slots", "device slots"), sizes, self._arenas, strict=False)
