@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,23 +100,24 @@ class Engine:
         inputs: Sequence[Any],
         named: Mapping[str, Any],
     ) -> Any:
+        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it. By the
+        # time that the request is admitted, another one may be current on the event loop.
+        stream = self._device.stream()
         request = self._request(what, call, inputs, named, places=1)
         self._begin(request)
         try:
             self._admission.ask(request.reservation)
             await asyncio.wrap_future(request.reservation)
-            result = await self._ride(request)
+            result = await self._ride(request, stream)
         except BaseException as error:
             self._end(request, error)
             raise
         self._end(request, None)
         return result
 
-    async def _ride(self, request: Request) -> Any:
+    async def _ride(self, request: Request, stream: Hashable) -> Any:
         """Run an admitted request in a rider's thread, to its end even if the waiting task is cancelled."""
         self._started(request)
-        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it.
-        stream = self._device.stream()
 
         def work() -> Any:
             with self._device.computing_on(stream):
@@ -174,7 +175,9 @@ class Engine:
         try:
             self.riders.reserve(request.reservation)
             tell(self._started, request)
-            return self._work(request)
+            # Makes the device current, too: not all kernels ask their inputs for it.
+            with self._device.computing_on(self._device.stream()):
+                return self._work(request)
         except BaseException as caught:
             error = caught
             raise

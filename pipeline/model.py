@@ -198,7 +198,7 @@ class StreamedModel:
                 ", ".join(traced.unused[:8]),
             )
         self.module = traced.module
-        device = open_device(self.plan.device)
+        device = await finish_in_thread(lambda: open_device(self.plan.device))
         bindings = await finish_in_thread(lambda: layout.bind(self.plan, device.torch_device))
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
@@ -376,6 +376,7 @@ class StreamedModel:
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
+            await finish_in_thread(self._sweeps.device.trim)  # what went is everybody's
             room = _room_bytes(plan, held_bytes=self._held_bytes)
             self._sweeps.phases.replace(plan, room_bytes=room)
             engine.resize(room)

@@ -416,6 +416,48 @@ def test_a_model_computes_on_the_stream_of_its_caller(tmp_path):
     assert torch.equal(run(main(), seconds=SECONDS), expected)
 
 
+def test_a_request_computes_on_the_stream_that_was_current_when_it_was_asked_for(
+    monkeypatch, tmp_path
+):
+    folder, ids = save_model(tmp_path / "model", "llama"), inputs_for("llama")["input_ids"]
+    device = StandIn(monkeypatch).opened
+    stream, used, computing_on = device.new_stream(), [], device.computing_on
+
+    def noted(stream):
+        used.append(stream)
+        return computing_on(stream)
+
+    async def main():
+        async with StreamedModel.open(folder, device="cuda:0", workload=SMALL) as streamed:
+            monkeypatch.setattr(device, "computing_on", noted)
+            with computing_on(stream):
+                asked = asyncio.ensure_future(streamed.forward(input_ids=ids))
+                await asyncio.sleep(0)  # it takes note of the stream
+            await asked
+
+    run(main(), seconds=SECONDS)
+    assert used == [stream]
+
+
+@pytest.mark.parametrize("opened", ["pipeline", "model"])
+def test_what_was_taken_of_a_device_is_given_back_to_everybody(monkeypatch, tmp_path, opened):
+    device = StandIn(monkeypatch).opened
+    left = []
+    monkeypatch.setattr(device, "trim", lambda: left.append(device.host_memories))
+
+    async def main():
+        if opened == "pipeline":
+            write_checkpoint(tmp_path, blocks=4)
+            async with Pipeline(arranged(plan_for(tmp_path, GPU)), device=device):
+                return
+        folder = save_model(tmp_path / "model", "llama")
+        async with StreamedModel.open(folder, device="cuda:0", workload=SMALL):
+            return
+
+    run(main(), seconds=SECONDS)
+    assert left == [0]  # once, and behind everything else
+
+
 def test_two_pipelines_share_one_gpu(gpu, tmp_path):
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
