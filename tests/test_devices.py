@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
+from support.fake_cuda import FakeCuda, RunningCudaDevice
 from support.fake_device import POISON, FakeDevice, _FakeEvent
 from support.loop import run
 
@@ -20,10 +21,19 @@ needs_cuda = pytest.mark.skipif(
 DEVICES = [
     pytest.param(CpuDevice, id="cpu"),
     pytest.param(FakeDevice, id="fake"),
+    pytest.param(RunningCudaDevice, id="cuda-on-a-fake-runtime"),
     pytest.param(
         lambda: CudaDevice(torch.device("cuda")), id="cuda", marks=[pytest.mark.cuda, needs_cuda]
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _fake_runtime(request, monkeypatch):
+    if "fake-runtime" in request.node.name:
+        FakeCuda().install(monkeypatch)
+
+
 on_every_device = pytest.mark.parametrize("make_device", DEVICES)
 
 
