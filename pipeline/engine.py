@@ -13,6 +13,7 @@ import torch
 from layerstream.pipeline.admission import Admission, Reservation
 from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.drawing import drawing_from
+from layerstream.pipeline.host_cache import with_host_cache
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
@@ -57,6 +58,7 @@ class Engine:
         estimator: prices requests.
         admission: who may ride.
         places: threads for riders.
+        cache_on_host: requests that bring no KV cache get one in host RAM.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Engine:
         estimator: Estimator,
         room_bytes: int,
         places: int,
+        cache_on_host: bool = False,
     ) -> None:
         self._module = module
+        self._cache_on_host = cache_on_host
         self._sweeps = sweeps
         self._device = device
         self._estimator = estimator
@@ -253,6 +257,9 @@ class Engine:
         request.rider.need = need
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
+        if self._cache_on_host:
+            function = getattr(self._module, what, None)
+            request.named = with_host_cache(self._module, function, inputs, request.named)
         if what == "generate":
             request.named = counted(self._module, inputs, request.named, request)
         return request
