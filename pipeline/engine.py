@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from layerstream.pipeline.admission import Admission, Reservation
 from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.drawing import drawing_from
+from layerstream.pipeline.host_cache import with_host_cache
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
@@ -57,6 +58,7 @@ class Engine:
         estimator: prices requests.
         admission: who may ride.
         places: threads for riders.
+        cache_on_host: requests that bring no KV cache get one in host RAM.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Engine:
         estimator: Estimator,
         room_bytes: int,
         places: int,
+        cache_on_host: bool = False,
     ) -> None:
         self._module = module
+        self._cache_on_host = cache_on_host
         self._sweeps = sweeps
         self._device = device
         self._estimator = estimator
@@ -100,23 +104,24 @@ class Engine:
         inputs: Sequence[Any],
         named: Mapping[str, Any],
     ) -> Any:
+        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it. By the
+        # time that the request is admitted, another one may be current on the event loop.
+        stream = self._device.stream()
         request = self._request(what, call, inputs, named, places=1)
         self._begin(request)
         try:
             self._admission.ask(request.reservation)
             await asyncio.wrap_future(request.reservation)
-            result = await self._ride(request)
+            result = await self._ride(request, stream)
         except BaseException as error:
             self._end(request, error)
             raise
         self._end(request, None)
         return result
 
-    async def _ride(self, request: Request) -> Any:
+    async def _ride(self, request: Request, stream: Hashable) -> Any:
         """Run an admitted request in a rider's thread, to its end even if the waiting task is cancelled."""
         self._started(request)
-        # The caller's own stream, so that inputs are read after, and results before, what else he puts on it.
-        stream = self._device.stream()
 
         def work() -> Any:
             with self._device.computing_on(stream):
@@ -174,7 +179,9 @@ class Engine:
         try:
             self.riders.reserve(request.reservation)
             tell(self._started, request)
-            return self._work(request)
+            # Makes the device current, too: not all kernels ask their inputs for it.
+            with self._device.computing_on(self._device.stream()):
+                return self._work(request)
         except BaseException as caught:
             error = caught
             raise
@@ -250,6 +257,9 @@ class Engine:
         request.rider.need = need
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
+        if self._cache_on_host:
+            function = getattr(self._module, what, None)
+            request.named = with_host_cache(self._module, function, inputs, request.named)
         if what == "generate":
             request.named = counted(self._module, inputs, request.named, request)
         return request

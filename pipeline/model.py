@@ -23,6 +23,7 @@ from layerstream.pipeline.conversion import (
 )
 from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.host_cache import check_host_cache
 from layerstream.pipeline.hub import resolve_model_path_async
 from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.phases import Phases
@@ -201,7 +202,9 @@ class StreamedModel:
                 ", ".join(traced.unused[:8]),
             )
         self.module = traced.module
-        device = open_device(self.plan.device)
+        if self.plan.kv_cache_on_host:
+            check_host_cache(self.module)
+        device = await finish_in_thread(lambda: open_device(self.plan.device))
         bindings = await finish_in_thread(lambda: layout.bind(self.plan, device.torch_device))
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
@@ -234,6 +237,7 @@ class StreamedModel:
             ),
             room_bytes=room,
             places=options["max_requests"],
+            cache_on_host=self.plan.kv_cache_on_host,
         )
         layout.hook(engine.riders, self.plan)
         self._resources.push_async_callback(finish_in_thread, engine.threads.close)
@@ -380,6 +384,7 @@ class StreamedModel:
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
+            await finish_in_thread(self._sweeps.device.trim)  # what went is everybody's
             room = _room_bytes(plan, self.module, self._checkpoint.config)
             self._sweeps.phases.replace(plan, room_bytes=room)
             engine.resize(room)
@@ -438,7 +443,9 @@ class StreamedModel:
 def _room_bytes(plan: Plan, module: torch.nn.Module, config: Mapping[str, Any] | None) -> int:
     """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
     beside = 0
-    if plan.device_memory is not None:
+    if plan.kv_cache_on_host:
+        free = 0  # what VRAM has left is no room for the cache, and the other way round
+    elif plan.device_memory is not None:
         free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
     else:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes

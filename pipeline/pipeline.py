@@ -179,6 +179,9 @@ class Pipeline:
         """Take files, threads and memory, each with the way to give it back."""
         plan, resources = self.plan, self._resources
         self._device: Device = self._device_given or open_device(plan.device)
+        resources.callback(
+            self._device.trim
+        )  # behind all else: other processes are to have the memory
         self._reader = self._reader_given or open_reader(plan)
         resources.callback(self._reader.close)
         self._residents = Residents(plan.batches, self._device)

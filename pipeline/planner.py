@@ -131,7 +131,10 @@ def make_plan(
             if now.streamed and not then.streamed
         ),
         prediction=best.prediction,
-        inputs=(*sizes_of(hardware), *request.rates.inputs),
+        inputs=(
+            *sizes_of(hardware),
+            *request.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
+        ),
         candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),
         advice=advise(request, best),
         notes=request.notes(best),

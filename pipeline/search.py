@@ -176,7 +176,8 @@ class Request:
         else:
             raise PlanError(self._too_small())
         found.sort(key=lambda choice: choice.prediction.request_seconds)
-        able = [choice for choice in found if choice.overlaps or choice.name] or found
+        overlapping = any(choice.overlaps for choice in found)
+        able = [choice for choice in found if choice.overlaps or choice.name or not overlapping]
         tolerance = _EQUAL_PAST_NOTHING if self.workload is None else _EQUAL
         most = able[0].prediction.request_seconds * (1 + tolerance)
         equal = [choice for choice in able if choice.prediction.request_seconds <= most]
