@@ -3,6 +3,7 @@
 import hypothesis
 import pytest
 import transformers
+from support.service import client, folder, http, reference, server  # noqa: F401 - one for all files that ask it
 
 # The first example pays for imports, and the machine is shared; what hangs is ended by the timeout of every test.
 hypothesis.settings.register_profile("layerstream", deadline=None)
