@@ -183,11 +183,97 @@ def test_bad_input_gets_openais_error_and_the_service_goes_on(case: str, http: A
     assert http.post(COMPLETIONS, json=ASK).status_code == 200
 
 
-def test_what_asks_for_nothing_special_is_taken(http: Any) -> None:
-    harmless = {"echo": False, "best_of": 1, "logprobs": None, "user": "somebody", "stop": None}
-    assert http.post(COMPLETIONS, json=ASK | harmless).status_code == 200
-    harmless = {"tools": [], "logprobs": False, "response_format": {"type": "text"}, "seed": -1}
-    assert http.post(CHAT, json=TALK | harmless).status_code == 200
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "metadata": (None, {}, {"of": "ours"}),
+    "modalities": (None, ["text"]),
+    "n": (None, 1),
+    "parallel_tool_calls": (None, True),
+    "prompt_cache_key": (None, "a"),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "safety_identifier": (None, "a"),
+    "seed": (None, -1),
+    "service_tier": (None, "auto", "default"),
+    "stop": (None, []),
+    "store": (None, False),
+    "stream": (None, False),
+    "stream_options": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "user": (None, "somebody"),
+    "verbosity": (None, "medium"),
+}
+ASKING: dict[str, tuple[Any, ...]] = {
+    "best_of": (2, True),
+    "functions": ([{}],),
+    "logit_bias": ({"50256": -100},),
+    "modalities": (["text", "audio"],),
+    "parallel_tool_calls": ("no",),
+    "prompt_cache_retention": ("24h",),
+    "reasoning_effort": ("high",),
+    "response_format": ({"type": "json_schema"}, {"type": "text", "strict": True}),
+    "service_tier": ("flex", "priority"),
+    "store": (True, 0),
+    "tool_choice": ("required", {"type": "function"}),
+    "top_logprobs": (5, False),
+    "verbosity": ("high",),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, ASK), (CHAT, TALK)])
+def test_what_asks_for_nothing_that_is_not_done_is_taken(
+    path: str, body: dict[str, Any], http: Any
+) -> None:
+    for turn in range(max(map(len, HARMLESS.values()))):
+        asked = {name: values[turn % len(values)] for name, values in HARMLESS.items()}
+        answer = http.post(path, json=body | asked)
+        assert answer.status_code == 200, answer.text
+    options = {"include_usage": None, "include_obfuscation": False}
+    answer = http.post(path, json=body | {"stream": True, "stream_options": options})
+    assert "[DONE]" in answer.text
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_asks_for_something_that_is_not_done_is_refused_by_name(name: str, http: Any) -> None:
+    for value in ASKING[name]:
+        answer = http.post(CHAT, json=TALK | {name: value})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, name)
+        assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metadata", {"a": 1}), ("metadata", {str(i): "" for i in range(17)}), ("user", 7)],
+)
+def test_tags_are_texts(name: str, value: Any, http: Any) -> None:
+    error = http.post(CHAT, json=TALK | {name: value}).json()["error"]
+    assert (error["code"], error["param"].split(".")[0]) == ("invalid_value", name)
+
+
+def test_turns_with_no_calls_in_them_are_taken(http: Any) -> None:
+    said = {
+        "role": "assistant",
+        "content": "Hi",
+        "tool_calls": [],
+        "annotations": [],
+        "audio": None,
+    }
+    messages = [*SAY, said, SAY[1]]
+    assert http.post(CHAT, json=TALK | {"messages": messages}).status_code == 200
+    said["tool_calls"] = [{"id": "a"}]
+    error = http.post(CHAT, json=TALK | {"messages": messages}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages[2].tool_calls", "unknown_parameter")
 
 
 def test_an_answer_is_taken_back_as_the_client_gave_it_out(client: Any) -> None:

@@ -45,7 +45,9 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     )
     open_answers.set_function(lambda: answers.open)
     routes = Routes(answers, prompts, registry, settings)
-    app = FastAPI(title="layerstream", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, reply_to)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -42,14 +43,16 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What has come is not HTTP, or too much of it: say so, and close."""
-        error = sys.exception() if sys.version_info >= (3, 12) else sys.exc_info()[1]
+        error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way
             self.transport.close()
             return
         body = json.dumps(ApiError(status, f"{msg} {error}", code="invalid_http").body).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        answer = h11.Response(status_code=status, headers=[*headers, ("Connection", "close")])
+        headers.append(("Connection", "close"))
+        reason = HTTPStatus(status).phrase.encode()
+        answer = h11.Response(status_code=status, headers=headers, reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

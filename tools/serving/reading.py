@@ -47,24 +47,28 @@ async def read_request(
 async def _body(request: Request, *, max_bytes: int) -> bytes:
     body = bytearray()
     nbytes = 0
+    too_long = ApiError(
+        413,
+        f"The request's body is longer than the {max_bytes} bytes that this server takes.",
+        code="request_too_large",
+    )
+    # A client whose upload breaks off does not get to see the answer: so read on, but not for ever.
+    bearable = 8 * max_bytes
+    if int(request.headers.get("content-length", 0)) > bearable:
+        raise too_long
     try:
         async for chunk in request.stream():
             nbytes += len(chunk)
             if nbytes <= max_bytes:
                 body += chunk
             else:
-                # Read on for a while: a client whose upload breaks off does not get to see the answer.
                 body.clear()
-                if nbytes > 8 * max_bytes:
+                if nbytes > bearable:
                     break
     except ClientDisconnect:
         raise ApiError(499, "The client has left.") from None  # for the log: nobody is there
     if nbytes > max_bytes:
-        raise ApiError(
-            413,
-            f"The request's body is longer than the {max_bytes} bytes that this server takes.",
-            code="request_too_large",
-        )
+        raise too_long
     return bytes(body)
 
 
