@@ -16,7 +16,8 @@ __all__ = ["Connection"]
 # The head of a request comes within this time of its first byte, and the first byte of the connection's beginning.
 _HEAD_SECONDS = 30
 # What is read at once. Each piece of a chunked body, even of one byte, takes h11 some 20 microseconds, and asyncio
-# would read a quarter of a megabyte of them before the loop gets to anything else.
+# would read a quarter of a megabyte of them before the loop gets to anything else. Its transports' attribute for that
+# is not documented; where they have none, setting it changes nothing.
 _READ_BYTES = 4096
 
 

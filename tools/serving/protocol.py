@@ -11,7 +11,7 @@ __all__ = ["NOT_BUILT", "AnyRequest", "ChatRequest", "CompletionRequest", "Messa
 
 # A batch in one request takes places from everybody else's; OpenAI's own limit is 128.
 MAX_CHOICES = 8
-# OpenAI's own limits of lists. What is longer would also take long to look through.
+# More than any client needs; and what is longer would take long to look through.
 _MAX_ITEMS = 2048
 _MAX_PARTS = 128
 # Each new token is compared with a stop string's beginnings, on the event loop.
