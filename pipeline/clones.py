@@ -1,8 +1,9 @@
 """Shallow clones of module trees, one for each forward pass."""
 
+import copy
 import types
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ _TABLES = frozenset({dict, OrderedDict, list, set})
 
 
 def clone_modules(root: nn.Module) -> Any:
-    """A shallow clone of a module tree: the same parameter tables, but buffers and attributes of its own.
+    """A shallow clone of a module tree: the same parameter tables, but buffers, attributes and configs of its own.
 
     A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers,
-    some in place, and lengths in attributes. Passes that run side by side on one tree take each other's.
+    some in place, and lengths in attributes. ``generate`` writes to the config: while it decodes on a GPU, experts are
+    computed in another way than in prompts. Passes that run side by side on one tree take each other's.
     """
-    clones: dict[int, Any] = {}  # of modules and buffers, by the ids of the originals
+    clones: dict[int, Any] = {}  # of modules, buffers and configs, by the ids of the originals
     modules = list(root.modules())
     for module in modules:
         clones[id(module)] = object.__new__(type(module))
@@ -44,19 +46,34 @@ def clone_modules(root: nn.Module) -> Any:
     return clones[id(root)]
 
 
-def _cloned(value: Any, clones: Mapping[int, Any]) -> Any:
+def _cloned(value: Any, clones: MutableMapping[int, Any]) -> Any:
     """``value`` with modules and buffers replaced by their clones, and tables that a pass may write to copied."""
     if isinstance(value, (nn.Module, torch.Tensor)):
         return clones.get(id(value), value)
+    if hasattr(
+        value, "get_text_config"
+    ):  # a config of transformers; one for all modules that share it
+        if id(value) not in clones:
+            clones[id(value)] = own = copy.copy(value)
+            for name, each in list(vars(own).items()):
+                vars(own)[name] = _cloned(each, clones)
+        return clones[id(value)]
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])
-    if type(value) in (dict, list, tuple, set):
-        if isinstance(value, dict):
-            return {key: _cloned(each, clones) for key, each in list(value.items())}
+    if type(value) in (list, tuple, set):
         return type(value)(_cloned(each, clones) for each in list(value))
     if isinstance(value, dict):  # ordered and default dictionaries keep their kind
         copied = value.copy()
-        for key, each in value.items():
+        for key, each in list(copied.items()):
             copied[key] = _cloned(each, clones)
         return copied
     return value
+
+
+def _own_config(config: Any, clones: MutableMapping[int, Any]) -> Any:
+    """A copy of a config of transformers, and of those in it; one for all modules that share it."""
+    if id(config) not in clones:
+        clones[id(config)] = own = copy.copy(config)
+        for name, value in list(vars(own).items()):
+            vars(own)[name] = _cloned(value, clones)
+    return clones[id(config)]

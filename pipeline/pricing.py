@@ -169,7 +169,9 @@ class Prices:
         copied = 0 if there and batch.device_resident else batch.copied_bytes
         link = self.rates.host_copy if placement.on_cpu else self.rates.h2d
         if layers[0].kind is LayerKind.BLOCK:
-            copied += placement.kv_bytes_per_block * len(layers)
+            # There and back, in the thread that computes, which waits for it.
+            cache = 2 * placement.kv_bytes_per_block * len(layers)
+            compute += cache / self.rates.pageable_h2d
         slot = not placement.maps and not there and not batch.host_resident
         return BatchCost(
             read_seconds=read,

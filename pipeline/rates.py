@@ -13,6 +13,7 @@ __all__ = ["Input", "Rates", "rates_of", "sizes_of"]
 _DISK = 1.5e9  # a plain NVMe disk of some years ago
 _MMAP_SHARE = 0.5  # of the direct rate: page faults cost processor time
 _H2D = 12e9  # 16 lanes of PCIe 3, as copies from page-locked memory reach it
+_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver's
 _HOST_COPY = 5e9  # one thread
 _CPU_WEIGHTS = 5e9  # bytes per second and core, as far as memory allows
 _CPU_FLOPS = 50e9  # per core, bfloat16 with AVX-512
@@ -32,6 +33,7 @@ _OVERHEAD = 0.5e-3
 
 _ASSUMED_AT = (1, 16, 256, 4096)  # tokens
 _ITEM_BYTES = 2
+_PROBED = {Origin.MEASURED, Origin.CONTENDED, Origin.CACHED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Rates:
     mmap: float  # faulting in files that are not in the page cache
     host_copy: float
     h2d: float
+    pageable_h2d: float  # from memory that is not page-locked; the same is taken for the way back
     compute: tuple[ComputeRate, ...]
     beside_matrices: float  # times what products with matrices take, a layer takes
     mapped_seconds_per_byte: float  # that computation takes longer with weights in the page cache
@@ -61,6 +64,14 @@ class Rates:
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float
     inputs: tuple[Input, ...]
+
+    def used(self, *, kv_on_host: bool) -> tuple[Input, ...]:
+        """The inputs that a plan was priced with: pageable copies are those of a KV cache on the host."""
+        return tuple(
+            each
+            for each in self.inputs
+            if kv_on_host or each.name != "pageable_h2d_bytes_per_second"
+        )
 
     def weights_per_second(self, tokens: float) -> float:
         """Bytes of weights that a pass of so many tokens computes with per second.
@@ -123,12 +134,19 @@ def rates_of(hardware: Hardware) -> Rates:
     figure = hardware.figures.get("compute")
     if figure is not None and figure.origin is Origin.LEARNT:
         processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
-    probed = figure is not None and figure.origin in {Origin.MEASURED, Origin.CACHED}
+    probed = figure is not None and figure.origin in _PROBED
+    mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
+    host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
+    h2d = pageable = math.inf
+    if hardware.device != "cpu":
+        h2d = rate("h2d_bytes_per_second", _H2D)
+        pageable = rate("pageable_h2d_bytes_per_second", h2d * _PAGEABLE_SHARE)
     return Rates(
         disk=disk,
-        mmap=rate("mmap_bytes_per_second", disk * _MMAP_SHARE),
-        host_copy=rate("host_copy_bytes_per_second", _HOST_COPY),
-        h2d=math.inf if hardware.device == "cpu" else rate("h2d_bytes_per_second", _H2D),
+        mmap=mmap,
+        host_copy=host_copy,
+        h2d=h2d,
+        pageable_h2d=pageable,
         compute=compute,
         beside_matrices=_BESIDE_MATRICES if probed else 1.0,
         mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,

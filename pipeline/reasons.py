@@ -70,7 +70,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if plan.workload is not None:
         yield "Computing is the layers' matrices at the rate for so many tokens, and attention over the cache."
     if plan.kv_cache_on_host:
-        yield "The transfer takes the KV cache to the device and back as well."
+        yield "Computing takes the KV cache to the device and back as well, at the rate that is not page-locked."
     if plan.reader is ReaderKind.MMAP and not sweep.read_seconds:
         yield "The files are expected in the page cache, so that reading takes no time."
 
@@ -160,6 +160,11 @@ def _inputs(plan: Plan) -> Section:
         lines.append(
             "ASSUMED figures are nobody's measurement: trust what depends on them no further than them"
         )
+    if any(each.origin is Origin.CONTENDED for each in plan.inputs):
+        lines.append(
+            "other processes kept this machine busy while it was measured: of copies and computation the best "
+            "samples were taken; plan again when it is quiet"
+        )
     if lines:
         blocks.append(Sentences(lines=[f"! {line}" for line in lines]))
     return Section(title="What it was made with", blocks=blocks)
@@ -173,6 +178,7 @@ _NAMES = {
     "mmap_bytes_per_second": "disk, mapped files",
     "host_copy_bytes_per_second": "copies in host RAM",
     "h2d_bytes_per_second": "copies to the device",
+    "pageable_h2d_bytes_per_second": "the same, not page-locked",
     "direct_read_cpu_seconds_per_byte": "processor, direct reads",
     "mmap_read_cpu_seconds_per_byte": "processor, mapped files",
     "overhead_seconds_per_batch": "hand-offs of a layer batch",
@@ -198,6 +204,8 @@ def _known(known: Input) -> str:
     match known.origin:
         case Origin.MEASURED:
             how = "measured just now"
+        case Origin.CONTENDED:
+            how = "measured just now, BESIDE OTHER PROCESSES"
         case Origin.CACHED:
             how = f"measured {format_seconds(known.age_seconds or 0)} ago"
         case Origin.GIVEN:

@@ -18,6 +18,11 @@ __all__ = ["Arenas", "Frame", "Need", "evenly"]
 _OVERSIZED = 2
 
 
+# torch's allocator takes large blocks from the driver in multiples of this; smaller ones share one.
+_DEVICE_BLOCK_BYTES = 2 << 20
+_SMALL_BYTES = 1 << 20
+
+
 class Arenas(NamedTuple):
     """Bytes of the two rings."""
 
@@ -140,15 +145,21 @@ class Frame:
                 ),
                 None,
             )
-        host, device = (
+        blocks = [_blocks(batch.device_bytes) for batch in batches if batch.device_resident]
+        return (
             MemoryUse(
-                budget_bytes=budget, arena_bytes=arena, resident_bytes=stays, reserved_bytes=kept
-            )
-            for budget, arena, stays, kept in zip(
-                (self.host_budget, self.vram_budget), arenas, residents, reserved, strict=True
-            )
+                budget_bytes=self.host_budget,
+                arena_bytes=arenas.host,
+                resident_bytes=residents[0],
+                reserved_bytes=reserved[0],
+            ),
+            MemoryUse(
+                budget_bytes=self.vram_budget,
+                arena_bytes=_blocks(arenas.device),
+                resident_bytes=sum(blocks),
+                reserved_bytes=reserved[1],
+            ),
         )
-        return host, device
 
     def _scratch(self, batches: Sequence[LayerBatch]) -> int:
         """What computation makes out of weights: for good out of pinned ones, else for one batch at a time."""
@@ -261,6 +272,13 @@ class Frame:
         self, batches: Iterable[LayerBatch], chosen: set[int], *, on_host: bool
     ) -> list[LayerBatch]:
         return [self._resident(b, on_host=on_host) if b.index in chosen else b for b in batches]
+
+
+def _blocks(nbytes: int) -> int:
+    """What a tensor of ``nbytes`` takes of a GPU's memory."""
+    if nbytes <= _SMALL_BYTES:
+        return nbytes
+    return -(-nbytes // _DEVICE_BLOCK_BYTES) * _DEVICE_BLOCK_BYTES
 
 
 def evenly(among: int, count: int) -> list[int]:

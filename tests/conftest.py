@@ -1,12 +1,17 @@
 """Quiet for the tests: no progress bars and tables of transformers, which are not ours; and no cache of the user's."""
 
-import hypothesis
 import pytest
 import transformers
+from support.service import client, folder, http, reference, server  # noqa: F401 - one for all files that ask it
 
-# The first example pays for imports, and the machine is shared; what hangs is ended by the timeout of every test.
-hypothesis.settings.register_profile("layerstream", deadline=None)
-hypothesis.settings.load_profile("layerstream")
+try:
+    import hypothesis
+except ModuleNotFoundError:  # the tests that tools/gpu_check.sh runs need pytest alone
+    pass
+else:
+    # The first example pays for imports, and the machine is shared; what hangs is ended by the timeout of every test.
+    hypothesis.settings.register_profile("layerstream", deadline=None)
+    hypothesis.settings.load_profile("layerstream")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

@@ -31,13 +31,14 @@ from layerstream.pipeline import (
     load_streamed,
 )
 from layerstream.pipeline import model as model_module
+from layerstream.pipeline import opening as opening_module
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices import CudaDevice
 from layerstream.stages.usage import anonymous_bytes
 
 # Some 10 ms of a GPU of 2 GHz: long beside the copy of a small layer, short beside a test.
 SLEEP_CYCLES = 20_000_000
-SECONDS = 110
+SECONDS = 70
 SMALL = Workload(prompt_tokens=16, new_tokens=16)
 ARCHITECTURES = [
     "llama",
@@ -55,7 +56,7 @@ ARCHITECTURES = [
     "vit",
     "whisper",
 ]
-GENERATIVE = {"llama", "llama-tied", "qwen3", "gemma3", "gpt2", "falcon", "t5"}
+GENERATIVE = {"llama", "llama-tied", "qwen3", "qwen3-moe", "gemma3", "gpt2", "falcon", "t5"}
 
 
 class SlowCopies(CudaDevice):
@@ -178,7 +179,8 @@ class StandIn:
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)
-        monkeypatch.setattr(model_module, "open_device", lambda _: self.opened)
+        for module in (opening_module, model_module):
+            monkeypatch.setattr(module, "open_device", lambda _: self.opened)
 
     def device(self, kind=FakeDevice):
         return kind()
@@ -416,6 +418,48 @@ def test_a_model_computes_on_the_stream_of_its_caller(tmp_path):
     assert torch.equal(run(main(), seconds=SECONDS), expected)
 
 
+def test_a_request_computes_on_the_stream_that_was_current_when_it_was_asked_for(
+    monkeypatch, tmp_path
+):
+    folder, ids = save_model(tmp_path / "model", "llama"), inputs_for("llama")["input_ids"]
+    device = StandIn(monkeypatch).opened
+    stream, used, computing_on = device.new_stream(), [], device.computing_on
+
+    def noted(stream):
+        used.append(stream)
+        return computing_on(stream)
+
+    async def main():
+        async with StreamedModel.open(folder, device="cuda:0", workload=SMALL) as streamed:
+            monkeypatch.setattr(device, "computing_on", noted)
+            with computing_on(stream):
+                asked = asyncio.ensure_future(streamed.forward(input_ids=ids))
+                await asyncio.sleep(0)  # it takes note of the stream
+            await asked
+
+    run(main(), seconds=SECONDS)
+    assert used == [stream]
+
+
+@pytest.mark.parametrize("opened", ["pipeline", "model"])
+def test_what_was_taken_of_a_device_is_given_back_to_everybody(monkeypatch, tmp_path, opened):
+    device = StandIn(monkeypatch).opened
+    left = []
+    monkeypatch.setattr(device, "trim", lambda: left.append(device.host_memories))
+
+    async def main():
+        if opened == "pipeline":
+            write_checkpoint(tmp_path, blocks=4)
+            async with Pipeline(arranged(plan_for(tmp_path, GPU)), device=device):
+                return
+        folder = save_model(tmp_path / "model", "llama")
+        async with StreamedModel.open(folder, device="cuda:0", workload=SMALL):
+            return
+
+    run(main(), seconds=SECONDS)
+    assert left == [0]  # once, and behind everything else
+
+
 def test_two_pipelines_share_one_gpu(gpu, tmp_path):
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
@@ -484,8 +528,62 @@ def test_vram_stays_within_the_budget(gpu, tmp_path):
     assert max(peaks) <= budget, (peaks, budget)
 
 
+def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_changes_no_token(gpu, tmp_path):
+    folder, ids = wide_model(tmp_path), inputs_for("llama")["input_ids"]
+    model = reference(folder, "llama", torch.bfloat16, gpu)
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids.to(gpu.torch_device), **asked)
+    del model
+    large = Workload(batch_size=8, prompt_tokens=16, new_tokens=2032)
+    cache = 2 * 8 * 1024 * 2 * 8 * 2048  # keys and values, layers, width, bytes, sequences, tokens
+    options = {"device": "auto", "workload": large, "layer_batch_size": 1}
+
+    async def main():
+        async with StreamedModel.open(folder, **options) as roomy:
+            assert not roomy.plan.kv_cache_on_host
+            reserved = roomy.plan.device_memory.reserved_bytes
+            layer = max(batch.device_bytes for batch in roomy.plan.batches)
+        budget = Budget(vram=reserved - cache // 4, host="1GiB")
+        assert cache // 2 > 4 * layer  # so that it fits without the cache, and not with it
+        with gpu.peak() as peaks:
+            async with StreamedModel.open(folder, budget=budget, **options) as tight:
+                assert tight.plan.kv_cache_on_host
+                tokens = await tight.generate(ids, **asked)
+                output = await tight.forward(input_ids=ids)
+                alone = await tight.forward(input_ids=ids, use_cache=False)
+        return tokens, output, alone, budget.vram, peaks
+
+    tokens, output, alone, budget, peaks = run(main(), seconds=SECONDS)
+    assert torch.equal(tokens, expected)
+    assert {layer.keys.device.type for layer in output.past_key_values.layers} == {"cpu"}
+    assert torch.equal(output.logits, alone.logits)
+    assert max(peaks) <= budget, (peaks, budget)
+
+
+@pytest.mark.parametrize("case", ["mamba", "t5"])
+def test_a_cache_that_cannot_live_in_host_ram_is_refused_when_the_model_is_opened(
+    monkeypatch, tmp_path, case
+):
+    StandIn(monkeypatch)
+    folder = save_model(tmp_path / "model", case)
+    planned = opening_module.make_plan
+
+    def on_host(*args, **options):
+        return replace(planned(*args, **options), kv_cache_on_host=True)
+
+    monkeypatch.setattr(opening_module, "make_plan", on_host)
+
+    async def main():
+        with pytest.raises(PlanError, match="the VRAM budget cannot hold the KV cache"):
+            async with StreamedModel.open(folder, device="cuda:0", workload=SMALL):
+                pass
+
+    with nothing_left_behind():
+        run(main(), seconds=SECONDS)
+
+
 async def same_budget(folder, budget, opening):
-    host = opening._options["budget"].host
+    host = opening._options.budget.host
     return StreamedModel.open(
         folder,
         device="auto",

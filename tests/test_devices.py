@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
+from support.fake_cuda import FakeCuda, RunningCudaDevice
 from support.fake_device import POISON, FakeDevice, _FakeEvent
 from support.loop import run
 
@@ -23,12 +24,21 @@ needs_cuda = pytest.mark.skipif(
 DEVICES = [
     pytest.param(CpuDevice, id="cpu"),
     pytest.param(FakeDevice, id="fake"),
+    pytest.param(RunningCudaDevice, id="cuda-on-a-fake-runtime"),
     pytest.param(
         lambda: CudaDevice(torch.device("cuda")), id="cuda", marks=[pytest.mark.cuda, needs_cuda]
     ),
 ]
 # Between the host's clock and a device's: to see an anchor pass takes some ten microseconds, if nobody interrupts.
 CLOCKS_APART = 0.0005
+
+
+@pytest.fixture(autouse=True)
+def _fake_runtime(request, monkeypatch):
+    if "fake-runtime" in request.node.name:
+        FakeCuda().install(monkeypatch)
+
+
 on_every_device = pytest.mark.parametrize("make_device", DEVICES)
 
 

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from layerstream.tools.benchmarks import copying, gpu
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.benchmarks.overlap import overlap_of, picture
 
@@ -19,11 +21,12 @@ SCRIPT = ROOT / "tools" / "gpu_check.sh"
 def test_a_rehearsal_runs_every_row_and_writes_no_figure(tmp_path):
     command = [sys.executable, "-m", "layerstream.tools.benchmarks.gpu", "--rehearse"]
     ran = subprocess.run(
-        [*command, "--out", tmp_path / "out", "--scratch", tmp_path],
+        [*command, "--out", tmp_path / "out"],
         check=False,
         capture_output=True,
         text=True,
         timeout=110,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
@@ -38,7 +41,20 @@ def test_a_rehearsal_runs_every_row_and_writes_no_figure(tmp_path):
     )
     assert (tmp_path / "out" / "gpu_check.txt").read_text().count("not measured") == len(ROWS)
     assert (tmp_path / "out" / "gpu_overlap.svg").read_text().count("<rect") > 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the checkpoint is gone
+    assert not list(tmp_path.glob("layerstream*"))  # the checkpoint is gone
+
+
+def test_a_checkpoint_that_was_made_beforehand_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ROWS", ())
+    command = ["gpu", "--rehearse", "--scratch", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*command, "--checkpoint-only"])
+    assert gpu.main() == 0
+    assert not (tmp_path / "out").exists()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()} == before
+    assert "model of" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -55,6 +71,56 @@ def test_without_a_gpu_the_check_says_so_in_a_line_and_leaves_nothing(tmp_path):
     assert len(ran.stderr.splitlines()) == 1
     assert "sees no CUDA device here; --rehearse" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+class Balloon:
+    """A machine with so many steps of memory, which gives one more each time that it is asked in vain."""
+
+    def __init__(self, monkeypatch, *, first, most):
+        self.total, self.most, self.taken, self.peak = first, most, 0, 0
+        self.now = 0.0
+        monkeypatch.setattr(copying, "host_available_bytes", self.available)
+        monkeypatch.setattr(copying, "HostMemory", lambda _: self.take())
+        monkeypatch.setattr(copying, "time", self)
+
+    def available(self):
+        return (self.total - self.taken) * copying._STEP_BYTES
+
+    def take(self):
+        self.taken += 1
+        self.peak = max(self.peak, self.taken)
+        return SimpleNamespace(tensor=torch.empty(0), close=self.give_back)
+
+    def give_back(self):
+        self.taken -= 1
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.total = min(self.total + 1, self.most)
+
+
+def test_a_machine_that_grows_as_it_is_used_is_made_to_show_its_memory(monkeypatch):
+    machine = Balloon(monkeypatch, first=6, most=64)
+    copying.make_room(32 * copying._STEP_BYTES)
+    assert machine.total >= 32
+    assert machine.taken == 0
+
+
+def test_a_machine_that_has_no_more_memory_is_not_waited_for_and_not_filled(monkeypatch):
+    machine = Balloon(monkeypatch, first=6, most=6)
+    copying.make_room(32 * copying._STEP_BYTES)
+    assert machine.taken == 0
+    assert machine.peak == 3
+    assert machine.now < 6
+
+
+def test_where_there_is_room_none_is_made(monkeypatch):
+    machine = Balloon(monkeypatch, first=64, most=64)
+    copying.make_room(32 * copying._STEP_BYTES)
+    assert machine.peak == 0
 
 
 def test_an_unknown_argument_of_the_check_is_refused():

@@ -4,19 +4,41 @@ Made with torch alone, not with the library's own device, whose faults it would 
 GPU, host memory plays the device's.
 """
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from layerstream.stages.devices import open_device
+from layerstream.stages.headroom import host_available_bytes
+from layerstream.stages.memory import HostMemory
 
-__all__ = ["Accelerator", "Pinning", "copy_rate", "pinning"]
+__all__ = ["Accelerator", "Peak", "Pinning", "copy_rate", "make_room", "pinning"]
 
 # Bytes moved per measurement and block size: at 50 GB/s some 80 ms, long beside a timer and a launch.
 _COPIED_BYTES = 4 << 30
+# While room is made: taken at a time, and left alone. A machine that gives no more for so long has no more.
+_STEP_BYTES = 1 << 30
+_LEFT_BYTES = 2 << 30
+_PATIENCE_SECONDS = 5.0
+
+
+# The driver keeps no peak of its own; asking it takes some ten microseconds.
+_WATCH_SECONDS = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The most that was taken of a device's memory, above what was taken before."""
+
+    allocated_bytes: int  # by torch's counter: what tensors take
+    driver_bytes: (
+        int  # by the driver's: what torch's allocator keeps, and kernels that were loaded, too
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +69,34 @@ class Accelerator:
             "cuda": torch.version.cuda,
         }
 
-    def begin_peak(self) -> Callable[[], int]:
-        """Start counting; the function returned gives the most bytes allocated on the device since, by torch."""
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], Peak]]:
+        """Watch the device's memory during the body; the function tells the most that was taken since its beginning."""
         if not self.is_gpu:
-            return lambda: 0
+            yield lambda: Peak(allocated_bytes=0, driver_bytes=0)
+            return
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        return lambda: torch.cuda.max_memory_allocated(self.device) - before
+        allocated = torch.cuda.memory_allocated(self.device)
+        free = least = torch.cuda.mem_get_info(self.device)[0]
+        over = threading.Event()
+
+        def watch() -> None:
+            nonlocal least
+            while not over.wait(_WATCH_SECONDS):
+                least = min(least, torch.cuda.mem_get_info(self.device)[0])
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield lambda: Peak(
+                allocated_bytes=torch.cuda.max_memory_allocated(self.device) - allocated,
+                driver_bytes=free - least,
+            )
+        finally:
+            over.set()
+            watching.join()
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Seconds that ``work`` takes, the device's share included."""
@@ -105,7 +146,38 @@ def pinning(accelerator: Accelerator, *, nbytes: int) -> Pinning:
     other = torch.empty(nbytes, dtype=torch.uint8, pin_memory=accelerator.is_gpu)
     allocated = time.perf_counter() - began
     del other
+    _empty_host_cache()
     return Pinning(
         registered_bytes_per_second=nbytes / registered,
         torch_bytes_per_second=nbytes / allocated,
     )
+
+
+def make_room(nbytes: int) -> None:
+    """Take host memory until ``nbytes`` are there, and give it back.
+
+    Some virtual machines begin with little RAM and get more as it is used: what is free at first says nothing.
+    On others there is either enough from the beginning, or nothing to be gained by waiting.
+    """
+    taken: list[HostMemory] = []
+    ends = time.monotonic() + _PATIENCE_SECONDS
+    try:
+        while (free := host_available_bytes()) + len(taken) * _STEP_BYTES < nbytes:
+            if free > _STEP_BYTES + _LEFT_BYTES:
+                taken.append(HostMemory(_STEP_BYTES))
+                taken[-1].tensor.zero_()
+                ends = time.monotonic() + _PATIENCE_SECONDS
+            elif time.monotonic() > ends:
+                return
+            else:
+                time.sleep(0.1)
+    finally:
+        for memory in taken:
+            memory.close()
+
+
+def _empty_host_cache() -> None:
+    """Give back what torch's allocator keeps of page-locked memory: it would, for ever."""
+    empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001 - torch has no public name for it
+    if empty is not None and torch.cuda.is_available():
+        empty()

@@ -5,7 +5,9 @@ has after each. A row that was not measured says so, and why.
 """
 
 import argparse
+import gc
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 
+from layerstream.stages.headroom import host_available_bytes
 from layerstream.stages.tables import format_table
 from layerstream.stages.units import format_bytes
 from layerstream.tools.arguments import positive
-from layerstream.tools.benchmarks.copying import Accelerator
+from layerstream.tools.benchmarks.copying import Accelerator, make_room
 from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.families import FAMILIES, scaled
@@ -29,6 +32,8 @@ from layerstream.tools.synthetic import Recipe, make_checkpoint
 __all__ = ["main"]
 
 MIB = 1 << 20
+# Host RAM for every row: one that page-locks the model of 11 GB, a peer's copy of it, and the files' pages.
+_ROOM_BYTES = 36 << 30
 
 
 def main() -> int:
@@ -36,38 +41,58 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(), help="where results go (default: here)")
     parser.add_argument(
-        "--scratch", type=Path, help="where the checkpoint is made (default: TMPDIR)"
+        "--scratch",
+        type=Path,
+        help="where the checkpoint is made, unless it is there, and left (default: TMPDIR, and removed)",
     )
-    parser.add_argument("--seconds", type=positive, default=270, help="no row begins after these")
+    parser.add_argument("--seconds", type=positive, default=330, help="no row begins after these")
+    parser.add_argument(
+        "--checkpoint-only",
+        action="store_true",
+        help="make the checkpoint in --scratch, where the next run finds it, and no more",
+    )
     parser.add_argument("--tests", type=Path, help="JUnit XML of the tests, to go into the result")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny, on the CPU: measures nothing"
     )
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
+    if args.checkpoint_only:
+        if args.scratch is None:
+            parser.error("--checkpoint-only needs --scratch")
+        make_room(0 if args.rehearse else _ROOM_BYTES)
+        make_checkpoint(args.scratch / "model", _recipe(rehearse=args.rehearse))
+        return 0
     if not args.rehearse and not torch.cuda.is_available():
         print("there is no CUDA device here; --rehearse runs this on the CPU", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(device=torch.device("cpu" if args.rehearse else "cuda:0"))
     result: dict[str, Any] = {
         "rehearsal": args.rehearse,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.processor() or platform.machine(),
+        "machine": _machine(),
+        "device": accelerator.describe(),
         "tests": _tests(args.tests),
         "rows": [_entry(row, "not reached") for row in ROWS],
     }
-    accelerator = Accelerator(device=torch.device("cpu" if args.rehearse else "cuda:0"))
-    result["device"] = accelerator.describe()
     _write(args.out, result)
-    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="layerstream-gpu-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as own:
+        scratch = args.scratch or Path(own)
+        began = time.monotonic()
         try:
-            made = make_checkpoint(Path(scratch) / "model", _recipe(rehearse=args.rehearse))
+            made = make_checkpoint(scratch / "model", _recipe(rehearse=args.rehearse))
         except Exception as error:
             for entry in result["rows"]:
                 entry["why"] = f"no checkpoint: {error}"
             _write(args.out, result)
             raise
         result["model_bytes"] = made.total_bytes
+        result["seconds_to_make_the_model"] = None if made.reused else time.monotonic() - began
+        # More than the rows take of a machine that has less: what does not fit says so.
+        make_room(0 if args.rehearse else _ROOM_BYTES)
+        result["machine"]["host_available_bytes"] = host_available_bytes()
+        _write(args.out, result)
         bench = Bench(
             accelerator=accelerator,
             folder=made.folder,
@@ -85,6 +110,17 @@ def main() -> int:
     failed = [entry for entry in result["rows"] if entry["failed"]]
     tests = result["tests"]
     return int(bool(failed) or (tests is not None and bool(tests["failed"] or not tests["passed"])))
+
+
+def _machine() -> dict[str, Any]:
+    """What stands behind the device."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "host_available_bytes": host_available_bytes(),
+    }
 
 
 def _recipe(*, rehearse: bool) -> Recipe:
@@ -120,6 +156,7 @@ def _entry(row: Row, why: str, *, failed: bool = False) -> dict[str, Any]:
 
 def _measure(row: Row, bench: Bench, rehearse: bool) -> dict[str, Any]:
     print(f".. {row.name}", file=sys.stderr, flush=True)
+    gc.collect()  # what a row before this one left in cycles: models, and page-locked memory
     began = time.monotonic()
     try:
         found = row.measure(bench)

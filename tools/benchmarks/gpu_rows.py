@@ -19,15 +19,19 @@ ROWS = (
     Row(name="streaming from RAM to pinned copies", target=">= 0.95", measure=from_ram),
     Row(name="overlap: longer of the two to both", target="-", measure=overlap),
     Row(name="streaming from disk to raw read", target=">= 0.92", measure=from_disk),
-    Row(
-        name="against accelerate cpu_offload",
-        target=">= 0.9 x pinned/pageable, >= 2",
-        measure=against("accelerate cpu_offload", on_host=True),
+    *(
+        # By hand it is also there where accelerate is not, and stands in for it.
+        Row(
+            name=f"against {name}",
+            target=">= 0.9 x pinned/pageable, >= 2",
+            measure=against(name, on_host=True),
+        )
+        for name in ("accelerate cpu_offload", "pageable offload by hand")
     ),
     *(
         Row(
             name=f"decode, {share:.0%} of the layers in VRAM",
-            target="predicted within 15 %",
+            target="0.85 to 1.15 of predicted",
             measure=decode(share),
         )
         for share in (0.0, 0.5, 0.9)

@@ -33,7 +33,13 @@ def trace(accelerator: Accelerator, *, path: Path) -> Iterator[Lanes]:
         yield lanes
         accelerator.synchronize()
     profiler.export_chrome_trace(str(path))
-    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    events = document["traceEvents"]
+    if accelerator.is_gpu:
+        # The calls that launch them, some thousands too, would make a file of tens of megabytes.
+        kept = {"gpu_memcpy", "kernel"}
+        document["traceEvents"] = [e for e in events if e.get("ph") == "M" or e.get("cat") in kept]
+        path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     if accelerator.is_gpu:
         lanes[0].extend(
             _spans(e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"])

@@ -1,0 +1,88 @@
+"""A KV cache in host RAM: a layer's keys and values are on the device only while that layer computes."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.requests import by_name
+from layerstream.stages.errors import PlanError
+
+__all__ = ["check_host_cache", "with_host_cache"]
+
+_ARGUMENT = "past_key_values"
+
+
+@functools.cache
+def _kind() -> Any:
+    from transformers import DynamicCache
+
+    class HostCache(DynamicCache):
+        """transformers' cache of growing tensors, whose layers come to the device and go again, one at a time.
+
+        transformers has an offloaded cache of its own. It copies on the device's default stream, where a request
+        of ours may compute on another; up to 5.17 its prefetched tensors may be overwritten while they are read;
+        and it keeps what it offloads in page-locked blocks, each rounded up to a power of two. So a layer is moved
+        here by the thread that computes, on its own stream, from and to memory of just the size that is priced. It
+        waits for that: a step takes longer by twice the cache over the bandwidth of pageable copies.
+        """
+
+        def update(
+            self,
+            key_states: torch.Tensor,
+            value_states: torch.Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """The keys and values of the layer with the new ones, on their device; what is kept is on the host."""
+            layers: list[Any] = self.layers
+            for layer in layers[layer_idx : layer_idx + 1]:
+                if layer.is_initialized:
+                    _move(layer, key_states.device)
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            _move(layers[layer_idx], torch.device("cpu"))
+            return states
+
+    return HostCache
+
+
+def _move(layer: Any, device: torch.device) -> None:
+    layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
+def check_host_cache(module: Any) -> None:
+    """Refuse a model whose cache cannot live on the host.
+
+    Raises:
+        PlanError: it has one of another kind, or a part that its layers do not ask for by ``update``.
+    """
+    config: Any = getattr(module, "config", None)
+    supports = getattr(module, "_supports_default_dynamic_cache", lambda: False)()
+    if not supports or config.is_encoder_decoder or any(_kind()(config=config).is_linear):
+        raise PlanError(
+            f"the VRAM budget cannot hold the KV cache, and that of {type(module).__name__} cannot live on the "
+            "host (it is no cache of attention alone); raise the VRAM budget, or ask for fewer tokens at a time"
+        )
+
+
+def with_host_cache(
+    module: Any, function: Any, inputs: Sequence[Any], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments of a request with a cache in host RAM, unless it brings one, or wants none or another.
+
+    Args:
+        module: the transformers model.
+        function: its ``forward`` or ``generate``, for the names of ``inputs``.
+        inputs: positional arguments.
+        named: keyword arguments.
+    """
+    given = by_name(function, inputs, named)
+    configs = (given.get("generation_config"), getattr(module, "generation_config", None))
+    kinds = [given, *(vars(config) for config in configs if config is not None)]
+    wants = next((k["use_cache"] for k in kinds if k.get("use_cache") is not None), True)
+    other = any(k.get("cache_implementation") is not None for k in kinds)
+    if not wants or other or given.get(_ARGUMENT) is not None:
+        return dict(named)
+    return {**named, _ARGUMENT: _kind()(config=module.config)}
