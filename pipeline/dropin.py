@@ -104,6 +104,10 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     Use it as the model itself: ``model(...)``, ``model.generate(...)``, ``transformers.pipeline(model=model)``.
     It is an instance of its transformers class; ``close()`` it, or use it as a context manager.
 
+    Each call, from whatever thread, is a request: it waits for the memory that it may come to need, and gives it
+    back when it returns. What you keep of a result is yours and in no budget, as with any transformers model. That
+    holds for ``past_key_values``, too; while a call runs that is given them, they count with it.
+
     Args:
         source: a folder, a safetensors file, or a hub id.
         options: as for ``StreamedModel.open``.

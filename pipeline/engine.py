@@ -17,14 +17,14 @@ from layerstream.pipeline.host_cache import with_host_cache
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
-from layerstream.pipeline.stats import Counters, Stats
+from layerstream.pipeline.stats import Counters, Outcome, Stats
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import counted
 from layerstream.stages.devices import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
+from layerstream.stages.libraries import release_unused
 from layerstream.stages.threads import Threads, settled
 from layerstream.stages.timings import Timings
-from layerstream.stages.usage import trim_heap
 
 __all__ = ["Engine", "Request"]
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """One call of ``forward`` or ``generate``, from when it asks to when it has ended."""
+    """One call of ``forward`` or ``generate``, or of the module itself, from when it asks to when it has ended."""
 
     number: int
     what: str
@@ -45,6 +45,7 @@ class Request:
     reservation: Reservation
     generator: torch.Generator | None  # what it samples from, instead of torch's own
     tokens: int = 0  # written in the rider's thread alone
+    passes_before: int = 0  # that its rider has made for others
     asked_seconds: float = field(default_factory=time.perf_counter)
 
 
@@ -78,7 +79,7 @@ class Engine:
         self._device = device
         self._estimator = estimator
         self._admission = Admission(room_bytes=room_bytes, places=places)
-        self.riders = Riders(sweeps, module, admission=self._admission, estimate=estimator.forward)
+        self.riders = Riders(sweeps, module, begin_pass=self._begin_pass)
         self.threads = Threads("rider", places)
         self._counters = Counters()
         self._numbers = itertools.count(1)
@@ -114,9 +115,9 @@ class Engine:
             await asyncio.wrap_future(request.reservation)
             result = await self._ride(request, stream)
         except BaseException as error:
-            self._end(request, error)
+            self._end(request, _outcome(error))
             raise
-        self._end(request, None)
+        self._end(request, "completed")
         return result
 
     async def _ride(self, request: Request, stream: Hashable) -> Any:
@@ -127,7 +128,10 @@ class Engine:
             with self._device.computing_on(stream):
                 return self._work(request)
 
-        future = self.threads.submit(work)
+        try:
+            future = self.threads.submit(work)
+        except RuntimeError as error:  # closed since it was admitted
+            raise ClosedError(_CLOSED) from error
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)
@@ -159,7 +163,7 @@ class Engine:
             # A request knows its arguments, and some of them know it: what hangs on it would wait for the collector.
             del rider.root, clone
             request.inputs, request.named = (), {}
-            trim_heap()
+            release_unused()
 
     # -- requests of other threads ---------------------------------------------------------------
 
@@ -173,21 +177,51 @@ class Engine:
         """
         self.riders.refuse_on_loop()
         request = self._request("generate", call, inputs, named, places=0)
-        tell = self._sweeps.tell
-        tell(self._begin, request)
-        error: BaseException | None = None
         try:
-            self.riders.reserve(request.reservation)
-            tell(self._started, request)
+            self._admit_here(request)
             # Makes the device current, too: not all kernels ask their inputs for it.
             with self._device.computing_on(self._device.stream()):
-                return self._work(request)
-        except BaseException as caught:
-            error = caught
+                result = self._work(request)
+        except BaseException as error:
+            self._sweeps.tell(self._end, request, _outcome(error))
             raise
-        finally:
-            tell(self._end, request, error)
-            error = None  # it would hold this frame, and so itself
+        self._sweeps.tell(self._end, request, "completed")
+        return result
+
+    def _begin_pass(
+        self, rider: Rider, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> Callable[[Outcome], None]:
+        """Make a request of a pass that belongs to none; returns what ends it, when it is admitted."""
+        request = self._request(
+            "forward", lambda model: model, inputs, named, places=0, rider=rider
+        )
+        request.inputs, request.named = (), {}  # whoever has asked makes the call himself
+
+        def end(outcome: Outcome) -> None:
+            self._sweeps.tell(self._end, request, outcome)
+
+        try:
+            self._admit_here(request)
+        except BaseException as error:
+            end(_outcome(error))
+            raise
+        return end
+
+    def _admit_here(self, request: Request) -> None:
+        """Wait in the calling thread until ``request`` may begin. An interrupt may come before or after that."""
+        self._sweeps.tell(self._ask, request, request.reservation)
+        request.reservation.result()
+        self._sweeps.tell(self._started, request)
+
+    def _ask(self, request: Request, reservation: Reservation) -> None:
+        """Let the request of another thread wait for its turn, unless no more are taken by now."""
+        self._begin(request)
+        if reservation.done():  # the model was closed meanwhile
+            return
+        if self._refusing is None:
+            self._admission.ask(reservation)
+        else:
+            reservation.set_exception(ClosedError(self._refusing))
 
     def resize(self, room_bytes: int) -> None:
         """From now on there is so much for all requests together; those that run keep what they have."""
@@ -197,7 +231,7 @@ class Engine:
     # -- life ------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Refuse new requests, and wait for those that were asked for before."""
+        """Refuse new requests, and wait for those that were asked for before, in tasks and threads."""
         self._refusing = "the model is being closed and takes no more requests"
         await self._idle.wait()
 
@@ -231,6 +265,7 @@ class Engine:
         named: Mapping[str, Any],
         *,
         places: int,
+        rider: Rider | None = None,
     ) -> Request:
         if self._refusing is not None:
             self._sweeps.tell(self._refused)
@@ -243,6 +278,8 @@ class Engine:
         except AdmissionError:
             self._sweeps.tell(self._refused)
             raise
+        rider = rider or Rider(self._sweeps)
+        rider.need = need
         request = Request(
             number=next(self._numbers),
             what=what,
@@ -251,10 +288,10 @@ class Engine:
             inputs=inputs,
             named=named,
             generator=generator,
-            rider=Rider(self._sweeps),
+            rider=rider,
+            passes_before=rider.passes,
             reservation=Reservation(need.nbytes, places=places),
         )
-        request.rider.need = need
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
         if self._cache_on_host:
@@ -285,19 +322,13 @@ class Engine:
                 extra=extra,
             )
 
-    def _end(self, request: Request, error: BaseException | None) -> None:
+    def _end(self, request: Request, outcome: Outcome) -> None:
         """``request`` is over; all that is counted, freed and told of it."""
         self._sweeps.ended(request.rider)
         self._admission.give_back(request.reservation)
         self._active.discard(request)
-        counters = self._counters
-        counters.tokens += request.tokens
-        if error is None:
-            outcome, counters.completed = "completed", counters.completed + 1
-        elif isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
-            outcome, counters.cancelled = "cancelled", counters.cancelled + 1
-        else:
-            outcome, counters.failed = "failed", counters.failed + 1
+        self._counters.ended(outcome, tokens=request.tokens)
+        passes = request.rider.passes - request.passes_before
         seconds = time.perf_counter() - request.asked_seconds
         logger.info(
             "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
@@ -305,13 +336,13 @@ class Engine:
             request.what,
             outcome,
             request.tokens,
-            request.rider.passes,
+            passes,
             seconds,
             extra={
                 "request_id": request.number,
                 "outcome": outcome,
                 "tokens": request.tokens,
-                "passes": request.rider.passes,
+                "passes": passes,
                 "seconds": seconds,
             },
         )
@@ -320,6 +351,11 @@ class Engine:
 
 
 _CLOSED = "the model was closed before this request's turn came"
+
+
+def _outcome(error: BaseException) -> Outcome:
+    left = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+    return "cancelled" if left else "failed"
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ class Origin(StrEnum):
     """Where a figure comes from."""
 
     MEASURED = "measured"  # on this machine, just now
+    CONTENDED = "contended"  # the same while other processes kept it busy
     CACHED = "cached"  # on this machine, at an earlier time
     ASSUMED = "assumed"  # nobody has measured it
     GIVEN = "given"  # by the caller: a what-if
@@ -21,7 +22,10 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """How one rate is known. The rate itself is the median of the samples."""
+    """How one rate is known.
+
+    The rate itself is the median of the samples; that of a contended processor is the best of them.
+    """
 
     origin: Origin
     least: float | None = None  # of the samples, in the unit of the rate

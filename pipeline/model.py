@@ -1,45 +1,35 @@
 """A transformers model whose weights stream."""
 
 import asyncio
-import dataclasses
-import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
+from layerstream.pipeline.admission import room_bytes
 from layerstream.pipeline.assembly import Assembly, move_buffers
 from layerstream.pipeline.binding import Binding, put_buffers
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.conversion import (
-    TracedModel,
-    load_config,
-    resolve_model_class,
-    trace_model,
-)
 from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.host_cache import check_host_cache
-from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.opening import Options, open_model
 from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
-from layerstream.pipeline.planner import make_plan
 from layerstream.pipeline.prediction import Objective
+from layerstream.pipeline.replanning import hardware_without
 from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError
-from layerstream.stages.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
-from layerstream.stages.usage import anonymous_bytes
 
 __all__ = ["StreamedModel"]
 
@@ -50,8 +40,6 @@ T = TypeVar("T")
 # A sweep costs the same for one request and for twenty. What bounds them is memory; a place costs a thread, and a
 # clone of the module tree while it is taken, which is a megabyte or two.
 _REQUESTS = 16
-# What requests may take of the fixed part of what the plan reserves: a few KiB more or less are not worth a refusal.
-_SMALL_CHANGE_BYTES = 4 << 20
 
 
 class StreamedModel:
@@ -67,9 +55,9 @@ class StreamedModel:
     hardware: Hardware
     module: Any
 
-    def __init__(self, source: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    def __init__(self, source: str | os.PathLike[str], options: Options) -> None:
         self._source = source
-        self._options = dict(options)
+        self._options = options
         self._resources = AsyncExitStack()
         self._engine: Engine | None = None
         self._closed = False
@@ -123,26 +111,24 @@ class StreamedModel:
             PlanError: the budget is too small.
             DeviceError: the device is not there.
         """
-        return cls(
-            source,
-            {
-                "device": device,
-                "budget": budget,
-                "workload": workload or Workload(),
-                "reader": reader,
-                "throttle_bytes_per_second": throttle_bytes_per_second,
-                "layer_batch_size": layer_batch_size,
-                "slots": slots,
-                "max_requests": max_requests,
-                "objective": objective,
-                "hardware": hardware,
-                "measure": measure,
-                "model_class": model_class,
-                "dtype": dtype,
-                "revision": revision,
-                "model_options": model_options,
-            },
+        options = Options(
+            device=device,
+            budget=budget,
+            workload=workload or Workload(),
+            reader=reader,
+            throttle_bytes_per_second=throttle_bytes_per_second,
+            layer_batch_size=layer_batch_size,
+            slots=slots,
+            max_requests=max_requests,
+            objective=objective,
+            hardware=hardware,
+            measure=measure,
+            model_class=model_class,
+            dtype=dtype,
+            revision=revision,
+            model_options=model_options,
         )
+        return cls(source, options)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -157,48 +143,11 @@ class StreamedModel:
         return self
 
     async def _open(self) -> None:
-        options = self._options
-        before = anonymous_bytes()
-        path = await resolve_model_path_async(self._source, revision=options["revision"])
-        checkpoint = await Checkpoint.open_async(path)
-        ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
-        self._resources.callback(ahead.stop)
-        traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
-        hardware = options["hardware"] or await Hardware.probe(
-            checkpoint, device=options["device"], measure=options["measure"]
-        )
-        # transformers' code for the model, and the module tree: 100 MB where they are new here.
-        held = max(0, (anonymous_bytes() or 0) - (before or 0))
-        self.hardware = hardware
-        self._budget: Budget | None = options["budget"]
-        self._held_bytes = held
-        self._make_plan = functools.partial(
-            make_plan,
-            checkpoint,
-            workload=options["workload"],
-            objective=options["objective"],
-            layers=layout.planned(checkpoint),
-            memory=layout.memory,
-            held_bytes=held,
-        )
-        self.plan = await finish_in_thread(
-            lambda: self._make_plan(
-                hardware,
-                budget=options["budget"],
-                reader=options["reader"],
-                throttle_bytes_per_second=options["throttle_bytes_per_second"],
-                layer_batch_size=options["layer_batch_size"],
-                slots=options["slots"],
-            )
-        )
-        if traced.unused:
-            logger.info(
-                "%s: the model does not use %d tensors: %s",
-                checkpoint.path,
-                len(traced.unused),
-                ", ".join(traced.unused[:8]),
-            )
-        self.module = traced.module
+        self._opening = opening = await open_model(self._source, self._options, self._resources)
+        self.plan, self.hardware = opening.plan, opening.hardware
+        self._budget = self._options.budget
+        layout, checkpoint = opening.layout, opening.checkpoint
+        self.module = opening.module
         if self.plan.kv_cache_on_host:
             check_host_cache(self.module)
         device = await finish_in_thread(lambda: open_device(self.plan.device))
@@ -206,12 +155,11 @@ class StreamedModel:
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
         move_buffers(self.module, device.torch_device)
-        room = _room_bytes(self.plan, held_bytes=held)
+        room = room_bytes(self.plan, self.module, checkpoint.config)
         phases = Phases(self.plan, room_bytes=room)
         pipeline = await self._resources.enter_async_context(Pipeline(phases.first, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
-        self._checkpoint = checkpoint
         self._sweeps = sweeps = Sweeps(
             pipeline,
             bindings,
@@ -227,12 +175,13 @@ class StreamedModel:
             estimator=Estimator(
                 self.module,
                 checkpoint.config,
-                workload=options["workload"],
+                workload=self._options.workload,
                 room_bytes=room,
+                on_cpu=self.plan.device_memory is None,
                 reserved_bytes=self.plan.workload_bytes,
             ),
             room_bytes=room,
-            places=options["max_requests"],
+            places=self._options.max_requests,
             cache_on_host=self.plan.kv_cache_on_host,
         )
         layout.hook(engine.riders, self.plan)
@@ -354,34 +303,14 @@ class StreamedModel:
         """
         engine = self._open_engine()
         hardware = self.hardware.learn(self.plan, self._pipeline.timings())
-        now = await Hardware.probe(self._checkpoint, device=self.plan.device, measure=False)
-        held = self.plan
-        hardware = dataclasses.replace(
-            hardware,
-            cached_bytes=now.cached_bytes,
-            # What the running plan has taken is free for the new one.
-            host_available_bytes=now.host_available_bytes + held.host_memory.taken_bytes,
-            vram_free_bytes=None
-            if now.vram_free_bytes is None or held.device_memory is None
-            else now.vram_free_bytes + held.device_memory.taken_bytes,
-        )
-        if budget is None:
-            # Running requests, too, have some of what the last plan was given: that alone is no reason to refuse it.
-            least = held.host_memory.budget_bytes
-            vram = hardware.vram_free_bytes
-            if vram is not None and held.device_memory is not None:
-                vram = max(vram, held.device_memory.budget_bytes)
-            hardware = dataclasses.replace(
-                hardware,
-                host_available_bytes=max(hardware.host_available_bytes, least),
-                vram_free_bytes=vram,
-            )
+        now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
+        hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
             await finish_in_thread(self._sweeps.device.trim)  # what went is everybody's
-            room = _room_bytes(plan, held_bytes=self._held_bytes)
+            room = room_bytes(plan, self.module, self._opening.checkpoint.config)
             self._sweeps.phases.replace(plan, room_bytes=room)
             engine.resize(room)
             self.plan, self.hardware = plan, hardware
@@ -401,7 +330,7 @@ class StreamedModel:
             PlanError: no plan fits that budget.
         """
         self._open_engine()
-        return self._make_plan(hardware, budget=budget or self._budget, running=self.plan)
+        return self._opening.make_plan(hardware, budget=budget or self._budget, running=self.plan)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""
@@ -434,40 +363,3 @@ class StreamedModel:
         if self._engine is None or self._closed:
             raise ClosedError("the model is not open; use it inside `async with`")
         return self._engine
-
-
-def _room_bytes(plan: Plan, *, held_bytes: int) -> int:
-    """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
-    if plan.kv_cache_on_host:
-        free = 0  # what VRAM has left is no room for the cache, and the other way round
-    elif plan.device_memory is not None:
-        free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
-    else:
-        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - held_bytes
-    return max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)
-
-
-def _read_ahead(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Readahead:
-    """Have the disk busy while the model is traced, if its files will be mapped."""
-    mapped = (
-        options["reader"] in {None, ReaderKind.MMAP} and not options["throttle_bytes_per_second"]
-    )
-    unbounded = options["budget"] is None or options["budget"].host is None
-    on_cpu = mapped and unbounded and open_device(options["device"]).reads_host_images
-    ahead = Readahead([file.path for file in checkpoint.files])
-    if on_cpu and fits_page_cache(checkpoint.total_bytes):
-        ahead.start()
-    return ahead
-
-
-def _trace(checkpoint: Checkpoint, options: Mapping[str, Any]) -> tuple[TracedModel, Assembly]:
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    config = load_config(folder)
-    traced = trace_model(
-        checkpoint,
-        config=config,
-        model_class=resolve_model_class(config, options["model_class"]),
-        dtype=options["dtype"],
-        **options["model_options"],
-    )
-    return traced, Assembly(traced, checkpoint, options["workload"])

@@ -8,35 +8,34 @@ disk ──> [read] ──queue──> [transfer] ──queue──> [compute] �
 """
 
 import asyncio
-import dataclasses
 import logging
 import threading
 import time
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from layerstream.pipeline.plan import Plan, ReaderKind
+from layerstream.pipeline.adoption import check_alike, without_residents
+from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.reading import open_reader
+from layerstream.pipeline.record import SweepRecord
 from layerstream.stages.arena import RingArena
 from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices import Device, Event, open_device
-from layerstream.stages.errors import BusyError, CheckpointError, ClosedError, PlanError, noting
-from layerstream.stages.forecast import Forecasts, SweepPrediction
+from layerstream.stages.errors import BusyError, ClosedError, PlanError, noting
 from layerstream.stages.read import read_stage
-from layerstream.stages.readers import DirectReader, MmapReader, Reader, ThrottledReader
+from layerstream.stages.readers import Reader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.threads import Once, Threads, finish_in_thread
-from layerstream.stages.timings import Clock, Occupancy, SweepSpan, Timings
+from layerstream.stages.timings import Clock, Timings
 from layerstream.stages.transfer import transfer_stage
 
-__all__ = ["Pipeline", "open_reader"]
+__all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,35 +43,6 @@ T = TypeVar("T")
 
 # One batch ready behind each stage absorbs jitter; how many are under way is for the arenas to bound.
 _QUEUE_SIZE = 1
-# Sweeps that timings tell of one by one: enough to learn from.
-_SWEEPS_KEPT = 64
-
-
-def open_reader(plan: Plan) -> Reader:
-    """The reader that ``plan`` asks for, with the plan's files open.
-
-    Raises:
-        CheckpointError: a file is missing, or has another size than when the plan was made.
-    """
-    paths = [Path(file.path) for file in plan.files]
-    for path, file in zip(paths, plan.files, strict=True):
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be opened ({error.strerror}); restore it"
-            ) from error
-        if size != file.nbytes:
-            raise CheckpointError(
-                f"{path}: has {size} bytes, but had {file.nbytes} when the plan was made; plan anew"
-            )
-    if plan.reader is ReaderKind.MMAP:
-        return MmapReader(paths)
-    if plan.reader is ReaderKind.THROTTLED:
-        if plan.throttle_bytes_per_second is None:
-            raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
-        return ThrottledReader(paths, plan.throttle_bytes_per_second)
-    return DirectReader(paths)
 
 
 class Pipeline:
@@ -97,10 +67,7 @@ class Pipeline:
         self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._arenas: tuple[RingArena, ...] = ()
-        self._sweeps_completed = 0
-        self._forecast = Forecasts()
-        self._loads = False  # the sweep under way brings residents
-        self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
+        self._record = SweepRecord()
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = ExitStack()
@@ -262,7 +229,7 @@ class Pipeline:
                 f"route {order} does not lie within the plan's {len(self.plan.batches)} batches"
             )
         self._route.redirect(order)
-        self._loads = not self._residents.complete
+        self._record.loading = not self._residents.complete
         sweep = Sweep(
             order=order,
             route=self._route,
@@ -327,7 +294,7 @@ class Pipeline:
             PlanError: the plans differ in more.
         """
         self._check_idle()
-        _check_alike(self.plan, plan)
+        check_alike(self.plan, plan)
         async with self._adopting:
             await self._swap_residents(plan)
 
@@ -335,15 +302,9 @@ class Pipeline:
         # What has memory is asked, not the old plan: a change that was broken off may have come between.
         gone = self._residents.superseded(plan.batches)
         if gone:
-            left = [
-                dataclasses.replace(old, host_resident=False, device_resident=False)
-                if old.index in gone
-                else old
-                for old in self.plan.batches
-            ]
-            self._route.replace(left)
             # Whatever becomes of the rest, this is how it is from here on.
-            self.plan = dataclasses.replace(self.plan, batches=tuple(left))
+            self.plan = without_residents(self.plan, gone)
+            self._route.replace(self.plan.batches)
             self._route.recall()
             # Through the stages, since their threads may be copying from what is to be given back.
             while not (await self._ready.peek()).wanted:
@@ -365,28 +326,15 @@ class Pipeline:
                 self.plan = plan
 
     def timings(self) -> Timings:
-        """What the stages have done since the pipeline was opened."""
-        last = max(clock.stopped for clock in self._clocks)
-        stages = tuple(clock.sums() for clock in self._clocks)
-        busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
+        """What the stages have done since the pipeline was opened: of a GPU's work, what it is through with."""
         sizes = (self.plan.host_arena_bytes, self.plan.device_arena_bytes)
         arenas = zip(("host slots", "device slots"), sizes, self._arenas, strict=False)
-        return Timings(
-            sweeps=self._sweeps_completed,
-            wall_seconds=max(0.0, last - self._opened_at),
-            stages=stages,
-            start_seconds=self._opened_at,
-            latest=tuple(self._latest),
-            forecast=self._forecast.sums(**busy),
+        return self._record.timings(
+            self._clocks,
+            opened_seconds=self._opened_at,
             labels=tuple(batch.label for batch in self.plan.batches),
             occupancy=tuple(
-                Occupancy(
-                    name=name,
-                    capacity_bytes=size,
-                    mean_bytes=arena.gauge.mean(),
-                    peak_bytes=arena.gauge.peak,
-                    spans=tuple(arena.spans),
-                )
+                arena.occupancy(name=name, capacity_bytes=size)
                 for name, size, arena in arenas
                 if size
             ),
@@ -398,28 +346,10 @@ class Pipeline:
             return  # dropped in another thread, and the next sweep, now under way, was faster than the news
         self._current = None
         if sweep.complete:
-            now = time.perf_counter()
-            self._forecast.count(self._prediction(prompt=sweep.prompt), now - sweep.began_seconds)
-            self._latest.append(
-                SweepSpan(
-                    start_seconds=sweep.began_seconds,
-                    stop_seconds=now,
-                    tokens=sweep.tokens,
-                    steady=self._sweeps_completed > 0 and not self._loads,
-                )
-            )
-            self._sweeps_completed += 1
+            self._record.count(sweep, self.plan.prediction)
         else:
             # The next sweep most likely begins at the beginning: what is under way is dropped for it.
             self._route.restart()
-
-    def _prediction(self, *, prompt: bool) -> SweepPrediction:
-        prediction = self.plan.prediction
-        if not self._sweeps_completed:
-            return prediction.first
-        if self._loads:
-            return prediction.second
-        return prediction.prefill if prompt else prediction.decode
 
     def _dropped(self, sweep: Sweep) -> None:
         """A sweep was left without being closed. Its finalizer runs in whichever thread dropped it."""
@@ -429,35 +359,6 @@ class Pipeline:
             sweep.end()
         else:
             self._loop.call_soon_threadsafe(sweep.end)
-
-
-def _check_alike(old: Plan, new: Plan) -> None:
-    """Refuse a plan that would need other memory, files or batches than the pipeline has."""
-
-    def shape(plan: Plan) -> object:
-        streamed = [
-            dataclasses.replace(b, host_resident=False, device_resident=False) for b in plan.batches
-        ]
-        return plan.files, plan.device, plan.reader, streamed
-
-    if shape(old) != shape(new):
-        raise PlanError(
-            "the running plan and the new one differ in more than their residents; open the model anew"
-        )
-    in_place = new.reader is ReaderKind.MMAP and new.device_memory is None
-    passing = [
-        (
-            0 if in_place or batch.host_resident else batch.host_bytes,
-            0 if batch.device_resident else batch.device_bytes,
-        )
-        for batch in new.batches
-    ]
-    rings = (old.host_arena_bytes, old.device_arena_bytes)
-    if any(a > rings[0] or b > rings[1] for a, b in passing):
-        raise PlanError(
-            "the new plan moves a layer batch that is larger than the running pipeline's slots; "
-            "open the model anew"
-        )
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

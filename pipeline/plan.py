@@ -131,6 +131,7 @@ class Plan:
     batches: tuple[LayerBatch, ...]
     workload: Workload | None
     workload_bytes: int  # of the reserved memory, what is for requests: KV cache and activations
+    beside_bytes: int  # host memory that is not counted above: code that was loaded, and what requests take that is no tensor
     kv_cache_on_host: (
         bool  # the KV cache lives in host RAM, and travels to the device layer by layer
     )

@@ -65,7 +65,7 @@ def make_plan(
         layer_batch_size: blocks per layer batch, instead of the planner's choice.
         slots: on either side, instead of the planner's choice.
         held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
-            no plan; but residents leave room for it.
+            no plan; but slots and residents leave room for it, and for what requests take on a CPU that is no tensor.
         running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader stay.
 
     Raises:
@@ -118,6 +118,7 @@ def make_plan(
         batches=tuple(placement.batches),
         workload=workload,
         workload_bytes=request.workload_bytes,
+        beside_bytes=best.frame.held_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
         pinned=tuple(
             batch.index

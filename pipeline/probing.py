@@ -18,6 +18,7 @@ from layerstream.pipeline.compute_probe import (
     measure_compute,
     measure_copies,
 )
+from layerstream.pipeline.contention import Contention
 from layerstream.pipeline.disk_probe import LEAST_BYTES, measure_direct, measure_mmap
 from layerstream.pipeline.figures import ComputeRate, Figure, Origin, Rate
 from layerstream.pipeline.measured import PER_BYTE, Measured, MeasuredCache, machine
@@ -38,6 +39,7 @@ _READERS = (
     ),
     ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap),
 )
+_OF_DISKS = tuple(names[0] for _, names, _ in _READERS)
 _COPIES = (
     "host_copy_bytes_per_second",
     "h2d_bytes_per_second",
@@ -47,6 +49,7 @@ _COPIES = (
 _LEAST_SHARE = 0.9
 # A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
 _DISTURBED = 2.0
+_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)  # of several, the last speaks for all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +174,8 @@ def _known(
         return None
     what = subject.key["of"]
     try:
-        rates = subject.measure()
+        with Contention() as contention:
+            rates = subject.measure()
     except (LayerstreamError, OSError, RuntimeError) as error:  # RuntimeError: torch's
         logger.warning("measuring %s failed, the rate is not known: %s", what, error)
         return None
@@ -179,6 +183,10 @@ def _known(
         return None
     for name, rate in rates.items():
         logger.info("%s: %s is %.3g (%.3g to %.3g)", what, name, rate.median, rate.least, rate.most)
+    if contention.matters:
+        busy = contention.processors
+        logger.info("%s: not kept, since others kept %.1f processors busy meanwhile", what, busy)
+        return Measured(rates=rates, age_seconds=0.0), Origin.CONTENDED
     if _disturbed(rates):
         logger.info("%s: the samples differ so much that they are not kept for the next time", what)
     else:
@@ -207,7 +215,10 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
         age = measured.age_seconds
         if subject.key["of"] == "compute":
             fields["compute"] = tuple(
-                ComputeRate(tokens=tokens, bytes_per_second=measured.rates[str(tokens)].median)
+                ComputeRate(
+                    tokens=tokens,
+                    bytes_per_second=_value(str(tokens), measured.rates[str(tokens)], origin),
+                )
                 for tokens in TOKENS
                 if str(tokens) in measured.rates
             )
@@ -221,17 +232,26 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
         if sum(part.share for part in several) < _LEAST_SHARE:
             logger.info("%s is not known: it was measured on some of the volumes only", name)
             continue
-        fields[name] = _mean(name, [(part.rate.median, part.share) for part in several])
+        values = [(_value(name, part.rate, part.origin), part.share) for part in several]
+        fields[name] = _mean(name, values)
         figures[name] = Figure(
-            origin=Origin.CACHED
-            if any(part.origin is Origin.CACHED for part in several)
-            else Origin.MEASURED,
+            origin=max((part.origin for part in several), key=_DOUBT.index),
             least=_mean(name, [(part.rate.least, part.share) for part in several]),
             most=_mean(name, [(part.rate.most, part.share) for part in several]),
             samples=sum(part.rate.samples for part in several),
             age_seconds=max(part.age_seconds for part in several),
         )
     return Rates(fields=fields, figures=figures)
+
+
+def _value(name: str, rate: Rate, origin: Origin) -> float:
+    """What to reckon with. Where others keep processors busy, a median tells of them, the best sample of the machine.
+
+    It is not so for disks: who shares a disk does not show in processors, and is there tomorrow as well.
+    """
+    if origin is not Origin.CONTENDED or name in _OF_DISKS:
+        return rate.median
+    return rate.least if name.endswith(PER_BYTE) else rate.most
 
 
 def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:

@@ -33,6 +33,7 @@ _OVERHEAD = 0.5e-3
 
 _ASSUMED_AT = (1, 16, 256, 4096)  # tokens
 _ITEM_BYTES = 2
+_PROBED = {Origin.MEASURED, Origin.CONTENDED, Origin.CACHED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ def rates_of(hardware: Hardware) -> Rates:
     figure = hardware.figures.get("compute")
     if figure is not None and figure.origin is Origin.LEARNT:
         processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
-    probed = figure is not None and figure.origin in {Origin.MEASURED, Origin.CACHED}
+    probed = figure is not None and figure.origin in _PROBED
     mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
     host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
     h2d = pageable = math.inf

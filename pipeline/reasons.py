@@ -160,6 +160,11 @@ def _inputs(plan: Plan) -> Section:
         lines.append(
             "ASSUMED figures are nobody's measurement: trust what depends on them no further than them"
         )
+    if any(each.origin is Origin.CONTENDED for each in plan.inputs):
+        lines.append(
+            "other processes kept this machine busy while it was measured: of copies and computation the best "
+            "samples were taken; plan again when it is quiet"
+        )
     if lines:
         blocks.append(Sentences(lines=[f"! {line}" for line in lines]))
     return Section(title="What it was made with", blocks=blocks)
@@ -199,6 +204,8 @@ def _known(known: Input) -> str:
     match known.origin:
         case Origin.MEASURED:
             how = "measured just now"
+        case Origin.CONTENDED:
+            how = "measured just now, BESIDE OTHER PROCESSES"
         case Origin.CACHED:
             how = f"measured {format_seconds(known.age_seconds or 0)} ago"
         case Origin.GIVEN:

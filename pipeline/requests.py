@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.admission import refusal
+from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.plan import Workload
 from layerstream.pipeline.workload import workload_bytes
 
@@ -58,6 +59,7 @@ class Estimator:
         config: config.json; without one, nothing is known and nothing reserved.
         workload: what the plan reserves for.
         room_bytes: memory for all requests together.
+        on_cpu: activations are in the host's memory, where a request also takes what is no tensor.
         reserved_bytes: what the plan reserves for ``workload``. Where it was measured, prices follow it.
     """
 
@@ -68,6 +70,7 @@ class Estimator:
         *,
         workload: Workload,
         room_bytes: int,
+        on_cpu: bool = False,
         reserved_bytes: int | None = None,
     ) -> None:
         estimated = workload_bytes(config, workload)[0]
@@ -76,6 +79,8 @@ class Estimator:
         self._config = config
         self._workload = workload
         self._room = room_bytes
+        self._on_cpu = on_cpu
+        self._modules = sum(1 for _ in module.modules())
         text = module.config.get_text_config() if hasattr(module, "config") else None
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
         self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
@@ -104,6 +109,7 @@ class Estimator:
         # A loss is computed from logits in float32.
         item = self._item + (8 if named.get("labels") is not None else 0)
         nbytes += shape.rows * (positions - 1) * self._vocabulary * item
+        nbytes += self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
         words = f"a forward pass over {shape.rows} x {shape.length} tokens"
         return self._checked(
             words, shape, Need(nbytes=nbytes, sequences=shape.rows, prompt_tokens=0, new_tokens=0)
@@ -139,7 +145,9 @@ class Estimator:
             )  # logits, scores, softmax in float32
             scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
             nbytes += scores * rows * new * self._vocabulary * 4
-            return nbytes + self._assistant_bytes(named, rows=rows, tokens=prompt + new)
+            nbytes += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
+            # What the pass over the prompt has made libraries keep stays to the end.
+            return nbytes + self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
         cached = setting.get("use_cache") is not False
         chunk = setting.get("prefill_chunk_size")
@@ -201,6 +209,13 @@ class Estimator:
             return nbytes
         one = int(self._scale * workload_bytes(self._config, self._workload)[0])
         return max(nbytes, rows * one // self._workload.batch_size)
+
+    def _beside_bytes(self, rows: int, *, logits: int) -> int:
+        """What a request takes that is no tensor."""
+        if not self._on_cpu:
+            return 0
+        beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
+        return beside.rider_bytes
 
     def _new_tokens(self, setting: "_Settings", shape: _Shape) -> int:
         if (new := setting.get("max_new_tokens")) is not None:

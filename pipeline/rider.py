@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.binding import Bound, put_buffers
 from layerstream.pipeline.modules import Use
 from layerstream.pipeline.requests import Need
+from layerstream.pipeline.stats import Outcome
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import noting
 
@@ -56,11 +57,11 @@ class Conductor(Protocol):
 class Gate(Protocol):
     """What a pass that belongs to no request waits for before it begins."""
 
-    def enter(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """A pass with these inputs is about to begin."""
+    def enter(self, rider: "Rider", inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """A pass of ``rider`` with these inputs is about to begin."""
 
-    def leave(self) -> None:
-        """The pass has ended."""
+    def leave(self, outcome: Outcome) -> None:
+        """The pass has ended so."""
 
 
 class PassCancelled(Exception):  # noqa: N818 - it reports no error
@@ -108,6 +109,7 @@ class Rider:
 
         Raises:
             AdmissionError: the pass belongs to no request, and needs more memory than there is for it.
+            ClosedError: it belongs to none, and no more are taken.
             PassCancelled: nobody wants the result any more.
         """
         if id(module) in self._modules:
@@ -115,7 +117,7 @@ class Rider:
             self.abandon()
         if not self._modules:
             if self.gate is not None:
-                self.gate.enter(inputs, named)
+                self.gate.enter(self, inputs, named)
             self._entry = entry
             self.passes += 1
             self.tokens = _tokens(inputs, named)
@@ -131,7 +133,7 @@ class Rider:
         if self._modules:
             self._modules.pop()
             if not self._modules:
-                self._end_pass(completed=completed)
+                self._end_pass("completed" if completed else "failed")
 
     def hold(self, index: int) -> None:
         """Return when layer batch ``index`` is bound. The batch that was held is given back first.
@@ -185,9 +187,9 @@ class Rider:
     def abandon(self) -> None:
         """End the pass that an interrupt has left open, if there is one."""
         if self._modules:
-            self._end_pass(completed=False)
+            self._end_pass("cancelled")
         elif self.gate is not None:
-            self.gate.leave()
+            self.gate.leave("cancelled")
 
     def _release(self) -> Event | None:
         """Give the batch at hand back; returns the computation that reads it."""
@@ -198,7 +200,7 @@ class Rider:
         self._held = None
         return event
 
-    def _end_pass(self, *, completed: bool) -> None:
+    def _end_pass(self, outcome: Outcome) -> None:
         self._modules.clear()
         torch.set_grad_enabled(self._gradients)
         visited, self._visited = tuple(self._visited), []
@@ -207,11 +209,10 @@ class Rider:
             released = self._release()
         finally:  # also on a device that has failed: the others must not wait for us
             self._held = None
-            self._sweeps.tell(
-                self._sweeps.left, self, released, self._entry, visited if completed else None
-            )
+            route = visited if outcome == "completed" else None
+            self._sweeps.tell(self._sweeps.left, self, released, self._entry, route)
             if self.gate is not None:
-                self.gate.leave()
+                self.gate.leave(outcome)
 
 
 def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:

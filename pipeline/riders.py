@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.admission import Admission, Reservation
-from layerstream.pipeline.requests import Need
 from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.stats import Outcome
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.stages.errors import ModelError
+from layerstream.stages.libraries import release_unused
 
-__all__ = ["Riders"]
+__all__ = ["BeginPass", "Riders"]
+
+# Of a rider and the inputs of a pass: waits in the calling thread until it is admitted, and returns what ends it.
+BeginPass = Callable[[Rider, Sequence[Any], Mapping[str, Any]], Callable[[Outcome], None]]
 
 
 class Riders:
@@ -22,22 +25,13 @@ class Riders:
     Args:
         sweeps: what they ride.
         root: the module tree itself.
-        admission: where passes that belong to no request reserve their memory.
-        estimate: prices such a pass by its inputs.
+        begin_pass: makes a request of a pass that belongs to none.
     """
 
-    def __init__(
-        self,
-        sweeps: Sweeps,
-        root: torch.nn.Module,
-        *,
-        admission: Admission,
-        estimate: Callable[[Sequence[Any], Mapping[str, Any]], Need],
-    ) -> None:
+    def __init__(self, sweeps: Sweeps, root: torch.nn.Module, *, begin_pass: BeginPass) -> None:
         self._sweeps = sweeps
         self._root = root
-        self._admission = admission
-        self.estimate = estimate
+        self.begin_pass = begin_pass
         self._local = threading.local()
         self._loop_thread = threading.get_ident()
         self.turn = threading.Lock()  # of those who share the tree itself
@@ -85,45 +79,31 @@ class Riders:
                 "forward or generate instead, or call the module in a thread"
             )
 
-    def reserve(self, reservation: Reservation) -> None:
-        """Wait in the calling thread until ``reservation`` has its memory."""
-        self._sweeps.tell(self._admission.ask, reservation)
-        try:
-            reservation.result()
-        except BaseException:  # an interrupt may come before or after it was granted
-            self.give_back(reservation)
-            raise
-
-    def give_back(self, reservation: Reservation) -> None:
-        """Give back what a thread has reserved."""
-        self._sweeps.tell(self._admission.give_back, reservation)
-
 
 class _OwnPasses:
-    """What the passes of a thread without a request wait for: their memory, then their turn.
+    """What the passes of a thread without a request wait for: to be admitted as one, then their turn.
 
     In this order: who has the turn must not wait for memory that is held by who waits for the turn.
     """
 
     def __init__(self, riders: Riders) -> None:
         self._riders = riders
-        self._reservation: Reservation | None = None
+        self._end: Callable[[Outcome], None] | None = None  # of the pass under way
 
-    def enter(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """A pass with these inputs is about to begin."""
-        need = self._riders.estimate(inputs, named)
-        reservation = Reservation(need.nbytes, places=0)
-        self._riders.reserve(reservation)
+    def enter(self, rider: Rider, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """A pass of ``rider`` with these inputs is about to begin."""
+        end = self._riders.begin_pass(rider, inputs, named)
         try:
             self._riders.turn.acquire()
-        except BaseException:
-            self._riders.give_back(reservation)
+        except BaseException:  # an interrupt
+            end("cancelled")
             raise
-        self._reservation = reservation
+        self._end = end
 
-    def leave(self) -> None:
-        """The pass has ended."""
-        reservation, self._reservation = self._reservation, None
-        if reservation is not None:
+    def leave(self, outcome: Outcome) -> None:
+        """The pass has ended so."""
+        end, self._end = self._end, None
+        if end is not None:
             self._riders.turn.release()
-            self._riders.give_back(reservation)
+            release_unused()
+            end(outcome)

@@ -1,6 +1,7 @@
 """The candidates for one plan: which are tried, which of them fit, and which is the fastest. Pure."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.layers import LayerKind
 from layerstream.pipeline.layout import PlannedLayer
+from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.plan import Budget, MemoryUse, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective, Prediction
 from layerstream.pipeline.pricing import Placement, Prices
@@ -126,6 +128,17 @@ class Request:
         return 0 if self.memory is None else self.memory.reserved_bytes
 
     @cached_property
+    def _held_bytes(self) -> int:
+        """What this process takes beside the plan: code that was loaded, and what is no tensor."""
+        if not self.on_cpu or self.workload is None:
+            return self.held_bytes
+        w = self.workload
+        # Most modules have a weight; blocks and the model itself are some more.
+        modules = len(self.checkpoint.tensors)
+        beside = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
+        return self.held_bytes + beside.of(w.batch_size)
+
+    @cached_property
     def rates(self) -> Rates:
         """What the machine does per second."""
         return rates_of(self.hardware)
@@ -149,18 +162,22 @@ class Request:
         Raises:
             PlanError: none fits.
         """
-        for kv_on_host in self._kv_places():
+        # What is held beside the plan refuses none, but one that leaves room for it comes first.
+        for kv_on_host, leaves_room in itertools.product(self._kv_places(), (True, False)):
             found = [
                 choice
                 for reader in self._readers()
-                for choice in self._of_frame(self._frame(reader, kv_on_host=kv_on_host))
+                for choice in self._of_frame(
+                    self._frame(reader, kv_on_host=kv_on_host), leaves_room=leaves_room
+                )
             ]
             if found:
                 break
         else:
             raise PlanError(self._too_small())
         found.sort(key=lambda choice: choice.prediction.request_seconds)
-        able = [choice for choice in found if choice.overlaps or choice.name] or found
+        overlapping = any(choice.overlaps for choice in found)
+        able = [choice for choice in found if choice.overlaps or choice.name or not overlapping]
         tolerance = _EQUAL_PAST_NOTHING if self.workload is None else _EQUAL
         most = able[0].prediction.request_seconds * (1 + tolerance)
         equal = [choice for choice in able if choice.prediction.request_seconds <= most]
@@ -219,16 +236,17 @@ class Request:
             host_reserved=_FIXED_BYTES + (requests if self.on_cpu else kv),
             vram_reserved=0 if self.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
             kv_on_host_bytes=kv,
-            held_bytes=self.held_bytes,
+            held_bytes=self._held_bytes,
         )
 
-    def _of_frame(self, frame: Frame) -> Iterator[Choice]:
+    def _of_frame(self, frame: Frame, *, leaves_room: bool) -> Iterator[Choice]:
         prices = self._prices()
+        spare = Need(-frame.held_bytes if leaves_room else 0, 0)
         for size in self._sizes():
             batches = frame.batches(size, passing=self.rings)
             for slots in self._slots(frame):
                 rings = self.rings or frame.arenas(batches, slots)
-                if not frame.fits(frame.need(batches, rings)):
+                if not frame.fits(frame.need(batches, rings), spare=spare):
                     continue
                 seen: list[list[LayerBatch]] = []
                 for oversized_first in (False, True):
@@ -240,7 +258,8 @@ class Request:
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
             # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
             slots = self.slots or _LEAST_SLOTS
-            if frame.fits(frame.need(batches, self.rings or frame.arenas(batches, slots))):
+            rings = self.rings or frame.arenas(batches, slots)
+            if frame.fits(frame.need(batches, rings), spare=spare):
                 bare = self._choice(frame, prices, batches, size=size, slots=slots, grows=False)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 

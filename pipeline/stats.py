@@ -1,11 +1,13 @@
 """Counters and gauges of a streamed model: what a service shows of it."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from layerstream.stages.timings import Timings
 
-__all__ = ["Counters", "StageUse", "Stats"]
+__all__ = ["Counters", "Outcome", "StageUse", "Stats"]
+
+Outcome = Literal["completed", "cancelled", "failed"]  # how a request ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class Stats:
     # Counters: they only grow.
     sweeps: int  # departures; forward passes share them
     passes: int  # forward passes that were begun
+    # Of tasks and threads. A drop-in's pass that belongs to no ``generate`` is a request by itself.
     requests_started: int  # admitted, whatever became of them
     requests_completed: int
     requests_cancelled: int  # by their callers, while they waited or later
@@ -71,6 +74,13 @@ class Counters:
     refused: int = 0
     chunked: int = 0
     tokens: int = 0  # of requests that have ended
+
+    def ended(self, outcome: Outcome, *, tokens: int) -> None:
+        """A request has ended, having brought so many tokens."""
+        self.tokens += tokens
+        self.completed += outcome == "completed"
+        self.cancelled += outcome == "cancelled"
+        self.failed += outcome == "failed"
 
     def stats(
         self,

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
 
@@ -86,18 +86,20 @@ class Sweeps:
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._error: BaseException | None = None
+        self._closed = False
         self._task = asyncio.create_task(self._conduct(), name="layerstream-conductor")
 
     # -- from the riders' threads ----------------------------------------------------------------
 
     def tell(self, what: Callable[..., None], *args: Any) -> None:
-        """Have ``what(*args)`` called on the event loop."""
-        try:
+        """Have ``what(*args)`` called on the event loop; once that may be over, no Future in ``args`` stays open."""
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(what, *args)
-        except RuntimeError:  # the loop is closed, and with it the pipeline
+        # Looked at afterwards: what came before it was set, the loop still does.
+        if self._closed or self._loop.is_closed():
             for ticket in args:
-                if isinstance(ticket, Future) and not ticket.done():
-                    ticket.set_exception(ClosedError("the model was closed"))
+                if isinstance(ticket, Future):
+                    _fail(ticket, ClosedError("the model was closed"))
 
     def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
         """What stands in a clone's buffers while layer batch ``index`` is not there."""
@@ -134,7 +136,7 @@ class Sweeps:
         """``rider`` waits for layer batch ``index``; with ``entry``, it is the first of a pass."""
         self.released(rider, released)
         if self._error is not None:
-            ticket.set_exception(_echo(self._error))
+            _fail(ticket, _echo(self._error))
             return
         if rider.cancelled:
             ticket.set_exception(PassCancelled())
@@ -347,11 +349,18 @@ class Sweeps:
     async def aclose(self) -> None:
         """Stop; passes under way get a ClosedError where they next want a batch."""
         self._fail(ClosedError("the model was closed while it was computing"))
+        self._closed = True
         if not self._task.done():
             # Until then, what they hold may not be written: they compute with it.
             await self._until(lambda: not self._holders)
         self._task.cancel()
         await asyncio.wait([self._task])
+
+
+def _fail(ticket: Future[Any], error: BaseException) -> None:
+    """Let ``ticket`` end with ``error``, unless it has ended."""
+    with suppress(InvalidStateError):
+        ticket.set_exception(error)
 
 
 def _echo(error: BaseException) -> ClosedError:

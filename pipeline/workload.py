@@ -6,7 +6,16 @@ from typing import Any
 
 from layerstream.pipeline.plan import Workload
 
-__all__ = ["WorkloadMemory", "estimate_memory", "kv_bytes", "with_text_config", "workload_bytes"]
+__all__ = [
+    "Config",
+    "Widths",
+    "WorkloadMemory",
+    "estimate_memory",
+    "kv_bytes",
+    "widths_of",
+    "with_text_config",
+    "workload_bytes",
+]
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
@@ -119,6 +128,24 @@ def workload_bytes(config: Config | None, workload: Workload | None) -> tuple[in
         f"({workload.prompt_tokens} + {workload.new_tokens}) tokens"
     )
     return memory.reserved_bytes, (note,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """How wide a decoder's matrices are, in elements of ``item_bytes``."""
+
+    widest: int  # of all in its blocks
+    vocabulary: int
+    item_bytes: int
+
+
+def widths_of(config: Config | None) -> Widths | None:
+    """The widths in the model that ``config`` (a config.json) describes; None if it does not tell its sizes."""
+    sizes = _sizes(config)
+    if sizes is None:
+        return None
+    widest = max(sizes.hidden, sizes.heads * sizes.key, sum(sizes.rows), sizes.inner)
+    return Widths(widest=widest, vocabulary=sizes.vocabulary, item_bytes=sizes.item_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

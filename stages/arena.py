@@ -8,7 +8,7 @@ import torch
 
 from layerstream.stages.devices import Event
 from layerstream.stages.errors import PlanError
-from layerstream.stages.timings import SPANS_KEPT, Doing, Gauge, Span
+from layerstream.stages.timings import SPANS_KEPT, Doing, Gauge, Occupancy, Span
 
 __all__ = ["RingArena", "Slot", "ring_bytes"]
 
@@ -123,6 +123,16 @@ class RingArena:
         while self._live and self._live[0]._freed:  # noqa: SLF001
             self._live.popleft()
         self._freed.set()
+
+    def occupancy(self, *, name: str, capacity_bytes: int) -> Occupancy:
+        """How full it has been; told the size that it was made with, so that it can also be asked when closed."""
+        return Occupancy(
+            name=name,
+            capacity_bytes=capacity_bytes,
+            mean_bytes=self.gauge.mean(),
+            peak_bytes=self.gauge.peak,
+            spans=tuple(self.spans),
+        )
 
     def close(self) -> None:
         """Let go of the memory, which stays as long as anybody has a view of it."""

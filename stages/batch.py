@@ -4,8 +4,10 @@ A layer batch has two images. The host image mirrors the files: each read lands 
 device image is laid out as computation wants it. Offsets are bytes from the start of the image.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 __all__ = ["Extent", "LayerBatch", "Place", "Read", "Segment", "TensorView"]
 
@@ -62,9 +64,12 @@ class TensorView:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerBatch:
-    """Consecutive layers that travel as one unit."""
+    """Consecutive layers that travel as one unit.
+
+    It has no slots: what stages ask in every sweep is worked out once, and not from hundreds of tensors each time.
+    """
 
     index: int  # place in execution order, from 0
     layers: tuple[str, ...]
@@ -88,22 +93,33 @@ class LayerBatch:
         """Whether every sweep reads the batch from disk."""
         return not (self.host_resident or self.device_resident)
 
+    @cached_property
+    def views(self) -> Mapping[Place, tuple[TensorView, ...]]:
+        """Its tensors by the image in which computation reads them; images without any are not in it."""
+        places = [place for place in Place if any(view.place is place for view in self.tensors)]
+        return {place: tuple(v for v in self.tensors if v.place is place) for place in places}
+
     @property
     def uses_host_image(self) -> bool:
         """Whether computation reads tensors out of the host image, so that it must outlast the copy."""
-        return any(view.place is Place.HOST for view in self.tensors)
+        return Place.HOST in self.views
 
     @property
     def uses_device_image(self) -> bool:
         """Whether computation reads tensors out of the device image, so that there has to be one."""
-        return any(view.place is Place.DEVICE for view in self.tensors)
+        return Place.DEVICE in self.views
 
-    @property
+    @cached_property
     def read_bytes(self) -> int:
         """Bytes that reading the batch takes from disk."""
         return sum(read.nbytes for read in self.reads)
 
-    @property
+    @cached_property
     def copied_bytes(self) -> int:
         """Bytes that go from the host image to the device image."""
         return sum(segment.nbytes for segment in self.segments)
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes that computation gets."""
+        return sum(view.nbytes for view in self.tensors)

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Self
 
@@ -57,17 +58,51 @@ class Batch:
     @cached_property
     def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         # A tensor that was made in inference mode would break callers who want gradients elsewhere.
         with torch.inference_mode(mode=False):
-            for view in self._item.batch.tensors:
-                image = images[view.place]
+            for place, views in self._item.batch.views.items():
+                image = images[place]
                 if image is None:
                     raise ClosedError(
                         f"layer batch {self.index} was given back; use its tensors before the next iteration"
                     )
-                tensors[view.name] = image.tensor(view)
+                tensors.update(image.tensors(views))
         return tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """The time of a layer batch with computation: what the host saw of it, and the events that tell the rest.
+
+    Computation has a batch from when it could begin (it was handed over, its copy was done, and so was the
+    computation before) until all is done (the kernels that read it, and the caller with it). Where kernels
+    are late, the host is long through with the batch, and later ones, when they begin.
+    """
+
+    batch: int
+    nbytes: int
+    asked_seconds: float
+    handed_over_seconds: float
+    given_back_seconds: float
+    copied: tuple[Event, ...]
+    computed: tuple[Event, ...]
+
+    def count(self, clock: Clock, device: Device) -> bool:
+        """Add its spans to ``clock``; False if the device cannot tell their times yet."""
+        begun, ended = [self.handed_over_seconds], [self.given_back_seconds]
+        for events, times in ((self.copied, begun), (self.computed, ended)):
+            for event in events:
+                passed = device.passed_at(event)
+                if passed is None:
+                    return False
+                times.append(passed)
+        # No moment twice: riders may compute with two batches at once, on streams of their own.
+        waiting = max(self.asked_seconds, clock.stopped)
+        working = clock.add(Doing.WAITING_IN, waiting, max(waiting, *begun), batch=self.batch)
+        stop = max(working, *ended)
+        clock.add(Doing.WORKING, working, stop, batch=self.batch, nbytes=self.nbytes)
+        return True
 
 
 class Sweep:
@@ -103,7 +138,7 @@ class Sweep:
         self._on_drop = on_drop
         self._held: InFlight | None = None
         self._batch: Batch | None = None
-        self._held_since = 0.0
+        self._asked_seconds = self._handed_over_seconds = 0.0
         self._received = 0
         self.began_seconds = time.perf_counter()
         self.ended = False
@@ -121,7 +156,7 @@ class Sweep:
             raise ClosedError("this sweep has ended; ask the pipeline for a new one")
         if self.complete:
             return None
-        waiting = time.perf_counter()
+        self._asked_seconds = time.perf_counter()
         while True:
             try:
                 item = await self._source.get()
@@ -133,7 +168,7 @@ class Sweep:
             self._route.drop(item)
         self._held = item
         self._received += 1
-        self._held_since = self._clock.add(Doing.WAITING_IN, waiting, batch=item.batch.index)
+        self._handed_over_seconds = time.perf_counter()
         self._batch = Batch(item, self._device)
         return self._batch
 
@@ -147,13 +182,18 @@ class Sweep:
         item, self._held = self._held, None
         batch, self._batch = self._batch, None
         if item is not None and batch is not None:
-            self._clock.add(
-                Doing.WORKING,
-                self._held_since,
+            computed = tuple(batch.record() if after is None else after)
+            turn = _Turn(
                 batch=item.batch.index,
-                nbytes=sum(view.nbytes for view in item.batch.tensors),
+                nbytes=item.batch.tensor_bytes,
+                asked_seconds=self._asked_seconds,
+                handed_over_seconds=self._handed_over_seconds,
+                given_back_seconds=time.perf_counter(),
+                copied=() if item.copied is None else (item.copied,),
+                computed=computed,
             )
-            self._route.done(item, batch.record() if after is None else after)
+            self._route.done(item, computed)
+            self._clock.later(partial(turn.count, self._clock, self._device))
 
     def end(self) -> None:
         """Give back what is held, and let the pipeline begin another sweep. May be called again."""

@@ -6,6 +6,7 @@ stages tell one another what has been done. Only ``drain``, behind all work, syn
 
 import logging
 import platform
+import time
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -15,11 +16,17 @@ import torch
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "missing_device", "open_device"]
+__all__ = ["Copy", "CpuDevice", "CudaDevice", "Device", "Event", "missing_device", "open_device"]
 
 logger = logging.getLogger(__name__)
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source): uint8 views of equal size
+
+# How old an anchor may be. CUDA tells milliseconds as a 32-bit float, which after ten seconds resolves a
+# microsecond; and the two clocks drift by some parts in 100,000.
+_ANCHOR_SECONDS = 10.0
+# How long an anchor is looked at to pass: it has nothing to wait for, and takes some microseconds.
+_ANCHORING_SECONDS = 0.001
 
 
 class Event(Protocol):
@@ -80,9 +87,18 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Let the work that the calling thread gives to the device from now on wait for ``event``."""
 
+    def passed_at(self, event: Event) -> float | None:
+        """When ``event`` passed, by ``time.perf_counter``. Returns at once.
+
+        None: it has not passed yet, or the device has failed, and it never will.
+        """
+
 
 class _Passed:
     """An event of a device that does its work at once."""
+
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -144,6 +160,11 @@ class CpuDevice:
         """Wait for ``event``, which has passed unless it comes from another device."""
         event.synchronize()
 
+    def passed_at(self, event: Event) -> float:
+        """When ``event`` was made: work is done when it returns."""
+        assert isinstance(event, _Passed)  # noqa: S101
+        return event.seconds
+
 
 class CudaDevice:
     """A CUDA device, with a stream of its own for copies.
@@ -172,6 +193,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         # High priority: a copy that waits behind compute kernels for its turn starves the next batch.
         self._stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
+        self._clock = _CudaClock(self.torch_device)
 
     def model_name(self) -> str:
         """As the driver calls it."""
@@ -270,10 +292,7 @@ class CudaDevice:
         with torch.cuda.stream(self._stream):
             for destination, source in copies:
                 destination.copy_(source, non_blocking=True)
-            # Blocking: the thread that waits for the copy would otherwise spin on a core.
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            done.record(self._stream)
-        return done
+        return self.record(self._stream)
 
     def stream(self) -> torch.cuda.Stream:
         """The calling thread's current stream."""
@@ -286,13 +305,61 @@ class CudaDevice:
 
     def record(self, stream: Hashable = None) -> Event:
         """``stream``, or else the calling thread's current one, as far as it is filled."""
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        # Blocking: a thread that waits for it would otherwise spin on a core.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream if isinstance(stream, torch.cuda.Stream) else self.stream())
         return event
 
     def wait(self, event: Event) -> None:
         """Let the calling thread's current stream wait for ``event``."""
         event.wait(torch.cuda.current_stream(self.torch_device))  # type: ignore[attr-defined]
+
+    def passed_at(self, event: Event) -> float | None:
+        """When the device came to ``event``."""
+        assert isinstance(event, torch.cuda.Event)  # noqa: S101
+        return self._clock.passed_at(event)
+
+
+class _CudaClock:
+    """Tells when events of a device passed, by the host's clock.
+
+    CUDA tells the time between two events. So one is needed whose time the host knows: an anchor, on a stream
+    where nothing is before it, which the host has seen pass. Renewed now and then, it may well be younger
+    than an event, whose time is then less than none.
+    """
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(torch_device, priority=-1)  # type: ignore[no-untyped-call]
+        self._anchor: tuple[torch.cuda.Event, float] | None = None
+
+    def passed_at(self, event: torch.cuda.Event) -> float | None:
+        """When ``event`` passed, by ``time.perf_counter``; None where that cannot be told now, or ever."""
+        try:
+            if not event.query():  # type: ignore[no-untyped-call]
+                return None
+            if self._anchor is None or time.perf_counter() - self._anchor[1] > _ANCHOR_SECONDS:
+                self._anchor = self._new_anchor() or self._anchor
+            if self._anchor is None:
+                return None
+            anchor, seconds = self._anchor
+            passed: float = seconds + anchor.elapsed_time(event) / 1e3
+        except (
+            RuntimeError
+        ) as error:  # a kernel has faulted: nothing passes on this device any more
+            logger.debug("%s tells no times: %s", self._stream.device, error)
+            return None
+        return min(passed, time.perf_counter())
+
+    def _new_anchor(self) -> tuple[torch.cuda.Event, float] | None:
+        """An event and when it passed; None if it did not at once, since torch has others use the stream too."""
+        anchor = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        anchor.record(self._stream)
+        # Looking holds the GIL, so that no other thread comes between the event and the clock.
+        until = time.perf_counter() + _ANCHORING_SECONDS
+        while not anchor.query():  # type: ignore[no-untyped-call]
+            if time.perf_counter() > until:
+                return None
+        return anchor, time.perf_counter()
 
 
 def open_device(name: str) -> CpuDevice | CudaDevice:

@@ -4,7 +4,7 @@ import ctypes
 import logging
 import mmap
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -105,11 +105,11 @@ class Image:
         which = bisect_right(self._starts, offset) - 1
         return self._parts[which].narrow(0, offset - self._starts[which], nbytes)
 
-    def tensor(self, view: TensorView) -> torch.Tensor:
-        """The tensor that ``view`` describes, as a view of these bytes; the same one each time."""
-        if view.name not in self._tensors:
-            self._tensors[view.name] = self._laid_over(view)
-        return self._tensors[view.name]
+    def tensors(self, views: Sequence[TensorView]) -> Mapping[str, torch.Tensor]:
+        """All tensors of this image by name, as views of its bytes; the same ones each time."""
+        if not self._tensors:
+            self._tensors = {view.name: self._laid_over(view) for view in views}
+        return self._tensors
 
     def _laid_over(self, view: TensorView) -> torch.Tensor:
         dtype = getattr(torch, view.dtype)

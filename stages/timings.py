@@ -1,9 +1,10 @@
 """Spans of work and waiting, per stage: what the pipeline did with its time."""
 
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -25,6 +26,9 @@ __all__ = [
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
+# Work kept whose times the device has still to tell. A GPU's queue holds about so many kernels before whoever
+# gives it more is made to wait; what is older was given to a device that has failed.
+_UNCOUNTED_KEPT = 1024
 
 
 class Doing(StrEnum):
@@ -225,7 +229,23 @@ class Clock:
         self._seconds = dict.fromkeys(Doing, 0.0)
         self._items = 0
         self._bytes = 0
+        self._uncounted: deque[Callable[[], bool]] = deque(maxlen=_UNCOUNTED_KEPT)
+        self._counting = threading.Lock()  # whoever asks for timings, in any thread, counts
         self.stopped = 0.0  # when the last span ended
+
+    def later(self, count: Callable[[], bool]) -> None:
+        """Have ``count`` add its spans as soon as the device can tell their times; it says whether that was so.
+
+        Asked in the order given, now and whenever there is more, or somebody wants the sums. Of a device
+        that has failed, the oldest are let go.
+        """
+        self._uncounted.append(count)
+        self._count()
+
+    def _count(self) -> None:
+        with self._counting:
+            while self._uncounted and self._uncounted[0]():
+                self._uncounted.popleft()
 
     def add(
         self,
@@ -258,6 +278,7 @@ class Clock:
 
     def sums(self) -> StageTimings:
         """The sums so far, and the spans that are kept."""
+        self._count()
         return StageTimings(
             name=self.name,
             items=self._items,

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import torch
 
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
-from layerstream.stages.devices import Device, Event
+from layerstream.stages.devices import Copy, Device, Event
 from layerstream.stages.errors import noting
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
@@ -35,9 +36,8 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
     Computation gets a batch as soon as its copies are on the device's copy stream: it waits there for their
     event, not here. A second loop waits for the event on the host, to give the host slot back.
 
-    A copy counts as work from when it has its room until its event has passed on the host. On a GPU that
-    includes what it waits for the computation that still reads its slot; CUDA events around the copy would
-    tell the two apart, and this is the seam for them.
+    A copy counts as work for as long as the device says that it took. Until it begins, it waits for room: for
+    the computation that still reads its slot.
 
     Args:
         route: told of batches that were dropped.
@@ -50,7 +50,7 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
         clock: this stage's timings.
     """
     # Copies whose end nobody has seen yet. Two keep the copy stream busy; more would only hold host slots.
-    copying: Channel[tuple[InFlight, HeldSlot | None, float]] = Channel(2)
+    copying: Channel[tuple[InFlight, HeldSlot | None, float, Event]] = Channel(2)
     sources: set[HeldSlot] = set()  # host slots that are being copied from
     copies = _Copies(clock)
 
@@ -62,15 +62,17 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
             if item.wanted and item.needs_copy:
                 with noting("transfer", item.batch):
                     destination, after = await _room(item, arena=arena, residents=residents)
-                    begun = copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
+                    asked = copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
                     copies.under_way += 1
-                    await _begin(item, destination, device=device, threads=threads, after=after)
+                    begun = await _begin(
+                        item, destination, device=device, threads=threads, after=after
+                    )
                 # Only computation may still need the host image from here on; if it does not, the slot goes
                 # home when the copy is done, whatever becomes of the batch until then.
                 slot = None if item.batch.uses_host_image else item.detach_host_slot()
                 if slot is not None:
                     sources.add(slot)
-                await copying.put((item, slot, begun))
+                await copying.put((item, slot, asked, begun))
             elif item.resident:
                 item.device = residents.device_image(item.batch)
             if not item.wanted:
@@ -82,11 +84,11 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
 
     async def finish() -> None:
         while True:
-            item, slot, begun = await copying.get()
+            item, slot, asked, begun = await copying.get()
             with noting("transfer", item.batch):
                 assert item.copied is not None  # noqa: S101
-                await threads.run(item.copied.synchronize)
-            copies.end(begun, item.batch)
+                times = await threads.run(_finish, device, begun, item.copied)
+            copies.end(asked, *times, item.batch)
             if slot is not None:
                 sources.remove(slot)
                 slot.give_back()
@@ -119,12 +121,22 @@ class _Copies:
             self._clock.add(doing, max(since, self._finished), now, batch=batch)
         return now
 
-    def end(self, begun: float, batch: LayerBatch) -> None:
-        """Count a copy that began at ``begun``, and queued behind those before it."""
-        begun = max(begun, self._finished)
-        nbytes = batch.copied_bytes
-        self._finished = self._clock.add(Doing.WORKING, begun, batch=batch.index, nbytes=nbytes)
+    def end(self, asked: float, begun: float, ended: float, batch: LayerBatch) -> None:
+        """Count a copy that was asked for at ``asked``, and queued behind those before it."""
+        asked, index = max(asked, self._finished), batch.index
+        begun = self._clock.add(Doing.WAITING_OUT, asked, max(asked, begun), batch=index)
+        self._finished = self._clock.add(
+            Doing.WORKING, begun, max(begun, ended), batch=index, nbytes=batch.copied_bytes
+        )
         self.under_way -= 1
+
+
+def _finish(device: Device, begun: Event, copied: Event) -> tuple[float, float]:
+    """When a copy began and ended on the device, once it has."""
+    copied.synchronize()
+    now = time.perf_counter()  # for a device that has failed since
+    times = device.passed_at(begun), device.passed_at(copied)
+    return (now if times[0] is None else times[0], now if times[1] is None else times[1])
 
 
 def _drain(device: Device) -> None:
@@ -150,8 +162,8 @@ async def _begin(
     device: Device,
     threads: Threads,
     after: tuple[Event, ...],
-) -> None:
-    """Start the copies of ``item`` to ``destination``."""
+) -> Event:
+    """Put the copies of ``item`` to ``destination`` in the device's queue; returns their beginning."""
     item.device = Image([(0, destination)])
     assert item.host is not None  # noqa: S101
     copies = [
@@ -161,4 +173,10 @@ async def _begin(
         )
         for segment in item.batch.segments
     ]
-    item.copied = await threads.run(device.copy, copies, after=after)
+    begun, item.copied = await threads.run(_start, device, copies, after)
+    return begun
+
+
+def _start(device: Device, copies: Sequence[Copy], after: Sequence[Event]) -> tuple[Event, Event]:
+    # Copies pass in order: one of nothing passes when those before it have, and ``after`` too.
+    return device.copy((), after=after), device.copy(copies, after=())

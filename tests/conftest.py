@@ -2,6 +2,7 @@
 
 import pytest
 import transformers
+from support.service import client, folder, http, reference, server  # noqa: F401 - one for all files that ask it
 
 try:
     import hypothesis

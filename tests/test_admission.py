@@ -254,7 +254,7 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
 def test_a_long_prompt_is_read_in_pieces_only_where_its_activations_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.model._SMALL_CHANGE_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.admission._SMALL_CHANGE_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama", intermediate_size=256)
     prompt = torch.arange(600)[None] % 97 + 3
     reference = transformers.LlamaForCausalLM.from_pretrained(folder)

@@ -207,6 +207,16 @@ signal.pause()
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+def test_one_that_answers_by_halves_is_ended_too(course: Course, tmp_path: Path) -> None:
+    halves = f"""{READY}
+sys.stdin.readline()
+os.write(1, b'{{"seconds": ')
+signal.pause()
+"""
+    outcome = raced(replace(course, timeout_seconds=1), contender(tmp_path, "halves", halves))
+    assert outcome.failed[0].why == "round 1: not done within 1 s"
+
+
 def test_one_that_takes_more_than_the_limit_is_said_to_be_killed_by_it(
     course: Course, tmp_path: Path
 ) -> None:

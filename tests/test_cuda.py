@@ -31,6 +31,7 @@ from layerstream.pipeline import (
     load_streamed,
 )
 from layerstream.pipeline import model as model_module
+from layerstream.pipeline import opening as opening_module
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices import CudaDevice
 from layerstream.stages.usage import anonymous_bytes
@@ -178,7 +179,8 @@ class StandIn:
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)
-        monkeypatch.setattr(model_module, "open_device", lambda _: self.opened)
+        for module in (opening_module, model_module):
+            monkeypatch.setattr(module, "open_device", lambda _: self.opened)
 
     def device(self, kind=FakeDevice):
         return kind()
@@ -569,12 +571,12 @@ def test_a_cache_that_cannot_live_in_host_ram_is_refused_when_the_model_is_opene
 ):
     StandIn(monkeypatch)
     folder = save_model(tmp_path / "model", case)
-    planned = model_module.make_plan
+    planned = opening_module.make_plan
 
     def on_host(*args, **options):
         return replace(planned(*args, **options), kv_cache_on_host=True)
 
-    monkeypatch.setattr(model_module, "make_plan", on_host)
+    monkeypatch.setattr(opening_module, "make_plan", on_host)
 
     async def main():
         with pytest.raises(PlanError, match="the VRAM budget cannot hold the KV cache"):
@@ -586,7 +588,7 @@ def test_a_cache_that_cannot_live_in_host_ram_is_refused_when_the_model_is_opene
 
 
 async def same_budget(folder, budget, opening):
-    host = opening._options["budget"].host
+    host = opening._options.budget.host
     return StreamedModel.open(
         folder,
         device="auto",

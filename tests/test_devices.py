@@ -1,6 +1,8 @@
 """One conformance suite for all devices; and proof that the fake one misses no missing wait."""
 
 import threading
+import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from support.fake_device import POISON, FakeDevice, _FakeEvent
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
-from layerstream.stages.devices import CpuDevice, CudaDevice, open_device
+from layerstream.stages import devices
+from layerstream.stages.devices import CpuDevice, CudaDevice, _CudaClock, open_device
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
@@ -26,6 +29,8 @@ DEVICES = [
         lambda: CudaDevice(torch.device("cuda")), id="cuda", marks=[pytest.mark.cuda, needs_cuda]
     ),
 ]
+# Between the host's clock and a device's: to see an anchor pass takes some ten microseconds, if nobody interrupts.
+CLOCKS_APART = 0.0005
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +152,43 @@ def test_an_event_can_be_waited_for_in_another_thread(make_device):
 
 
 @on_every_device
+def test_an_event_passed_between_when_it_was_made_and_when_it_was_waited_for(make_device):
+    device = make_device()
+    host, _ = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    for call in (
+        lambda: device.copy([(target, host.tensor)], after=()),
+        lambda: device.record(device.stream()),
+    ):
+        before = time.perf_counter()
+        event = call()
+        event.synchronize()
+        passed, after = device.passed_at(event), time.perf_counter()
+        assert before - CLOCKS_APART <= passed <= after
+        assert device.passed_at(event) == pytest.approx(passed, abs=CLOCKS_APART)
+    device.release_host_memory(host)
+
+
+@on_every_device
+def test_times_of_copies_and_of_computations_are_of_one_clock(make_device):
+    device = make_device()
+    host, _ = filled(device, 1 << 20)
+    target = device.device_memory(1 << 20)
+    events = [device.record()]
+    for _ in range(3):
+        launch(device, target.clone)
+        events.append(device.record())
+        events.append(device.copy((), after=events[-1:]))
+        events.append(device.copy([(target, host.tensor)], after=()))
+        device.wait(events[-1])
+    events.append(device.record())
+    events[-1].synchronize()
+    times = [device.passed_at(event) for event in events]
+    assert all(a <= b + CLOCKS_APART for a, b in pairwise(times))
+    device.release_host_memory(host)
+
+
+@on_every_device
 def test_released_host_memory_is_closed(make_device):
     device = make_device()
     host, _ = filled(device, 4096)
@@ -215,7 +257,92 @@ def test_a_gpu_beyond_the_last_one_is_refused_with_the_count():
         open_device("cuda:99")
 
 
-# -- the fake: as late as it may be ---------------------------------------------------------------
+@pytest.mark.cuda
+@needs_cuda
+def test_a_gpu_tells_its_own_times_however_long_the_host_takes_to_ask(monkeypatch):
+    device = CudaDevice(torch.device("cuda"))
+    copied = device.copy((), after=())  # older than the first anchor, as its first events are
+    begun = device.record()
+    torch.cuda._sleep(200_000_000)
+    ended = device.record()
+    assert device.passed_at(ended) is None
+    assert device.passed_at(copied) < device.passed_at(begun) + CLOCKS_APART
+    ended.synchronize()
+    took = begun.elapsed_time(ended) / 1e3
+    for age in (1e9, 0.0):  # with one anchor for both, and with one for each
+        monkeypatch.setattr(devices, "_ANCHOR_SECONDS", age)
+        between = device.passed_at(ended) - device.passed_at(begun)
+        assert between == pytest.approx(took, abs=CLOCKS_APART)
+    assert took > 0.01
+
+
+class ScriptedEvent:
+    """An event of a GPU whose clock is ``ahead`` of the host's; ``looks`` say whether it has passed."""
+
+    ahead = 1000.0
+    looks = ()
+
+    def __init__(self, **_arguments):
+        self.recorded = 0.0
+
+    def record(self, _stream):
+        self.recorded = time.perf_counter() + self.ahead
+        self.looks = iter(self.looks)
+
+    def query(self):
+        look = next(iter(self.looks), True)
+        if isinstance(look, Exception):
+            raise look
+        return look
+
+    def elapsed_time(self, other):
+        return (other.recorded - self.recorded) * 1e3
+
+
+@pytest.fixture
+def cuda_clock(monkeypatch):
+    """The clock of a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: torch.Stream(device="cpu"))
+    monkeypatch.setattr(torch.cuda, "Event", ScriptedEvent)
+    return _CudaClock(torch.device("cuda:0"))
+
+
+def test_times_of_a_gpu_are_told_by_the_hosts_clock_also_of_events_older_than_the_anchor(
+    cuda_clock, monkeypatch
+):
+    before = time.perf_counter()
+    first, second = ScriptedEvent(), ScriptedEvent()
+    first.record(None)
+    between = time.perf_counter()
+    assert before <= cuda_clock.passed_at(first) <= between + CLOCKS_APART
+    second.record(None)
+    monkeypatch.setattr(devices, "_ANCHOR_SECONDS", 0.0)
+    drifted = ScriptedEvent.ahead + 5.0  # the clocks have drifted apart since the last anchor
+    monkeypatch.setattr(ScriptedEvent, "ahead", drifted)
+    third = ScriptedEvent()
+    third.record(None)
+    now = time.perf_counter()
+    assert between <= cuda_clock.passed_at(third) <= now + CLOCKS_APART
+
+
+def test_a_gpu_that_has_failed_tells_no_times_and_raises_nothing(cuda_clock):
+    event = ScriptedEvent()
+    event.looks = [False, RuntimeError("unspecified launch failure")]
+    event.record(None)
+    assert cuda_clock.passed_at(event) is None
+    assert cuda_clock.passed_at(event) is None
+
+
+def test_an_anchor_that_does_not_pass_at_once_is_not_waited_for(cuda_clock, monkeypatch):
+    event = ScriptedEvent()
+    event.record(None)
+    told = cuda_clock.passed_at(event)
+    monkeypatch.setattr(ScriptedEvent, "looks", [False] * 10_000)
+    monkeypatch.setattr(devices, "_ANCHOR_SECONDS", 0.0)
+    assert cuda_clock.passed_at(event) == told  # by the anchor before
+
+
+# -- the fake: as late as it may be, or by the clock ----------------------------------------------
 
 
 def test_on_the_fake_device_nothing_happens_before_somebody_waits_for_it():
@@ -251,6 +378,24 @@ def test_the_fake_device_refuses_to_free_host_memory_under_a_copy():
     device.copy([(device.device_memory(16), host.tensor)], after=())
     with pytest.raises(AssertionError, match="under copies not yet done"):
         device.release_host_memory(host)
+
+
+def test_by_the_clock_the_fake_device_takes_its_time_and_tells_it():
+    device = FakeDevice(copy_seconds=0.02)
+    host, expected = filled(device, 16)
+    target = device.device_memory(16)
+    begun = device.copy((), after=())
+    copied = device.copy([(target, host.tensor)], after=())
+    assert device.passed_at(copied) is None
+    device.wait(copied)
+    device.launch(lambda: None, seconds=0.03)
+    computed = device.record()
+    assert device.passed_at(computed) is None
+    computed.synchronize()
+    times = [device.passed_at(event) for event in (begun, copied, computed)]
+    assert [b - a for a, b in pairwise(times)] == pytest.approx([0.02, 0.03], abs=1e-3)
+    assert times[-1] <= time.perf_counter()
+    assert torch.equal(target, expected)
 
 
 class ForgetsThatComputationWaitsForCopies(FakeDevice):

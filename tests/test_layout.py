@@ -92,7 +92,7 @@ def test_every_tensor_is_placed_once_and_bit_exactly(checkpoint, reads_host_imag
         assert (view.dtype, view.shape, view.nbytes) == (each.dtype, each.shape, each.nbytes)
         expected = [files[e.file][e.offset : e.offset + e.nbytes] for e in each.extents]
         image = Image([(0, torch.from_numpy(images[view.place]))])
-        tensor = image.tensor(view)
+        tensor = image.tensors([view])[view.name]
         assert tensor.shape == each.shape
         got = tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
         assert bytes(got) == b"".join(map(bytes, expected)), view
@@ -251,4 +251,4 @@ def test_a_batch_of_empty_tensors_reads_and_copies_nothing():
     empty = source("empty", extent(96, 0), dtype="float32")
     batch = layout_batch([layer(empty)], index=0, file_bytes=[96], reads_host_images=False)
     assert (batch.reads, batch.segments, batch.host_bytes, batch.device_bytes) == ((), (), 0, 0)
-    assert Image([]).tensor(batch.tensors[0]).shape == (0,)
+    assert Image([]).tensors(batch.tensors)[batch.tensors[0].name].shape == (0,)

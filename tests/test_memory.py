@@ -1,9 +1,12 @@
 """The memory that streaming adds stays within its budget, as the kernel counts it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.cgroup import memory_cgroup, run_in
 from support.models import save_model
 
@@ -94,3 +97,69 @@ def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(
     assert report["streamed"] > 256 * MIB
     assert report["planned"] <= report["budget"] < 300 * MIB
     assert report["added"] <= 300 * MIB
+
+
+# Many requests at once, of many lengths; prints the most that was ever added, looked at with every token.
+MANY = """
+import asyncio, gc, json, random, re, sys
+import torch
+from layerstream.pipeline import Budget, StreamedModel, Workload
+from transformers import LlamaForCausalLM
+import transformers.generation
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+folder, host, prompt = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+choose = random.Random(7)
+lengths = list(range(1, prompt)) + [choose.randrange(1, prompt) for _ in range(24)]
+
+async def main():
+    gc.collect()
+    idle = most = anonymous()
+    async with StreamedModel.open(
+        folder,
+        device="cpu",
+        budget=Budget(host=host),
+        workload=Workload(batch_size=2, prompt_tokens=prompt, new_tokens=4),
+        reader="direct",
+        measure=False,
+    ) as model:
+        async def one(length):
+            nonlocal most
+            ids = torch.arange(length)[None] % 90 + 3
+            async for _ in model.stream(input_ids=ids, max_new_tokens=4, do_sample=False):
+                most = max(most, anonymous())
+
+        await asyncio.gather(*map(one, lengths))
+        print(json.dumps({"added": most - idle, "requests": model.stats().requests_completed,
+                          "streamed": model.plan.disk_bytes_per_sweep}))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_requests_of_many_lengths_stay_within_the_budget(dtype: str, tmp_path: Path) -> None:
+    """MKL keeps packed matrices for each thread and size, oneDNN a compiled kernel for each length."""
+    folder = save_model(
+        tmp_path / "model",
+        "llama",
+        dtype=getattr(torch, dtype),
+        hidden_size=640,
+        intermediate_size=2560 if dtype == "float32" else 5120,
+        num_hidden_layers=4,
+    )
+    budget = 100 * MIB
+    result = subprocess.run(
+        [sys.executable, "-c", MANY, str(folder), str(budget), "64"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["requests"] == 63 + 24
+    assert report["streamed"] > 0
+    assert report["added"] <= 1.05 * budget

@@ -578,6 +578,7 @@ def test_timings_count_every_batch_and_byte(checkpoint):
         async with Pipeline(plan, device=device) as pipeline:
             for _ in range(3):
                 await visited(pipeline.sweep())
+            device.drain()
             return pipeline.timings()
 
     timings = run(main())

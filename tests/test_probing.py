@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.leaks import nothing_left_behind
 from support.loop import happens, run
 
 from layerstream.pipeline import Checkpoint, Hardware, compute_probe, probing
+from layerstream.pipeline.contention import Contention
 from layerstream.pipeline.figures import Origin, Rate
 from layerstream.pipeline.measured import Measured
 from layerstream.pipeline.probing import _combined, _Subject
@@ -41,6 +43,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(compute_probe, "_SECONDS", 0.05)
     # Tests share their machine: what they keep must not depend on how quiet it is.
     monkeypatch.setattr(probing, "_DISTURBED", 1e9)
+    monkeypatch.setattr(probing, "Contention", partial(Contention, Path("no such file")))
 
 
 @pytest.fixture
@@ -288,3 +291,56 @@ def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
 
     assert probing._disturbed(compute(2e9, 27e9, 20e9))
     assert not probing._disturbed(compute(20e9, 27e9, 18e9))
+
+
+STAT = "cpu  {busy} 0 0 500 90 0 0 {stolen} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+
+
+@pytest.mark.parametrize(("busy", "stolen"), [(900, 0), (0, 900)])
+def test_processors_that_others_kept_busy_are_counted(tmp_path, busy, stolen):
+    stat = tmp_path / "stat"
+    stat.write_text(STAT.format(busy=0, stolen=0))
+    with Contention(stat) as contention:
+        stat.write_text(STAT.format(busy=busy, stolen=stolen))
+    assert contention.processors > 0.25
+    assert contention.matters
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "cpu 1 2", "intr 1 2 3", STAT.format(busy=0, stolen=0)]
+)
+def test_a_quiet_machine_and_one_that_tells_nothing_are_not_contended(tmp_path, content):
+    stat = tmp_path / "stat"
+    if content is not None:
+        stat.write_text(content)
+    with Contention(stat) as contention:
+        pass
+    assert contention.processors == 0
+    assert not contention.matters
+
+
+def test_what_is_measured_beside_other_processes_is_told_so_and_not_kept(
+    probe, monkeypatch, tmp_path
+):
+    class Busy(Contention):
+        def __exit__(self, *_):
+            self.processors = 64 * os.cpu_count()
+
+    def copies(*_):
+        return {"host_copy_bytes_per_second": Rate(median=1e9, least=1e8, most=2e9, samples=5)}
+
+    def disk(*_):
+        return {
+            "disk_bytes_per_second": Rate(median=1e9, least=1e8, most=2e9, samples=5),
+            "direct_read_cpu_seconds_per_byte": Rate(median=3.0, least=2.0, most=4.0, samples=5),
+        }
+
+    monkeypatch.setattr(probing, "Contention", Busy)
+    monkeypatch.setattr(probing, "measure_copies", copies)
+    monkeypatch.setattr(probing, "_READERS", (("direct", tuple(disk()), disk),))
+    hardware = probe()
+    assert origins(hardware) == {Origin.CONTENDED}
+    assert hardware.host_copy_bytes_per_second == 2e9, "of processors the best sample"
+    assert hardware.direct_read_cpu_seconds_per_byte == 2.0
+    assert hardware.disk_bytes_per_second == 1e9, "of disks the median"
+    assert not list((tmp_path / "cache").glob("*.json"))

@@ -1,5 +1,6 @@
 """Timings: no moment is counted twice, traces are what the sums say, and the bottleneck has its right name."""
 
+import asyncio
 import json
 import time
 from dataclasses import replace
@@ -175,6 +176,84 @@ def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
     timings = Timings(sweeps=1, wall_seconds=10_000, stages=(sums,))
     assert len(sums.spans) < 10_000
     assert timings.complete_since_seconds == sums.spans[0].start_seconds == 10_000 - len(sums.spans)
+
+
+COPY, KERNEL = 0.005, 0.012
+
+
+def compute_on(device, streams=1):
+    """A computation of one kernel for each stream, which the host gives to the device and is through with."""
+    others = [device.new_stream() for _ in range(streams - 1)]
+
+    def compute(batch, seen):
+        for stream in (device.stream(), *others):
+            with device.computing_on(stream):
+                assert batch.tensors
+                device.launch(lambda: None, seconds=KERNEL)
+        return seen
+
+    return compute
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_spans_are_the_devices_times_and_those_of_kernels_side_by_side_count_once(
+    tmp_path, streams
+):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    plan = arranged(plan_for(tmp_path, GPU), slots=2)
+    device = FakeDevice(copy_seconds=COPY)
+
+    async def main():
+        async with Pipeline(plan, device=device) as pipeline:
+            for _ in range(2):
+                await pipeline.run(compute_on(device, streams), 0)
+            returned = time.perf_counter()
+            before = pipeline.timings().stages[2]
+            await asyncio.to_thread(device.drain)
+            return returned, before, pipeline.timings()
+
+    returned, before, timings = run(main())
+    _, transfer, compute = timings.stages
+    assert before.items < compute.items == 2 * BATCHES
+    assert compute.spans[-1].stop_seconds > returned
+    # Each batch waits for the kernel that reads its slot; of that, nothing is the copy's.
+    assert transfer.busy_seconds == pytest.approx(transfer.items * COPY, rel=1e-3)
+    assert transfer.waited_out_seconds > BATCHES * (KERNEL - COPY)
+    # However fast the host is through with it. If it is slow, its part comes on top.
+    assert compute.busy_seconds >= compute.items * KERNEL - 1e-6
+    assert compute.busy_seconds + compute.waited_in_seconds <= timings.wall_seconds + 1e-6
+    for stage in timings.stages:
+        assert all(a.stop_seconds <= b.start_seconds for a, b in pairwise(stage.spans))
+
+
+def test_a_caller_who_keeps_a_batch_is_computing_however_fast_the_device_is(tmp_path):
+    write_checkpoint(tmp_path, blocks=BLOCKS)
+    device = FakeDevice(copy_seconds=0.0)
+
+    async def main():
+        async with Pipeline(arranged(plan_for(tmp_path, GPU)), device=device) as pipeline:
+            began = time.perf_counter()
+            async for batch in pipeline.sweep():
+                assert batch.tensors
+                toil(batch, 0)
+            return began, time.perf_counter(), pipeline.timings()
+
+    began, ended, timings = run(main())
+    assert find_bottleneck(timings.between(began, ended, sweeps=1)).name == "compute"
+
+
+def test_work_that_a_failed_device_never_ends_is_let_go_and_what_comes_before_it_counts():
+    clock = Clock("compute")
+
+    def counted():
+        clock.add(Doing.WORKING, 0.0, 1.0, batch=0)
+        return True
+
+    clock.later(counted)
+    for _ in range(5000):
+        clock.later(lambda: False)
+    assert clock.sums().items == 1
+    assert len(clock._uncounted) < 2000
 
 
 def test_occupancy_stays_within_the_ring(tmp_path):

@@ -18,7 +18,7 @@ from layerstream.stages.timings import StageTimings, Timings
 from layerstream.tools.progress import progress
 
 if TYPE_CHECKING:
-    from layerstream.pipeline import Plan
+    from layerstream.pipeline import Hardware, Plan
     from layerstream.stages.compute import Batch
 
 __all__ = ["Profile", "profile_model"]
@@ -44,6 +44,8 @@ class Profile:
         steady: of the sweeps after the first, or of the first where there is no other. Of a long run only
             the latest, as far as its spans were kept.
         disk_ceiling_bytes_per_second: what the disk could give; None where nobody knows.
+        link_ceiling_bytes_per_second: what the link to the device could carry, as probed before the run;
+            None where there is no link, or nobody knows.
     """
 
     plan: "Plan"
@@ -52,6 +54,7 @@ class Profile:
     timings: Timings
     steady: Timings
     disk_ceiling_bytes_per_second: float | None
+    link_ceiling_bytes_per_second: float | None
 
     @property
     def steady_seconds(self) -> tuple[float, ...]:
@@ -79,7 +82,10 @@ class Profile:
 
     def ceiling(self, stage: StageTimings) -> float | None:
         """The bytes per second that the link of ``stage`` could carry, where that is known."""
-        return self.disk_ceiling_bytes_per_second if stage.name == "read" else None
+        return {
+            "read": self.disk_ceiling_bytes_per_second,
+            "transfer": self.link_ceiling_bytes_per_second,
+        }.get(stage.name)
 
     def to_json(self) -> dict[str, Any]:
         """The same for machines, units in the keys."""
@@ -117,6 +123,7 @@ class _Opened:
     """A pipeline, with or without a model around it."""
 
     plan: "Plan"
+    hardware: "Hardware"
     prompt_tokens: int | None
     timings: Callable[[], Timings]
     sweep: Callable[[], Awaitable[object]]
@@ -142,6 +149,7 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
         steady=_steady(timings, times),
         disk_ceiling_bytes_per_second=plan.throttle_bytes_per_second
         or (None if args.no_ceiling else await asyncio.to_thread(_disk_ceiling, plan)),
+        link_ceiling_bytes_per_second=opened.hardware.h2d_bytes_per_second,
     )
 
 
@@ -169,9 +177,10 @@ async def _weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opene
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
 
     checkpoint = await Checkpoint.open_async(path)
+    hardware = await Hardware.probe(checkpoint, device=args.device)
     plan = make_plan(
         checkpoint,
-        await Hardware.probe(checkpoint, device=args.device),
+        hardware,
         budget=Budget(vram=args.vram, host=args.host),
         reader=args.reader,
         throttle_bytes_per_second=args.throttle,
@@ -184,6 +193,7 @@ async def _weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opene
     async with Pipeline(plan) as pipeline:
         yield _Opened(
             plan=plan,
+            hardware=hardware,
             prompt_tokens=None,
             timings=pipeline.timings,
             sweep=lambda: pipeline.run(look, 0),
@@ -204,11 +214,18 @@ async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]
         layer_batch_size=args.layer_batch_size,
     ) as model:
         inputs = _inputs(model.module, args.prompt_tokens)
+
+        async def sweep() -> None:
+            output = await model.forward(**inputs)
+            # A GPU is through with it when somebody has seen the result, as whoever decodes must.
+            await asyncio.to_thread(output[0].cpu)
+
         yield _Opened(
             plan=model.plan,
+            hardware=model.hardware,
             prompt_tokens=args.prompt_tokens,
             timings=model.timings,
-            sweep=lambda: model.forward(**inputs),
+            sweep=sweep,
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -144,6 +145,10 @@ async def _serve(
         async with opening as model:
             logger.info(model.plan.describe())
             app = make_app(model, tokenizer, settings)
+            # What is there by now stays. To look through it for garbage again and again, as a collection of
+            # everything does, holds the event loop for some hundred milliseconds each time.
+            gc.collect()
+            gc.freeze()
             await Server(app, listener, args).serve(sockets=[listener])
 
 

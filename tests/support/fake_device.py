@@ -2,9 +2,12 @@
 
 It does everything as late as the waits that it was told of allow: a kernel runs when something depends on it,
 a copy when somebody waits for it. Where a stage forgets a wait, the bytes are not there yet, or not any more.
+
+Or it works by the clock, as a GPU does: whatever the host does meanwhile, copies and kernels take their time.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +26,20 @@ POISON = 0xA5
 
 
 class _Stream:
-    """Work in order. ``done`` of it has been run."""
+    """Work in order. ``done`` of it has been run. At ``seconds`` the device is through with all of it."""
 
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], None]] = deque()
         self.done = 0
+        self.seconds = 0.0
+
+    def add(self, work: Callable[[], None], *, seconds: float) -> None:
+        self.waiting.append(work)
+        self.seconds = max(self.seconds, time.perf_counter()) + seconds
+
+    def add_wait(self, event: "_FakeEvent") -> None:
+        self.waiting.append(lambda: event.stream.run_to(event.position))
+        self.seconds = max(self.seconds, event.seconds)
 
     @property
     def end(self) -> int:
@@ -45,6 +57,7 @@ class _FakeEvent:
         self.device = device
         self.stream = stream
         self.position = stream.end
+        self.seconds = max(stream.seconds, time.perf_counter())
 
     @property
     def passed(self) -> bool:
@@ -64,16 +77,27 @@ class FakeDevice:
         memory_bytes: size of the device.
         hold_copies: copies do not run when somebody waits for them on the host, but only when a kernel
             depends on them, until ``release_copies``: the slowest copy engine there is.
+        copy_seconds: given, the device works by the clock: each copy takes so long, and a kernel what
+            ``launch`` says, from when what it waits for is done.
     """
 
     torch_device = torch.device("cpu")
     reads_host_images = False
 
-    def __init__(self, *, memory_bytes: int = 1 << 30, hold_copies: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        memory_bytes: int = 1 << 30,
+        hold_copies: bool = False,
+        copy_seconds: float | None = None,
+    ) -> None:
         self._changed = threading.Condition(threading.RLock())
-        self._copying = _Stream()
+        self._streams: list[_Stream] = []
+        self._copying = self.new_stream()
         self._local = threading.local()
         self.holds_copies = hold_copies
+        self._by_the_clock = copy_seconds is not None
+        self._copy_seconds = copy_seconds or 0.0
         self._free_bytes = memory_bytes
         self.host_memories = 0  # given out and not released yet
 
@@ -111,15 +135,20 @@ class FakeDevice:
 
     def drain(self) -> None:
         with self._changed:
-            self._copying.run_to(self._copying.end)
+            for stream in self._streams:
+                self._until(stream.seconds)
+                stream.run_to(stream.end)
 
     def trim(self) -> None:
         pass
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
         with self._changed:
-            self._copying.waiting.extend(_wait(event) for event in after)
-            self._copying.waiting.extend(partial(_copy, *each) for each in copies)
+            for event in after:
+                self._copying.add_wait(event)
+            for number, each in enumerate(copies):
+                seconds = 0.0 if number else self._copy_seconds
+                self._copying.add(partial(_copy, *each), seconds=seconds)
             return _FakeEvent(self, self._copying)
 
     def stream(self) -> _Stream:
@@ -139,24 +168,32 @@ class FakeDevice:
 
     def wait(self, event: _FakeEvent) -> None:
         with self._changed:
-            self._stream.waiting.append(_wait(event))
+            self._stream.add_wait(event)
+
+    def passed_at(self, event: _FakeEvent) -> float | None:
+        with self._changed:
+            if self._by_the_clock and event.seconds <= time.perf_counter():
+                event.stream.run_to(event.position)
+            return event.seconds if event.passed else None
 
     # -- for tests -------------------------------------------------------------------------------
 
     @property
     def _stream(self) -> _Stream:
         if not hasattr(self._local, "stream"):
-            self._local.stream = _Stream()
+            self._local.stream = self.new_stream()
         return self._local.stream
 
     def new_stream(self) -> _Stream:
         """A compute stream that is no thread's yet."""
-        return _Stream()
+        with self._changed:
+            self._streams.append(_Stream())
+            return self._streams[-1]
 
-    def launch(self, kernel: Callable[[], None]) -> None:
+    def launch(self, kernel: Callable[[], None], *, seconds: float = 0.0) -> None:
         """Put ``kernel`` on the calling thread's compute stream. It runs when something depends on it."""
         with self._changed:
-            self._stream.waiting.append(kernel)
+            self._stream.add(kernel, seconds=seconds)
 
     def finish(self) -> None:
         """Run all that the calling thread has launched, and what it depends on."""
@@ -172,12 +209,13 @@ class FakeDevice:
         with self._changed:
             while self.holds_copies and event.stream is self._copying and not event.passed:
                 self._changed.wait()
+            self._until(event.seconds)
             event.stream.run_to(event.position)
             self._changed.notify_all()
 
-
-def _wait(event: _FakeEvent) -> Callable[[], None]:
-    return lambda: event.stream.run_to(event.position)
+    def _until(self, seconds: float) -> None:
+        while self._by_the_clock and (left := seconds - time.perf_counter()) > 0:
+            self._changed.wait(left)
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:

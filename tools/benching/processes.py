@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,12 +66,16 @@ class ContenderProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
         except OSError as error:
             raise self._failure() from error
-        ready, _, _ = select.select([self._process.stdout], [], [], self._timeout_seconds)
-        if not ready:
-            raise ContenderError(f"not done within {self._timeout_seconds:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._failure()
+        deadline = time.monotonic() + self._timeout_seconds
+        line = b""
+        while not line.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left)[0]:
+                raise ContenderError(f"not done within {self._timeout_seconds:g} s")
+            piece = self._process.stdout.read(1 << 16)  # what is there, since nothing buffers
+            if not piece:
+                raise self._failure()
+            line += piece
         answer: dict[str, Any] = json.loads(line)
         self.pids += answer.get("children", [])
         return answer

@@ -16,7 +16,7 @@ from layerstream.pipeline import (
     ReadError,
     StreamedModel,
 )
-from layerstream.tools.serving.errors import ApiError, api_error
+from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.events import Events, Send
 from layerstream.tools.serving.generation import Choice, generate_text
 from layerstream.tools.serving.prompts import Prompts
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # What a client that was turned away is told to wait: some tokens' time, at the speed of a disk.
 _RETRY_AFTER_SECONDS = 5
-_STOPPED = "The server is shutting down."
 
 Asked = ChatRequest | CompletionRequest
 
@@ -64,7 +63,7 @@ class Answers:
     def stop(self) -> None:
         """Answer what runs, and whatever still comes, with an error: the server is shutting down."""
         self._stopped = True
-        self.failure = _STOPPED
+        self.failure = STOPPED
         for task in self._tasks:
             task.cancel()
         self._prompts.close()
@@ -100,7 +99,7 @@ class Answers:
             if not task.done():
                 raise ApiError(499, "The client has left.")  # for the log: nobody is there
             if task.cancelled():
-                raise ApiError(503, _STOPPED)
+                raise ApiError(503, STOPPED)
             if (error := task.exception()) is not None:
                 raise self._told(error) from error
         finally:
@@ -147,7 +146,7 @@ class Answers:
     def _places(self, count: int) -> Iterator[None]:
         """Take ``count`` of the places for answers."""
         if self._stopped:
-            raise ApiError(503, _STOPPED)
+            raise ApiError(503, STOPPED)
         if count > self._max_answers:
             raise ApiError(
                 400, f"{count} answers are asked for; this server takes {self._max_answers}."

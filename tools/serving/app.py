@@ -18,7 +18,8 @@ from layerstream.tools.metrics import StatsCollector
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, reply_to
 from layerstream.tools.serving.prompts import Prompts, context_tokens
-from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest, read_request
+from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
+from layerstream.tools.serving.reading import read_request
 from layerstream.tools.serving.settings import Settings
 
 __all__ = ["make_app"]
@@ -29,37 +30,36 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
     ``app.state.answers.stop()`` ends what runs; ``tools/serve.py`` does that when it shuts down.
     """
-    answers = Answers(
-        model,
+    prompts = Prompts(
         tokenizer,
-        Prompts(
-            tokenizer,
-            chat_template=settings.chat_template,
-            context=context_tokens(model.module.config),
-            vocabulary=model.module.get_input_embeddings().weight.shape[0],
-            new_tokens=settings.new_tokens,
-        ),
-        max_answers=settings.max_answers,
+        chat_template=settings.chat_template,
+        context=context_tokens(model.module.config),
+        vocabulary=model.module.get_input_embeddings().weight.shape[0],
+        new_tokens=settings.new_tokens,
     )
+    answers = Answers(model, tokenizer, prompts, max_answers=settings.max_answers)
     registry = prometheus_client.CollectorRegistry()
     registry.register(StatsCollector(model.stats))
     open_answers = prometheus_client.Gauge(
         "layerstream_open_answers", "Answers under way or waiting", registry=registry
     )
     open_answers.set_function(lambda: answers.open)
-    routes = Routes(answers, registry, settings)
-    app = FastAPI(title="layerstream", docs_url=None, redoc_url=None, openapi_url=None)
+    routes = Routes(answers, prompts, registry, settings)
+    app = FastAPI(
+        title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, reply_to)
     api = APIRouter(prefix="/v1", dependencies=[Depends(routes.check_key)])
-    api.add_api_route("/models", routes.models, methods=["GET"])
-    api.add_api_route("/models/{name:path}", routes.model, methods=["GET"])
+    seen: dict[str, Any] = {"methods": ["GET", "HEAD"], "response_model": None}
+    api.add_api_route("/models", routes.models, **seen)
+    api.add_api_route("/models/{name:path}", routes.model, **seen)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
     app.include_router(api)
-    app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    app.add_api_route("/health", routes.health, **seen)
+    app.add_api_route("/metrics", routes.metrics, **seen)
     return app
 
 
@@ -67,9 +67,14 @@ class Routes:
     """What stands behind each path."""
 
     def __init__(
-        self, answers: Answers, registry: prometheus_client.CollectorRegistry, settings: Settings
+        self,
+        answers: Answers,
+        prompts: Prompts,
+        registry: prometheus_client.CollectorRegistry,
+        settings: Settings,
     ) -> None:
         self._answers = answers
+        self._prompts = prompts
         self._registry = registry
         self._settings = settings
         self._created = int(time.time())
@@ -125,6 +130,9 @@ class Routes:
     async def _answer(
         self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> Response:
-        asked = await read_request(request, kind, max_bytes=self._settings.max_body_bytes)
+        limit = self._settings.max_body_bytes
+        asked = await read_request(
+            request, kind, max_bytes=limit, in_thread=self._prompts.in_thread
+        )
         await self.model(asked.model)
         return await self._answers.answer(asked, request.receive)

@@ -7,7 +7,12 @@ from starlette.responses import JSONResponse, Response
 
 from layerstream.pipeline import AdmissionError, ClosedError, LayerstreamError
 
-__all__ = ["ApiError", "api_error", "reply_to"]
+__all__ = ["STOPPED", "ApiError", "api_error", "reply_to"]
+
+STOPPED = "The server is shutting down."
+
+# What a client sent may be a megabyte, and is quoted.
+_QUOTED_CHARACTERS = 1000
 
 
 class ApiError(Exception):
@@ -28,18 +33,23 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        # What is quoted of a request may hold half of a surrogate pair, which no answer can.
-        message = message.encode("utf-8", "replace").decode()
+        message = _shortened(message)
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
         kind = {429: "rate_limit_error"}.get(status) or (
             "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004
         )
-        param = param and param.encode("utf-8", "replace").decode()
+        param = param and _shortened(param)
         self.body: dict[str, Any] = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
+
+
+def _shortened(text: str) -> str:
+    text = text if len(text) <= _QUOTED_CHARACTERS else f"{text[:_QUOTED_CHARACTERS]} ..."
+    # A path may hold half of a surrogate pair, which no answer can.
+    return text.encode("utf-8", "replace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -61,6 +71,10 @@ async def reply_to(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if status == 404:  # noqa: PLR2004
         told = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
+    elif status == 405 and request.method == "OPTIONS":  # noqa: PLR2004
+        # No word of other origins: pages in a browser have no business with a service on this machine.
+        headers = getattr(error, "headers", None) or {}
+        return Response(None, 204, {"Allow": f"{headers.get('Allow', '')}, OPTIONS"})
     elif status is not None:
         told = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
     else:

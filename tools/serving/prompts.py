@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from layerstream.tools.serving.errors import ApiError
+from layerstream.tools.serving.errors import STOPPED, ApiError
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest, Message
 
 __all__ = ["Prompts", "context_tokens"]
@@ -46,12 +46,14 @@ class Prompts:
         self._context = context
         self._vocabulary = vocabulary
         self._new_tokens = new_tokens
+        self._closed = False
         # A long prompt takes a second: not on the event loop. One thread, because transformers changes a
-        # tokenizer's settings while it uses it.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerstream-tokenizer")
+        # tokenizer's settings while it uses it, and several would compete with the loop for the interpreter.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerstream-prompts")
 
     def close(self) -> None:
-        """Let the thread go."""
+        """Let the thread go. Whoever still waits for it is told that the server stops."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def of(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
@@ -61,9 +63,9 @@ class Prompts:
             ApiError: there is none, or the model does not know what is in it.
         """
         if isinstance(asked, ChatRequest):
-            name, found = "messages", [await self._in_thread(self._chat, asked.messages)]
+            name, found = "messages", [await self.in_thread(self._chat, asked.messages)]
         else:
-            name, found = "prompt", await self._in_thread(self._completion, asked.prompt)
+            name, found = "prompt", await self.in_thread(self._completion, asked.prompt)
         if not found or not all(found):
             raise ApiError(400, f"'{name}' must have at least one token.", param=name)
         return found
@@ -92,8 +94,21 @@ class Prompts:
             )
         return wanted
 
-    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """What ``function`` returns, called in the thread of all prompts.
+
+        Raises:
+            ApiError: the server is shutting down.
+        """
+        if self._closed:
+            raise ApiError(503, STOPPED)
+        future = self._thread.submit(function, *args)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._closed and future.cancelled():
+                raise ApiError(503, STOPPED) from None
+            raise
 
     def _completion(self, prompt: str | list[Any]) -> list[list[int]]:
         one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))

@@ -1,23 +1,26 @@
 """What a request may ask for: OpenAI's parameters, each of them honoured, or refused by name."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.requests import ClientDisconnect, Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "read_request"]
+__all__ = ["NOT_BUILT", "AnyRequest", "ChatRequest", "CompletionRequest", "Message"]
 
 # A batch in one request takes places from everybody else's; OpenAI's own limit is 128.
 MAX_CHOICES = 8
+# More than any client needs; and what is longer would take long to look through.
+_MAX_ITEMS = 2048
+_MAX_PARTS = 128
+# Each new token is compared with a stop string's beginnings, on the event loop.
+_MAX_STOP = 1000
 
 _INT64 = 1 << 63
 
-# Parameters of OpenAI's that are not built, with the values that ask for nothing.
-_NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
+# Parameters of OpenAI's that are not built, with the values that ask for nothing. Null is such a value of each.
+NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -25,10 +28,10 @@ _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
-    "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -36,15 +39,20 @@ _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (),
-    "verbosity": (),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
+# What an answer of ours may come back with, and asks for nothing.
+_EMPTY_IN_MESSAGES: Mapping[str, Sequence[Any]] = {"annotations": [], "tool_calls": []}
 
 
 Item = TypeVar("Item")
-# The first wrong item is all that is told: a megabyte of them would hold the event loop for seconds.
-_Listed = Annotated[list[Item], Field(fail_fast=True)]
+# The first wrong item is all that is told: a megabyte of them would take seconds to put into words.
+_Listed = Annotated[list[Item], Field(fail_fast=True, max_length=_MAX_ITEMS)]
+_Tokens = Annotated[list[int], Field(fail_fast=True)]  # the model's context is their limit
+_Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
+_Tag = Annotated[str | None, Field(description="a string")]  # it changes no answer
 
 
 class _Part(BaseModel):
@@ -56,7 +64,8 @@ class _Part(BaseModel):
 class StreamOptions(_Part):
     """Of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding against who listens to lengths
 
 
 class _Generation(_Part):
@@ -69,16 +78,20 @@ class _Generation(_Part):
     presence_penalty: float = Field(0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float = Field(0, ge=-2, le=2, description="a number from -2 to 2")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="a whole number of 64 bits")
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
-    ) = Field([], description="a string or a list of up to four, none of them empty")
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=4)] = Field(
+        [], description=f"a string or a list of up to four, of 1 to {_MAX_STOP} characters each"
+    )
     max_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
     stream: bool = Field(default=False, description="true or false")
     stream_options: StreamOptions | None = Field(
         None, description='an object such as {"include_usage": true}'
     )
-    user: str | None = Field(None, description="a string")  # a tag: it changes no answer
+    user: _Tag = None
+    safety_identifier: _Tag = None
+    prompt_cache_key: _Tag = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(
+        None, description="an object of up to 16 strings"
+    )
 
     @property
     def stops(self) -> Sequence[str]:
@@ -108,15 +121,17 @@ class _Generation(_Part):
 class CompletionRequest(_Generation):
     """``POST /v1/completions``."""
 
-    prompt: str | _Listed[str] | _Listed[int] | _Listed[_Listed[int]] = Field(
+    prompt: str | _Listed[str] | _Tokens | _Listed[_Tokens] = Field(
         union_mode="left_to_right",
-        description="a string, a list of strings, a list of token ids, or a list of such lists",
+        description=(
+            f"a string, a list of up to {_MAX_ITEMS} strings, a list of token ids, or a list of such lists"
+        ),
     )
 
     @property
     def answers(self) -> int:
         """How many texts are wanted: for each prompt, so many."""
-        one = isinstance(self.prompt, str) or all(isinstance(each, int) for each in self.prompt)
+        one = isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), 0), int)
         return self.n if one else self.n * len(self.prompt)
 
 
@@ -134,7 +149,7 @@ class Message(_Part):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | _Listed[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=_MAX_PARTS)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -142,7 +157,12 @@ class Message(_Part):
     def _said(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        return {name: value for name, value in message.items() if value is not None}
+        empty = _EMPTY_IN_MESSAGES
+        return {
+            name: value
+            for name, value in message.items()
+            if value is not None and not (name in empty and value == empty[name])
+        }
 
 
 class ChatRequest(_Generation):
@@ -151,8 +171,9 @@ class ChatRequest(_Generation):
     messages: _Listed[Message] = Field(
         min_length=1,
         description=(
-            "a list of messages, each with a role (system, developer, user or assistant) and a content "
-            "(a string, or parts of type text: images and audio are not supported)"
+            f"a list of up to {_MAX_ITEMS} messages, each with a role (system, developer, user or assistant) "
+            f"and a content (a string, or up to {_MAX_PARTS} parts of type text: images and audio are not "
+            "supported)"
         ),
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
@@ -175,108 +196,3 @@ class ChatRequest(_Generation):
 
 
 AnyRequest = TypeVar("AnyRequest", bound=_Generation)
-
-
-async def read_request(request: Request, kind: type[AnyRequest], *, max_bytes: int) -> AnyRequest:
-    """The body of ``request``.
-
-    Raises:
-        ApiError: it is too long, not JSON, or asks for what is not there.
-    """
-    body = _decoded(await _body(request, max_bytes=max_bytes))
-    for name in _NOT_BUILT.keys() & body.keys():
-        value = body.pop(name)
-        if not any(value == each and type(value) is type(each) for each in _NOT_BUILT[name]):
-            raise ApiError(
-                400,
-                f"Unsupported parameter: '{name}' is not supported by this server.",
-                param=name,
-                code="unsupported_parameter",
-            )
-    try:
-        asked = kind.model_validate(body)
-    except ValidationError as error:
-        raise _refusal(error, body, kind) from None
-    asked.check()
-    return asked
-
-
-async def _body(request: Request, *, max_bytes: int) -> bytes:
-    body = bytearray()
-    nbytes = 0
-    try:
-        async for chunk in request.stream():
-            nbytes += len(chunk)
-            if nbytes <= max_bytes:
-                body += chunk
-            else:
-                # Read on for a while: a client whose upload breaks off does not get to see the answer.
-                body.clear()
-                if nbytes > 8 * max_bytes:
-                    break
-    except ClientDisconnect:
-        raise ApiError(499, "The client has left.") from None  # for the log: nobody is there
-    if nbytes > max_bytes:
-        raise ApiError(
-            413,
-            f"The request's body is longer than the {max_bytes} bytes that this server takes.",
-            code="request_too_large",
-        )
-    return bytes(body)
-
-
-def _decoded(body: bytes) -> dict[str, Any]:
-    """The JSON object in ``body``; what is null in it was not said."""
-    try:
-        decoded = json.loads(body)
-        if b"\\u" in body:
-            json.dumps(decoded, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400, f"We could not parse the JSON body of your request: {error}", code="invalid_json"
-        ) from None
-    if not isinstance(decoded, dict):
-        raise ApiError(400, "The body of a request must be a JSON object.", code="invalid_json")
-    return {name: value for name, value in decoded.items() if value is not None}
-
-
-def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> ApiError:
-    """The first thing that is wrong with ``body``, in words."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0])
-    path = _path(first["loc"], body)
-    if first["type"] == "extra_forbidden":
-        return ApiError(
-            400,
-            f"Unrecognized request argument supplied: {path}",
-            param=path,
-            code="unknown_parameter",
-        )
-    if first["type"] == "missing" and len(first["loc"]) == 1:
-        return ApiError(
-            400,
-            f"Missing required parameter: '{name}'.",
-            param=name,
-            code="missing_required_parameter",
-        )
-    wanted = kind.model_fields[name].description
-    return ApiError(
-        400,
-        f"Invalid value for '{path}': {name} must be {wanted}.",
-        param=path,
-        code="invalid_value",
-    )
-
-
-def _path(location: Sequence[int | str], body: Any) -> str:
-    """Where in ``body`` an error is, such as messages[0].role; the names of a union's types are no part of it."""
-    path, here = "", body
-    for part in location:
-        if isinstance(part, str) and isinstance(here, dict) and part in here:
-            path += f".{part}" if path else part
-        elif isinstance(part, int) and isinstance(here, list) and part < len(here):
-            path += f"[{part}]"
-        else:
-            continue
-        here = here[part]
-    return path or str(location[0])

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from layerstream.tools.serving.connections import Connection
+
 __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 access_log=not args.no_access_log,
+                http=Connection,
                 lifespan="off",  # the model's life is around the server's
                 log_config=None,
                 server_header=False,

@@ -1,0 +1,60 @@
+"""How busy other processes kept this machine while something was measured."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+__all__ = ["Contention"]
+
+# What is always going on, such as the kernel's own threads, changes no measurement.
+_LEAST_PROCESSORS = 0.25
+_LEAST_SHARE = 0.1
+_STAT = Path("/proc/stat")
+
+
+class Contention:
+    """A context; behind it, how many processors others had in it on average.
+
+    Time that a hypervisor gave to somebody else counts too.
+
+    Attributes:
+        processors: kept busy by others; 0 where the system does not tell.
+    """
+
+    def __init__(self, stat: Path = _STAT) -> None:
+        self.processors = 0.0
+        self._stat = stat
+
+    @property
+    def matters(self) -> bool:
+        """Whether that is enough to change what was measured on all processors."""
+        return self.processors > max(_LEAST_PROCESSORS, _LEAST_SHARE * (os.cpu_count() or 1))
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter(), time.process_time(), _busy_seconds(self._stat)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        began, ours, busy = self._began
+        now = _busy_seconds(self._stat)
+        if busy is not None and now is not None:
+            others = (now - busy) - (time.process_time() - ours)
+            self.processors = max(0.0, others / max(time.perf_counter() - began, 1e-3))
+
+
+def _busy_seconds(stat: Path) -> float | None:
+    """Seconds that all processors together were busy since the start; None where the system does not tell."""
+    with suppress(OSError, ValueError):
+        name, *ticks = stat.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].split()
+        if name == "cpu":
+            user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(int, ticks[:8])
+            return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    return None

@@ -1,0 +1,151 @@
+"""From a model's source to its plan: the checkpoint is opened, the model traced on the meta device, the machine probed."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.assembly import Assembly
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.conversion import (
+    TracedModel,
+    load_config,
+    resolve_model_class,
+    trace_model,
+)
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.hub import resolve_model_path_async
+from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
+from layerstream.pipeline.planner import make_plan
+from layerstream.pipeline.prediction import Objective
+from layerstream.stages.devices import open_device
+from layerstream.stages.libraries import keep_little
+from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.usage import anonymous_bytes
+
+__all__ = ["Opening", "Options", "open_model"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a model is opened with; see ``StreamedModel.open``."""
+
+    device: str
+    budget: Budget | None
+    workload: Workload
+    reader: ReaderKind | str | None
+    throttle_bytes_per_second: float | None
+    layer_batch_size: int | None
+    slots: int | None
+    max_requests: int
+    objective: Objective | str
+    hardware: Hardware | None
+    measure: bool
+    model_class: type[Any] | None
+    dtype: torch.dtype | str
+    revision: str | None
+    model_options: Mapping[str, Any]  # for transformers
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether computation will run on the host's own processor."""
+        name = self.device if self.hardware is None else self.hardware.device
+        return open_device(name).reads_host_images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """A model that is about to stream."""
+
+    checkpoint: Checkpoint
+    module: Any  # the transformers model, without weights
+    layout: Assembly
+    hardware: Hardware
+    plan: Plan
+    make_plan: Callable[
+        ..., Plan
+    ]  # all but hardware, budget and what is asked for by name is given
+
+
+async def open_model(
+    source: str | os.PathLike[str], options: Options, resources: AsyncExitStack
+) -> Opening:
+    """Find the model in ``source``, learn how it is built, and plan it; ``resources`` owns what has to be ended."""
+    before = anonymous_bytes()
+    if options.on_cpu:
+        keep_little()  # before threads of ours have their own heaps
+    path = await resolve_model_path_async(source, revision=options.revision)
+    checkpoint = await Checkpoint.open_async(path)
+    ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
+    resources.callback(ahead.stop)
+    traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
+    hardware = options.hardware or await Hardware.probe(
+        checkpoint, device=options.device, measure=options.measure
+    )
+    # transformers' code for the model, and the module tree: 100 MB where they are new here.
+    held = max(0, (anonymous_bytes() or 0) - (before or 0))
+    planned = functools.partial(
+        make_plan,
+        checkpoint,
+        workload=options.workload,
+        objective=options.objective,
+        layers=layout.planned(checkpoint),
+        memory=layout.memory,
+        held_bytes=held,
+    )
+    plan = await finish_in_thread(
+        lambda: planned(
+            hardware,
+            budget=options.budget,
+            reader=options.reader,
+            throttle_bytes_per_second=options.throttle_bytes_per_second,
+            layer_batch_size=options.layer_batch_size,
+            slots=options.slots,
+        )
+    )
+    if traced.unused:
+        logger.info(
+            "%s: the model does not use %d tensors: %s",
+            checkpoint.path,
+            len(traced.unused),
+            ", ".join(traced.unused[:8]),
+        )
+    return Opening(
+        checkpoint=checkpoint,
+        module=traced.module,
+        layout=layout,
+        hardware=hardware,
+        plan=plan,
+        make_plan=planned,
+    )
+
+
+def _read_ahead(checkpoint: Checkpoint, options: Options) -> Readahead:
+    """Have the disk busy while the model is traced, if its files will be mapped."""
+    mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
+    unbounded = options.budget is None or options.budget.host is None
+    ahead = Readahead([file.path for file in checkpoint.files])
+    if mapped and unbounded and options.on_cpu and fits_page_cache(checkpoint.total_bytes):
+        ahead.start()
+    return ahead
+
+
+def _trace(checkpoint: Checkpoint, options: Options) -> tuple[TracedModel, Assembly]:
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    config = load_config(folder)
+    traced = trace_model(
+        checkpoint,
+        config=config,
+        model_class=resolve_model_class(config, options.model_class),
+        dtype=options.dtype,
+        **options.model_options,
+    )
+    return traced, Assembly(traced, checkpoint, options.workload)

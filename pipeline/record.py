@@ -1,0 +1,74 @@
+"""What is remembered of a pipeline's sweeps: how many there were, what they took, and what had been said of them."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from layerstream.pipeline.prediction import Prediction
+from layerstream.stages.compute import Sweep
+from layerstream.stages.forecast import Forecasts, SweepPrediction
+from layerstream.stages.timings import Clock, Occupancy, SweepSpan, Timings
+
+__all__ = ["SweepRecord"]
+
+# Sweeps that timings tell of one by one: enough to learn from.
+_SWEEPS_KEPT = 64
+
+
+class SweepRecord:
+    """The sweeps that were completed.
+
+    Attributes:
+        loading: the sweep under way brings residents.
+    """
+
+    def __init__(self) -> None:
+        self.loading = False
+        self._completed = 0
+        self._forecasts = Forecasts()
+        self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
+
+    def count(self, sweep: Sweep, prediction: Prediction) -> None:
+        """``sweep`` is complete, of which ``prediction`` had been made."""
+        now = time.perf_counter()
+        said = self._said(prediction, prompt=sweep.prompt)
+        self._forecasts.count(said, now - sweep.began_seconds)
+        self._latest.append(
+            SweepSpan(
+                start_seconds=sweep.began_seconds,
+                stop_seconds=now,
+                tokens=sweep.tokens,
+                steady=self._completed > 0 and not self.loading,
+            )
+        )
+        self._completed += 1
+
+    def _said(self, prediction: Prediction, *, prompt: bool) -> SweepPrediction:
+        if not self._completed:
+            return prediction.first
+        if self.loading:
+            return prediction.second
+        return prediction.prefill if prompt else prediction.decode
+
+    def timings(
+        self,
+        clocks: Sequence[Clock],
+        *,
+        opened_seconds: float,
+        labels: tuple[str, ...],
+        occupancy: tuple[Occupancy, ...],
+    ) -> Timings:
+        """What the stages of ``clocks`` did in these sweeps, since ``opened_seconds``."""
+        stages = tuple(clock.sums() for clock in clocks)
+        last = max(clock.stopped for clock in clocks)
+        busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
+        return Timings(
+            sweeps=self._completed,
+            wall_seconds=max(0.0, last - opened_seconds),
+            stages=stages,
+            start_seconds=opened_seconds,
+            latest=tuple(self._latest),
+            forecast=self._forecasts.sums(**busy),
+            labels=labels,
+            occupancy=occupancy,
+        )
