@@ -33,6 +33,8 @@ _LEAST_BYTES, _MOST_BYTES = 64 << 20, 256 << 20
 # Blocks of copies. The largest speaks; the others show in a log from which size on a copy is worth its call.
 _COPY_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
 _COPY_SAMPLES = 5
+# To a GPU, all blocks so many times: once takes a millisecond, which is not long beside beginning and waking up.
+_COPY_TIMES = 4
 _MATRIX = 2  # dimensions
 _MOST_MATRICES = 64
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -204,11 +206,14 @@ def _copies(device: Device, target: torch.Tensor, source: torch.Tensor, nbytes: 
         (target[at : at + nbytes], source[at : at + nbytes])
         for at in range(0, source.numel(), nbytes)
     ]
+    if not device.reads_host_images:
+        blocks *= _COPY_TIMES
+    moved = sum(copied.numel() for copied, _ in blocks)
     samples = []
     for _ in range(_COPY_SAMPLES + 1):
         began = time.perf_counter()
         device.copy(blocks, after=()).synchronize()
-        samples.append(source.numel() / (time.perf_counter() - began))
+        samples.append(moved / (time.perf_counter() - began))
     return Rate.of(samples[1:])  # the first one also pays for what is set up but once
 
 

@@ -21,8 +21,8 @@ def _kind() -> Any:
     class HostCache(DynamicCache):
         """transformers' cache of growing tensors, whose layers come to the device and go again, one at a time.
 
-        transformers has an offloaded cache of its own. It copies on the device's default stream, where a request
-        of ours may compute on another; up to 5.17 its prefetched tensors may be overwritten while they are read;
+        transformers has an offloaded cache of its own. It waits for the device's default stream, where a request of
+        ours may compute on another; that of 5.17 may overwrite prefetched tensors while they are read (5.23 waits);
         and it keeps what it offloads in page-locked blocks, each rounded up to a power of two. So a layer is moved
         here by the thread that computes, on its own stream, from and to memory of just the size that is priced. It
         waits for that: a step takes longer by twice the cache over the bandwidth of pageable copies.

@@ -262,7 +262,12 @@ def test_results_are_those_of_the_unstreamed_model_bit_for_bit(gpu, case, dtype,
                 results.append(model.generate(here["input_ids"], **generates))
         return results
 
-    expected = unstreamed()
+    try:
+        expected = unstreamed()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(gpu, StandIn):
+            raise
+        pytest.skip(f"transformers itself cannot compute {case} here: {error}")
     if not same(expected, unstreamed()):
         pytest.skip(f"{case} does not repeat itself here, streamed or not")
 

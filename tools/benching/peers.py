@@ -146,6 +146,9 @@ def pageable_offload(folder: Path, device: torch.device, scratch: Path) -> Forwa
     """
     _ = scratch
     model = _model(folder)
+    # Out of the files' mapping, from which copies are slower still.
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
     kept: dict[int, dict[str, Any]] = {}
 
     def come(module: torch.nn.Module, _: Any) -> None:

@@ -25,10 +25,9 @@ _COPIED_BYTES = 4 << 30
 _STEP_BYTES = 1 << 30
 _LEFT_BYTES = 2 << 30
 _PATIENCE_SECONDS = 5.0
-
-
-# The driver keeps no peak of its own; asking it takes some ten microseconds.
-_WATCH_SECONDS = 0.002
+# The driver keeps no peak of its own. Rings and residents are there for long; asked more often, it would be in
+# the way of what is measured.
+_WATCH_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +35,7 @@ class Peak:
     """The most that was taken of a device's memory, above what was taken before."""
 
     allocated_bytes: int  # by torch's counter: what tensors take
-    driver_bytes: (
-        int  # by the driver's: what torch's allocator keeps, and kernels that were loaded, too
-    )
+    driver_bytes: int  # by the driver's: also what torch's allocator keeps, and loaded kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,6 @@ def trace(accelerator: Accelerator, *, path: Path) -> Iterator[Lanes]:
         kept = {"gpu_memcpy", "kernel"}
         document["traceEvents"] = [e for e in events if e.get("ph") == "M" or e.get("cat") in kept]
         path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    if accelerator.is_gpu:
         lanes[0].extend(
             _spans(e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e["name"])
         )
