@@ -127,4 +127,4 @@ def room_bytes(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> int
             modules = sum(1 for _ in module.modules())
             each = overheads(config, modules=modules, rows=w.prompt_tokens).rider_bytes
             beside = w.batch_size * each
-    return max(plan.workload_bytes + beside + max(0, free), _SMALL_CHANGE_BYTES)
+    return beside + max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)

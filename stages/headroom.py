@@ -42,7 +42,14 @@ _V1 = (
     "total_inactive_file",
     "total_active_file",
 )
-_V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file", "active_file")
+# Beside pages of files the kernel gives up what it remembers of them.
+_V2 = (
+    ("memory.max", "memory.high"),
+    "memory.current",
+    "inactive_file",
+    "active_file",
+    "slab_reclaimable",
+)
 
 
 def _mounted(mounts: Sequence[Sequence[str]], kind: str, controller: str | None) -> Path | None:
@@ -53,7 +60,7 @@ def _mounted(mounts: Sequence[Sequence[str]], kind: str, controller: str | None)
 
 
 def _headrooms(
-    root: Path | None, group: str, names: tuple[tuple[str, ...], str, str, str]
+    root: Path | None, group: str, names: tuple[tuple[str, ...], str, *tuple[str, ...]]
 ) -> Iterator[int]:
     if root is None:
         return
