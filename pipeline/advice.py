@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
+from layerstream.pipeline.asked import Asked
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.plan import Budget, ReaderKind
 from layerstream.pipeline.prediction import Advice
-from layerstream.pipeline.search import Choice, Request
+from layerstream.pipeline.search import Choice, search
 from layerstream.stages.errors import PlanError
 from layerstream.stages.units import format_bytes
 
@@ -15,21 +16,21 @@ __all__ = ["advise"]
 _GIB = 1 << 30
 
 
-def advise(request: Request, best: Choice) -> tuple[Advice, ...]:
+def advise(asked: Asked, best: Choice) -> tuple[Advice, ...]:
     """What ``best`` would gain from more memory, a faster disk or link, and more sequences at a time."""
     placement = best.placement
     fixed = dataclasses.replace(
-        request,
+        asked,
         reader=placement.reader,
         layer_batch_size=placement.size,
         slots=placement.slots,
         rings=None,
-        budget=_absolute(request, best),
+        budget=_absolute(asked, best),
     )
     found = []
     for change, changed in _changes(fixed, _one_batch(best)):
         try:
-            prediction = changed.choices()[0].prediction
+            prediction = search(changed)[0].prediction
         except PlanError:  # more sequences take more memory
             continue
         found.append(
@@ -51,31 +52,31 @@ def _one_batch(best: Choice) -> tuple[int, int]:
     return streamed[len(streamed) // 2] if streamed else (0, 0)
 
 
-def _changes(request: Request, one_batch: tuple[int, int]) -> Iterator[tuple[str, Request]]:
+def _changes(asked: Asked, one_batch: tuple[int, int]) -> Iterator[tuple[str, Asked]]:
     on_host, on_device = one_batch
-    if request.on_cpu:
+    if asked.on_cpu:
         on_host, on_device = on_host + on_device, 0
     # Less than a layer batch need not bring anything.
     for nbytes in (_GIB, *(size for size in (on_host,) if size > _GIB)):
-        yield f"{_much(nbytes)} more of host RAM", _more(request, host=nbytes)
-    if not request.on_cpu:
+        yield f"{_much(nbytes)} more of host RAM", _more(asked, host=nbytes)
+    if not asked.on_cpu:
         for nbytes in (_GIB, *(size for size in (on_device,) if size > _GIB)):
-            yield f"{_much(nbytes)} more of VRAM", _more(request, vram=nbytes)
-    hardware, rates = request.hardware, request.rates
-    if request.throttle_bytes_per_second is None:
+            yield f"{_much(nbytes)} more of VRAM", _more(asked, vram=nbytes)
+    hardware, rates = asked.hardware, asked.rates
+    if asked.throttle_bytes_per_second is None:
         faster = dataclasses.replace(
             hardware, disk_bytes_per_second=2 * rates.disk, mmap_bytes_per_second=2 * rates.mmap
         )
-        yield "a disk twice as fast", dataclasses.replace(request, hardware=faster)
-    if not request.on_cpu:
+        yield "a disk twice as fast", dataclasses.replace(asked, hardware=faster)
+    if not asked.on_cpu:
         faster = dataclasses.replace(hardware, h2d_bytes_per_second=2 * rates.h2d)
-        yield "a link to the device twice as fast", dataclasses.replace(request, hardware=faster)
-    if request.workload is not None:
-        more = dataclasses.replace(request.workload, batch_size=2 * request.workload.batch_size)
-        memory = request.memory and request.memory.scaled(2)
+        yield "a link to the device twice as fast", dataclasses.replace(asked, hardware=faster)
+    if asked.workload is not None:
+        more = dataclasses.replace(asked.workload, batch_size=2 * asked.workload.batch_size)
+        memory = asked.memory and asked.memory.scaled(2)
         yield (
             "twice the sequences at a time",
-            dataclasses.replace(request, workload=more, memory=memory),
+            dataclasses.replace(asked, workload=more, memory=memory),
         )
 
 
@@ -83,26 +84,26 @@ def _much(nbytes: int) -> str:
     return "1 GiB" if nbytes == _GIB else f"{format_bytes(nbytes)} (one layer batch)"
 
 
-def _absolute(request: Request, best: Choice) -> Budget:
+def _absolute(asked: Asked, best: Choice) -> Budget:
     """The budgets in bytes, so that they can be added to."""
     host, device = best.memory
     # Where none was given, the page cache counts as well; giving one would forbid that.
-    cached = best.placement.reader is ReaderKind.MMAP and request.budget.host is None
+    cached = best.placement.reader is ReaderKind.MMAP and asked.budget.host is None
     return Budget(
         host=None if cached else host.budget_bytes,
         vram=None if device is None else device.budget_bytes,
     )
 
 
-def _more(request: Request, *, host: int = 0, vram: int = 0) -> Request:
+def _more(asked: Asked, *, host: int = 0, vram: int = 0) -> Asked:
     hardware: Hardware = dataclasses.replace(
-        request.hardware,
-        host_available_bytes=request.hardware.host_available_bytes + host,
-        vram_free_bytes=None if request.on_cpu else (request.hardware.vram_free_bytes or 0) + vram,
+        asked.hardware,
+        host_available_bytes=asked.hardware.host_available_bytes + host,
+        vram_free_bytes=None if asked.on_cpu else (asked.hardware.vram_free_bytes or 0) + vram,
     )
-    was = request.budget
+    was = asked.budget
     budget = Budget(
         host=None if was.host is None else int(was.host) + host,
         vram=None if was.vram is None else int(was.vram) + vram,
     )
-    return dataclasses.replace(request, hardware=hardware, budget=budget)
+    return dataclasses.replace(asked, hardware=hardware, budget=budget)

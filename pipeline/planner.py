@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from layerstream.pipeline.advice import advise
+from layerstream.pipeline.asked import Asked
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.layers import group_layers
@@ -16,7 +17,7 @@ from layerstream.pipeline.plan import Budget, Plan, PlannedFile, ReaderKind, Wor
 from layerstream.pipeline.prediction import Candidate, Objective
 from layerstream.pipeline.rates import sizes_of
 from layerstream.pipeline.residence import Arenas
-from layerstream.pipeline.search import Choice, Request
+from layerstream.pipeline.search import Choice, search
 from layerstream.pipeline.workload import WorkloadMemory, estimate_memory
 from layerstream.stages.errors import PlanError
 
@@ -65,7 +66,7 @@ def make_plan(
         layer_batch_size: blocks per layer batch, instead of the planner's choice.
         slots: on either side, instead of the planner's choice.
         held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
-            no plan; but slots and residents leave room for it, and for what requests take on a CPU that is no tensor.
+            no plan; but residents leave room for it.
         running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader stay.
 
     Raises:
@@ -78,7 +79,7 @@ def make_plan(
             running.host_slots,
         )
         throttle_bytes_per_second = running.throttle_bytes_per_second
-    request = Request(
+    asked = Asked(
         checkpoint=checkpoint,
         hardware=hardware,
         budget=budget or Budget(),
@@ -95,7 +96,7 @@ def make_plan(
         if running is None
         else Arenas(running.host_arena_bytes, running.device_arena_bytes),
     )
-    choices = request.choices()
+    choices = search(asked)
     best = choices[0]
     placement, (host_memory, device_memory) = best.placement, best.memory
     return Plan(
@@ -117,7 +118,7 @@ def make_plan(
         device_memory=device_memory,
         batches=tuple(placement.batches),
         workload=workload,
-        workload_bytes=request.workload_bytes,
+        workload_bytes=asked.workload_bytes,
         beside_bytes=best.frame.held_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
         pinned=tuple(
@@ -133,11 +134,11 @@ def make_plan(
         prediction=best.prediction,
         inputs=(
             *sizes_of(hardware),
-            *request.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
+            *asked.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
         ),
         candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),
-        advice=advise(request, best),
-        notes=request.notes(best),
+        advice=advise(asked, best),
+        notes=_notes(asked, best),
     )
 
 
@@ -147,6 +148,27 @@ def _memory(
     if workload is None or measured is not None:
         return measured
     return estimate_memory(checkpoint.config, workload)
+
+
+def _notes(asked: Asked, best: Choice) -> tuple[str, ...]:
+    """What was assumed, and why things are as they are."""
+    notes = []
+    if best.placement.reader is ReaderKind.MMAP and asked.reader is None:
+        notes.append("the files are mapped: computation reads them in the page cache")
+    if asked.memory is not None and asked.workload is not None:
+        how = (
+            "measured on the meta device" if asked.memory.measured else "estimated from config.json"
+        )
+        w = asked.workload
+        notes.append(
+            f"KV cache and activations are {how} for {w.batch_size} x ({w.prompt_tokens} + "
+            f"{w.new_tokens}) tokens"
+        )
+    elif asked.workload is not None:
+        notes.append(
+            "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
+        )
+    return tuple(notes)
 
 
 def _telling(choices: Sequence[Choice]) -> list[Choice]:

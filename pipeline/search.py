@@ -4,31 +4,21 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.asked import LEAST_SLOTS, SLOTS, Asked
 from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer
-from layerstream.pipeline.overheads import overheads
-from layerstream.pipeline.plan import Budget, MemoryUse, ReaderKind, Workload
-from layerstream.pipeline.prediction import Objective, Prediction
+from layerstream.pipeline.plan import MemoryUse, ReaderKind
+from layerstream.pipeline.prediction import Prediction
 from layerstream.pipeline.pricing import Placement, Prices
-from layerstream.pipeline.rates import Rates, rates_of
-from layerstream.pipeline.residence import Arenas, Frame, Need
+from layerstream.pipeline.residence import Frame, Need
 from layerstream.pipeline.work import Work
-from layerstream.pipeline.workload import WorkloadMemory
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.headroom import MARGIN
 from layerstream.stages.units import format_bytes
 
-__all__ = ["Choice", "Request"]
+__all__ = ["Choice", "search"]
 
-# Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
-# the first is taken. With a single one the stages wait for one another: where nothing else fits.
-_LEAST_SLOTS = 1
-_SLOTS = (3, 2, 4, _LEAST_SLOTS)
 # Blocks per layer batch that are tried; larger batches than this gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
@@ -67,102 +57,35 @@ class Choice:
     @property
     def overlaps(self) -> bool:
         """Whether a batch can be read while another one is computed with."""
-        return self.placement.maps or self.placement.slots > _LEAST_SLOTS
+        return self.placement.maps or self.placement.slots > LEAST_SLOTS
 
     @property
     def _preference(self) -> tuple[bool, int, bool, int, int]:
         # What is left of a budget is there to be used: residents also help where the model is wrong, as with
         # a rate of computation that was measured while something else computed.
-        slots = _SLOTS.index(self.placement.slots)
+        slots = SLOTS.index(self.placement.slots)
         maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
         read = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
         return bool(self.name), slots, maps, read, sum(self.need)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a plan is asked for: the arguments of ``make_plan``, checked."""
+def search(asked: Asked) -> list[Choice]:
+    """All candidates for what is ``asked`` that fit, the best one first, then by the time that they take.
 
-    checkpoint: Checkpoint
-    hardware: Hardware
-    budget: Budget
-    workload: Workload | None
-    objective: Objective
-    layers: tuple[PlannedLayer, ...]
-    memory: WorkloadMemory | None
-    reader: ReaderKind | None
-    throttle_bytes_per_second: float | None
-    layer_batch_size: int | None
-    slots: int | None
-    held_bytes: int
-    rings: Arenas | None = None  # of a running pipeline, which stay as they are
+    Among those that are equally fast, those with residents come first, then three slots, then the fewest bytes from disk.
 
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise PlanError(f"{self.checkpoint.path}: holds no tensors to stream")
-        vram = self.hardware.vram_free_bytes
-        if (vram is None) != (self.hardware.device == "cpu"):
-            raise PlanError(
-                f"hardware: vram_free_bytes is {vram}, but the device is {self.hardware.device}; "
-                "give the free VRAM of a GPU, and None for the CPU"
-            )
-        if self.budget.vram is not None and self.on_cpu:
-            raise PlanError(
-                "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
-            )
-        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
-            raise PlanError(
-                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
-            )
-        if self.slots is not None and not (_is_whole(self.slots) and self.slots in _SLOTS):
-            raise PlanError(f"slots is {self.slots!r}, but must be {_LEAST_SLOTS} to {max(_SLOTS)}")
+    Raises:
+        PlanError: none fits.
+    """
+    return _Search(asked).choices()
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether computation runs on the host's own processor."""
-        return self.hardware.device == "cpu"
 
-    @property
-    def workload_bytes(self) -> int:
-        """What requests take beside weights."""
-        return 0 if self.memory is None else self.memory.reserved_bytes
-
-    @cached_property
-    def _held_bytes(self) -> int:
-        """What this process takes beside the plan: code that was loaded, and what is no tensor."""
-        if not self.on_cpu or self.workload is None:
-            return self.held_bytes
-        w = self.workload
-        # Most modules have a weight; blocks and the model itself are some more.
-        modules = len(self.checkpoint.tensors)
-        beside = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
-        return self.held_bytes + beside.of(w.batch_size)
-
-    @cached_property
-    def rates(self) -> Rates:
-        """What the machine does per second."""
-        return rates_of(self.hardware)
-
-    @cached_property
-    def _host_budget(self) -> int:
-        # What was taken for this model is not free any more, but within its budget.
-        free = self.hardware.host_available_bytes + self.held_bytes
-        return _budget(self.budget.host_bytes(free), free, "host RAM")
-
-    @cached_property
-    def _vram_budget(self) -> int | None:
-        free = self.hardware.vram_free_bytes
-        return None if free is None else _budget(self.budget.vram_bytes(free), free, "VRAM")
+class _Search:
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
 
     def choices(self) -> list[Choice]:
-        """All candidates that fit, the best one first, then by the time that they take.
-
-        Among those that are equally fast, those with residents come first, then three slots, then the fewest bytes from disk.
-
-        Raises:
-            PlanError: none fits.
-        """
-        # What is held beside the plan refuses none, but one that leaves room for it comes first.
+        # What requests take that is no tensor refuses no plan, but one that leaves room for it comes first.
         for kv_on_host, leaves_room in itertools.product(self._kv_places(), (True, False)):
             found = [
                 choice
@@ -178,100 +101,82 @@ class Request:
         found.sort(key=lambda choice: choice.prediction.request_seconds)
         overlapping = any(choice.overlaps for choice in found)
         able = [choice for choice in found if choice.overlaps or choice.name or not overlapping]
-        tolerance = _EQUAL_PAST_NOTHING if self.workload is None else _EQUAL
+        tolerance = _EQUAL_PAST_NOTHING if self._asked.workload is None else _EQUAL
         most = able[0].prediction.request_seconds * (1 + tolerance)
         equal = [choice for choice in able if choice.prediction.request_seconds <= most]
         best = min(equal, key=lambda choice: choice._preference)  # noqa: SLF001 - it is ours
         return [best, *(choice for choice in found if choice is not best)]
 
-    def notes(self, best: Choice) -> tuple[str, ...]:
-        """What was assumed, and why things are as they are."""
-        notes = []
-        if best.placement.reader is ReaderKind.MMAP and self.reader is None:
-            notes.append("the files are mapped: computation reads them in the page cache")
-        if self.memory is not None and self.workload is not None:
-            how = (
-                "measured on the meta device"
-                if self.memory.measured
-                else "estimated from config.json"
-            )
-            w = self.workload
-            notes.append(
-                f"KV cache and activations are {how} for {w.batch_size} x ({w.prompt_tokens} + "
-                f"{w.new_tokens}) tokens"
-            )
-        elif self.workload is not None:
-            notes.append(
-                "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
-            )
-        return tuple(notes)
-
-    # -- candidates ------------------------------------------------------------------------------
-
     def _readers(self) -> tuple[ReaderKind, ...]:
-        if self.reader is not None:
-            return (self.reader,)
-        room = self.hardware.host_available_bytes * (1 - MARGIN)
-        if self.on_cpu and self.budget.host is None and self.checkpoint.total_bytes <= room:
+        if self._asked.reader is not None:
+            return (self._asked.reader,)
+        room = self._asked.hardware.host_available_bytes * (1 - MARGIN)
+        if (
+            self._asked.on_cpu
+            and self._asked.budget.host is None
+            and self._asked.checkpoint.total_bytes <= room
+        ):
             # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
             return (ReaderKind.MMAP,)
         return (ReaderKind.DIRECT, ReaderKind.MMAP)
 
     def _kv_places(self) -> tuple[bool, ...]:
         """Whether the KV cache is on the host: what is tried, in this order."""
-        return (False,) if self.on_cpu or self.memory is None else (False, True)
+        return (False,) if self._asked.on_cpu or self._asked.memory is None else (False, True)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
-        kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
+        kv = self._asked.memory.kv_bytes if kv_on_host and self._asked.memory is not None else 0
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._asked.layers)
         kv_left = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
-        requests = self.workload_bytes
+        requests = self._asked.workload_bytes
         return Frame(
-            checkpoint=self.checkpoint,
-            layers=self.layers,
-            on_cpu=self.on_cpu,
+            checkpoint=self._asked.checkpoint,
+            layers=self._asked.layers,
+            on_cpu=self._asked.on_cpu,
             reader=reader,
-            host_budget=self._host_budget,
-            vram_budget=self._vram_budget,
-            host_reserved=_FIXED_BYTES + (requests if self.on_cpu else kv),
-            vram_reserved=0 if self.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
+            host_budget=self._asked.host_budget_bytes,
+            vram_budget=self._asked.vram_budget_bytes,
+            host_reserved=_FIXED_BYTES + (requests if self._asked.on_cpu else kv),
+            vram_reserved=0 if self._asked.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
             kv_on_host_bytes=kv,
-            held_bytes=self._held_bytes,
+            held_bytes=self._asked.beside_bytes,
         )
 
     def _of_frame(self, frame: Frame, *, leaves_room: bool) -> Iterator[Choice]:
         prices = self._prices()
-        spare = Need(-frame.held_bytes if leaves_room else 0, 0)
+        spare = Need(-self._asked.overhead_bytes if leaves_room else 0, 0)
         for size in self._sizes():
-            batches = frame.batches(size, passing=self.rings)
+            batches = frame.batches(size, passing=self._asked.rings)
             for slots in self._slots(frame):
-                rings = self.rings or frame.arenas(batches, slots)
+                rings = self._asked.rings or frame.arenas(batches, slots)
                 if not frame.fits(frame.need(batches, rings), spare=spare):
                     continue
                 seen: list[list[LayerBatch]] = []
                 for oversized_first in (False, True):
                     placed = frame.with_residents(
-                        batches, slots, rings=self.rings, oversized_first=oversized_first
+                        batches, slots, rings=self._asked.rings, oversized_first=oversized_first
                     )
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
             # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
-            slots = self.slots or _LEAST_SLOTS
-            rings = self.rings or frame.arenas(batches, slots)
+            slots = self._asked.slots or LEAST_SLOTS
+            rings = self._asked.rings or frame.arenas(batches, slots)
             if frame.fits(frame.need(batches, rings), spare=spare):
                 bare = self._choice(frame, prices, batches, size=size, slots=slots, grows=False)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
     def _slots(self, frame: Frame) -> tuple[int, ...]:
-        if self.slots is not None:
-            return (self.slots,)
-        return _SLOTS[:1] if frame.maps else _SLOTS  # mapped batches take no slots
+        if self._asked.slots is not None:
+            return (self._asked.slots,)
+        return SLOTS[:1] if frame.maps else SLOTS  # mapped batches take no slots
 
     def _sizes(self) -> list[int]:
-        if self.layer_batch_size is not None:
-            return [self.layer_batch_size]
-        blocks = sorted(layer.nbytes for layer in self.layers if layer.kind is LayerKind.BLOCK)
+        if self._asked.layer_batch_size is not None:
+            return [self._asked.layer_batch_size]
+        blocks = sorted(
+            layer.nbytes for layer in self._asked.layers if layer.kind is LayerKind.BLOCK
+        )
         if not blocks:
             return [1]
         typical = max(blocks[len(blocks) // 2], 1)
@@ -288,11 +193,11 @@ class Request:
         slots: int,
         grows: bool = True,
     ) -> Choice:
-        arenas = self.rings or frame.arenas(batches, slots)
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
+        arenas = self._asked.rings or frame.arenas(batches, slots)
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._asked.layers)
         placement = Placement(
             reader=frame.reader,
-            on_cpu=self.on_cpu,
+            on_cpu=self._asked.on_cpu,
             size=size,
             slots=slots,
             arenas=arenas,
@@ -309,10 +214,10 @@ class Request:
 
     def _spare(self) -> Need:
         """What the activations of a prompt leave free while no prompt is processed."""
-        if self.memory is None:
+        if self._asked.memory is None:
             return Need(0, 0)
-        spare = self.memory.spare_bytes
-        return Need(spare, 0) if self.on_cpu else Need(0, spare)
+        spare = self._asked.memory.spare_bytes
+        return Need(spare, 0) if self._asked.on_cpu else Need(0, spare)
 
     def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:
         """Memory that the page cache may hold the files in.
@@ -320,26 +225,33 @@ class Request:
         Whoever sets a host budget means all memory that the model takes, in the page cache too: then only
         what is in there already counts, when it is next to everything.
         """
-        free = int(self.hardware.host_available_bytes * (1 - MARGIN))
+        free = int(self._asked.hardware.host_available_bytes * (1 - MARGIN))
         wanted = sum(batch.read_bytes for batch in batches)
-        if self.budget.host is not None and self.hardware.cached_bytes < _CACHED * wanted:
+        if (
+            self._asked.budget.host is not None
+            and self._asked.hardware.cached_bytes < _CACHED * wanted
+        ):
             return 0
         return max(0, free - frame.need(batches, frame.arenas(batches, 1)).host)
 
     def _prices(self) -> Prices:
         return Prices(
-            layers={layer.name: layer for layer in self.layers},
-            rates=self.rates,
-            work=Work(self.checkpoint.config, self.rates) if self.workload is not None else None,
-            workload=self.workload,
-            objective=self.objective,
-            throttle_bytes_per_second=self.throttle_bytes_per_second,
-            cached_bytes=self.hardware.cached_bytes,
+            layers={layer.name: layer for layer in self._asked.layers},
+            rates=self._asked.rates,
+            work=Work(self._asked.checkpoint.config, self._asked.rates)
+            if self._asked.workload is not None
+            else None,
+            workload=self._asked.workload,
+            objective=self._asked.objective,
+            throttle_bytes_per_second=self._asked.throttle_bytes_per_second,
+            cached_bytes=self._asked.hardware.cached_bytes,
         )
 
     def _least(self, frame: Frame) -> Need:
-        batches = frame.batches(self.layer_batch_size or 1, passing=self.rings)
-        return frame.need(batches, self.rings or frame.arenas(batches, self.slots or 1))
+        batches = frame.batches(self._asked.layer_batch_size or 1, passing=self._asked.rings)
+        return frame.need(
+            batches, self._asked.rings or frame.arenas(batches, self._asked.slots or 1)
+        )
 
     def _too_small(self) -> str:
         frames = [
@@ -348,7 +260,7 @@ class Request:
             for kv_on_host in self._kv_places()
         ]
         frame, need = min(((frame, self._least(frame)) for frame in frames), key=_lacks)
-        nbytes, name = max((layer.nbytes, layer.name) for layer in self.layers)
+        nbytes, name = max((layer.nbytes, layer.name) for layer in self._asked.layers)
         side, needed, have, kept = (
             ("host", need.host, frame.host_budget, frame.host_reserved)
             if need.host > frame.host_budget
@@ -367,18 +279,3 @@ def _lacks(tried: tuple[Frame, Need]) -> tuple[int, int]:
     frame, need = tried
     vram = max(0, need.vram - (frame.vram_budget or 0))
     return vram + max(0, need.host - frame.host_budget), sum(need)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _budget(given: int | None, free: int, what: str) -> int:
-    if given is None:
-        return int(free * (1 - MARGIN))
-    if given > free:
-        raise PlanError(
-            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
-            "free; lower it or free memory"
-        )
-    return given

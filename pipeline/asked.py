@@ -1,0 +1,122 @@
+"""What a plan is asked for: the arguments of ``make_plan``, checked, and what they come to. Pure."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.layout import PlannedLayer
+from layerstream.pipeline.overheads import overheads
+from layerstream.pipeline.plan import Budget, ReaderKind, Workload
+from layerstream.pipeline.prediction import Objective
+from layerstream.pipeline.rates import Rates, rates_of
+from layerstream.pipeline.residence import Arenas
+from layerstream.pipeline.workload import WorkloadMemory
+from layerstream.stages.errors import PlanError
+from layerstream.stages.headroom import MARGIN
+from layerstream.stages.units import format_bytes
+
+__all__ = ["LEAST_SLOTS", "SLOTS", "Asked"]
+
+# Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
+# the first is taken. With a single one the stages wait for one another: where nothing else fits.
+LEAST_SLOTS = 1
+SLOTS = (3, 2, 4, LEAST_SLOTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a plan is asked for: the arguments of ``make_plan``, checked."""
+
+    checkpoint: Checkpoint
+    hardware: Hardware
+    budget: Budget
+    workload: Workload | None
+    objective: Objective
+    layers: tuple[PlannedLayer, ...]
+    memory: WorkloadMemory | None
+    reader: ReaderKind | None
+    throttle_bytes_per_second: float | None
+    layer_batch_size: int | None
+    slots: int | None
+    held_bytes: int
+    rings: Arenas | None = None  # of a running pipeline, which stay as they are
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PlanError(f"{self.checkpoint.path}: holds no tensors to stream")
+        vram = self.hardware.vram_free_bytes
+        if (vram is None) != (self.hardware.device == "cpu"):
+            raise PlanError(
+                f"hardware: vram_free_bytes is {vram}, but the device is {self.hardware.device}; "
+                "give the free VRAM of a GPU, and None for the CPU"
+            )
+        if self.budget.vram is not None and self.on_cpu:
+            raise PlanError(
+                "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
+            )
+        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
+            raise PlanError(
+                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
+            )
+        if self.slots is not None and not (_is_whole(self.slots) and self.slots in SLOTS):
+            raise PlanError(f"slots is {self.slots!r}, but must be {LEAST_SLOTS} to {max(SLOTS)}")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether computation runs on the host's own processor."""
+        return self.hardware.device == "cpu"
+
+    @property
+    def workload_bytes(self) -> int:
+        """What requests take beside weights."""
+        return 0 if self.memory is None else self.memory.reserved_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """What this process takes beside the plan: code that was loaded, and what requests take that is no tensor."""
+        return self.held_bytes + self.overhead_bytes
+
+    @cached_property
+    def overhead_bytes(self) -> int:
+        """What the workload's requests take on a CPU that is no tensor."""
+        if not self.on_cpu or self.workload is None:
+            return 0
+        w = self.workload
+        # Most modules have a weight; blocks and the model itself are some more.
+        modules = len(self.checkpoint.tensors)
+        found = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
+        return found.of(w.batch_size)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What the machine does per second."""
+        return rates_of(self.hardware)
+
+    @cached_property
+    def host_budget_bytes(self) -> int:
+        """Host memory that may be used."""
+        # What was taken for this model is not free any more, but within its budget.
+        free = self.hardware.host_available_bytes + self.held_bytes
+        return _budget(self.budget.host_bytes(free), free, "host RAM")
+
+    @cached_property
+    def vram_budget_bytes(self) -> int | None:
+        """VRAM that may be used; None on the CPU."""
+        free = self.hardware.vram_free_bytes
+        return None if free is None else _budget(self.budget.vram_bytes(free), free, "VRAM")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _budget(given: int | None, free: int, what: str) -> int:
+    if given is None:
+        return int(free * (1 - MARGIN))
+    if given > free:
+        raise PlanError(
+            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
+            "free; lower it or free memory"
+        )
+    return given
