@@ -133,8 +133,9 @@ class Request:
         if not self.on_cpu or self.workload is None:
             return self.held_bytes
         w = self.workload
-        # Most modules have a weight; blocks and the model itself are some more.
-        modules = len(self.checkpoint.tensors)
+        # Most modules have a weight; blocks and the model itself are some more. Experts that files have one by one are
+        # one module: as tensors of the checkpoint, those of a large mixture would come to 200 MB a request.
+        modules = sum(len(layer.tensors) for layer in self.layers)
         beside = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
         return self.held_bytes + beside.of(w.batch_size)
 

@@ -365,6 +365,15 @@ def test_a_tight_budget_takes_smaller_batches_before_it_gives_up_slots():
     assert (loose.host_slots, tight.host_slots, tightest.host_slots) == (3, 3, 1)
 
 
+def test_what_requests_take_beside_tensors_grows_with_modules_and_not_with_their_pieces_in_files():
+    asked = {"config": TALKATIVE, "workload": Workload(batch_size=3), "host": 1 << 30}
+    whole = plan_of([2 * MIB] * 6, **asked)
+    pieces = plan_of([2 * MIB] * 6, fused=range(6), **asked)
+    more = plan_of([2 * MIB] * 12, **asked)
+    assert 0 < whole.beside_bytes == pieces.beside_bytes
+    assert more.beside_bytes - whole.beside_bytes == 3 * 6 * 2200
+
+
 def test_a_gpu_written_by_hand_is_planned_for_on_a_machine_without_one():
     sizes = [MIB] * 10
     plan = plan_of(sizes, GPU, host=16 * MIB + 6 * MIB, vram=70 * MIB, layer_batch_size=1)
