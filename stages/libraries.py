@@ -33,7 +33,8 @@ def keep_little() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_KEPT_PER_THREAD))
     library = ctypes.CDLL(None)
-    if "MALLOC_ARENA_MAX" not in os.environ and hasattr(library, "mallopt"):  # glibc's own
+    said = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if not said and hasattr(library, "mallopt"):  # glibc's own
         library.mallopt(_M_ARENA_MAX, _HEAPS)
 
 
