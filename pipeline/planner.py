@@ -66,7 +66,8 @@ def make_plan(
         slots: on either side, instead of the planner's choice.
         held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
             no plan; but slots and residents leave room for it, and for what requests take on a CPU that is no tensor.
-        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader stay.
+        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader
+            stay, and so does the place of the KV cache, of which requests under way have theirs.
 
     Raises:
         PlanError: no plan fits the budget, or an argument makes no sense.
@@ -94,6 +95,7 @@ def make_plan(
         rings=None
         if running is None
         else Arenas(running.host_arena_bytes, running.device_arena_bytes),
+        kv_on_host=None if running is None else running.kv_cache_on_host,
     )
     choices = request.choices()
     best = choices[0]

@@ -95,7 +95,9 @@ class Request:
     layer_batch_size: int | None
     slots: int | None
     held_bytes: int
-    rings: Arenas | None = None  # of a running pipeline, which stay as they are
+    # Of a running pipeline; they stay as they are.
+    rings: Arenas | None = None
+    kv_on_host: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -220,7 +222,9 @@ class Request:
 
     def _kv_places(self) -> tuple[bool, ...]:
         """Whether the KV cache is on the host: what is tried, in this order."""
-        return (False,) if self.on_cpu or self.memory is None else (False, True)
+        if self.on_cpu or self.memory is None:
+            return (False,)
+        return (False, True) if self.kv_on_host is None else (self.kv_on_host,)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
         kv = self.memory.kv_bytes if kv_on_host and self.memory is not None else 0

@@ -274,6 +274,12 @@ def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_is_priced():
     assert tight.prediction.decode.compute_seconds >= moved
     assert roomy.prediction.decode.compute_seconds < moved
     assert "in host RAM, since VRAM cannot hold it" in tight.describe()
+    # Requests of a running model have their caches where they are.
+    anew = plan_of(sizes, fast, vram=2 << 30, running=tight, **asked)
+    assert anew.kv_cache_on_host
+    assert any(batch.device_resident for batch in anew.batches)
+    with pytest.raises(PlanError, match="the VRAM budget of 420 MiB cannot hold"):
+        plan_of(sizes, fast, vram=420 * MIB, running=roomy, **asked)
 
 
 def test_what_counts_decides_whether_loading_residents_is_worth_while():
