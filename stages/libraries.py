@@ -43,7 +43,8 @@ def release_unused() -> None:
 
     glibc keeps freed blocks of up to 32 MiB in a heap for each thread: after the activations of a few requests, in
     as many threads, that was ten times what was in use. MKL keeps what it has packed float32 matrices into, for each
-    thread and size: 11 MB a thread. Takes a millisecond or two, without the GIL.
+    thread and size: 11 MB a thread. Takes a millisecond or two, without the GIL; but in a process with some hundred
+    thousand holes in its heap 50 ms, for which other threads that ask for memory wait.
     """
     for release in _releases():
         release()
