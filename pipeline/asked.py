@@ -40,7 +40,9 @@ class Asked:
     layer_batch_size: int | None
     slots: int | None
     held_bytes: int
-    rings: Arenas | None = None  # of a running pipeline, which stay as they are
+    # Of a running pipeline; they stay as they are.
+    rings: Arenas | None = None
+    kv_on_host: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -83,8 +85,9 @@ class Asked:
         if not self.on_cpu or self.workload is None:
             return 0
         w = self.workload
-        # Most modules have a weight; blocks and the model itself are some more.
-        modules = len(self.checkpoint.tensors)
+        # Most modules have a weight; blocks and the model itself are some more. Experts that files have one by one are
+        # one module: as tensors of the checkpoint, those of a large mixture would come to 200 MB a request.
+        modules = sum(len(layer.tensors) for layer in self.layers)
         found = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
         return found.of(w.batch_size)
 

@@ -50,7 +50,7 @@ def _cloned(value: Any, clones: MutableMapping[int, Any]) -> Any:
     """``value`` with modules and buffers replaced by their clones, and tables that a pass may write to copied."""
     if isinstance(value, (nn.Module, torch.Tensor)):
         return clones.get(id(value), value)
-    if hasattr(value, "get_text_config"):
+    if hasattr(value, "get_text_config"):  # what all configs of transformers have
         return _own_config(value, clones)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])

@@ -16,6 +16,7 @@ from layerstream.pipeline.probing import Rates, probe_rates
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.headroom import host_available_bytes
+from layerstream.stages.libraries import keep_little
 from layerstream.stages.threads import finish_in_thread
 from layerstream.stages.timings import Timings
 
@@ -127,6 +128,8 @@ class Hardware:
             DeviceError: there is no such device.
         """
         opened = await finish_in_thread(lambda: open_device(device))
+        if measure and opened.reads_host_images:
+            keep_little()  # to measure is to multiply, after which oneDNN can no longer be told
         rates = await probe_rates(
             checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
         )

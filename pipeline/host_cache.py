@@ -12,6 +12,8 @@ from layerstream.stages.errors import PlanError
 __all__ = ["check_host_cache", "with_host_cache"]
 
 _ARGUMENT = "past_key_values"
+# What says nothing: checkpoints of models with sliding windows ask for the last, which ``generate`` takes for unset.
+_NO_OTHER = (None, "hybrid")
 
 
 @functools.cache
@@ -82,7 +84,7 @@ def with_host_cache(
     configs = (given.get("generation_config"), getattr(module, "generation_config", None))
     kinds = [given, *(vars(config) for config in configs if config is not None)]
     wants = next((k["use_cache"] for k in kinds if k.get("use_cache") is not None), True)
-    other = any(k.get("cache_implementation") is not None for k in kinds)
+    other = any(k.get("cache_implementation") not in _NO_OTHER for k in kinds)
     if not wants or other or given.get(_ARGUMENT) is not None:
         return dict(named)
     return {**named, _ARGUMENT: _kind()(config=module.config)}

@@ -80,7 +80,7 @@ async def open_model(
 ) -> Opening:
     """Find the model in ``source``, learn how it is built, and plan it; ``resources`` owns what has to be ended."""
     before = anonymous_bytes()
-    if options.on_cpu:
+    if await finish_in_thread(lambda: options.on_cpu):  # the first look at a GPU takes seconds
         keep_little()  # before threads of ours have their own heaps
     path = await resolve_model_path_async(source, revision=options.revision)
     checkpoint = await Checkpoint.open_async(path)

@@ -67,7 +67,8 @@ def make_plan(
         slots: on either side, instead of the planner's choice.
         held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
             no plan; but residents leave room for it.
-        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader stay.
+        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader
+            stay, and so does the place of the KV cache, of which requests under way have theirs.
 
     Raises:
         PlanError: no plan fits the budget, or an argument makes no sense.
@@ -95,6 +96,7 @@ def make_plan(
         rings=None
         if running is None
         else Arenas(running.host_arena_bytes, running.device_arena_bytes),
+        kv_on_host=None if running is None else running.kv_cache_on_host,
     )
     choices = search(asked)
     best = choices[0]

@@ -105,5 +105,7 @@ class _OwnPasses:
         end, self._end = self._end, None
         if end is not None:
             self._riders.turn.release()
-            release_unused()
-            end(outcome)
+            try:
+                release_unused()
+            finally:  # also behind an interrupt: whoever drains the model waits for it
+                end(outcome)

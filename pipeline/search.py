@@ -122,7 +122,10 @@ class _Search:
 
     def _kv_places(self) -> tuple[bool, ...]:
         """Whether the KV cache is on the host: what is tried, in this order."""
-        return (False,) if self._asked.on_cpu or self._asked.memory is None else (False, True)
+        asked = self._asked
+        if asked.on_cpu or asked.memory is None:
+            return (False,)
+        return (False, True) if asked.kv_on_host is None else (asked.kv_on_host,)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
         kv = self._asked.memory.kv_bytes if kv_on_host and self._asked.memory is not None else 0

@@ -115,7 +115,7 @@ class Sweeps:
     def began(self, rider: Rider) -> None:
         """The request of ``rider`` begins: its first pass is to be expected."""
         self._running.add(rider)
-        self._between.add(rider)
+        self._expect(rider)
 
     def ended(self, rider: Rider) -> None:
         """The request of ``rider`` has ended: nothing more comes from it."""
@@ -190,11 +190,16 @@ class Sweeps:
         self.gave_up(rider)
         self._entries.pop(rider, None)
         if rider in self._running and not rider.cancelled:
-            self._between.add(rider)
+            self._expect(rider)
         if visited:
             self._routes[None, entry] = visited
             if rider in self._running:
                 self._routes[rider, entry] = visited
+
+    def _expect(self, rider: Rider) -> None:
+        """A pass of ``rider`` comes shortly, unless that has to wait for its turn, which may take sweeps."""
+        if rider.gate is None:
+            self._between.add(rider)
 
     def cancel(self, rider: Rider) -> None:
         """Unwind the pass of ``rider``: at once if it waits, else where it next wants a batch."""

@@ -33,7 +33,8 @@ def keep_little() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_KEPT_PER_THREAD))
     library = ctypes.CDLL(None)
-    if "MALLOC_ARENA_MAX" not in os.environ and hasattr(library, "mallopt"):  # glibc's own
+    said = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if not said and hasattr(library, "mallopt"):  # glibc's own
         library.mallopt(_M_ARENA_MAX, _HEAPS)
 
 
@@ -42,7 +43,8 @@ def release_unused() -> None:
 
     glibc keeps freed blocks of up to 32 MiB in a heap for each thread: after the activations of a few requests, in
     as many threads, that was ten times what was in use. MKL keeps what it has packed float32 matrices into, for each
-    thread and size: 11 MB a thread. Takes a millisecond or two, without the GIL.
+    thread and size: 11 MB a thread. Takes a millisecond or two, without the GIL; but in a process with some hundred
+    thousand holes in its heap 50 ms, for which other threads that ask for memory wait.
     """
     for release in _releases():
         release()

@@ -465,6 +465,33 @@ def test_what_was_taken_of_a_device_is_given_back_to_everybody(monkeypatch, tmp_
     assert left == [0]  # once, and behind everything else
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda:0"])
+def test_no_device_is_opened_on_the_event_loop_which_it_would_hold_for_seconds(
+    monkeypatch, tmp_path, name
+):
+    folder = save_model(tmp_path / "model", "llama")
+    if name == "cuda:0":
+        StandIn(monkeypatch)
+    threads = []
+
+    def noted(open_device):
+        def opened(device):
+            threads.append(threading.get_ident())
+            return open_device(device)
+
+        return opened
+
+    for module in (opening_module, model_module):
+        monkeypatch.setattr(module, "open_device", noted(module.open_device))
+
+    async def main():
+        async with StreamedModel.open(folder, device=name, workload=SMALL, measure=False):
+            return threading.get_ident()
+
+    assert run(main(), seconds=SECONDS) not in threads
+    assert len(threads) > 1
+
+
 def test_two_pipelines_share_one_gpu(gpu, tmp_path):
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:

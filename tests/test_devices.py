@@ -393,7 +393,10 @@ def test_by_the_clock_the_fake_device_takes_its_time_and_tells_it():
     assert device.passed_at(computed) is None
     computed.synchronize()
     times = [device.passed_at(event) for event in (begun, copied, computed)]
-    assert [b - a for a, b in itertools.pairwise(times)] == pytest.approx([0.02, 0.03], abs=1e-3)
+    copying, computing = (b - a for a, b in itertools.pairwise(times))
+    # Longer by whatever kept this thread from giving it the copy.
+    assert copying >= 0.02 - 1e-6
+    assert computing >= 0.03 - 1e-6
     assert times[-1] <= time.perf_counter()
     assert torch.equal(target, expected)
 

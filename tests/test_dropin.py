@@ -85,6 +85,25 @@ def test_draining_waits_for_a_pass_of_no_request_and_takes_no_more(tmp_path: Pat
         run(main())
 
 
+def test_no_sweep_waits_for_a_pass_of_no_request_that_waits_for_its_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("layerstream.pipeline.sweeps._PATIENCE_SECONDS", 1000.0)
+    folder = save_model(tmp_path / "model", "llama")
+
+    async def main() -> None:
+        async with await open_streaming(folder) as model:
+            with model._open_engine().riders.turn:  # as if another thread were in a long pass
+                calling = asyncio.create_task(asyncio.to_thread(model.module, IDS))
+                while not model.stats().requests_started:
+                    await turns()
+                await model.forward(IDS)
+            await calling
+
+    with nothing_left_behind():
+        run(main())
+
+
 def test_a_request_of_a_thread_that_comes_with_the_drain_is_refused_or_waited_for(
     tmp_path: Path,
 ) -> None:

@@ -63,6 +63,15 @@ def test_a_layer_is_on_the_device_only_while_it_computes(tmp_path, moved):
     assert [layer for layer, _ in moved] == [first, first, second, second]
 
 
+def test_a_kind_of_cache_that_generate_takes_for_unset_is_no_other(tmp_path, moved):
+    model, ids = loaded(tmp_path, "gemma3"), inputs_for("gemma3")["input_ids"]
+    model.generation_config.cache_implementation = "hybrid"  # as the checkpoints on the hub have it
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    named = with_host_cache(model, model.generate, (ids,), {"do_sample": False})
+    assert torch.equal(model.generate(ids, max_new_tokens=4, **named), expected)
+    assert moved
+
+
 @pytest.mark.parametrize(
     "named",
     [

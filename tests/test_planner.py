@@ -274,6 +274,12 @@ def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_is_priced():
     assert tight.prediction.decode.compute_seconds >= moved
     assert roomy.prediction.decode.compute_seconds < moved
     assert "in host RAM, since VRAM cannot hold it" in tight.describe()
+    # Requests of a running model have their caches where they are.
+    anew = plan_of(sizes, fast, vram=2 << 30, running=tight, **asked)
+    assert anew.kv_cache_on_host
+    assert any(batch.device_resident for batch in anew.batches)
+    with pytest.raises(PlanError, match="the VRAM budget of 420 MiB cannot hold"):
+        plan_of(sizes, fast, vram=420 * MIB, running=roomy, **asked)
 
 
 def test_what_counts_decides_whether_loading_residents_is_worth_while():
@@ -363,6 +369,15 @@ def test_a_tight_budget_takes_smaller_batches_before_it_gives_up_slots():
     tightest = plan_of(sizes, host=16 * MIB + MIB)
     assert loose.layer_batch_size > tight.layer_batch_size == tightest.layer_batch_size == 1
     assert (loose.host_slots, tight.host_slots, tightest.host_slots) == (3, 3, 1)
+
+
+def test_what_requests_take_beside_tensors_grows_with_modules_and_not_with_their_pieces_in_files():
+    asked = {"config": TALKATIVE, "workload": Workload(batch_size=3), "host": 1 << 30}
+    whole = plan_of([2 * MIB] * 6, **asked)
+    pieces = plan_of([2 * MIB] * 6, fused=range(6), **asked)
+    more = plan_of([2 * MIB] * 12, **asked)
+    assert 0 < whole.beside_bytes == pieces.beside_bytes
+    assert more.beside_bytes - whole.beside_bytes == 3 * 6 * 2200
 
 
 def test_a_gpu_written_by_hand_is_planned_for_on_a_machine_without_one():

@@ -22,6 +22,7 @@ from layerstream.pipeline.figures import Origin, Rate
 from layerstream.pipeline.measured import Measured
 from layerstream.pipeline.probing import _combined, _Subject
 from layerstream.stages.errors import ReadError
+from layerstream.stages.libraries import KERNELS_KEPT
 
 DISK = {"disk_bytes_per_second", "direct_read_cpu_seconds_per_byte"}
 MMAP = {"mmap_bytes_per_second", "mmap_read_cpu_seconds_per_byte"}
@@ -317,6 +318,21 @@ def test_a_quiet_machine_and_one_that_tells_nothing_are_not_contended(tmp_path, 
         pass
     assert contention.processors == 0
     assert not contention.matters
+
+
+def test_onednn_is_told_to_keep_little_before_it_is_first_used(probe, monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    said = []
+
+    def compute(*_, **__):
+        said.append(os.environ.get(name))
+        return {"1": Rate(median=1e9, least=1e9, most=1e9, samples=5)}
+
+    monkeypatch.setattr(probing, "measure_compute", compute)
+    probe()
+    assert said == [str(KERNELS_KEPT)]
 
 
 def test_what_is_measured_beside_other_processes_is_told_so_and_not_kept(

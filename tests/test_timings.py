@@ -218,7 +218,8 @@ def test_spans_are_the_devices_times_and_those_of_kernels_side_by_side_count_onc
     assert before.items < compute.items == 2 * BATCHES
     assert compute.spans[-1].stop_seconds > returned
     # Copies wait for the kernel that reads their slot; of that, nothing is the copy's.
-    assert transfer.busy_seconds == pytest.approx(transfer.items * COPY, rel=1e-3)
+    # Where none is waited for, the host may be kept from giving the copy right behind its beginning.
+    assert 0 <= transfer.busy_seconds - transfer.items * COPY + 1e-6 < KERNEL
     assert transfer.waited_out_seconds >= KERNEL - COPY
     # However fast the host is through with it. If it is slow, its part comes on top.
     assert compute.busy_seconds >= compute.items * KERNEL - 1e-6

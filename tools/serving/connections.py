@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +18,7 @@ __all__ = ["Connection"]
 _HEAD_SECONDS = 30
 # What is read at once. Each piece of a chunked body, even of one byte, takes h11 some 20 microseconds, and asyncio
 # would read a quarter of a megabyte of them before the loop gets to anything else. Its transports' attribute for that
-# is not documented; where they have none, setting it changes nothing.
+# is not documented; uvloop's have none, and let none be set.
 _READ_BYTES = 4096
 
 
@@ -28,7 +29,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """A client has come."""
-        transport.max_size = _READ_BYTES
+        with suppress(AttributeError):
+            transport.max_size = _READ_BYTES
         super().connection_made(transport)
         self._expect()
 

@@ -1,0 +1,45 @@
+"""What libraries are told to keep, and what the environment has said already."""
+
+import ctypes
+import os
+
+import pytest
+
+from layerstream.stages import libraries
+
+SAID = {
+    "nothing": ({}, [(-8, 2)]),
+    "heaps": ({"MALLOC_ARENA_MAX": "4"}, []),
+    "heaps as glibc calls them now": ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, []),
+    "another thing to glibc": ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}, [(-8, 2)]),
+}
+
+
+class C:
+    """A C library that takes note of what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+
+    def mallopt(self, what: int, value: int) -> int:
+        self.told.append((what, value))
+        return 1
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_heaps_are_left_as_the_environment_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, told = SAID[case]
+    library = C()
+    monkeypatch.setattr(os, "environ", dict(said))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    libraries.keep_little()
+    assert library.told == told
+
+
+def test_a_c_library_without_heaps_to_count_is_told_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    libraries.keep_little()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
