@@ -342,6 +342,68 @@ def test_an_anchor_that_does_not_pass_at_once_is_not_waited_for(cuda_clock, monk
     assert cuda_clock.passed_at(event) == told  # by the anchor before
 
 
+class Interrupted:
+    """The host's clock, and events that take 20 us to pass; each look at one takes 5 us, and some a while longer."""
+
+    def __init__(self, monkeypatch, *, delays=()):
+        self.now, self.began = 100.0, 100.0
+        self.looks, self.delays = 0, dict(delays)
+        clock = self
+
+        class Event(ScriptedEvent):
+            def record(self, _stream):
+                self.recorded = clock.now + 20e-6
+
+            def query(self):
+                passed = clock.now >= self.recorded
+                clock.looks += 1
+                clock.now += 5e-6 + clock.delays.get(clock.looks, 0.0)
+                return passed
+
+        self.event = Event
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(devices, "time", self)
+
+    def perf_counter(self):
+        self.now += 1e-7
+        return self.now
+
+    def passed(self):
+        """An event that has passed by now."""
+        event = self.event()
+        event.record(None)
+        self.now += 1e-3
+        return event
+
+
+@pytest.mark.parametrize("look", range(1, 8))
+@pytest.mark.parametrize("seconds", [0.0004, 0.005])
+def test_times_are_right_whichever_look_at_an_anchor_is_interrupted(
+    cuda_clock, monkeypatch, look, seconds
+):
+    host = Interrupted(monkeypatch, delays={look: seconds})
+    cuda_clock.passed_at(host.passed())
+    host.now += 1.0  # enough to try again
+    event = host.passed()
+    assert 0 <= cuda_clock.passed_at(event) - event.recorded <= 0.0001
+
+
+def test_an_anchor_that_nobody_sees_pass_in_time_is_looked_for_again_soon_and_never_long(
+    cuda_clock, monkeypatch
+):
+    host = Interrupted(monkeypatch, delays=dict.fromkeys(range(1, 100), 0.0004))
+    event = host.passed()
+    began = host.now
+    assert cuda_clock.passed_at(event) == pytest.approx(event.recorded, abs=0.001)  # unsure
+    assert host.now - began < 0.003
+    looks = host.looks
+    cuda_clock.passed_at(event)
+    assert host.looks == looks + 1  # at the event alone
+    host.delays.clear()
+    host.now += 0.2
+    assert cuda_clock.passed_at(event) == pytest.approx(event.recorded, abs=0.0001)
+
+
 # -- the fake: as late as it may be, or by the clock ----------------------------------------------
 
 
