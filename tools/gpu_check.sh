@@ -14,11 +14,11 @@ set -uo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-.}
-rehearse=()
+rehearse=
 tests=(-m cuda)
 case "${1:-}" in
     '') ;;
-    --rehearse) rehearse=(--rehearse); tests=(-k stand-in) ;;
+    --rehearse) rehearse=--rehearse; tests=(-k stand-in) ;;
     *) echo "usage: $0 [--rehearse]" >&2; exit 2 ;;
 esac
 
@@ -43,14 +43,14 @@ export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
 # Before anything of an earlier run could pass for this one's.
 rm -f -- "$out"/gpu_check.{json,txt} "$out"/gpu_{tests,bench}.log "$out/gpu_trace.json" "$out/gpu_overlap.svg"
-if [ ${#rehearse[@]} -eq 0 ]; then
+if [ -z "$rehearse" ]; then
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
         echo "$0: $python sees no CUDA device here; --rehearse runs the same on the CPU" >&2
         exit 1
     }
 fi
 
-benchmark=("$python" -m layerstream.tools.benchmarks.gpu --out "$out" --scratch "$work/scratch" "${rehearse[@]}")
+benchmark=("$python" -m layerstream.tools.benchmarks.gpu --out "$out" --scratch "$work/scratch" ${rehearse:+"$rehearse"})
 
 # Under the tests, which measure no speed: writing 11 GB takes a slow disk a minute.
 timeout -k 5 300 "${benchmark[@]}" --checkpoint-only > "$work/making.log" 2>&1 &
