@@ -549,9 +549,10 @@ def test_vram_stays_within_the_budget(gpu, tmp_path):
         async with copy.copy(opening) as model:
             await model.generate(ids, max_new_tokens=4)
             budget = model.plan.device_memory.budget_bytes
+            hardware = model.hardware  # nor is what probing takes
         del model
         with gpu.peak() as peaks:
-            async with await same_budget(folder, budget, opening) as model:
+            async with await same_budget(folder, budget, opening, hardware) as model:
                 assert any(not batch.device_resident for batch in model.plan.batches)
                 await model.generate(ids, max_new_tokens=4)
         return budget, peaks
@@ -575,6 +576,7 @@ def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_changes_no_token
             assert not roomy.plan.kv_cache_on_host
             reserved = roomy.plan.device_memory.reserved_bytes
             layer = max(batch.device_bytes for batch in roomy.plan.batches)
+            options["hardware"] = roomy.hardware  # what probing takes is nobody's budget
         budget = Budget(vram=reserved - cache // 4, host="1GiB")
         assert cache // 2 > 4 * layer  # so that it fits without the cache, and not with it
         with gpu.peak() as peaks:
@@ -614,7 +616,7 @@ def test_a_cache_that_cannot_live_in_host_ram_is_refused_when_the_model_is_opene
         run(main(), seconds=SECONDS)
 
 
-async def same_budget(folder, budget, opening):
+async def same_budget(folder, budget, opening, hardware):
     host = opening._options.budget.host
     return StreamedModel.open(
         folder,
@@ -622,6 +624,7 @@ async def same_budget(folder, budget, opening):
         workload=SMALL,
         layer_batch_size=1,
         budget=Budget(vram=budget, host=host),
+        hardware=hardware,
     )
 
 

@@ -4,15 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from layerstream.pipeline import Hardware
 from layerstream.tools.benchmarks import copying, gpu
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench
+from layerstream.tools.benchmarks.gpu_models import decode
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.benchmarks.overlap import overlap_of, picture
+from layerstream.tools.synthetic import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
@@ -71,6 +76,38 @@ def test_without_a_gpu_the_check_says_so_in_a_line_and_leaves_nothing(tmp_path):
     assert len(ran.stderr.splitlines()) == 1
     assert "sees no CUDA device here; --rehearse" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_probed_while_a_rows_memory_is_watched(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "model", gpu._recipe(rehearse=True)).folder
+    accelerator = copying.Accelerator(device=torch.device("cpu"))
+    bench = Bench(
+        accelerator=accelerator,
+        folder=folder,
+        out=tmp_path,
+        sweeps=1,
+        block_bytes=(MIB,),
+        pin_bytes=MIB,
+    )
+    watching, probed = [], []
+    watched, probe = copying.Accelerator.watched, Hardware.probe
+
+    @contextmanager
+    def noted(self):
+        watching.append(True)
+        with watched(self) as peak:
+            yield peak
+        watching.clear()
+
+    async def noting(*args, **options):
+        probed.append(bool(watching))
+        return await probe(*args, **options)
+
+    monkeypatch.setattr(copying.Accelerator, "watched", noted)
+    monkeypatch.setattr(Hardware, "probe", noting)
+    decode(0.5)(bench)  # the one whose model would ask for itself
+    assert probed
+    assert not any(probed)
 
 
 class Balloon:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from layerstream.pipeline import Budget, Plan, StreamedModel, Workload
+from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, StreamedModel, Workload
 from layerstream.stages.timings import Timings
 from layerstream.tools.benching.peers import PEERS, NotInstalledError
 from layerstream.tools.benchmarks.copying import Peak
@@ -107,6 +107,8 @@ def decode(share: float) -> Callable[[Bench], Result]:
 
     def measure(bench: Bench) -> Result:
         budget = _budget(bench, resident_share=share)
+        # Now, lest what probing takes counts as the model's.
+        hardware = asyncio.run(Hardware.probe(Checkpoint.open(bench.folder), device=bench.device))
 
         async def main(peak: Callable[[], Peak]) -> tuple[float, Peak, Plan, Timings]:
             async with StreamedModel.open(
@@ -115,6 +117,7 @@ def decode(share: float) -> Callable[[Bench], Result]:
                 budget=budget,
                 workload=_WORKLOAD,
                 reader="direct",
+                hardware=hardware,
             ) as model:
                 await model.generate(_ids(bench), max_new_tokens=2, do_sample=False)
                 tokens = model.stream(_ids(bench), max_new_tokens=_TIMED + 1, do_sample=False)
