@@ -128,11 +128,12 @@ class Assembly:
 
 
 def _hook(riders: Riders, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
-    def before(module: nn.Module, inputs: Any, named: Any) -> None:
+    def before(module: nn.Module, inputs: Any, named: Any) -> Any:
         rider = riders.rider()
-        rider.enter(module, path, inputs, named)
+        given = rider.enter(module, path, inputs, named)
         if index is not None:
             rider.hold(index)
+        return None if given is named else (inputs, given)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         # With always_call, it is called after an exception too, then without an output; also after one

@@ -189,12 +189,16 @@ class Engine:
         return result
 
     def _begin_pass(
-        self, rider: Rider, inputs: Sequence[Any], named: Mapping[str, Any]
-    ) -> Callable[[Outcome], None]:
-        """Make a request of a pass that belongs to none; returns what ends it, when it is admitted."""
+        self, rider: Rider, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Callable[[Outcome], None]]:
+        """Make a request of a pass that belongs to none, which begins in the module at ``entry``.
+
+        Returns, when it is admitted, the keyword arguments to make it with, and what ends it.
+        """
         request = self._request(
-            "forward", lambda model: model, inputs, named, places=0, rider=rider
+            "forward", lambda model: model, inputs, named, places=0, rider=rider, whole=not entry
         )
+        given = request.named
         request.inputs, request.named = (), {}  # whoever has asked makes the call himself
 
         def end(outcome: Outcome) -> None:
@@ -205,7 +209,7 @@ class Engine:
         except BaseException as error:
             end(_outcome(error))
             raise
-        return end
+        return given, end
 
     def _admit_here(self, request: Request) -> None:
         """Wait in the calling thread until ``request`` may begin. An interrupt may come before or after that."""
@@ -266,12 +270,15 @@ class Engine:
         *,
         places: int,
         rider: Rider | None = None,
+        whole: bool = True,  # of the model, not of a module in it
     ) -> Request:
         if self._refusing is not None:
             self._sweeps.tell(self._refused)
             raise ClosedError(self._refusing)
         named = dict(named)
         generator = named.pop("generator", None) if what == "generate" else None
+        if self._cache_on_host and whole:
+            named = with_host_cache(self._module, what, inputs, named)
         price = self._estimator.generation if what == "generate" else self._estimator.forward
         try:
             need = price(inputs, named)
@@ -294,9 +301,6 @@ class Engine:
         )
         if need.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = need.chunk_tokens
-        if self._cache_on_host:
-            function = getattr(self._module, what, None)
-            request.named = with_host_cache(self._module, function, inputs, request.named)
         if what == "generate":
             request.named = counted(self._module, inputs, request.named, request)
         return request

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.requests import by_name
+from layerstream.pipeline.calls import Settings, by_name, wants_cache
 from layerstream.stages.errors import PlanError
 
 __all__ = ["check_host_cache", "with_host_cache"]
 
 _ARGUMENT = "past_key_values"
 # What says nothing: checkpoints of models with sliding windows ask for the last, which ``generate`` takes for unset.
-_NO_OTHER = (None, "hybrid")
+_NO_OTHER = ("hybrid",)
 
 
 @functools.cache
@@ -29,6 +29,8 @@ def _kind() -> Any:
         here by the thread that computes, on its own stream, from and to memory of just the size that is priced. It
         waits for that: a step takes longer by twice the cache over the bandwidth of pageable copies.
         """
+
+        on_host = True  # by which requests are priced
 
         def update(
             self,
@@ -70,21 +72,25 @@ def check_host_cache(module: Any) -> None:
 
 
 def with_host_cache(
-    module: Any, function: Any, inputs: Sequence[Any], named: Mapping[str, Any]
+    module: Any, what: str, inputs: Sequence[Any], named: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of a request with a cache in host RAM, unless it brings one, or wants none or another.
+    """The keyword arguments of a call with a cache in host RAM, unless it brings one, or wants none or another.
 
     Args:
         module: the transformers model.
-        function: its ``forward`` or ``generate``, for the names of ``inputs``.
+        what: "forward" or "generate".
         inputs: positional arguments.
         named: keyword arguments.
     """
-    given = by_name(function, inputs, named)
-    configs = (given.get("generation_config"), getattr(module, "generation_config", None))
-    kinds = [given, *(vars(config) for config in configs if config is not None)]
-    wants = next((k["use_cache"] for k in kinds if k.get("use_cache") is not None), True)
-    other = any(k.get("cache_implementation") not in _NO_OTHER for k in kinds)
-    if not wants or other or given.get(_ARGUMENT) is not None:
+    given = by_name(getattr(module, what, None), inputs, named)
+    by_place = _ARGUMENT in given.keys() - named.keys()
+    kinds = Settings(module, given).said("cache_implementation") if what == "generate" else []
+    other = any(kind not in _NO_OTHER for kind in kinds)
+    if (
+        by_place
+        or other
+        or given.get(_ARGUMENT) is not None
+        or not wants_cache(module, what, given)
+    ):
         return dict(named)
     return {**named, _ARGUMENT: _kind()(config=module.config)}

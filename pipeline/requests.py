@@ -3,7 +3,6 @@
 KV caches and activations are priced by the formula that the plan reserves by; see ``workload_bytes``.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.admission import refusal
+from layerstream.pipeline.calls import Settings, by_name, takes_criteria
 from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.plan import Workload
 from layerstream.pipeline.workload import workload_bytes
 
-__all__ = ["Estimator", "Need", "by_name", "takes_criteria"]
+__all__ = ["Estimator", "Need"]
 
 # Below this, a prompt in pieces takes more sweeps than anybody would wait for.
 _SMALLEST_CHUNK = 32
@@ -126,7 +126,7 @@ class Estimator:
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
         shape = self._shape(named)
-        setting = _Settings(self._module, named)
+        setting = Settings(self._module, named)
         # The ids that come with a cache usually hold the tokens that it was made of, too.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
         new = self._new_tokens(setting, shape)
@@ -217,7 +217,7 @@ class Estimator:
         beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
         return beside.rider_bytes
 
-    def _new_tokens(self, setting: "_Settings", shape: _Shape) -> int:
+    def _new_tokens(self, setting: Settings, shape: _Shape) -> int:
         if (new := setting.get("max_new_tokens")) is not None:
             return max(int(new), 1)
         if (length := setting.get("max_length")) is not None:
@@ -226,7 +226,7 @@ class Estimator:
         return _NEW_TOKENS
 
     @staticmethod
-    def _candidates(setting: "_Settings", named: Mapping[str, Any]) -> int:
+    def _candidates(setting: Settings, named: Mapping[str, Any]) -> int:
         """How many tokens assisted generation verifies at once, beside the one that it is sure of."""
         if (looked_up := setting.number("prompt_lookup_num_tokens", 0)) > 0:
             return looked_up
@@ -243,14 +243,15 @@ class Estimator:
         asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
         return workload_bytes(config.to_dict(), asked)[0]
 
-    def _may_chunk(self, setting: "_Settings", named: Mapping[str, Any], shape: _Shape) -> bool:
+    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: _Shape) -> bool:
         return (
             shape.told
             and takes_criteria(self._module)
             and not self._module.config.is_encoder_decoder
             and setting.get("use_cache") is not False
             and not self._candidates(setting, named)
-            and not {"inputs_embeds", "custom_generate", "past_key_values"} & named.keys()
+            and not {"inputs_embeds", "custom_generate"} & named.keys()
+            and ("past_key_values" not in named or (_on_host(named) and not shape.past))
         )
 
     def _chunk(self, length: int, at_once: Any) -> int | None:
@@ -276,37 +277,9 @@ class Estimator:
         raise refusal(what=words, need_bytes=need.nbytes, room_bytes=self._room)
 
 
-class _Settings:
-    """What a generation is asked for: by name, by the given generation config, by the model's own."""
-
-    def __init__(self, module: Any, named: Mapping[str, Any]) -> None:
-        self._named = named
-        self._configs = (named.get("generation_config"), getattr(module, "generation_config", None))
-
-    def get(self, name: str) -> Any:
-        """The value of ``name``; None if nobody says."""
-        if self._named.get(name) is not None:
-            return self._named[name]
-        values = (getattr(config, name, None) for config in self._configs)
-        return next((value for value in values if value is not None), None)
-
-    def number(self, name: str, default: int) -> int:
-        """The same where it is a number."""
-        value = self.get(name)
-        return int(value) if isinstance(value, (int, float)) else default
-
-
-def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names, as far as ``function`` has names for them."""
-    parameters = inspect.signature(function).parameters.values() if function is not None else ()
-    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    return {**dict(zip(names, inputs, strict=False)), **named}
-
-
-def takes_criteria(module: Any) -> bool:
-    """Whether the model's ``generate`` is one that takes stopping criteria by name."""
-    generate = getattr(module, "generate", None)
-    return generate is not None and "stopping_criteria" in inspect.signature(generate).parameters
+def _on_host(named: Mapping[str, Any]) -> bool:
+    """Whether the call's KV cache is in host RAM, while it computes on a GPU."""
+    return getattr(named.get("past_key_values"), "on_host", False)
 
 
 def _others(given: Mapping[str, Any]) -> bool:

@@ -57,8 +57,13 @@ class Conductor(Protocol):
 class Gate(Protocol):
     """What a pass that belongs to no request waits for before it begins."""
 
-    def enter(self, rider: "Rider", inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """A pass of ``rider`` with these inputs is about to begin."""
+    def enter(
+        self, rider: "Rider", entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """A pass of ``rider`` is about to begin with these inputs, in the module at ``entry``.
+
+        Returns the keyword arguments to make it with.
+        """
 
     def leave(self, outcome: Outcome) -> None:
         """The pass has ended so."""
@@ -104,8 +109,10 @@ class Rider:
         entry: str,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
-    ) -> None:
+    ) -> Mapping[str, Any]:
         """A hooked module is called with these inputs: with the outermost one, a pass begins.
+
+        Returns the keyword arguments to call it with.
 
         Raises:
             AdmissionError: the pass belongs to no request, and needs more memory than there is for it.
@@ -117,7 +124,7 @@ class Rider:
             self.abandon()
         if not self._modules:
             if self.gate is not None:
-                self.gate.enter(self, inputs, named)
+                named = self.gate.enter(self, entry, inputs, named)
             self._entry = entry
             self.passes += 1
             self.tokens = _tokens(inputs, named)
@@ -127,6 +134,7 @@ class Rider:
         self._modules.append(id(module))
         if self.cancelled:
             raise PassCancelled
+        return named
 
     def leave(self, *, completed: bool) -> None:
         """The call is over: with the outermost one, the pass ends."""

@@ -15,8 +15,12 @@ from layerstream.stages.libraries import release_unused
 
 __all__ = ["BeginPass", "Riders"]
 
-# Of a rider and the inputs of a pass: waits in the calling thread until it is admitted, and returns what ends it.
-BeginPass = Callable[[Rider, Sequence[Any], Mapping[str, Any]], Callable[[Outcome], None]]
+# Of a rider, the module that a pass begins in, and its inputs: waits in the calling thread until it is admitted, and
+# returns the keyword arguments to make it with, and what ends it.
+BeginPass = Callable[
+    [Rider, str, Sequence[Any], Mapping[str, Any]],
+    tuple[Mapping[str, Any], Callable[[Outcome], None]],
+]
 
 
 class Riders:
@@ -90,15 +94,18 @@ class _OwnPasses:
         self._riders = riders
         self._end: Callable[[Outcome], None] | None = None  # of the pass under way
 
-    def enter(self, rider: Rider, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """A pass of ``rider`` with these inputs is about to begin."""
-        end = self._riders.begin_pass(rider, inputs, named)
+    def enter(
+        self, rider: Rider, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """A pass of ``rider`` with these inputs is about to begin; returns the keyword arguments to make it with."""
+        given, end = self._riders.begin_pass(rider, entry, inputs, named)
         try:
             self._riders.turn.acquire()
         except BaseException:  # an interrupt
             end("cancelled")
             raise
         self._end = end
+        return given
 
     def leave(self, outcome: Outcome) -> None:
         """The pass has ended so."""

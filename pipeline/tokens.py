@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from layerstream.pipeline.requests import Need, by_name, takes_criteria
+from layerstream.pipeline.calls import by_name, takes_criteria
+from layerstream.pipeline.requests import Need
 from layerstream.stages.errors import ModelError
 
 __all__ = ["counted", "token_streamer"]

@@ -3,12 +3,16 @@
 On a GPU it is proven in test_cuda.py; here both of its places are the processor's memory.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
+from support.leaks import nothing_left_behind
 from support.models import CASES, inputs_for, save_model
+from support.streaming import SMALL
 
-from layerstream.pipeline import host_cache
+from layerstream.pipeline import Budget, host_cache, load_streamed, opening
 from layerstream.pipeline.host_cache import check_host_cache, with_host_cache
 from layerstream.stages.errors import PlanError
 
@@ -45,14 +49,14 @@ def test_tokens_are_those_of_a_cache_on_the_device(tmp_path, moved, case, asked)
     model, ids = loaded(tmp_path, case), inputs_for(case)["input_ids"]
     ids = ids[:1] if "prompt_lookup_num_tokens" in asked else ids
     expected = model.generate(ids, max_new_tokens=6, **asked)
-    named = with_host_cache(model, model.generate, (), {"input_ids": ids, **asked})
+    named = with_host_cache(model, "generate", (), {"input_ids": ids, **asked})
     assert torch.equal(model.generate(**named, max_new_tokens=6), expected)
     assert moved
 
 
 def test_a_layer_is_on_the_device_only_while_it_computes(tmp_path, moved):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
-    cache = with_host_cache(model, model.forward, (ids,), {})["past_key_values"]
+    cache = with_host_cache(model, "forward", (ids,), {})["past_key_values"]
     with torch.no_grad():
         model(ids, past_key_values=cache)
         first, second = (id(layer) for layer in cache.layers)
@@ -67,7 +71,7 @@ def test_a_kind_of_cache_that_generate_takes_for_unset_is_no_other(tmp_path, mov
     model, ids = loaded(tmp_path, "gemma3"), inputs_for("gemma3")["input_ids"]
     model.generation_config.cache_implementation = "hybrid"  # as the checkpoints on the hub have it
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
-    named = with_host_cache(model, model.generate, (ids,), {"do_sample": False})
+    named = with_host_cache(model, "generate", (ids,), {"do_sample": False})
     assert torch.equal(model.generate(ids, max_new_tokens=4, **named), expected)
     assert moved
 
@@ -84,7 +88,73 @@ def test_a_kind_of_cache_that_generate_takes_for_unset_is_no_other(tmp_path, mov
 )
 def test_who_brings_a_cache_or_wants_none_is_let_alone(tmp_path, named):
     model = loaded(tmp_path, "llama")
-    assert with_host_cache(model, model.generate, (), named) == named
+    assert with_host_cache(model, "generate", (), named) == named
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
+def test_a_forward_pass_knows_nothing_of_the_settings_of_generation(tmp_path, config):
+    model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
+    model.generation_config.update(**config)
+    assert with_host_cache(model, "generate", (ids,), {}) == {}
+    named = with_host_cache(model, "forward", (ids,), {})
+    assert named["past_key_values"].on_host
+    with torch.no_grad():
+        output = model(ids, **named)
+        assert torch.equal(output.logits, model(ids).logits)
+    assert output.past_key_values is named["past_key_values"]
+
+
+@pytest.mark.parametrize(
+    ("in_config", "named", "kept"),
+    [(False, {}, False), (False, {"use_cache": True}, True), (True, {"use_cache": False}, False)],
+)
+def test_whether_a_forward_pass_keeps_a_cache_goes_by_the_models_config(
+    tmp_path, in_config, named, kept
+):
+    model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
+    model.config.use_cache = in_config
+    assert (model(ids, **named).past_key_values is not None) == kept
+    assert ("past_key_values" in with_host_cache(model, "forward", (ids,), named)) == kept
+
+
+def test_a_cache_that_is_none_by_its_place_is_let_alone(tmp_path):
+    model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
+    by_place = (ids, None, None, None)  # mask, positions, cache
+    model(*by_place, **with_host_cache(model, "forward", by_place, {}))
+
+
+def on_the_host(monkeypatch):
+    """Let every plan have its KV cache on the host, as if VRAM could not hold it."""
+    planned = opening.make_plan
+
+    def make_plan(*args, **options):
+        return dataclasses.replace(planned(*args, **options), kv_cache_on_host=True)
+
+    monkeypatch.setattr(opening, "make_plan", make_plan)
+
+
+def test_the_drop_in_called_as_it_is_keeps_its_cache_on_the_host(tmp_path, monkeypatch, moved):
+    folder, ids = save_model(tmp_path / "model", "llama"), inputs_for("llama")["input_ids"]
+    expected = transformers.LlamaForCausalLM.from_pretrained(folder)(
+        torch.cat((ids, ids[:, :1]), dim=1)
+    )
+    on_the_host(monkeypatch)
+    with (
+        nothing_left_behind(),
+        load_streamed(folder, device="cpu", budget=Budget(host="64MiB"), workload=SMALL) as model,
+    ):
+        first = model(ids)
+        assert first.past_key_values.on_host
+        second = model(ids[:, :1], past_key_values=first.past_key_values)
+        assert second.past_key_values is first.past_key_values
+        torch.testing.assert_close(second.logits[:, -1], expected.logits[:, -1])
+        assert model(ids, use_cache=False).past_key_values is None
+        assert moved
+        moved.clear()
+        assert not hasattr(model.model(ids).past_key_values, "on_host")  # a module in it
+        assert not moved
 
 
 @pytest.mark.parametrize("case", ["mamba", "t5", "bert", "qwen3-next"])
