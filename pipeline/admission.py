@@ -1,20 +1,13 @@
 """Who may ride: requests reserve their memory before they board, first come, first served."""
 
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Any
 
-from layerstream.pipeline.overheads import overheads
-from layerstream.pipeline.plan import Plan
-from layerstream.stages.errors import AdmissionError, ClosedError
-from layerstream.stages.units import format_bytes
+from layerstream.pipeline.room import refusal
+from layerstream.stages.errors import ClosedError
 
-__all__ = ["Admission", "Reservation", "refusal", "room_bytes"]
-
-# What requests may take of the fixed part of what the plan reserves: a few KiB more or less are not worth a refusal.
-_SMALL_CHANGE_BYTES = 4 << 20
+__all__ = ["Admission", "Reservation"]
 
 
 class Reservation(Future[None]):
@@ -103,28 +96,3 @@ class Admission:
             self.reserved_bytes += first.nbytes
             self._places -= first.places
             first.set_result(None)
-
-
-def refusal(*, what: str, need_bytes: int, room_bytes: int) -> AdmissionError:
-    """The error of a request that would not fit if it were alone."""
-    return AdmissionError(
-        f"{what} needs {format_bytes(need_bytes)} for its KV cache and activations, but there are "
-        f"{format_bytes(room_bytes)} for requests; open the model with a larger workload or budget, or ask "
-        "for fewer tokens or sequences at a time"
-    )
-
-
-def room_bytes(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> int:
-    """What requests may take: what the plan reserves for its workload, and what it leaves of the budget."""
-    beside = 0
-    if plan.kv_cache_on_host:
-        free = 0  # what VRAM has left is no room for the cache, and the other way round
-    elif plan.device_memory is not None:
-        free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
-    else:
-        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes
-        if (w := plan.workload) is not None:
-            modules = sum(1 for _ in module.modules())
-            each = overheads(config, modules=modules, rows=w.prompt_tokens).rider_bytes
-            beside = w.batch_size * each
-    return beside + max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES)

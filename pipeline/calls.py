@@ -54,5 +54,5 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
         return Settings(module, named).get("use_cache") is not False
     wants = named.get("use_cache")
     if wants is None and hasattr(module, "config"):
-        wants = getattr(module.config.get_text_config(decoder=True), "use_cache", None)
+        wants = getattr(module.config.get_text_config(), "use_cache", None)
     return bool(wants)

@@ -17,6 +17,7 @@ from layerstream.pipeline.host_cache import with_host_cache
 from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.riders import Riders
+from layerstream.pipeline.room import Room
 from layerstream.pipeline.stats import Counters, Outcome, Stats
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import counted
@@ -57,7 +58,7 @@ class Engine:
         sweeps: what requests ride.
         device: where computation runs.
         estimator: prices requests.
-        admission: who may ride.
+        room: memory for all requests together.
         places: threads for riders.
         cache_on_host: requests that bring no KV cache get one in host RAM.
     """
@@ -69,7 +70,7 @@ class Engine:
         *,
         device: Device,
         estimator: Estimator,
-        room_bytes: int,
+        room: Room,
         places: int,
         cache_on_host: bool = False,
     ) -> None:
@@ -78,7 +79,7 @@ class Engine:
         self._sweeps = sweeps
         self._device = device
         self._estimator = estimator
-        self._admission = Admission(room_bytes=room_bytes, places=places)
+        self._admission = Admission(room_bytes=room.nbytes, places=places)
         self.riders = Riders(sweeps, module, begin_pass=self._begin_pass)
         self.threads = Threads("rider", places)
         self._counters = Counters()
@@ -227,10 +228,10 @@ class Engine:
         else:
             reservation.set_exception(ClosedError(self._refusing))
 
-    def resize(self, room_bytes: int) -> None:
+    def resize(self, room: Room) -> None:
         """From now on there is so much for all requests together; those that run keep what they have."""
-        self._estimator.resize(room_bytes)
-        self._admission.resize(room_bytes)
+        self._estimator.resize(room)
+        self._admission.resize(room.nbytes)
 
     # -- life ------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from layerstream.pipeline.admission import room_bytes
 from layerstream.pipeline.assembly import Assembly, move_buffers
 from layerstream.pipeline.binding import Binding, put_buffers
 from layerstream.pipeline.engine import Engine
@@ -23,6 +22,7 @@ from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective
 from layerstream.pipeline.replanning import hardware_without
 from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.room import room_of
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
@@ -155,8 +155,8 @@ class StreamedModel:
         for table in layout.gather(checkpoint, device.torch_device):
             self._resources.callback(table.close)
         move_buffers(self.module, device.torch_device)
-        room = room_bytes(self.plan, self.module, checkpoint.config)
-        phases = Phases(self.plan, room_bytes=room)
+        room = room_of(self.plan, self.module, checkpoint.config)
+        phases = Phases(self.plan, room_bytes=room.beside_layers_bytes)
         pipeline = await self._resources.enter_async_context(Pipeline(phases.first, device=device))
         kept = await self._keep(pipeline, layout, bindings, device)
         self._pipeline = pipeline
@@ -176,11 +176,11 @@ class StreamedModel:
                 self.module,
                 checkpoint.config,
                 workload=self._options.workload,
-                room_bytes=room,
+                room=room,
                 on_cpu=self.plan.device_memory is None,
-                reserved_bytes=self.plan.workload_bytes,
+                reserved=self.plan,
             ),
-            room_bytes=room,
+            room=room,
             places=self._options.max_requests,
             cache_on_host=self.plan.kv_cache_on_host,
         )
@@ -310,8 +310,8 @@ class StreamedModel:
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
             await finish_in_thread(self._sweeps.device.trim)  # what went is everybody's
-            room = room_bytes(plan, self.module, self._opening.checkpoint.config)
-            self._sweeps.phases.replace(plan, room_bytes=room)
+            room = room_of(plan, self.module, self._opening.checkpoint.config)
+            self._sweeps.phases.replace(plan, room_bytes=room.beside_layers_bytes)
             engine.resize(room)
             self.plan, self.hardware = plan, hardware
             self._budget = budget or self._budget

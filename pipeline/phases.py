@@ -20,7 +20,7 @@ class Phases:
 
     Args:
         plan: the running one.
-        room_bytes: memory for the KV caches and activations of all requests together.
+        room_bytes: memory for what all requests together take beside the layers.
     """
 
     def __init__(self, plan: Plan, *, room_bytes: int) -> None:

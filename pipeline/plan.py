@@ -16,7 +16,7 @@ from layerstream.stages.units import parse_size
 __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
 
 # Raised when the meaning of a field changes, so that an old plan is refused instead of misread.
-_VERSION = 2
+_VERSION = 3
 
 # Of which a share is a size, whatever is free: to try whether one can be read.
 _MUCH_BYTES = 1 << 40
@@ -131,6 +131,7 @@ class Plan:
     batches: tuple[LayerBatch, ...]
     workload: Workload | None
     workload_bytes: int  # of the reserved memory, what is for requests: KV cache and activations
+    kv_cache_bytes: int  # of that, the KV cache
     beside_bytes: int  # host memory that is not counted above: code that was loaded, and what requests take that is no tensor
     kv_cache_on_host: (
         bool  # the KV cache lives in host RAM, and travels to the device layer by layer

@@ -121,6 +121,7 @@ def make_plan(
         batches=tuple(placement.batches),
         workload=workload,
         workload_bytes=asked.workload_bytes,
+        kv_cache_bytes=0 if asked.memory is None else asked.memory.kv_bytes,
         beside_bytes=best.frame.held_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
         pinned=tuple(

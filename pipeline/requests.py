@@ -1,6 +1,6 @@
 """What a request needs of memory, told from its inputs before it boards.
 
-KV caches and activations are priced by the formula that the plan reserves by; see ``workload_bytes``.
+KV caches and activations are priced by the formula that the plan reserves by; see ``estimate_memory``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.admission import refusal
-from layerstream.pipeline.calls import Settings, by_name, takes_criteria
+from layerstream.pipeline.calls import Settings, by_name, takes_criteria, wants_cache
 from layerstream.pipeline.overheads import overheads
-from layerstream.pipeline.plan import Workload
-from layerstream.pipeline.workload import workload_bytes
+from layerstream.pipeline.plan import Plan, Workload
+from layerstream.pipeline.room import Parts, Room
+from layerstream.pipeline.workload import estimate_memory, workload_bytes
 
 __all__ = ["Estimator", "Need"]
 
@@ -30,13 +30,13 @@ _OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
 class Need:
     """What a request takes."""
 
-    nbytes: int
+    nbytes: int  # of the room for all requests
     sequences: int  # rows of its batch, as the caller sees them
     prompt_tokens: int  # ids in each row that the generated ones come behind
     new_tokens: int
     chunk_tokens: int | None = None  # the prompt has to be read in pieces of so many tokens
     step_tokens: int = 0  # of a pass behind the prompt, over all rows
-    step_bytes: int = 0  # what it takes while such passes are under way
+    step_bytes: int = 0  # what it takes beside the layers while such passes are under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,8 @@ class _Shape:
     past: int  # in the cache that comes with them
     decoder: int  # of an encoder-decoder's decoder
     prefix: int  # ids in each row that generated ones come behind
+    cached: bool  # a KV cache is kept, or comes with them
+    on_host: bool  # in host RAM, while the model computes on a GPU
     told: bool  # False: there are inputs of which it is not known how many tokens they make
 
 
@@ -58,9 +60,9 @@ class Estimator:
         module: the transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
         workload: what the plan reserves for.
-        room_bytes: memory for all requests together.
+        room: memory for all requests together.
         on_cpu: activations are in the host's memory, where a request also takes what is no tensor.
-        reserved_bytes: what the plan reserves for ``workload``. Where it was measured, prices follow it.
+        reserved: what it reserves for ``workload``, where it was measured, is what prices follow.
     """
 
     def __init__(
@@ -69,16 +71,25 @@ class Estimator:
         config: Mapping[str, Any] | None,
         *,
         workload: Workload,
-        room_bytes: int,
+        room: Room,
         on_cpu: bool = False,
-        reserved_bytes: int | None = None,
+        reserved: Plan | None = None,
     ) -> None:
-        estimated = workload_bytes(config, workload)[0]
-        self._scale = reserved_bytes / estimated if reserved_bytes and estimated else 1.0
         self._module = module
         self._config = config
         self._workload = workload
-        self._room = room_bytes
+        self._room = room
+        self._scales = (1.0, 1.0)
+        if reserved is not None:
+            estimated, whole = self._estimated(workload), reserved.workload_bytes
+            cache = reserved.kv_cache_bytes
+            both = _ratio(whole, sum(estimated))
+            self._scales = (both, both)
+            if room.is_two:
+                self._scales = (
+                    _ratio(cache, estimated.cache),
+                    _ratio(whole - cache, estimated.other),
+                )
         self._on_cpu = on_cpu
         self._modules = sum(1 for _ in module.modules())
         text = module.config.get_text_config() if hasattr(module, "config") else None
@@ -86,9 +97,9 @@ class Estimator:
         self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item = getattr(module, "dtype", torch.float32).itemsize
 
-    def resize(self, room_bytes: int) -> None:
+    def resize(self, room: Room) -> None:
         """From now on there is so much for all requests together."""
-        self._room = room_bytes
+        self._room = room
 
     def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
         """What one forward pass takes: its caches, its activations, and logits for all positions.
@@ -97,22 +108,29 @@ class Estimator:
             AdmissionError: more than there is for all requests together.
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
-        shape = self._shape(named)
+        shape = self._shape("forward", named)
         kept = named.get("logits_to_keep")
         positions = kept if isinstance(kept, int) and kept > 0 else shape.length
-        nbytes = self._bytes(
+        # A loss is computed from logits in float32.
+        item = self._item + (8 if named.get("labels") is not None else 0)
+        logits = shape.rows * (positions - 1) * self._vocabulary * item
+        beside = self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
+        parts = self._parts(
             shape,
             rows=shape.rows,
             at_once=shape.length,
             tokens=shape.length + shape.past + shape.decoder,
-        )
-        # A loss is computed from logits in float32.
-        item = self._item + (8 if named.get("labels") is not None else 0)
-        nbytes += shape.rows * (positions - 1) * self._vocabulary * item
-        nbytes += self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
-        words = f"a forward pass over {shape.rows} x {shape.length} tokens"
+        ).plus(logits + beside)
         return self._checked(
-            words, shape, Need(nbytes=nbytes, sequences=shape.rows, prompt_tokens=0, new_tokens=0)
+            f"a forward pass over {shape.rows} x {shape.length} tokens",
+            shape,
+            parts,
+            Need(
+                nbytes=self._room.taken_by(parts),
+                sequences=shape.rows,
+                prompt_tokens=0,
+                new_tokens=0,
+            ),
         )
 
     def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
@@ -125,7 +143,7 @@ class Estimator:
             AdmissionError: more than there is for all requests together.
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
-        shape = self._shape(named)
+        shape = self._shape("generate", named)
         setting = Settings(self._module, named)
         # The ids that come with a cache usually hold the tokens that it was made of, too.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
@@ -133,46 +151,50 @@ class Estimator:
         branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
         rows = shape.rows * branches
         candidates = self._candidates(setting, named)
-        if setting.get("guidance_scale") not in (None, 1):
+        guided = setting.get("guidance_scale") not in (None, 1)
+        if guided:
             rows *= 2  # a second pass without the prompt, with a cache of its own
+        other = rows * candidates * self._vocabulary * 12  # logits, scores, softmax in float32
+        scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
+        other += scores * rows * new * self._vocabulary * 4
+        other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
+        # What the pass over the prompt has made libraries keep stays to the end.
+        other += self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
-        def at_once(tokens: int) -> int:
-            nbytes = self._bytes(
-                shape, rows=rows, at_once=tokens, tokens=prompt + shape.decoder + new
-            )
-            nbytes += (
-                rows * candidates * self._vocabulary * 12
-            )  # logits, scores, softmax in float32
-            scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
-            nbytes += scores * rows * new * self._vocabulary * 4
-            nbytes += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
-            # What the pass over the prompt has made libraries keep stays to the end.
-            return nbytes + self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
+        def at_once(tokens: int) -> Parts:
+            return self._parts(
+                shape,
+                rows=rows,
+                at_once=tokens,
+                tokens=prompt + shape.decoder + new,
+                halved=guided,
+            ).plus(other)
 
         cached = setting.get("use_cache") is not False
         chunk = setting.get("prefill_chunk_size")
         first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
-        need = at_once(max(first, candidates) if cached else prompt + new)
+        parts = at_once(max(first, candidates) if cached else prompt + new)
         smaller = None
-        if need > self._room and chunk is None and self._may_chunk(setting, named, shape):
+        if not self._fits(parts) and chunk is None and self._may_chunk(setting, named, shape):
             smaller = self._chunk(shape.length, at_once)
-            need = need if smaller is None else at_once(smaller)
-        words = f"generating {shape.rows} x ({prompt} + {new}) tokens"
+            parts = parts if smaller is None else at_once(smaller)
+        step = at_once(1 + candidates) if cached else parts
         return self._checked(
-            words,
+            f"generating {shape.rows} x ({prompt} + {new}) tokens",
             shape,
+            parts,
             Need(
-                nbytes=need,
+                nbytes=self._room.taken_by(parts),
                 sequences=shape.rows,
                 prompt_tokens=shape.prefix,
                 new_tokens=new,
                 chunk_tokens=smaller,
                 step_tokens=rows * (1 + candidates) if cached else 0,
-                step_bytes=min(need, at_once(1 + candidates)) if cached else need,
+                step_bytes=min(map(self._beside_layers, (parts, step))),
             ),
         )
 
-    def _shape(self, named: Mapping[str, Any]) -> _Shape:
+    def _shape(self, what: str, named: Mapping[str, Any]) -> _Shape:
         given = dict(named)
         main = getattr(self._module, "main_input_name", "input_ids")
         if "inputs" in given:  # as generate calls it
@@ -195,20 +217,45 @@ class Estimator:
             past=int(cached),
             decoder=decoder,
             prefix=ids,
+            cached=cached > 0 or wants_cache(self._module, what, named),
+            on_host=_on_host(named),
             told=bool(rows or decoder_rows) and not _others(given),
         )
 
-    def _bytes(self, shape: _Shape, *, rows: int, at_once: int, tokens: int) -> int:
-        """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them."""
+    def _parts(
+        self, shape: _Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
+    ) -> Parts:
+        """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
+
+        ``halved``: half of the rows have another cache, which the call makes itself, where it computes.
+        """
         at_once = max(at_once, 1)
         asked = Workload(
             batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
         )
-        nbytes = int(self._scale * workload_bytes(self._config, asked)[0])
-        if shape.told:
-            return nbytes
-        one = int(self._scale * workload_bytes(self._config, self._workload)[0])
-        return max(nbytes, rows * one // self._workload.batch_size)
+        cache, other = self._estimated(asked)
+        if not shape.told:
+            of_one, batch = self._estimated(self._workload), self._workload.batch_size
+            cache = max(cache, rows * of_one.cache // batch)
+            other = max(other, rows * of_one.other // batch)
+        if not self._room.is_two:
+            return Parts(cache, other)
+        hosted = cache // (2 if halved else 1) if shape.on_host else 0
+        return Parts(hosted, other + (cache - hosted if shape.cached else 0))
+
+    def _estimated(self, workload: Workload) -> Parts:
+        """KV cache and activations of ``workload``."""
+        memory = estimate_memory(self._config, workload)
+        if memory is None:
+            return Parts(0, 0)
+        cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes
+        return Parts(int(self._scales[0] * cache), int(self._scales[1] * other))
+
+    def _fits(self, parts: Parts) -> bool:
+        return self._room.taken_by(parts) <= self._room.nbytes
+
+    def _beside_layers(self, parts: Parts) -> int:
+        return parts.other if self._room.is_two else sum(parts)
 
     def _beside_bytes(self, rows: int, *, logits: int) -> int:
         """What a request takes that is no tensor."""
@@ -258,23 +305,27 @@ class Estimator:
         """The largest piece of a prompt that fits, of halves, quarters and so on; None if none does."""
         pieces = 2
         while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
-            if at_once(chunk) <= self._room:
+            if self._fits(at_once(chunk)):
                 return chunk
             pieces *= 2
         return None
 
-    def _checked(self, words: str, shape: _Shape, need: Need) -> Need:
-        if need.nbytes <= self._room:
+    def _checked(self, words: str, shape: _Shape, parts: Parts, need: Need) -> Need:
+        if self._fits(parts):
             return need
         if not shape.told:
             # A guess refuses nobody; it has all the memory to itself.
             return Need(
-                nbytes=self._room,
+                nbytes=self._room.nbytes,
                 sequences=need.sequences,
                 prompt_tokens=need.prompt_tokens,
                 new_tokens=need.new_tokens,
             )
-        raise refusal(what=words, need_bytes=need.nbytes, room_bytes=self._room)
+        raise self._room.refusal(words, parts)
+
+
+def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:
+    return reserved_bytes / estimated_bytes if reserved_bytes and estimated_bytes else 1.0
 
 
 def _on_host(named: Mapping[str, Any]) -> bool:

@@ -38,7 +38,8 @@ class Stats:
     requests_waiting: int  # for memory or for a place
     requests_riding: int  # admitted and not done
     riders_aboard: int  # forward passes in the sweep under way
-    reserved_bytes: int  # KV cache and activations of those that ride
+    # KV cache and activations of those that ride; with KV caches in host RAM, their larger shares of either memory
+    reserved_bytes: int
     reservable_bytes: int  # what there is for that
     open_seconds: float
     stages: tuple[StageUse, ...]

@@ -17,6 +17,7 @@ from support.streaming import SMALL, open_streaming
 from layerstream.pipeline import AdmissionError, Budget, ClosedError, Workload, load_streamed
 from layerstream.pipeline.admission import Admission, Reservation
 from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.room import Room
 from layerstream.pipeline.workload import workload_bytes
 
 IDS = torch.arange(3, 10)[None]
@@ -198,7 +199,7 @@ def prices(folder: Path, room_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
     """What prices the requests of the model in ``folder``, and what the plan reserves by."""
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = module.config.to_dict()
-    return Estimator(module, config, workload=SMALL, room_bytes=room_bytes), config
+    return Estimator(module, config, workload=SMALL, room=Room(nbytes=room_bytes)), config
 
 
 def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
     module = transformers.ViTForImageClassification.from_pretrained(folder)
     config = module.config.to_dict()
     reserved = workload_bytes(config, SMALL)[0]
-    estimator = Estimator(module, config, workload=SMALL, room_bytes=reserved)
+    estimator = Estimator(module, config, workload=SMALL, room=Room(nbytes=reserved))
     for images in (1, 5):
         need = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
         assert need.nbytes == reserved
@@ -254,7 +255,7 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
 def test_a_long_prompt_is_read_in_pieces_only_where_its_activations_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.admission._SMALL_CHANGE_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.room._SMALL_CHANGE_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama", intermediate_size=256)
     prompt = torch.arange(600)[None] % 97 + 3
     reference = transformers.LlamaForCausalLM.from_pretrained(folder)

@@ -21,6 +21,7 @@ from support.loop import run
 from support.models import CASES, inputs_for, save_model
 
 from layerstream.pipeline import (
+    AdmissionError,
     Budget,
     DeviceError,
     Hardware,
@@ -585,6 +586,9 @@ def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_changes_no_token
                 tokens = await tight.generate(ids, **asked)
                 output = await tight.forward(input_ids=ids)
                 alone = await tight.forward(input_ids=ids, use_cache=False)
+                # There would be room in the two memories together.
+                with pytest.raises(AdmissionError, match=r"8000 tokens needs .* of VRAM"):
+                    await tight.forward(input_ids=torch.ones((1, 8000), dtype=torch.long))
         return tokens, output, alone, budget.vram, peaks
 
     tokens, output, alone, budget, peaks = run(main(), seconds=SECONDS)

@@ -1,0 +1,171 @@
+"""With KV caches in host RAM, requests take of two memories, and neither is given away twice."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import GPU
+from support.plans import plan_of
+
+from layerstream.pipeline import AdmissionError, Plan, Workload
+from layerstream.pipeline.host_cache import with_host_cache
+from layerstream.pipeline.requests import Estimator, Need
+from layerstream.pipeline.room import Parts, Room, room_of
+
+MIB = 1 << 20
+CONFIG = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 4096,
+    "vocab_size": 1000,
+    "dtype": "bfloat16",
+}
+ASKED = Workload(batch_size=16, prompt_tokens=64, new_tokens=1000)
+ONE = {"max_new_tokens": 1000, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """With a KV cache that VRAM cannot hold."""
+    sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
+    made = plan_of(sizes, GPU, config=CONFIG, workload=ASKED, host=2 << 30, vram=420 * MIB)
+    assert made.kv_cache_on_host
+    return made
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+
+
+@pytest.fixture
+def estimator(plan: Plan, module: Any) -> Estimator:
+    config = module.config.to_dict() | CONFIG
+    return Estimator(
+        module, config, workload=ASKED, room=room_of(plan, module, config), reserved=plan
+    )
+
+
+def price(
+    estimator: Estimator, module: Any, what: str, tokens: int, rows: int = 1, **named: Any
+) -> Need:
+    """What such a call is priced at when it has the cache that it would get."""
+    named = with_host_cache(module, what, (torch.ones((rows, tokens)).long(),), named)
+    ids = torch.ones((rows, tokens)).long()
+    found: Need = (estimator.generation if what == "generate" else estimator.forward)((ids,), named)
+    return found
+
+
+PARTS = st.builds(Parts, st.integers(0, 120), st.integers(0, 120))
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.lists(PARTS, max_size=12))
+def test_what_fits_as_one_number_fits_both_memories(
+    cache: int, other: int, asked: list[Parts]
+) -> None:
+    room = Room(nbytes=cache + other, cache_bytes=cache)
+    admitted = Parts(0, 0)
+    left = room.nbytes
+    for parts in asked:
+        alone = parts.cache <= cache and parts.other <= other
+        assert (room.taken_by(parts) <= room.nbytes) == alone
+        if (taken := room.taken_by(parts)) <= left:
+            left -= taken
+            admitted = Parts(admitted.cache + parts.cache, admitted.other + parts.other)
+    assert admitted.cache <= cache
+    assert admitted.other <= other
+
+
+def test_a_workload_fits_and_takes_all_that_is_reserved_for_it(
+    plan: Plan, module: Any, estimator: Estimator
+) -> None:
+    room = room_of(plan, module, CONFIG)
+    assert room.nbytes == plan.workload_bytes
+    need = price(estimator, module, "generate", 64, rows=16, **ONE)
+    assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)
+    one = price(estimator, module, "generate", 64, **ONE)
+    assert 16 * one.nbytes == pytest.approx(room.nbytes, rel=0.01)
+
+
+def test_activations_that_vram_cannot_hold_are_refused_however_much_host_ram_is_left(
+    plan: Plan, module: Any, estimator: Estimator
+) -> None:
+    says = r"4000 tokens needs (\d+) MiB of VRAM for .* there, but there are (\d+) MiB for"
+    with pytest.raises(AdmissionError, match=says) as refused:
+        price(estimator, module, "forward", 4000)
+    found = re.search(says, str(refused.value))
+    assert found is not None
+    need, have = map(int, found.groups())
+    assert have == (plan.workload_bytes - plan.kv_cache_bytes) // MIB < need
+    assert need + 4000 * plan.kv_cache_bytes // (16 * 1064 * MIB) < plan.workload_bytes // MIB
+
+
+def test_a_cache_that_the_host_has_no_room_for_is_refused(
+    module: Any, estimator: Estimator
+) -> None:
+    with pytest.raises(
+        AdmissionError, match=r"needs .* of host RAM for its KV cache, but there are"
+    ):
+        price(estimator, module, "generate", 64, **ONE | {"max_new_tokens": 20_000})
+
+
+def test_a_long_prompt_is_read_in_pieces_that_vram_can_hold(
+    plan: Plan, module: Any, estimator: Estimator
+) -> None:
+    need = price(estimator, module, "generate", 6000, **ONE)
+    assert need.chunk_tokens is not None
+    assert need.nbytes <= plan.workload_bytes
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"cache_implementation": "static"},
+        {"past_key_values": transformers.DynamicCache()},
+        {"guidance_scale": 1.5},
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_a_cache_that_is_in_vram_is_counted_there(
+    module: Any, estimator: Estimator, named: dict[str, Any]
+) -> None:
+    step = price(estimator, module, "generate", 64, **ONE).step_bytes
+    cache = 2 * 8 * 1024 * 2 * 1064
+    there = price(estimator, module, "generate", 64, **ONE, **named)
+    assert there.step_bytes >= step + cache
+
+
+def test_a_pass_that_keeps_no_cache_takes_no_memory_for_one(
+    module: Any, estimator: Estimator
+) -> None:
+    without = price(estimator, module, "forward", 1000, use_cache=False)
+    in_vram = {"past_key_values": transformers.DynamicCache()}
+    assert without.nbytes < price(estimator, module, "forward", 1000, **in_vram).nbytes
+
+
+def test_layers_may_stay_beside_requests_by_what_those_take_of_vram(
+    plan: Plan, module: Any, estimator: Estimator
+) -> None:
+    need = price(estimator, module, "generate", 64, **ONE | {"max_new_tokens": 16 * 1064 - 64})
+    room = room_of(plan, module, CONFIG)
+    assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)  # its cache is as large as may be
+    assert need.step_bytes < room.beside_layers_bytes / 2
+
+
+def test_planning_anew_leaves_the_room_as_it_is(plan: Plan, module: Any) -> None:
+    assert plan.device_memory is not None
+    larger = dataclasses.replace(
+        plan,
+        device_memory=dataclasses.replace(
+            plan.device_memory, budget_bytes=plan.device_memory.budget_bytes + 100 * MIB
+        ),
+    )
+    assert room_of(larger, module, CONFIG) == room_of(plan, module, CONFIG)
