@@ -2,9 +2,29 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Settings", "by_name", "takes_criteria", "wants_cache"]
+import torch
+
+__all__ = ["Settings", "Shape", "by_name", "shape_of", "takes_criteria", "wants_cache"]
+
+# Inputs that are not tokens: how many tokens a model makes of them is its own affair.
+_OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How many tokens the inputs hold."""
+
+    rows: int
+    length: int  # new to the model
+    past: int  # in the cache that comes with them
+    decoder: int  # of an encoder-decoder's decoder
+    prefix: int  # ids in each row that generated ones come behind
+    cached: bool  # a KV cache is kept, or comes with them
+    on_host: bool  # in host RAM, while the model computes on a GPU
+    told: bool  # False: there are inputs of which it is not known how many tokens they make
 
 
 class Settings:
@@ -56,3 +76,53 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
     if wants is None and hasattr(module, "config"):
         wants = getattr(module.config.get_text_config(), "use_cache", None)
     return bool(wants)
+
+
+def shape_of(module: Any, what: str, named: Mapping[str, Any]) -> Shape:
+    """How many tokens a call of ``what``, "forward" or "generate", is about; ``named`` has all of its arguments."""
+    given = dict(named)
+    main = getattr(module, "main_input_name", "input_ids")
+    if "inputs" in given:  # as generate calls it
+        given.setdefault(main, given["inputs"])
+    rows, length = _tokens(given, "input_ids", "inputs_embeds")
+    decoder_rows, decoder = _tokens(given, "decoder_input_ids", "decoder_inputs_embeds")
+    past: Any = given.get("past_key_values")
+    cached = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
+    first = [
+        value.shape[0]
+        for value in given.values()
+        if isinstance(value, torch.Tensor) and value.dim()
+    ]
+    ids = _tokens(given, "input_ids", "")[1]
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        ids = max(decoder, 1)  # it begins with a token of its own
+    return Shape(
+        rows=max(rows, decoder_rows) or max(first, default=1),
+        length=max(length, 1),
+        past=int(cached),
+        decoder=decoder,
+        prefix=ids,
+        cached=cached > 0 or wants_cache(module, what, named),
+        on_host=_on_host(named),
+        told=bool(rows or decoder_rows) and not _others(given),
+    )
+
+
+def _on_host(named: Mapping[str, Any]) -> bool:
+    """Whether the call's KV cache is in host RAM, while it computes on a GPU."""
+    return getattr(named.get("past_key_values"), "on_host", False)
+
+
+def _others(given: Mapping[str, Any]) -> bool:
+    return any(given.get(name) is not None for name in _OTHER_INPUTS)
+
+
+def _tokens(given: Mapping[str, Any], ids: str, embeds: str) -> tuple[int, int]:
+    """Rows and tokens in each, of token ids or of their embeddings; zeros without any."""
+    value = given.get(ids)
+    if isinstance(value, torch.Tensor) and value.dim() and not value.is_floating_point():
+        return (value.shape[0] if value.dim() > 1 else 1), value.shape[-1]
+    value = given.get(embeds)
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        return (value.shape[0] if value.dim() > 2 else 1), value.shape[-2]  # noqa: PLR2004 - rows, tokens, width
+    return 0, 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.calls import Settings, by_name, takes_criteria, wants_cache
+from layerstream.pipeline.calls import Settings, Shape, by_name, shape_of, takes_criteria
 from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.plan import Plan, Workload
 from layerstream.pipeline.room import Parts, Room
@@ -22,8 +22,6 @@ _SMALLEST_CHUNK = 32
 # What assisted generation looks ahead by default, and transformers' default for new tokens.
 _CANDIDATES = 20
 _NEW_TOKENS = 20
-# Inputs that are not tokens: how many tokens a model makes of them is its own affair.
-_OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +35,6 @@ class Need:
     chunk_tokens: int | None = None  # the prompt has to be read in pieces of so many tokens
     step_tokens: int = 0  # of a pass behind the prompt, over all rows
     step_bytes: int = 0  # what it takes beside the layers while such passes are under way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """How many tokens the inputs hold."""
-
-    rows: int
-    length: int  # new to the model
-    past: int  # in the cache that comes with them
-    decoder: int  # of an encoder-decoder's decoder
-    prefix: int  # ids in each row that generated ones come behind
-    cached: bool  # a KV cache is kept, or comes with them
-    on_host: bool  # in host RAM, while the model computes on a GPU
-    told: bool  # False: there are inputs of which it is not known how many tokens they make
 
 
 class Estimator:
@@ -108,7 +92,7 @@ class Estimator:
             AdmissionError: more than there is for all requests together.
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
-        shape = self._shape("forward", named)
+        shape = shape_of(self._module, "forward", named)
         kept = named.get("logits_to_keep")
         positions = kept if isinstance(kept, int) and kept > 0 else shape.length
         # A loss is computed from logits in float32.
@@ -143,7 +127,7 @@ class Estimator:
             AdmissionError: more than there is for all requests together.
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
-        shape = self._shape("generate", named)
+        shape = shape_of(self._module, "generate", named)
         setting = Settings(self._module, named)
         # The ids that come with a cache usually hold the tokens that it was made of, too.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
@@ -194,36 +178,8 @@ class Estimator:
             ),
         )
 
-    def _shape(self, what: str, named: Mapping[str, Any]) -> _Shape:
-        given = dict(named)
-        main = getattr(self._module, "main_input_name", "input_ids")
-        if "inputs" in given:  # as generate calls it
-            given.setdefault(main, given["inputs"])
-        rows, length = _tokens(given, "input_ids", "inputs_embeds")
-        decoder_rows, decoder = _tokens(given, "decoder_input_ids", "decoder_inputs_embeds")
-        past: Any = given.get("past_key_values")
-        cached = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
-        first = [
-            value.shape[0]
-            for value in given.values()
-            if isinstance(value, torch.Tensor) and value.dim()
-        ]
-        ids = _tokens(given, "input_ids", "")[1]
-        if getattr(getattr(self._module, "config", None), "is_encoder_decoder", False):
-            ids = max(decoder, 1)  # it begins with a token of its own
-        return _Shape(
-            rows=max(rows, decoder_rows) or max(first, default=1),
-            length=max(length, 1),
-            past=int(cached),
-            decoder=decoder,
-            prefix=ids,
-            cached=cached > 0 or wants_cache(self._module, what, named),
-            on_host=_on_host(named),
-            told=bool(rows or decoder_rows) and not _others(given),
-        )
-
     def _parts(
-        self, shape: _Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
+        self, shape: Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
     ) -> Parts:
         """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
 
@@ -264,7 +220,7 @@ class Estimator:
         beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
         return beside.rider_bytes
 
-    def _new_tokens(self, setting: Settings, shape: _Shape) -> int:
+    def _new_tokens(self, setting: Settings, shape: Shape) -> int:
         if (new := setting.get("max_new_tokens")) is not None:
             return max(int(new), 1)
         if (length := setting.get("max_length")) is not None:
@@ -290,7 +246,7 @@ class Estimator:
         asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
         return workload_bytes(config.to_dict(), asked)[0]
 
-    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: _Shape) -> bool:
+    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: Shape) -> bool:
         return (
             shape.told
             and takes_criteria(self._module)
@@ -298,7 +254,7 @@ class Estimator:
             and setting.get("use_cache") is not False
             and not self._candidates(setting, named)
             and not {"inputs_embeds", "custom_generate"} & named.keys()
-            and ("past_key_values" not in named or (_on_host(named) and not shape.past))
+            and ("past_key_values" not in named or (shape.on_host and not shape.past))
         )
 
     def _chunk(self, length: int, at_once: Any) -> int | None:
@@ -310,7 +266,7 @@ class Estimator:
             pieces *= 2
         return None
 
-    def _checked(self, words: str, shape: _Shape, parts: Parts, need: Need) -> Need:
+    def _checked(self, words: str, shape: Shape, parts: Parts, need: Need) -> Need:
         if self._fits(parts):
             return need
         if not shape.told:
@@ -326,23 +282,3 @@ class Estimator:
 
 def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:
     return reserved_bytes / estimated_bytes if reserved_bytes and estimated_bytes else 1.0
-
-
-def _on_host(named: Mapping[str, Any]) -> bool:
-    """Whether the call's KV cache is in host RAM, while it computes on a GPU."""
-    return getattr(named.get("past_key_values"), "on_host", False)
-
-
-def _others(given: Mapping[str, Any]) -> bool:
-    return any(given.get(name) is not None for name in _OTHER_INPUTS)
-
-
-def _tokens(given: Mapping[str, Any], ids: str, embeds: str) -> tuple[int, int]:
-    """Rows and tokens in each, of token ids or of their embeddings; zeros without any."""
-    value = given.get(ids)
-    if isinstance(value, torch.Tensor) and value.dim() and not value.is_floating_point():
-        return (value.shape[0] if value.dim() > 1 else 1), value.shape[-1]
-    value = given.get(embeds)
-    if isinstance(value, torch.Tensor) and value.dim() > 1:
-        return (value.shape[0] if value.dim() > 2 else 1), value.shape[-2]  # noqa: PLR2004 - rows, tokens, width
-    return 0, 0
