@@ -181,6 +181,18 @@ FAILING = {
         f"{READY}\nsys.stdin.readline(); os.kill(os.getpid(), signal.SIGKILL)",
         "signal 9",
     ),
+    "two lines at once": (
+        f"{READY}\nsys.stdin.readline(); os.write(1, b'{{}}\\n{{}}\\n')",
+        r"answered '{}\n{}\n', which is not one JSON object",
+    ),
+    "words": (
+        f"{READY}\nsys.stdin.readline(); print('Loading ...')",
+        r"answered 'Loading ...\n', which is not one JSON object",
+    ),
+    "no object": (
+        f"{READY}\nsys.stdin.readline(); print(2.0)",
+        r"answered '2.0\n', which is not one JSON object",
+    ),
 }
 
 
