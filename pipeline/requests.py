@@ -140,9 +140,8 @@ class Estimator:
             nbytes = self._bytes(
                 shape, rows=rows, at_once=tokens, tokens=prompt + shape.decoder + new
             )
-            nbytes += (
-                rows * candidates * self._vocabulary * 12
-            )  # logits, scores, softmax in float32
+            # Logits, scores, softmax in float32.
+            nbytes += rows * candidates * self._vocabulary * 12
             scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
             nbytes += scores * rows * new * self._vocabulary * 4
             nbytes += self._assistant_bytes(named, rows=rows, tokens=prompt + new)

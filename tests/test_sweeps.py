@@ -128,9 +128,8 @@ def test_a_request_that_comes_in_mid_sweep_has_its_first_token_in_the_next_one(
                 before = model.stats().sweeps
                 second = model.stream(input_ids=PROMPTS[1], **GREEDY)
                 await anext(second)
-                assert (
-                    model.stats().sweeps - before <= 3
-                )  # the next, its own, and one that has begun since
+                # The next, its own, and one that has begun since.
+                assert model.stats().sweeps - before <= 3
                 await second.aclose()
             await first.aclose()
             assert model.stats().reserved_bytes == 0
