@@ -140,9 +140,7 @@ class Binding:
             for place in self._places:
                 tensor = _realised(place.recipe, tensors)
                 if place.tables:
-                    # As transformers leaves it: it decides which convolution kernel torch picks, and
-                    # so the bits, even where no gradient is computed.
-                    parameter = nn.Parameter(tensor, requires_grad=place.absent.requires_grad)
+                    parameter = _parameter_of(tensor, requires_grad=place.absent.requires_grad)
                     for table, name in place.tables:
                         table[name] = parameter
                 buffers.update(dict.fromkeys(place.buffers, tensor))
@@ -168,6 +166,21 @@ def put_buffers(root: nn.Module, buffers: Mapping[Use, torch.Tensor]) -> None:
 def _first(owners: Sequence[tuple[nn.Module, Use]]) -> tuple[nn.Module, str]:
     owner, use = owners[0]
     return owner, use.name
+
+
+def _parameter_of(tensor: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
+    """The parameter that is a view of ``tensor``; the same one each time, and gone with it.
+
+    Args:
+        tensor: of residents and mapped files the same one in every sweep.
+        requires_grad: as transformers leaves it: it decides which convolution kernel torch picks, and so the
+            bits, even where no gradient is computed.
+    """
+    known: nn.Parameter | None = vars(tensor).get("parameter")
+    if known is None:
+        known = nn.Parameter(tensor, requires_grad=requires_grad)
+        vars(tensor)["parameter"] = known
+    return known
 
 
 def _realised(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

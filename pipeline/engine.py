@@ -22,7 +22,7 @@ from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import counted
 from layerstream.stages.devices import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
-from layerstream.stages.libraries import release_unused
+from layerstream.stages.libraries import Leftovers
 from layerstream.stages.threads import Threads, settled
 from layerstream.stages.timings import Timings
 
@@ -82,6 +82,7 @@ class Engine:
         self._admission = Admission(room_bytes=room_bytes, places=places)
         self.riders = Riders(sweeps, module, begin_pass=self._begin_pass)
         self.threads = Threads("rider", places)
+        self._leftovers = Leftovers()
         self._counters = Counters()
         self._numbers = itertools.count(1)
         self._active: set[Request] = set()
@@ -164,7 +165,7 @@ class Engine:
             # A request knows its arguments, and some of them know it: what hangs on it would wait for the collector.
             del rider.root, clone
             request.inputs, request.named = (), {}
-            release_unused()
+            self._leftovers.release()
 
     # -- requests of other threads ---------------------------------------------------------------
 
@@ -200,7 +201,10 @@ class Engine:
         request.end_level = logging.DEBUG  # a harness makes thousands of them
 
         def end(outcome: Outcome) -> None:
-            self._sweeps.tell(self._end, request, outcome)
+            try:
+                self._leftovers.release()
+            finally:  # also behind an interrupt: whoever drains the model waits for it
+                self._sweeps.tell(self._end, request, outcome)
 
         try:
             self._admit_here(request)

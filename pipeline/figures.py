@@ -13,7 +13,9 @@ class Origin(StrEnum):
     """Where a figure comes from."""
 
     MEASURED = "measured"  # on this machine, just now
-    CONTENDED = "contended"  # the same while other processes kept it busy
+    CONTENDED = (
+        "contended"  # on this machine, lately, while other processes kept its processors busy
+    )
     CACHED = "cached"  # on this machine, at an earlier time
     ASSUMED = "assumed"  # nobody has measured it
     GIVEN = "given"  # by the caller: a what-if

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.pipeline.figures import Rate
+from layerstream.stages.units import format_seconds
 
 __all__ = ["PER_BYTE", "Measured", "MeasuredCache", "machine", "processor"]
 
@@ -26,6 +27,8 @@ _VERSION = 1  # of what is written, and of how it is measured
 # Machines are rebuilt, disks are swapped and fill up, neighbours of a virtual disk come and go: a week bounds how long that goes
 # unnoticed. What changes within minutes no age cures: for that there is `fresh`.
 _MOST_SECONDS = 7 * 24 * 3600.0
+# What was measured beside other processes stands for the machine only as long as they may still be there.
+_MOST_CONTENDED_SECONDS = 600.0
 _SKEW_SECONDS = 60.0  # that the clock may have been set back
 
 
@@ -35,6 +38,7 @@ class Measured:
 
     rates: Mapping[str, Rate]
     age_seconds: float
+    contended: bool = False  # others kept processors busy meanwhile
 
 
 class MeasuredCache:
@@ -61,22 +65,31 @@ class MeasuredCache:
                 "%s: taken as not measured, since what is kept cannot be used: %s", path, error
             )
             return None
-        if found.age_seconds > _MOST_SECONDS:
+        if found.age_seconds > (_MOST_CONTENDED_SECONDS if found.contended else _MOST_SECONDS):
             logger.info(
-                "%s: taken as not measured, since it is %.0f days old",
+                "%s: taken as not measured, since it is %s old",
                 path,
-                found.age_seconds / 86400,
+                format_seconds(found.age_seconds),
             )
             return None
         return found
 
-    def store(self, key: Mapping[str, str], rates: Mapping[str, Rate]) -> None:
-        """Keep ``rates`` of ``key``, in place of what was known. A failure is logged, no more."""
+    def store(
+        self, key: Mapping[str, str], rates: Mapping[str, Rate], *, contended: bool = False
+    ) -> None:
+        """Keep ``rates`` of ``key``, in place of what was known. A failure is logged, no more.
+
+        Args:
+            key: what they depend on.
+            rates: by name.
+            contended: others kept processors busy meanwhile, so that they are soon to be measured anew.
+        """
         path = self._path(key)
         document = {
             "version": _VERSION,
             "key": dict(key),
             "measured_at": time.time(),
+            "contended": contended,
             "rates": {name: asdict(rate) for name, rate in rates.items()},
         }
         try:
@@ -128,7 +141,9 @@ def _checked(
     if not isinstance(rates, dict) or not rates or not rates.keys() <= set(names):
         raise ValueError("it holds no rates, or other ones")
     return Measured(
-        rates={name: _rate(name, entry) for name, entry in rates.items()}, age_seconds=max(0.0, age)
+        rates={name: _rate(name, entry) for name, entry in rates.items()},
+        age_seconds=max(0.0, age),
+        contended=document.get("contended") is True,
     )
 
 

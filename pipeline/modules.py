@@ -38,7 +38,7 @@ class ModelLayer:
     name: str
     kind: LayerKind
     recipes: tuple[str, ...]  # names in TracedModel.recipes
-    modules: tuple[str, ...]  # paths; nothing else computes with the layer
+    modules: tuple[str, ...]  # paths of those by whose calls it is known that the layer is needed
     pinned: bool  # used more than once in a pass, or by no module of its own: has to stay
 
 
@@ -134,6 +134,7 @@ def model_layers(
         if name in first and visits[number - 1] != name:
             repeated.add(name)
         first.setdefault(name, number)
+    telling = pure.keys() - _covered(recordings, pure)
     layers = []
     for layer in _by_first_visit(grouped, first):
         recipes = tuple(single[path] for path in layer.tensors if path not in homeless)
@@ -143,7 +144,9 @@ def model_layers(
                     name=layer.name,
                     kind=layer.kind,
                     recipes=recipes,
-                    modules=tuple(path for path, name in pure.items() if name == layer.name),
+                    modules=tuple(
+                        path for path in pure if path in telling and pure[path] == layer.name
+                    ),
                     pinned=layer.name in repeated,
                 )
             )
@@ -235,6 +238,24 @@ def _strays(
         if touch.tensor in owner
         and owner[touch.tensor] not in {pure.get(module) for module in touch.within}
     }
+
+
+def _covered(recordings: Sequence[Recording], pure: Mapping[str, str]) -> set[str]:
+    """Modules that are only called while another one of their layer alone is under way: that one tells of them.
+
+    A hook costs ten microseconds a call, and most modules of a block are never called but by the block.
+    """
+    calls = [
+        event for recording in recordings for event in recording.events if isinstance(event, Call)
+    ]
+    called = {call.module for call in calls if call.module in pure}
+    by_themselves = {
+        call.module
+        for call in calls
+        if call.module in pure
+        and pure[call.module] not in {pure.get(module) for module in call.within}
+    }
+    return called - by_themselves
 
 
 def _owner(layers: Sequence[Layer]) -> dict[str, str]:

@@ -39,7 +39,6 @@ _READERS = (
     ),
     ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap),
 )
-_OF_DISKS = tuple(names[0] for _, names, _ in _READERS)
 _COPIES = (
     "host_copy_bytes_per_second",
     "h2d_bytes_per_second",
@@ -66,6 +65,7 @@ class _Subject:
 
     key: Mapping[str, str]  # what the rates depend on
     names: Collection[str]  # of the rates
+    of_processors: bool  # who keeps those busy changes what is measured
     measure: Callable[[], Mapping[str, Rate]]
     share: float = 1.0  # of the checkpoint's bytes that it speaks for
 
@@ -130,11 +130,13 @@ def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
         _Subject(
             key={**there, "of": "copies"},
             names=_COPIES,
+            of_processors=True,
             measure=partial(measure_copies, device),
         ),
         _Subject(
             key={**there, "of": "compute", "dtype": dtype, "shapes": sizes},
             names=[str(tokens) for tokens in TOKENS],
+            of_processors=True,
             measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
         ),
     ]
@@ -147,6 +149,7 @@ def _disk_subjects(checkpoint: Checkpoint, here: Mapping[str, str]) -> list[_Sub
         _Subject(
             key={**here, "of": f"disk-{reader}", "volume": volume},
             names=names,
+            of_processors=False,  # who shares a disk does not show in them, and is there tomorrow as well
             measure=partial(measure, paths, files),
             share=sum(checkpoint.files[file].size_bytes for file in files) / total,
         )
@@ -169,7 +172,7 @@ def _known(
     if not fresh:
         cached = cache.load(subject.key, names=subject.names)
         if cached is not None:
-            return cached, Origin.CACHED
+            return cached, Origin.CONTENDED if cached.contended else Origin.CACHED
     if not measure:
         return None
     what = subject.key["of"]
@@ -183,15 +186,15 @@ def _known(
         return None
     for name, rate in rates.items():
         logger.info("%s: %s is %.3g (%.3g to %.3g)", what, name, rate.median, rate.least, rate.most)
-    if contention.matters:
-        busy = contention.processors
-        logger.info("%s: not kept, since others kept %.1f processors busy meanwhile", what, busy)
-        return Measured(rates=rates, age_seconds=0.0), Origin.CONTENDED
-    if _disturbed(rates):
+    contended = subject.of_processors and contention.matters
+    if contended:
+        logger.info("%s: others kept %.1f processors busy meanwhile", what, contention.processors)
+    if _disturbed(rates) and not contended:
         logger.info("%s: the samples differ so much that they are not kept for the next time", what)
     else:
-        cache.store(subject.key, rates)
-    return Measured(rates=rates, age_seconds=0.0), Origin.MEASURED
+        cache.store(subject.key, rates, contended=contended)
+    found = Measured(rates=rates, age_seconds=0.0, contended=contended)
+    return found, Origin.CONTENDED if contended else Origin.MEASURED
 
 
 def _disturbed(rates: Mapping[str, Rate]) -> bool:
@@ -217,7 +220,7 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
             fields["compute"] = tuple(
                 ComputeRate(
                     tokens=tokens,
-                    bytes_per_second=_value(str(tokens), measured.rates[str(tokens)], origin),
+                    bytes_per_second=_value(measured.rates[str(tokens)], origin),
                 )
                 for tokens in TOKENS
                 if str(tokens) in measured.rates
@@ -232,7 +235,7 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
         if sum(part.share for part in several) < _LEAST_SHARE:
             logger.info("%s is not known: it was measured on some of the volumes only", name)
             continue
-        values = [(_value(name, part.rate, part.origin), part.share) for part in several]
+        values = [(_value(part.rate, part.origin), part.share) for part in several]
         fields[name] = _mean(name, values)
         figures[name] = Figure(
             origin=max((part.origin for part in several), key=_DOUBT.index),
@@ -244,14 +247,9 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
     return Rates(fields=fields, figures=figures)
 
 
-def _value(name: str, rate: Rate, origin: Origin) -> float:
-    """What to reckon with. Where others keep processors busy, a median tells of them, the best sample of the machine.
-
-    It is not so for disks: who shares a disk does not show in processors, and is there tomorrow as well.
-    """
-    if origin is not Origin.CONTENDED or name in _OF_DISKS:
-        return rate.median
-    return rate.least if name.endswith(PER_BYTE) else rate.most
+def _value(rate: Rate, origin: Origin) -> float:
+    """What to reckon with. Where others keep processors busy, a median tells of them, the best sample of the machine."""
+    return rate.most if origin is Origin.CONTENDED else rate.median
 
 
 def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:

@@ -205,7 +205,7 @@ def _known(known: Input) -> str:
         case Origin.MEASURED:
             how = "measured just now"
         case Origin.CONTENDED:
-            how = "measured just now, BESIDE OTHER PROCESSES"
+            how = "measured BESIDE OTHER PROCESSES"
         case Origin.CACHED:
             how = f"measured {format_seconds(known.age_seconds or 0)} ago"
         case Origin.GIVEN:

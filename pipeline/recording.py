@@ -31,6 +31,7 @@ class Call(NamedTuple):
     """A module is called."""
 
     module: str
+    within: tuple[str, ...]  # modules whose calls are under way, the outermost one first
 
 
 class Touch(NamedTuple):
@@ -103,8 +104,8 @@ def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
     for path, module in root.named_modules(remove_duplicate=False):
 
         def before(_module: nn.Module, _args: Any, path: str = path) -> None:
+            events.append(Call(path, tuple(under_way)))
             under_way.append(path)
-            events.append(Call(path))
 
         def after(_module: nn.Module, _args: Any, _output: Any) -> None:
             under_way.pop()

@@ -11,7 +11,6 @@ from layerstream.pipeline.rider import Rider
 from layerstream.pipeline.stats import Outcome
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.stages.errors import ModelError
-from layerstream.stages.libraries import release_unused
 
 __all__ = ["BeginPass", "Riders"]
 
@@ -105,7 +104,4 @@ class _OwnPasses:
         end, self._end = self._end, None
         if end is not None:
             self._riders.turn.release()
-            try:
-                release_unused()
-            finally:  # also behind an interrupt: whoever drains the model waits for it
-                end(outcome)
+            end(outcome)

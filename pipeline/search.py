@@ -60,13 +60,15 @@ class Choice:
         return self.placement.maps or self.placement.slots > LEAST_SLOTS
 
     @property
-    def _preference(self) -> tuple[bool, int, bool, int, int]:
+    def _preference(self) -> tuple[bool, int, bool, int, int, int]:
         # What is left of a budget is there to be used: residents also help where the model is wrong, as with
         # a rate of computation that was measured while something else computed.
         slots = SLOTS.index(self.placement.slots)
         maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
+        # Where batches take no memory, few large ones save hand-offs.
+        handed_over = len(self.placement.batches) if self.placement.maps else 0
         read = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
-        return bool(self.name), slots, maps, read, sum(self.need)
+        return bool(self.name), slots, maps, handed_over, read, sum(self.need)
 
 
 def search(asked: Asked) -> list[Choice]:

@@ -43,3 +43,32 @@ def test_a_c_library_without_heaps_to_count_is_told_nothing(
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     libraries.keep_little()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+def test_a_heap_that_is_slow_to_trim_is_trimmed_the_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, trimmed = [0.0], []
+
+    class Heap:
+        def malloc_trim(self, _pad: int) -> None:
+            trimmed.append(now[0])
+            now[0] += 0.05
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Heap())
+    monkeypatch.setattr(libraries.time, "perf_counter", lambda: now[0])
+    leftovers = libraries.Leftovers()
+    while now[0] < 12:
+        leftovers.release()
+        now[0] += 0.01
+    assert len(trimmed) > 2
+    assert len(trimmed) * 0.05 < 0.06 * now[0]
+
+
+def test_more_kernels_than_plans_count_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    libraries.keep_little()
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY is 1024" in caplog.text

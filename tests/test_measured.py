@@ -45,7 +45,7 @@ def test_after_a_week_it_is_measured_again(cache, monkeypatch, caplog):
     now = measured.time.time()
     monkeypatch.setattr(measured.time, "time", lambda: now + 7 * 86400 + 60)
     assert cache.load(DISK, names=NAMES) is None
-    assert "taken as not measured, since it is 7 days old" in caplog.text
+    assert "taken as not measured, since it is 7 d 0 h old" in caplog.text
 
 
 @pytest.mark.parametrize("differs", ["host", "machine", "processor", "volume", "of"])

@@ -598,7 +598,7 @@ def test_what_a_refusal_says_is_needed_is_the_least_of_all_readers(tmp_path):
 
 
 def test_of_mapped_batches_only_what_is_copied_stays_while_decoding():
-    plan = plan_of([1 << 20] * 4, host=1 << 30, reader="mmap")
+    plan = plan_of([1 << 20] * 4, host=1 << 30, reader="mmap", layer_batch_size=1)
     mixed = tuple(
         dataclasses.replace(batch, device_bytes=4096, device_resident=False)
         for batch in plan.batches

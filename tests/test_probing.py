@@ -1,6 +1,7 @@
 """Hardware.probe: what is measured, what is known from before, and that nobody waits for it in vain."""
 
 import asyncio
+import json
 import logging
 import os
 import threading
@@ -242,7 +243,9 @@ def test_a_probe_that_is_cancelled_ends_what_it_is_at_and_leaves_nothing(
 
 
 def part(share, origin, *, disk, cpu, age=0.0):
-    subject = _Subject(key={"of": "disk-direct"}, names=DISK, measure=dict, share=share)
+    subject = _Subject(
+        key={"of": "disk-direct"}, names=DISK, of_processors=False, measure=dict, share=share
+    )
     rates = {
         name: Rate(median=value, least=value, most=value, samples=4)
         for name, value in (
@@ -335,7 +338,7 @@ def test_onednn_is_told_to_keep_little_before_it_is_first_used(probe, monkeypatc
     assert said == [str(KERNELS_KEPT)]
 
 
-def test_what_is_measured_beside_other_processes_is_told_so_and_not_kept(
+def test_what_is_measured_beside_other_processes_is_told_so_and_soon_forgotten(
     probe, monkeypatch, tmp_path
 ):
     class Busy(Contention):
@@ -355,8 +358,16 @@ def test_what_is_measured_beside_other_processes_is_told_so_and_not_kept(
     monkeypatch.setattr(probing, "measure_copies", copies)
     monkeypatch.setattr(probing, "_READERS", (("direct", tuple(disk()), disk),))
     hardware = probe()
-    assert origins(hardware) == {Origin.CONTENDED}
+    assert hardware.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
     assert hardware.host_copy_bytes_per_second == 2e9, "of processors the best sample"
-    assert hardware.direct_read_cpu_seconds_per_byte == 2.0
+    assert hardware.figures["disk_bytes_per_second"].origin is Origin.MEASURED
     assert hardware.disk_bytes_per_second == 1e9, "of disks the median"
-    assert not list((tmp_path / "cache").glob("*.json"))
+    soon = probe(measure=False)
+    assert soon.host_copy_bytes_per_second == 2e9
+    assert soon.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
+    for file in (tmp_path / "cache").glob("*.json"):
+        written = json.loads(file.read_text())
+        file.write_text(json.dumps({**written, "measured_at": time.time() - 3600}))
+    later = probe(measure=False)
+    assert later.host_copy_bytes_per_second is None
+    assert later.disk_bytes_per_second == 1e9

@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import sys
+from contextlib import ExitStack
 
 from layerstream.tools.ahead import reading_ahead
 from layerstream.tools.arguments import (
@@ -13,6 +14,7 @@ from layerstream.tools.arguments import (
     add_output_arguments,
     token_ids,
 )
+from layerstream.tools.progress import waiting
 from layerstream.tools.streaming import stream_tokens
 from layerstream.tools.text import TerminalText, load_tokenizer, prompt_ids
 
@@ -52,20 +54,24 @@ def _generate(args: argparse.Namespace) -> int:
     text = TerminalText(tokenizer)
     pieces: list[str] = []
 
-    def show(piece: str) -> None:
-        pieces.append(piece)
-        if not args.json:
-            print(piece, end="", flush=True)
+    with ExitStack() as until_first:
+        until_first.enter_context(waiting("on the way to the first token"))
 
-    generated = asyncio.run(
-        stream_tokens(
-            path,
-            prompt,
-            args=args,
-            on_plan=lambda plan: logger.info(plan.describe()),
-            on_token=lambda token: show(text.add(token)),
+        def show(piece: str) -> None:
+            until_first.close()
+            pieces.append(piece)
+            if not args.json:
+                print(piece, end="", flush=True)
+
+        generated = asyncio.run(
+            stream_tokens(
+                path,
+                prompt,
+                args=args,
+                on_plan=lambda plan: logger.info(plan.describe()),
+                on_token=lambda token: show(text.add(token)),
+            )
         )
-    )
     show(text.finish())
     logger.info(generated.timings.summary())
     if args.json:

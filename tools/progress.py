@@ -56,15 +56,18 @@ def late_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """Show what goes on in the block once it has taken a while, where nobody knows how much of it is done."""
+    """Show what goes on in the block once it has taken a while, where nobody knows how much of it is done.
+
+    Only a terminal is told: elsewhere, stderr is for errors, of one line each.
+    """
     bar = _bar(is_bytes=False)
+    if bar is None:
+        yield
+        return
 
     def show() -> None:
-        if bar is None:
-            print(f"{label}...", file=sys.stderr, flush=True)
-        else:
-            bar.add_task(label, total=None)
-            bar.start()
+        bar.add_task(label, total=None)
+        bar.start()
 
     timer = threading.Timer(_QUIET_SECONDS, show)  # the block may well hold up an event loop
     timer.daemon = True
@@ -74,8 +77,7 @@ def waiting(label: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        if bar is not None:
-            bar.stop()
+        bar.stop()
 
 
 def _bar(*, is_bytes: bool) -> Any:
