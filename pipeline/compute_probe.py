@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 TOKENS = (1, 4, 16, 64, 256, 1024)
 # For all sizes together. The larger ones are left out where even one product would take longer.
 _SECONDS = 0.8
-_SAMPLE_SECONDS = (
-    0.004  # of products behind one another, so that waiting for a device is small beside it
-)
+# Of products behind one another, so that waiting for a device is small beside it.
+_SAMPLE_SECONDS = 0.004
 _LEAST_SAMPLES = 3
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 256 << 20
 # Blocks of copies. The largest speaks; the others show in a log from which size on a copy is worth its call.

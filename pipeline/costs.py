@@ -49,9 +49,8 @@ def play(
     """
     host, device = _Ring(host_ring_bytes), _Ring(device_ring_bytes)
     read_done = copied = computed = 0.0
-    begun: deque[float] = deque(
-        [0.0] * _AHEAD, maxlen=_AHEAD
-    )  # when the last few were computed with
+    # When computation began with each of the last few.
+    begun: deque[float] = deque([0.0] * _AHEAD, maxlen=_AHEAD)
     costs = []
     for batches in sweeps:
         start = computed

@@ -47,6 +47,7 @@ class Request:
     generator: torch.Generator | None  # what it samples from, instead of torch's own
     tokens: int = 0  # written in the rider's thread alone
     passes_before: int = 0  # that its rider has made for others
+    end_level: int = logging.INFO  # at which its end is logged
     asked_seconds: float = field(default_factory=time.perf_counter)
 
 
@@ -202,6 +203,7 @@ class Engine:
         )
         given = request.named
         request.inputs, request.named = (), {}  # whoever has asked makes the call himself
+        request.end_level = logging.DEBUG  # a harness makes thousands of them
 
         def end(outcome: Outcome) -> None:
             try:
@@ -339,7 +341,8 @@ class Engine:
         self._counters.ended(outcome, tokens=request.tokens)
         passes = request.rider.passes - request.passes_before
         seconds = time.perf_counter() - request.asked_seconds
-        logger.info(
+        logger.log(
+            request.end_level,
             "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
             request.number,
             request.what,

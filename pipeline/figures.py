@@ -13,9 +13,7 @@ class Origin(StrEnum):
     """Where a figure comes from."""
 
     MEASURED = "measured"  # on this machine, just now
-    CONTENDED = (
-        "contended"  # on this machine, lately, while other processes kept its processors busy
-    )
+    CONTENDED = "contended"  # lately, while other processes kept the processors busy
     CACHED = "cached"  # on this machine, at an earlier time
     ASSUMED = "assumed"  # nobody has measured it
     GIVEN = "given"  # by the caller: a what-if

@@ -167,10 +167,8 @@ def _is_number(value: object) -> bool:
 def _cached_bytes(checkpoint: Checkpoint) -> int:
     try:
         return cached_bytes([file.path for file in checkpoint.files])
-    except (
-        LayerstreamError,
-        OSError,
-    ) as error:  # gone since it was opened: whoever reads it will say so
+    # A file has gone since it was opened: whoever reads it will say so.
+    except (LayerstreamError, OSError) as error:
         logger.warning("what is in the page cache is not known: %s", error)
         return 0
 

@@ -42,9 +42,8 @@ class TensorSource:
     dtype: str  # torch's name, e.g. "bfloat16"
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]  # one, unless the tensor is fused from several
-    copied: bool = (
-        False  # transformers computes with a copy of it: wants an aligned place of its own
-    )
+    # transformers computes with a copy of it, which wants an aligned place of its own.
+    copied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +65,8 @@ class PlannedLayer:
     kind: LayerKind
     tensors: tuple[TensorSource, ...]
     scratch_bytes: int = 0  # what computation makes out of them before using them
-    pinned: bool = (
-        False  # must be resident: computation uses it more than once, or at no known time
-    )
+    # It must be resident: computation uses it more than once, or at no known time.
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:

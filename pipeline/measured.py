@@ -116,9 +116,8 @@ def _user_folder() -> Path:
     named = os.environ.get("XDG_CACHE_HOME", "")
     # The standard says that a relative one is to be ignored.
     base = Path(named) if Path(named).is_absolute() else Path("~/.cache")
-    with contextlib.suppress(
-        RuntimeError
-    ):  # nobody's home: then the folder cannot be made, and we do without
+    # Where that is nobody's home, the folder cannot be made, and we do without.
+    with contextlib.suppress(RuntimeError):
         base = base.expanduser()
     return base / "layerstream"
 

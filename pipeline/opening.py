@@ -70,9 +70,8 @@ class Opening:
     layout: Assembly
     hardware: Hardware
     plan: Plan
-    make_plan: Callable[
-        ..., Plan
-    ]  # all but hardware, budget and what is asked for by name is given
+    # All that it takes is given, but for hardware, budget and what is asked for by name.
+    make_plan: Callable[..., Plan]
 
 
 async def open_model(

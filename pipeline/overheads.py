@@ -29,9 +29,8 @@ class Overheads:
     """Bytes beside tensors."""
 
     shared_bytes: int = 0  # that math libraries keep for the whole process
-    rider_bytes: int = (
-        0  # of a request, until it has ended: what they keep for its thread, and its module tree
-    )
+    # Of a request, until it has ended: what they keep for its thread, and its module tree.
+    rider_bytes: int = 0
 
     def of(self, riders: int) -> int:
         """All that is taken while so many requests run."""

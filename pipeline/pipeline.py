@@ -72,9 +72,8 @@ class Pipeline:
         self._stages: asyncio.Task[None] | None = None
         self._resources = ExitStack()
         self._closed = False
-        self._adopting = (
-            asyncio.Lock()
-        )  # whoever asks for a sweep meanwhile is refused, as by a sweep
+        # Whoever asks for a sweep meanwhile is refused, as by a sweep.
+        self._adopting = asyncio.Lock()
         self._closing = Once()
         self._opened_at = time.perf_counter()
 
@@ -146,9 +145,8 @@ class Pipeline:
         """Take files, threads and memory, each with the way to give it back."""
         plan, resources = self.plan, self._resources
         self._device: Device = self._device_given or open_device(plan.device)
-        resources.callback(
-            self._device.trim
-        )  # behind all else: other processes are to have the memory
+        # Behind all else, so that other processes have the memory.
+        resources.callback(self._device.trim)
         self._reader = self._reader_given or open_reader(plan)
         resources.callback(self._reader.close)
         self._residents = Residents(plan.batches, self._device)

@@ -55,10 +55,9 @@ class Budget:
         return _budget_bytes(self.host, "host", free_bytes)
 
     def __post_init__(self) -> None:
-        _ = (
-            self.vram_bytes(_MUCH_BYTES),
-            self.host_bytes(_MUCH_BYTES),
-        )  # refuse nonsense where it is written
+        # Refuse nonsense where it is written.
+        self.vram_bytes(_MUCH_BYTES)
+        self.host_bytes(_MUCH_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +132,8 @@ class Plan:
     workload_bytes: int  # of the reserved memory, what is for requests: KV cache and activations
     kv_cache_bytes: int  # of that, the KV cache
     beside_bytes: int  # host memory that is not counted above: code that was loaded, and what requests take that is no tensor
-    kv_cache_on_host: (
-        bool  # the KV cache lives in host RAM, and travels to the device layer by layer
-    )
+    # The KV cache lives in host RAM, and travels to the device layer by layer.
+    kv_cache_on_host: bool
     pinned: tuple[int, ...]  # batches that must be resident, whatever it costs
     decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
     prediction: Prediction

@@ -74,12 +74,8 @@ def make_plan(
         PlanError: no plan fits the budget, or an argument makes no sense.
     """
     if running is not None:
-        reader, layer_batch_size, slots = (
-            running.reader,
-            running.layer_batch_size,
-            running.host_slots,
-        )
-        throttle_bytes_per_second = running.throttle_bytes_per_second
+        reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second
+        layer_batch_size, slots = running.layer_batch_size, running.host_slots
     asked = Asked(
         checkpoint=checkpoint,
         hardware=hardware,
@@ -98,17 +94,22 @@ def make_plan(
         else Arenas(running.host_arena_bytes, running.device_arena_bytes),
         kv_on_host=None if running is None else running.kv_cache_on_host,
     )
-    choices = search(asked)
+    return _plan(asked, search(asked))
+
+
+def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
+    """The plan for the first of ``choices``, with what it tells of the others."""
     best = choices[0]
     placement, (host_memory, device_memory) = best.placement, best.memory
     return Plan(
-        checkpoint=str(checkpoint.path),
+        checkpoint=str(asked.checkpoint.path),
         files=tuple(
-            PlannedFile(path=str(file.path), nbytes=file.size_bytes) for file in checkpoint.files
+            PlannedFile(path=str(file.path), nbytes=file.size_bytes)
+            for file in asked.checkpoint.files
         ),
-        device=hardware.device,
+        device=asked.hardware.device,
         reader=placement.reader,
-        throttle_bytes_per_second=throttle_bytes_per_second,
+        throttle_bytes_per_second=asked.throttle_bytes_per_second,
         read_request_bytes=_REQUEST_BYTES,
         reads_in_flight=_REQUESTS,
         layer_batch_size=placement.size,
@@ -119,7 +120,7 @@ def make_plan(
         host_memory=host_memory,
         device_memory=device_memory,
         batches=tuple(placement.batches),
-        workload=workload,
+        workload=asked.workload,
         workload_bytes=asked.workload_bytes,
         kv_cache_bytes=0 if asked.memory is None else asked.memory.kv_bytes,
         beside_bytes=best.frame.held_bytes,
@@ -136,7 +137,7 @@ def make_plan(
         ),
         prediction=best.prediction,
         inputs=(
-            *sizes_of(hardware),
+            *sizes_of(asked.hardware),
             *asked.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
         ),
         candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),

@@ -16,8 +16,6 @@ __all__ = ["Arenas", "Frame", "Need", "evenly"]
 
 # A batch that is this many times as large as most sets the size of the ring that all pass.
 _OVERSIZED = 2
-
-
 # torch's allocator takes large blocks from the driver in multiples of this; smaller ones share one.
 _DEVICE_BLOCK_BYTES = 2 << 20
 _SMALL_BYTES = 1 << 20

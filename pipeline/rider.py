@@ -17,6 +17,7 @@ from layerstream.stages.errors import noting
 __all__ = ["Gate", "PassCancelled", "Rider"]
 
 
+# A protocol, since its one implementation, ``Sweeps``, imports this module.
 class Conductor(Protocol):
     """What a rider asks of the sweeps that it rides."""
 
@@ -54,6 +55,7 @@ class Conductor(Protocol):
         """``rider`` has ended its pass, having visited these batches if it got to its end."""
 
 
+# A protocol, since its one implementation, in ``riders``, imports this module.
 class Gate(Protocol):
     """What a pass that belongs to no request waits for before it begins."""
 

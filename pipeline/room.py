@@ -35,9 +35,8 @@ class Room:
     """
 
     nbytes: int
-    cache_bytes: int = (
-        0  # of it, host RAM for KV caches alone, the rest being VRAM; 0: it is one memory
-    )
+    # Of it, host RAM for KV caches alone, the rest being VRAM; 0: it is one memory.
+    cache_bytes: int = 0
 
     @property
     def is_two(self) -> bool:

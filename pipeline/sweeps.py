@@ -73,12 +73,10 @@ class Sweeps:
         self._holders: set[Rider] = set()
         self._errands: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
         self._running: set[Rider] = set()  # whose requests have begun and not ended
-        self._between: set[Rider] = (
-            set()
-        )  # those of them that will want the first batch of a sweep shortly
-        self._boarding: tuple[
-            int, ...
-        ] = ()  # the route of a sweep whose first batch is still to come
+        # Those of them that will want the first batch of a sweep shortly.
+        self._between: set[Rider] = set()
+        # The route of a sweep whose first batch is still to come.
+        self._boarding: tuple[int, ...] = ()
         self._sweep_seconds = 1.0  # of the last one; before any, a guess
         self.departures = 0
         self.passes = 0
@@ -258,9 +256,8 @@ class Sweeps:
         while (plan := self._placement()) is not self._pipeline.plan:
             try:
                 await self._pipeline.adopt(plan)
-            except (
-                DeviceError
-            ) as error:  # what was planned to be free is in pieces, or somebody else's
+            # What was planned to be free is in pieces, or somebody else's.
+            except DeviceError as error:
                 self.phases.give_up(error)
                 return
 

@@ -13,6 +13,7 @@ from layerstream.stages.errors import ModelError
 __all__ = ["counted", "token_streamer"]
 
 
+# A protocol, since its one implementation, the engine's ``Request``, imports this module.
 class Tally(Protocol):
     """Whose tokens are counted."""
 

@@ -44,12 +44,10 @@ class WorkloadMemory:
     """What a workload takes beside the weights, in bytes."""
 
     kv_bytes: int  # KV cache (or a recurrent model's state) of all sequences, when the last token is there
-    prefill_bytes: (
-        int  # on top of the cache while the prompt is processed, at most; logits included
-    )
-    decode_bytes: (
-        int  # the same while every sequence gets one more token; with what the cache takes to grow
-    )
+    # On top of the cache while the prompt is processed, at most; logits included.
+    prefill_bytes: int
+    # The same while every sequence gets one more token; with what the cache takes to grow.
+    decode_bytes: int
     measured: bool  # in a pass on the meta device; else estimated from the config
 
     @property
@@ -154,9 +152,8 @@ class _Sizes:
 
     hidden: int
     heads: int
-    rows: tuple[
-        int, int
-    ]  # what a layer caches of a token: keys and values, or what they are expanded from
+    # What a layer caches of a token: keys and values, or what they are expanded from.
+    rows: tuple[int, int]
     key: int  # per head
     value: int
     inner: int  # of all experts that compute for a token

@@ -116,9 +116,8 @@ class RingArena:
         now = self.gauge.change(-slot.nbytes)
         self.spans.append(Span(Doing.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
         slot.tensor = torch.empty(0, dtype=torch.uint8)
-        if (
-            slot.nbytes
-        ):  # nothing overlaps an empty slot, so nothing would ever take its events over
+        # Nothing overlaps an empty slot, so nothing would ever take its events over.
+        if slot.nbytes:
             self._events += [(slot.offset, slot.offset + slot.nbytes, event) for event in after]
         while self._live and self._live[0]._freed:  # noqa: SLF001
             self._live.popleft()

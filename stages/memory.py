@@ -62,9 +62,8 @@ class HostMemory:
         skipped = -address_of(self._map) % HUGE_PAGE_BYTES if huge else 0
         self.address = address_of(self._map) + skipped
         if huge:
-            self._advise(
-                "MADV_HUGEPAGE", skipped, huge
-            )  # no more: the last one would be there whole
+            # Not the last, broken one: it would be there whole.
+            self._advise("MADV_HUGEPAGE", skipped, huge)
         self._advise("MADV_DONTFORK", 0, size)
         self.tensor = tensor_over(self._map)[skipped : skipped + nbytes]
 

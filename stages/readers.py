@@ -151,9 +151,8 @@ class DirectReader:
             try:
                 got = os.preadv(descriptor, [into[done:]], extent.offset + done)
             except OSError as error:
-                if (
-                    error.errno in _REFUSED and done == 0
-                ):  # opened, but not for direct reads after all
+                # Opened, but not for direct reads after all.
+                if error.errno in _REFUSED and done == 0:
                     self._say_fallback(error)
                     return False
                 raise
@@ -161,9 +160,8 @@ class DirectReader:
                 break
             # A short read may end inside a block; the next one has to begin at a block again.
             whole = (done + got) // BLOCK_BYTES * BLOCK_BYTES
-            if (
-                whole <= done
-            ):  # the file shrank, or it comes in smaller pieces; a buffered read can tell
+            # The file shrank, or it comes in smaller pieces; a buffered read can tell.
+            if whole <= done:
                 return False
             done = whole
         return True

@@ -104,9 +104,8 @@ class SweepSpan:
 
     start_seconds: float
     stop_seconds: float
-    tokens: (
-        int | None
-    )  # of the one forward pass in it; None where there were several, or nobody said
+    # Of the one forward pass in it; None where there were several, or nobody said.
+    tokens: int | None
     steady: bool  # it was neither the first, nor did it load residents
 
 
@@ -136,9 +135,8 @@ class Timings:
     labels: tuple[str, ...] = ()  # the layers of each layer batch
     occupancy: tuple[Occupancy, ...] = ()
     latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
-    forecast: Forecast | None = (
-        None  # what the plan had said; None where there is no plan, or no sweep yet
-    )
+    # What the plan had said; None where there is no plan, or no sweep yet.
+    forecast: Forecast | None = None
 
     @property
     def overlap_efficiency(self) -> float:

@@ -5,8 +5,11 @@ import importlib.util
 import json
 import os
 import re
+import select
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,8 +17,9 @@ import pytest
 from support.cgroup import memory_cgroup
 from support.contenders import AIRLLM, interpreter_with, llama_server, program
 from support.models import save_model
+from support.server import until
 
-from layerstream.tools.benching import cgroups, contenders
+from layerstream.tools.benching import cgroups, contenders, processes
 from layerstream.tools.benching.contenders import Contender, line_up
 from layerstream.tools.benching.machine import this_machine
 from layerstream.tools.benching.results import Spread, rows_of
@@ -177,6 +181,18 @@ FAILING = {
         f"{READY}\nsys.stdin.readline(); os.kill(os.getpid(), signal.SIGKILL)",
         "signal 9",
     ),
+    "two lines at once": (
+        f"{READY}\nsys.stdin.readline(); os.write(1, b'{{}}\\n{{}}\\n')",
+        r"answered '{}\n{}\n', which is not one JSON object",
+    ),
+    "words": (
+        f"{READY}\nsys.stdin.readline(); print('Loading ...')",
+        r"answered 'Loading ...\n', which is not one JSON object",
+    ),
+    "no object": (
+        f"{READY}\nsys.stdin.readline(); print(2.0)",
+        r"answered '2.0\n', which is not one JSON object",
+    ),
 }
 
 
@@ -193,30 +209,56 @@ def test_one_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
     assert outcome.turns[bad] == []
 
 
+def time_is_up_when(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no answer be waited for any more when ``done`` is there, and what came before it has been read."""
+
+    def look(reading: Any, *_: Any) -> Any:
+        while True:
+            there = done.exists()
+            found = select.select(reading, [], [], 0 if there else 0.02)
+            if there or found[0]:
+                return found
+
+    monkeypatch.setattr(processes, "select", SimpleNamespace(select=look))
+
+
 def test_one_that_never_answers_is_ended_with_all_that_it_started(
-    course: Course, tmp_path: Path
+    course: Course, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs = f"""{READY}
 if not (child := os.fork()):
     signal.pause()
-open({str(tmp_path / "child")!r}, "w").write(str(child))
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({str(tmp_path / "written")!r}, "w").write(str(child))
+os.rename({str(tmp_path / "written")!r}, {str(tmp_path / "child")!r})
 signal.pause()
 """
-    outcome = raced(replace(course, timeout_seconds=1), contender(tmp_path, "hangs", hangs))
-    assert outcome.failed[0].why == "round 1: not done within 1 s"
+    time_is_up_when(tmp_path / "child", monkeypatch)
+    outcome = raced(course, contender(tmp_path, "hangs", hangs))
+    assert outcome.failed[0].why == "round 1: not done within 60 s"
     child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+    def gone() -> bool:
+        try:
+            return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(gone)
 
 
-def test_one_that_answers_by_halves_is_ended_too(course: Course, tmp_path: Path) -> None:
+def test_one_that_answers_by_halves_is_ended_too(
+    course: Course, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     halves = f"""{READY}
 sys.stdin.readline()
 os.write(1, b'{{"seconds": ')
+open({str(tmp_path / "half")!r}, "w").close()
 signal.pause()
 """
-    outcome = raced(replace(course, timeout_seconds=1), contender(tmp_path, "halves", halves))
-    assert outcome.failed[0].why == "round 1: not done within 1 s"
+    time_is_up_when(tmp_path / "half", monkeypatch)
+    outcome = raced(course, contender(tmp_path, "halves", halves))
+    assert outcome.failed[0].why == "round 1: not done within 60 s"
 
 
 def test_one_that_takes_more_than_the_limit_is_said_to_be_killed_by_it(

@@ -50,9 +50,8 @@ def swept(folder, device, *, sweeps=2):
                             device.launch(
                                 lambda name=name, tensor=tensor: seen.append((name, tensor.clone()))
                             )
-                        if (
-                            device.holds_copies
-                        ):  # the first kernels come before any thread has seen a copy
+                        # The first kernels come before any thread has seen a copy.
+                        if device.holds_copies:
                             device.finish()
                             device.release_copies()
                 device.finish()

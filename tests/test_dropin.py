@@ -1,6 +1,7 @@
 """The module of a streamed model, called as it is: who sees its passes, and whose memory they take."""
 
 import asyncio
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,23 @@ def test_a_pass_of_no_request_is_counted_as_one(tmp_path: Path) -> None:
 
     with nothing_left_behind():
         run(main())
+
+
+def test_the_end_of_a_request_is_told_and_that_of_a_bare_pass_only_to_who_debugs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    caplog.set_level(logging.DEBUG, logger="layerstream")
+    with load_streamed(folder, device="cpu", budget=Budget(host="64MiB")) as model:
+        model(IDS)
+        model.generate(IDS, **GREEDY)
+        vars(model)["_layerstream_close"]._host.run(turns())  # it has heard of the end by then
+    ends = [each for each in caplog.records if hasattr(each, "outcome")]
+    assert [each.levelname for each in ends] == ["DEBUG", "INFO"]
+    assert [each.getMessage().split(":")[0] for each in ends] == [
+        "request 1 (forward) completed",
+        "request 2 (generate) completed",
+    ]
 
 
 def test_draining_waits_for_a_pass_of_no_request_and_takes_no_more(tmp_path: Path) -> None:

@@ -327,9 +327,8 @@ def test_residents_are_spreadevenly(numbers):
     chosen = evenly(among, count)
     assert len(set(chosen)) == count
     assert all(0 <= i < among for i in chosen)
-    gaps = [
-        b - a for a, b in zip(chosen, [*chosen[1:], chosen[0] + among], strict=True)
-    ]  # the last sweep's end meets the next one's beginning
+    # The last sweep's end meets the next one's beginning.
+    gaps = [b - a for a, b in zip(chosen, [*chosen[1:], chosen[0] + among], strict=True)]
     assert max(gaps) - min(gaps) <= 1
 
 

@@ -45,9 +45,8 @@ def test_what_is_read_ahead_is_in_the_page_cache_when_it_is_mapped(tmp_path: Pat
     ahead._thread.join()
     ahead.stop()
     reader = MmapReader([path])
-    reader.touch(
-        Extent(file=0, offset=0, nbytes=path.stat().st_size)
-    )  # waits for what is on its way
+    # Waits for what is on its way.
+    reader.touch(Extent(file=0, offset=0, nbytes=path.stat().st_size))
     reader.close()
     assert cached_share(path) == 1.0
 

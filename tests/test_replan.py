@@ -151,9 +151,8 @@ def test_a_model_goes_on_when_all_who_wait_are_cancelled_while_residents_change_
 def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_it_departs(
     folder: Path,
 ) -> None:
-    long = (
-        torch.arange(1536)[None] % 90 + 5
-    )  # fits beside the short one, but not beside more layers
+    # Fits beside the short one, but not beside more layers.
+    long = torch.arange(1536)[None] % 90 + 5
 
     async def scenario() -> None:
         async with opening(folder, host=await smallest(folder)) as model:

@@ -5,12 +5,13 @@ import contextlib
 import json
 import socket
 import struct
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.loop import run
+from support.loop import run, turns
 from support.server import Server
-from support.service import CHAT, COMPLETIONS, KEY, left
+from support.service import CHAT, COMPLETIONS, KEY, MAX_BODY, left
 
 pytest.importorskip("fastapi", reason="needs layerstream[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
@@ -71,6 +72,11 @@ NOT_HTTP = {
 }
 WRONG = {
     "a length beyond all limits": (post(b"{}", "Content-Length: 99999999999999999999"), 413),
+    "a body far too long": (post(b"x" * (100 * MAX_BODY)), 413),
+    "a body of chunks far too long": (
+        post((b"2000\r\n" + b"x" * 8192 + b"\r\n") * 1000, CHUNKED),
+        413,
+    ),
     "a length that is too short": (post(json.dumps(ASK).encode(), "Content-Length: 10"), 400),
     "a compressed body": (
         post(b"\x1f\x8b\x08\x00", "Content-Encoding: gzip\r\nContent-Length: 4"),
@@ -135,26 +141,63 @@ def test_a_connection_that_is_reset_at_any_time_is_no_error_of_the_server(server
 # -- who never comes to an end -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"])
-def test_a_head_that_does_not_come_to_its_end_is_not_waited_for(
-    said: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.05)
+@contextlib.asynccontextmanager
+async def answering() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client's end of a connection to an app that says hello, whatever it is asked."""
     config = uvicorn.Config(PlainTextResponse("hello"), log_config=None, lifespan="off", ws="none")
     config.load()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: connections.Connection(config=config, server_state=ServerState(), app_state={}),
+        "127.0.0.1",
+        0,
+    )
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        yield reader, writer
+        writer.close()
+
+
+WHOLE = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answered", "said"), [(b"", b""), (b"", b"GET / HT"), (WHOLE, b"GET / HT")]
+)
+def test_a_head_that_does_not_come_to_its_end_is_not_waited_for(
+    answered: bytes, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What comes to its end has all the time it needs.
+    monkeypatch.setattr(connections, "_WAIT_SECONDS", 3600 if answered else 0.05)
 
     async def main() -> None:
-        server = await asyncio.get_running_loop().create_server(
-            lambda: connections.Connection(config=config, server_state=ServerState(), app_state={}),
-            "127.0.0.1",
-            0,
-        )
-        async with server:
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        async with answering() as (reader, writer):
+            if answered:
+                writer.write(answered)
+                await reader.readuntil(b"hello")
+                monkeypatch.setattr(connections, "_WAIT_SECONDS", 0.05)
             writer.write(said)
-            got = await reader.read()  # until it is hung up on
-            assert got.count(b"hello") == said.count(b"\r\n\r\n")
-            writer.close()
+            assert await reader.read() == b""  # it is hung up on
+
+    run(main())
+
+
+async def send_for_ever(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"1\r\na\r\n")
+        await writer.drain()
+        await turns(1)
+
+
+def test_a_body_whose_request_has_had_its_answer_is_not_read_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        async with answering() as (reader, writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await reader.readuntil(b"hello")
+            monkeypatch.setattr(connections, "_WAIT_SECONDS", 0.05)
+            with pytest.raises(ConnectionError):
+                await send_for_ever(writer)
 
     run(main())
 

@@ -70,9 +70,8 @@ def test_prompt_lookup_gives_the_same_tokens_in_far_fewer_sweeps(
     assert torch.equal(tokens, expected)
     assert sweeps == stats.sweeps
     assert stats.tokens_generated == NEW
-    assert (
-        NEW / sweeps == stats.tokens_per_sweep > 4
-    )  # five that were looked up, and one behind them
+    # Five that were looked up, and one behind them.
+    assert NEW / sweeps == stats.tokens_per_sweep > 4
     # What counts is what is read; some of it was read ahead for a sweep that nobody asked for.
     assert stats.bytes_read < plain.bytes_read / 3
 

@@ -30,9 +30,8 @@ class FakeCuda:
 
     def __init__(self, *, devices: int = 2, memory_bytes: int = 1 << 36) -> None:
         self.lock = threading.Condition(threading.RLock())
-        self.held: set[Any] = (
-            set()
-        )  # streams that do not get on just because a thread waits for them
+        # Streams that do not get on just because a thread waits for them.
+        self.held: set[Any] = set()
         self.depth = 0  # of what is run because something else depends on it
         self.local = threading.local()
         self.devices = devices

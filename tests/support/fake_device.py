@@ -3,7 +3,8 @@
 It does everything as late as the waits that it was told of allow: a kernel runs when something depends on it,
 a copy when somebody waits for it. Where a stage forgets a wait, the bytes are not there yet, or not any more.
 
-Or it works by the clock, as a GPU does: whatever the host does meanwhile, copies and kernels take their time.
+Or it works by a clock, as a GPU does: whatever the host does meanwhile, copies and kernels take their time. The
+clock is scripted, so that the host is as fast as may be, and a busy machine makes no difference.
 """
 
 import threading
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,10 +21,50 @@ from layerstream.stages.devices import Copy
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
-__all__ = ["POISON", "FakeDevice"]
+__all__ = ["POISON", "FakeDevice", "ScriptedClock"]
 
 # What memory holds that nobody has written: as a float it is -2.3e-16, as a bfloat16 the like, never a weight.
 POISON = 0xA5
+
+
+class ScriptedClock:
+    """In place of ``time.perf_counter``: on the busiest machine, what a test does takes no time.
+
+    Time passes when the test says so, when somebody waits for a device that works by this clock, and a little
+    whenever anybody looks, so that what comes first is earlier.
+    """
+
+    TICK_SECONDS = 1e-7
+
+    def __init__(self) -> None:
+        self._seconds = 1.0
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def install(self, monkeypatch: Any) -> "ScriptedClock":
+        monkeypatch.setattr(time, "perf_counter", self)
+        return self
+
+    def __call__(self) -> float:
+        with self._changed:
+            self._seconds += self.TICK_SECONDS
+            return self._seconds
+
+    def go_to(self, seconds: float) -> None:
+        """Let it be ``seconds``, as soon as time may pass, unless it is later already."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._stopped, timeout=60), "time stood still"
+            self._seconds = max(self._seconds, seconds)
+
+    def stop(self) -> None:
+        """Who waits for a device waits until ``go_on``."""
+        with self._changed:
+            self._stopped = True
+
+    def go_on(self) -> None:
+        with self._changed:
+            self._stopped = False
+            self._changed.notify_all()
 
 
 class _Stream:
@@ -77,8 +119,8 @@ class FakeDevice:
         memory_bytes: size of the device.
         hold_copies: copies do not run when somebody waits for them on the host, but only when a kernel
             depends on them, until ``release_copies``: the slowest copy engine there is.
-        copy_seconds: given, the device works by the clock: each copy takes so long, and a kernel what
-            ``launch`` says, from when what it waits for is done.
+        clock: given, the device works by it: each copy takes ``copy_seconds``, and a kernel what ``launch``
+            says, from when what it waits for is done.
     """
 
     torch_device = torch.device("cpu")
@@ -89,15 +131,16 @@ class FakeDevice:
         *,
         memory_bytes: int = 1 << 30,
         hold_copies: bool = False,
-        copy_seconds: float | None = None,
+        clock: ScriptedClock | None = None,
+        copy_seconds: float = 0.0,
     ) -> None:
         self._changed = threading.Condition(threading.RLock())
         self._streams: list[_Stream] = []
         self._copying = self.new_stream()
         self._local = threading.local()
         self.holds_copies = hold_copies
-        self._by_the_clock = copy_seconds is not None
-        self._copy_seconds = copy_seconds or 0.0
+        self._clock = clock
+        self._copy_seconds = copy_seconds
         self._free_bytes = memory_bytes
         self.host_memories = 0  # given out and not released yet
 
@@ -135,8 +178,10 @@ class FakeDevice:
 
     def drain(self) -> None:
         with self._changed:
-            for stream in self._streams:
-                self._until(stream.seconds)
+            streams = list(self._streams)
+        for stream in streams:
+            self._until(stream.seconds)
+            with self._changed:
                 stream.run_to(stream.end)
 
     def trim(self) -> None:
@@ -172,7 +217,7 @@ class FakeDevice:
 
     def passed_at(self, event: _FakeEvent) -> float | None:
         with self._changed:
-            if self._by_the_clock and event.seconds <= time.perf_counter():
+            if self._clock is not None and event.seconds <= self._clock():
                 event.stream.run_to(event.position)
             return event.seconds if event.passed else None
 
@@ -209,13 +254,14 @@ class FakeDevice:
         with self._changed:
             while self.holds_copies and event.stream is self._copying and not event.passed:
                 self._changed.wait()
-            self._until(event.seconds)
+        self._until(event.seconds)
+        with self._changed:
             event.stream.run_to(event.position)
             self._changed.notify_all()
 
     def _until(self, seconds: float) -> None:
-        while self._by_the_clock and (left := seconds - time.perf_counter()) > 0:
-            self._changed.wait(left)
+        if self._clock is not None:
+            self._clock.go_to(seconds)
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:

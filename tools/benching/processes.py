@@ -22,6 +22,7 @@ __all__ = ["ContenderError", "ContenderProcess", "started"]
 
 _LOOK_SECONDS = 0.02
 _CLOSE_SECONDS = 10.0
+_QUOTED_BYTES = 100
 _WORKER = "layerstream.tools.benching.worker"
 
 
@@ -58,7 +59,7 @@ class ContenderProcess:
         """Send ``message`` and wait for the answer.
 
         Raises:
-            ContenderError: there is none.
+            ContenderError: there is none, or something else.
         """
         assert self._process.stdin is not None  # noqa: S101 - it was started with pipes
         assert self._process.stdout is not None  # noqa: S101
@@ -76,7 +77,7 @@ class ContenderProcess:
             if not piece:
                 raise self._failure()
             line += piece
-        answer: dict[str, Any] = json.loads(line)
+        answer = _decoded(line)
         self.pids += answer.get("children", [])
         return answer
 
@@ -106,6 +107,15 @@ class ContenderProcess:
         lines = self._stderr.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return ContenderError(f"{how}: {last}" if last else how)
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    with suppress(ValueError):
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            return answer
+    said = line[:_QUOTED_BYTES].decode(errors="replace")
+    raise ContenderError(f"answered {said!r}, which is not one JSON object")
 
 
 def _anonymous_bytes(pid: int) -> int:

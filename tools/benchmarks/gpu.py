@@ -38,28 +38,9 @@ _ROOM_BYTES = 36 << 30
 
 def main() -> int:
     """Run the benchmark; exit code 1 if a test or a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(), help="where results go (default: here)")
-    parser.add_argument(
-        "--scratch",
-        type=Path,
-        help="where the checkpoint is made, unless it is there, and left (default: TMPDIR, and removed)",
-    )
-    parser.add_argument("--seconds", type=positive, default=330, help="no row begins after these")
-    parser.add_argument(
-        "--checkpoint-only",
-        action="store_true",
-        help="make the checkpoint in --scratch, where the next run finds it, and no more",
-    )
-    parser.add_argument("--tests", type=Path, help="JUnit XML of the tests, to go into the result")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="tiny, on the CPU: measures nothing"
-    )
-    args = parser.parse_args()
+    args = _arguments()
     ends = time.monotonic() + args.seconds
     if args.checkpoint_only:
-        if args.scratch is None:
-            parser.error("--checkpoint-only needs --scratch")
         make_room(0 if args.rehearse else _ROOM_BYTES)
         make_checkpoint(args.scratch / "model", _recipe(rehearse=args.rehearse))
         return 0
@@ -78,29 +59,7 @@ def main() -> int:
     }
     _write(args.out, result)
     with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as own:
-        scratch = args.scratch or Path(own)
-        began = time.monotonic()
-        try:
-            made = make_checkpoint(scratch / "model", _recipe(rehearse=args.rehearse))
-        except Exception as error:
-            for entry in result["rows"]:
-                entry["why"] = f"no checkpoint: {error}"
-            _write(args.out, result)
-            raise
-        result["model_bytes"] = made.total_bytes
-        result["seconds_to_make_the_model"] = None if made.reused else time.monotonic() - began
-        # More than the rows take of a machine that has less: what does not fit says so.
-        make_room(0 if args.rehearse else _ROOM_BYTES)
-        result["machine"]["host_available_bytes"] = host_available_bytes()
-        _write(args.out, result)
-        bench = Bench(
-            accelerator=accelerator,
-            folder=made.folder,
-            out=args.out,
-            sweeps=2 if args.rehearse else 20,
-            block_bytes=tuple(MIB << n for n in ((0, 1) if args.rehearse else range(0, 9, 2))),
-            pin_bytes=4 * MIB if args.rehearse else 4 << 30,
-        )
+        bench = _prepared(args, accelerator, args.scratch or Path(own), result)
         for place, row in enumerate(ROWS):
             late = time.monotonic() > ends
             entry = _entry(row, "out of time") if late else _measure(row, bench, args.rehearse)
@@ -110,6 +69,58 @@ def main() -> int:
     failed = [entry for entry in result["rows"] if entry["failed"]]
     tests = result["tests"]
     return int(bool(failed) or (tests is not None and bool(tests["failed"] or not tests["passed"])))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(), help="where results go (default: here)")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="where the checkpoint is made, unless it is there, and left (default: TMPDIR, and removed)",
+    )
+    parser.add_argument("--seconds", type=positive, default=330, help="no row begins after these")
+    parser.add_argument(
+        "--checkpoint-only",
+        action="store_true",
+        help="make the checkpoint in --scratch, where the next run finds it, and no more",
+    )
+    parser.add_argument("--tests", type=Path, help="JUnit XML of the tests, to go into the result")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny, on the CPU: measures nothing"
+    )
+    args = parser.parse_args()
+    if args.checkpoint_only and args.scratch is None:
+        parser.error("--checkpoint-only needs --scratch")
+    return args
+
+
+def _prepared(
+    args: argparse.Namespace, accelerator: Accelerator, scratch: Path, result: dict[str, Any]
+) -> Bench:
+    """Make the checkpoint, and room in host RAM; what came of it is in ``result``."""
+    began = time.monotonic()
+    try:
+        made = make_checkpoint(scratch / "model", _recipe(rehearse=args.rehearse))
+    except Exception as error:
+        for entry in result["rows"]:
+            entry["why"] = f"no checkpoint: {error}"
+        _write(args.out, result)
+        raise
+    result["model_bytes"] = made.total_bytes
+    result["seconds_to_make_the_model"] = None if made.reused else time.monotonic() - began
+    # More than the rows take of a machine that has less: what does not fit says so.
+    make_room(0 if args.rehearse else _ROOM_BYTES)
+    result["machine"]["host_available_bytes"] = host_available_bytes()
+    _write(args.out, result)
+    return Bench(
+        accelerator=accelerator,
+        folder=made.folder,
+        out=args.out,
+        sweeps=2 if args.rehearse else 20,
+        block_bytes=tuple(MIB << n for n in ((0, 1) if args.rehearse else range(0, 9, 2))),
+        pin_bytes=4 * MIB if args.rehearse else 4 << 30,
+    )
 
 
 def _machine() -> dict[str, Any]:

@@ -32,7 +32,6 @@ __all__ = [
     "within_budget",
 ]
 
-
 # What allocators round the ring up by.
 _ROUNDED_BYTES = 8 * MIB
 # A sweep from disk visits so many seconds' worth of layers, or all of them where the disk is fast.

@@ -27,7 +27,6 @@ from layerstream.tools.tables import print_table
 
 __all__ = ["main"]
 
-
 _REQUESTS = 3
 
 

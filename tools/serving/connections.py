@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -14,23 +13,18 @@ from layerstream.tools.serving.errors import ApiError
 
 __all__ = ["Connection"]
 
-# The head of a request comes within this time of its first byte, and the first byte of the connection's beginning.
-_HEAD_SECONDS = 30
-# What is read at once. Each piece of a chunked body, even of one byte, takes h11 some 20 microseconds, and asyncio
-# would read a quarter of a megabyte of them before the loop gets to anything else. Its transports' attribute for that
-# is not documented; uvloop's have none, and let none be set.
-_READ_BYTES = 4096
+# The head of a request is there within this time: of the connection's beginning if it is the first, else of its own.
+# So is the rest of a body that nobody reads, since its request has had an answer.
+_WAIT_SECONDS = 30
 
 
 class Connection(H11Protocol):
-    """Closes when a head does not come in time; answers what is not HTTP with an error like any other."""
+    """Closes when what it waits for does not come in time; answers what is not HTTP with an error like any other."""
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client has come."""
-        with suppress(AttributeError):
-            transport.max_size = _READ_BYTES
         super().connection_made(transport)
         self._expect()
 
@@ -61,11 +55,12 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _expect(self) -> None:
-        """Have the connection closed if it waits for the rest of a head for too long."""
-        if self.conn.their_state is not h11.IDLE:
+        """Have the connection closed if the rest of a head, or of what is dropped, is long in coming."""
+        states = self.conn.our_state, self.conn.their_state
+        if states[1] is not h11.IDLE and states != (h11.DONE, h11.SEND_BODY):
             self._expect_nothing()
         elif self._waiting is None:
-            self._waiting = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+            self._waiting = self.loop.call_later(_WAIT_SECONDS, self.transport.close)
 
     def _expect_nothing(self) -> None:
         if self._waiting is not None:

@@ -1,0 +1,133 @@
+"""What requests take that is no tensor, and how much there is for all of them together."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.checkpoints import CPU, GPU
+from support.plans import plan_of
+from support.streaming import SMALL
+
+from layerstream.pipeline import Plan, Workload
+from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.room import Room, room_of
+
+WIDEST, VOCABULARY = 4096, 6000
+MODULE = 2200  # bytes of a clone of one
+SCRATCH = 900_000
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=WIDEST,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+    )
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
+
+
+def tree(module: Any) -> int:
+    return MODULE * len(list(module.modules()))
+
+
+def panels(columns: int, rows: int) -> int:
+    """What MKL packs two float32 matrices into, so many columns wide and rows high."""
+    return 2 * 192 * 4 * (columns + rows)
+
+
+def beside(module: Any, dtype: str, call: str, *shape: int, **options: Any) -> int:
+    """What a request with ids of ``shape`` is priced at on a CPU more than on a GPU."""
+    config = module.config.to_dict() | {"dtype": dtype}
+    on_cpu, on_gpu = (
+        Estimator(module, config, workload=SMALL, room=Room(nbytes=1 << 50), on_cpu=on_cpu)
+        for on_cpu in (True, False)
+    )
+    named = {"input_ids": torch.ones(shape, dtype=torch.long), **options}
+    return getattr(on_cpu, call)((), named).nbytes - getattr(on_gpu, call)((), named).nbytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "packed"),
+    [
+        ((1, 2), {}, 0),  # so few rows are multiplied as they are
+        ((1, 5), {"logits_to_keep": 1}, panels(WIDEST, 5)),
+        ((4, 5), {}, panels(VOCABULARY, 20)),
+        ((50, 100), {}, panels(VOCABULARY, 720)),  # and never higher than that
+    ],
+    ids=["two tokens", "the last logits", "all logits", "many tokens"],
+)
+def test_in_float32_a_request_on_a_cpu_takes_what_its_matrices_are_packed_into(
+    shape: tuple[int, int], options: dict[str, Any], packed: int, module: Any
+) -> None:
+    assert beside(module, "float32", "forward", *shape, **options) == tree(module) + packed
+
+
+def test_a_generation_has_as_many_logits_as_it_verifies_tokens(module: Any) -> None:
+    one = beside(module, "float32", "generation", 1, 8, max_new_tokens=4)
+    assert one == tree(module) + panels(WIDEST, 8)
+    more = beside(
+        module, "float32", "generation", 1, 8, max_new_tokens=4, prompt_lookup_num_tokens=5
+    )
+    assert more == tree(module) + panels(VOCABULARY, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (50, 100)])
+def test_in_bfloat16_a_request_on_a_cpu_takes_scratch_whatever_its_size(
+    shape: tuple[int, int], module: Any
+) -> None:
+    for call in ("forward", "generation"):
+        assert beside(module, "bfloat16", call, *shape) == tree(module) + SCRATCH
+
+
+SIZES = [8 * MIB] * 6
+WORKLOAD = Workload(batch_size=3, prompt_tokens=160, new_tokens=4)
+
+
+def planned(module: Any, hardware: Any, **budget: int) -> Plan:
+    """A plan for a model in bfloat16 whose requests are those of ``WORKLOAD``."""
+    config = module.config.to_dict() | {"dtype": "bfloat16"}
+    return plan_of(SIZES, hardware, config=config, workload=WORKLOAD, **budget)
+
+
+def room(plan: Plan, module: Any) -> int:
+    return room_of(plan, module, module.config.to_dict() | {"dtype": "bfloat16"}).nbytes
+
+
+def with_free(plan: Plan, side: str, free: int) -> Plan:
+    """The plan in a budget of which so much is free."""
+    memory = getattr(plan, side)
+    return replace(plan, **{side: replace(memory, budget_bytes=memory.used_bytes + free)})
+
+
+def test_on_a_cpu_there_is_what_is_reserved_and_free_and_what_each_takes_beside(
+    module: Any,
+) -> None:
+    plan = planned(module, CPU)
+    assert plan.workload_bytes > 4 * MIB
+    each = tree(module) + SCRATCH
+    plan = with_free(plan, "host_memory", plan.beside_bytes + 5 * MIB)
+    assert room(plan, module) == plan.workload_bytes + 5 * MIB + 3 * each
+    # What requests take beside is in the plan already: it is not free a second time.
+    plan = with_free(plan, "host_memory", plan.beside_bytes - MIB)
+    assert room(plan, module) == plan.workload_bytes + 3 * each
+    assert room(replace(plan, workload=None), module) == plan.workload_bytes
+
+
+def test_on_a_gpu_there_is_what_vram_has_reserved_and_free(module: Any) -> None:
+    plan = planned(module, GPU)
+    assert not plan.kv_cache_on_host
+    plan = with_free(with_free(plan, "host_memory", 99 * MIB), "device_memory", 5 * MIB)
+    assert room(plan, module) == plan.workload_bytes + 5 * MIB
+
+
+def test_however_little_a_plan_reserves_requests_may_take_small_change(module: Any) -> None:
+    for hardware, side in ((CPU, "host_memory"), (GPU, "device_memory")):
+        plan = replace(with_free(planned(module, hardware), side, 0), workload_bytes=1)
+        assert room(replace(plan, workload=None), module) == 4 * MIB
