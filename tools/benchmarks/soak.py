@@ -31,6 +31,23 @@ __all__ = ["main"]
 _PROMPTS = 24
 _LONGEST_PROMPT = 48
 _SEED = 5
+# Has everything but the model: its code, and a tree without weights.
+_IDLE = """
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerstream.stages.usage import anonymous_bytes
+from layerstream.tools.serving import app, server
+from layerstream.tools.text import load_tokenizer
+
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+print(anonymous_bytes())
+"""
 _FATES = ("finish", "finish", "finish", "finish", "stream", "stream", "cancel", "leave", "deadline")
 
 
@@ -100,13 +117,8 @@ def _url(server: "subprocess.Popen[str]") -> str:
 
 
 def _idle_bytes(path: Path) -> int:
-    """Anonymous memory of a process that has everything but the model."""
-    code = (
-        "import sys; from pathlib import Path; from layerstream.tools.serving import app, server;"
-        "from layerstream.tools.text import load_tokenizer; t = load_tokenizer(Path(sys.argv[1]));"
-        "from layerstream.stages.usage import anonymous_bytes; print(anonymous_bytes())"
-    )
-    command = [sys.executable, "-c", code, str(path)]
+    """Anonymous memory of a process that is idle."""
+    command = [sys.executable, "-c", _IDLE, str(path)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
