@@ -22,6 +22,9 @@ __all__ = ["LEAST_SLOTS", "SLOTS", "Asked"]
 # the first is taken. With a single one the stages wait for one another: where nothing else fits.
 LEAST_SLOTS = 1
 SLOTS = (3, 2, 4, LEAST_SLOTS)
+# What the kernel remembers of files that a process has just read counts in its cgroup as long as nobody needs the memory:
+# 15 MB were seen behind torch's libraries. It is no reason to refuse a budget.
+_HOST_UNCERTAIN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,8 @@ class Asked:
         """Host memory that may be used."""
         # What was taken for this model is not free any more, but within its budget.
         free = self.hardware.host_available_bytes + self.held_bytes
-        return _budget(self.budget.host_bytes(free), free, "host RAM")
+        given = self.budget.host_bytes(free)
+        return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)
 
     @cached_property
     def vram_budget_bytes(self) -> int | None:
@@ -114,10 +118,10 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _budget(given: int | None, free: int, what: str) -> int:
+def _budget(given: int | None, free: int, what: str, *, uncertain: int = 0) -> int:
     if given is None:
         return int(free * (1 - MARGIN))
-    if given > free:
+    if given > free + uncertain:
         raise PlanError(
             f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
             "free; lower it or free memory"

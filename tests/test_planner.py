@@ -414,6 +414,8 @@ def test_a_budget_beyond_what_is_free_is_refused():
     little = dataclasses.replace(CPU, host_available_bytes=100 * MIB)
     with pytest.raises(PlanError, match=r"the budget of 200 MiB is more than the 100 MiB"):
         plan_of([MIB], little, host=200 * MIB)
+    # To so many bytes nobody knows what is free.
+    assert plan_of([MIB], little, host=110 * MIB).host_memory.budget_bytes == 110 * MIB
 
 
 def test_without_a_budget_a_tenth_of_what_is_free_is_left_alone():
