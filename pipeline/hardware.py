@@ -16,7 +16,7 @@ from layerstream.pipeline.probing import Rates, probe_rates
 from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.headroom import host_available_bytes
-from layerstream.stages.libraries import keep_little
+from layerstream.stages.libraries import Leftovers, keep_little
 from layerstream.stages.threads import finish_in_thread
 from layerstream.stages.timings import Timings
 
@@ -133,6 +133,8 @@ class Hardware:
         rates = await probe_rates(
             checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
         )
+        if measure and opened.reads_host_images:
+            await finish_in_thread(Leftovers().release)
         # Last, when the measurements have given their own memory back.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
 

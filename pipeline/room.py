@@ -101,6 +101,8 @@ def room_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> Room:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes
         if (w := plan.workload) is not None:
             modules = sum(1 for _ in module.modules())
-            each = overheads(config, modules=modules, rows=w.prompt_tokens).rider_bytes
+            # Of a forward pass, whose logits are those of all tokens, more is packed than of a generation.
+            rows = w.prompt_tokens
+            each = overheads(config, modules=modules, rows=rows, logits=rows).rider_bytes
             beside = w.batch_size * each
-    return Room(nbytes=beside + max(plan.workload_bytes + max(0, free), _SMALL_CHANGE_BYTES))
+    return Room(nbytes=beside + plan.workload_bytes + max(free, _SMALL_CHANGE_BYTES))

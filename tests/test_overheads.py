@@ -116,8 +116,8 @@ def test_on_a_cpu_there_is_what_is_reserved_and_free_and_what_each_takes_beside(
     assert room(plan, module) == plan.workload_bytes + 5 * MIB + 3 * each
     # What requests take beside is in the plan already: it is not free a second time.
     plan = with_free(plan, "host_memory", plan.beside_bytes - MIB)
-    assert room(plan, module) == plan.workload_bytes + 3 * each
-    assert room(replace(plan, workload=None), module) == plan.workload_bytes
+    assert room(plan, module) == plan.workload_bytes + 4 * MIB + 3 * each
+    assert room(replace(plan, workload=None), module) == plan.workload_bytes + 4 * MIB
 
 
 def test_on_a_gpu_there_is_what_vram_has_reserved_and_free(module: Any) -> None:
@@ -130,4 +130,4 @@ def test_on_a_gpu_there_is_what_vram_has_reserved_and_free(module: Any) -> None:
 def test_however_little_a_plan_reserves_requests_may_take_small_change(module: Any) -> None:
     for hardware, side in ((CPU, "host_memory"), (GPU, "device_memory")):
         plan = replace(with_free(planned(module, hardware), side, 0), workload_bytes=1)
-        assert room(replace(plan, workload=None), module) == 4 * MIB
+        assert room(replace(plan, workload=None), module) == 1 + 4 * MIB
