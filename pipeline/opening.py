@@ -54,9 +54,8 @@ class Options:
     revision: str | None
     model_options: Mapping[str, Any]  # for transformers
 
-    @property
     def on_cpu(self) -> bool:
-        """Whether computation will run on the host's own processor."""
+        """Whether computation will run on the host's own processor; opens the device to know."""
         name = self.device if self.hardware is None else self.hardware.device
         return open_device(name).reads_host_images
 
@@ -79,11 +78,12 @@ async def open_model(
 ) -> Opening:
     """Find the model in ``source``, learn how it is built, and plan it; ``resources`` owns what has to be ended."""
     before = anonymous_bytes()
-    if await finish_in_thread(lambda: options.on_cpu):  # the first look at a GPU takes seconds
+    on_cpu = await finish_in_thread(options.on_cpu)  # the first look at a GPU takes seconds
+    if on_cpu:
         keep_little()  # before threads of ours have their own heaps
     path = await resolve_model_path_async(source, revision=options.revision)
     checkpoint = await Checkpoint.open_async(path)
-    ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options))
+    ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
     resources.callback(ahead.stop)
     traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
     hardware = options.hardware or await Hardware.probe(
@@ -127,12 +127,12 @@ async def open_model(
     )
 
 
-def _read_ahead(checkpoint: Checkpoint, options: Options) -> Readahead:
+def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Readahead:
     """Have the disk busy while the model is traced, if its files will be mapped."""
     mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
     unbounded = options.budget is None or options.budget.host is None
     ahead = Readahead([file.path for file in checkpoint.files])
-    if mapped and unbounded and options.on_cpu and fits_page_cache(checkpoint.total_bytes):
+    if mapped and unbounded and on_cpu and fits_page_cache(checkpoint.total_bytes):
         ahead.start()
     return ahead
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.loop import run, turns
 from support.server import Server
-from support.service import CHAT, COMPLETIONS, KEY, MAX_BODY, left
+from support.service import ASK, CHAT, COMPLETIONS, KEY, MAX_BODY, left
 
 pytest.importorskip("fastapi", reason="needs layerstream[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
@@ -24,7 +24,6 @@ from layerstream.tools.serving import connections, reading  # noqa: E402
 from layerstream.tools.serving.errors import ApiError  # noqa: E402
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
 
-ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
 CLOSING = f"Host: x\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
 
 

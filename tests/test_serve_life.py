@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.server import Server, save_speaking_model, serving, until
 from support.service import (
+    ASK,
     CHAT,
     COMPLETIONS,
     GREEDY,
@@ -15,6 +16,7 @@ from support.service import (
     LONG,
     MEMORY,
     SAY,
+    TALK,
     Reference,
     gauge,
     left,
@@ -28,9 +30,6 @@ openai = pytest.importorskip("openai", reason="needs layerstream[test]")
 pytest.importorskip("fastapi", reason="needs layerstream[serve]")
 pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
 pytest.importorskip("prometheus_client", reason="needs layerstream[serve]")
-
-ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
-TALK = {"model": "tiny", "messages": SAY, "max_tokens": 4}
 
 
 def test_more_than_there_are_places_for_are_told_to_come_back(

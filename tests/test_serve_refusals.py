@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 from support.server import CONTEXT_TOKENS, Server
-from support.service import CHAT, COMPLETIONS, GREEDY, KEY, MAX_BODY, SAY, Reference, left
+from support.service import (
+    ASK,
+    CHAT,
+    COMPLETIONS,
+    GREEDY,
+    KEY,
+    MAX_BODY,
+    SAY,
+    TALK,
+    Reference,
+    left,
+)
 
 httpx = pytest.importorskip("httpx2", reason="needs layerstream[test]")
 openai = pytest.importorskip("openai", reason="needs layerstream[test]")
@@ -18,8 +29,6 @@ from pydantic import BaseModel, ValidationError  # noqa: E402 - it comes with fa
 
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
 
-ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
-TALK = {"model": "tiny", "messages": SAY, "max_tokens": 4}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
 
 BAD: dict[str, tuple[str, Any, int, str | None, str | None]] = {

@@ -12,6 +12,7 @@ import transformers
 from support.server import Server, save_speaking_model, serving
 
 __all__ = [
+    "ASK",
     "CHAT",
     "COMPLETIONS",
     "GREEDY",
@@ -24,6 +25,7 @@ __all__ = [
     "MEMORY",
     "PROMPTS",
     "SAY",
+    "TALK",
     "Reference",
     "client",
     "events",
@@ -56,6 +58,9 @@ GREEDY = {"model": "tiny", "temperature": 0}
 LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": LONG_TOKENS, "temperature": 0}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+# Whole requests, of either kind.
+ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
+TALK = {"model": "tiny", "messages": SAY, "max_tokens": 4}
 
 
 class Reference(NamedTuple):
