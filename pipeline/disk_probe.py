@@ -13,7 +13,8 @@ from layerstream.pipeline.figures import Rate
 from layerstream.pipeline.volumes import data_ranges, windows
 from layerstream.stages.batch import Extent
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import BLOCK_BYTES, DirectReader, MmapReader
+from layerstream.stages.mmap_reader import MmapReader
+from layerstream.stages.readers import BLOCK_BYTES, DirectReader
 from layerstream.stages.threads import Threads
 from layerstream.stages.units import format_bytes
 

@@ -27,6 +27,7 @@ from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices import Device, Event, open_device
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, noting
+from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.read import read_stage
 from layerstream.stages.readers import Reader
 from layerstream.stages.residents import Residents
@@ -114,10 +115,13 @@ class Pipeline:
         arrived: Channel[InFlight] = Channel(_QUEUE_SIZE)
         self._ready: Channel[InFlight] = Channel(_QUEUE_SIZE)
         read_clock, transfer_clock, self._compute_clock = self._clocks
+        reader = self._reader
         reading = read_stage(
             route=self._route,
             reader=self._reader,
-            in_place=self._reader.maps_files and self._device.reads_host_images,
+            mapped=reader
+            if isinstance(reader, MmapReader) and self._device.reads_host_images
+            else None,
             arena=host_arena,
             residents=self._residents,
             threads=self._read_threads,

@@ -10,6 +10,7 @@ from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import noting
 from layerstream.stages.memory import Image
+from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.readers import BLOCK_BYTES, Reader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
@@ -25,7 +26,7 @@ async def read_stage(
     *,
     route: Route,
     reader: Reader,
-    in_place: bool,
+    mapped: MmapReader | None,
     arena: RingArena,
     residents: Residents,
     threads: Threads,
@@ -40,8 +41,8 @@ async def read_stage(
 
     Args:
         route: which batch leaves next.
-        reader: how bytes come from the files.
-        in_place: computation uses the reader's mapping of the files; no slot is needed.
+        reader: fills slots from the files.
+        mapped: the same reader, if computation uses its mapping of the files instead of slots.
         arena: the ring of host slots.
         residents: batches that are read once.
         threads: as many requests are in flight as there are threads.
@@ -59,7 +60,7 @@ async def read_stage(
                 await _begin(
                     item,
                     reader=reader,
-                    in_place=in_place,
+                    mapped=mapped,
                     arena=arena,
                     residents=residents,
                     threads=threads,
@@ -77,8 +78,8 @@ async def read_stage(
                 continue
             with noting("read", item.batch):
                 times = [read.result() for read in item.reads]
-                if in_place:
-                    item.host = reader.mapped(item.batch)
+                if mapped is not None:
+                    item.host = mapped.image(item.batch)
             if times:
                 # Requests of two batches overlap: each batch is charged from the end of the one before it.
                 begun = max(idle_since, min(begin for begin, _ in times))
@@ -104,7 +105,7 @@ async def _begin(
     item: InFlight,
     *,
     reader: Reader,
-    in_place: bool,
+    mapped: MmapReader | None,
     arena: RingArena,
     residents: Residents,
     threads: Threads,
@@ -116,11 +117,11 @@ async def _begin(
     if item.resident:
         item.host = residents.host_image(batch)
         return
-    if in_place:
+    if mapped is not None:
         item.reads = [
-            threads.submit(_timed, reader.touch, extent)
+            threads.submit(_timed, mapped.touch, extent)
             for extent, _ in _requests(batch, request_bytes)
-            if not reader.touched_lately(extent)
+            if not mapped.touched_lately(extent)
         ]
         return
     if batch.host_resident:
