@@ -184,7 +184,7 @@ def test_a_pipeline_that_nobody_asks_reads_what_its_slots_hold_and_parks(tmp_pat
     async def main():
         reader = recording(plan)
         async with Pipeline(plan, reader=reader) as pipeline:
-            arena, _ = pipeline._arenas
+            arena, _ = pipeline._resources.arenas
             await asyncio.to_thread(reader.steps.wait_for, 3)
             while not arena._freed._waiters:  # until the read stage waits for room
                 await turns(1)
