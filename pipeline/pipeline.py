@@ -22,6 +22,7 @@ from layerstream.pipeline.record import SweepRecord
 from layerstream.pipeline.resources import Resources
 from layerstream.pipeline.supervision import run_stages
 from layerstream.stages.channel import Channel
+from layerstream.stages.clock import Clock
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, noting
@@ -29,7 +30,7 @@ from layerstream.stages.read import read_stage
 from layerstream.stages.readers import Reader
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.threads import Once, finish_in_thread
-from layerstream.stages.timings import Clock, Timings
+from layerstream.stages.timings import Timings
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline"]
