@@ -13,6 +13,7 @@ import torch
 from layerstream.pipeline.assembly import Assembly, move_buffers
 from layerstream.pipeline.binding import Binding, put_buffers
 from layerstream.pipeline.engine import Engine
+from layerstream.pipeline.estimator import Estimator
 from layerstream.pipeline.hardware import Hardware
 from layerstream.pipeline.host_cache import check_host_cache
 from layerstream.pipeline.opening import Options, open_model
@@ -21,7 +22,6 @@ from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective
 from layerstream.pipeline.replanning import hardware_without
-from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.room import room_of
 from layerstream.pipeline.stats import Stats
 from layerstream.pipeline.sweeps import Sweeps
@@ -188,7 +188,7 @@ class StreamedModel:
         self._resources.push_async_callback(finish_in_thread, engine.threads.close)
         # Passes under way are failed before their threads are waited for.
         self._resources.push_async_callback(sweeps.aclose)
-        self._resources.callback(engine.close)
+        self._resources.callback(engine.requests.close)
 
     async def _keep(
         self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding], device: Device
@@ -225,7 +225,7 @@ class StreamedModel:
 
     async def drain(self) -> None:
         """Refuse new requests, and wait for those that run or wait. ``aclose`` then has nobody to fail."""
-        await self._open_engine().drain()
+        await self._open_engine().requests.drain()
 
     def abandon_pass(self) -> None:
         """End the pass of the calling thread that an interrupt has left open: nobody else would."""
@@ -339,7 +339,7 @@ class StreamedModel:
 
     def stats(self) -> Stats:
         """Counters and gauges of requests, sweeps and stages, as they are now."""
-        return self._open_engine().stats(self._pipeline.timings())
+        return self._open_engine().requests.stats(self._pipeline.timings())
 
     def in_request(self) -> bool:
         """Whether the calling thread is that of a request, whose memory is reserved."""
