@@ -69,6 +69,15 @@ class ClosedError(LayerstreamError):
     """Raised when a pipeline or model is used before it was opened or after it was closed."""
 
 
+def echo_of(error: BaseException) -> ClosedError:
+    """An error for all callers but the first that ``error`` reaches: one object raised again collects tracebacks."""
+    if isinstance(error, ClosedError):
+        return ClosedError(*error.args)
+    echo = ClosedError(f"streaming has failed before: {error}")
+    echo.__cause__ = error
+    return echo
+
+
 class _Numbered(Protocol):
     """A layer batch, planned or arrived."""
 
