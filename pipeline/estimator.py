@@ -1,6 +1,6 @@
-"""What a request needs of memory, told from its inputs before it boards.
+"""The memory that a request needs, estimated from its inputs before it begins.
 
-KV caches and activations are priced by the formula that the plan reserves by; see ``estimate_memory``.
+KV caches and activations are estimated by the formula of the plan's reservation; see ``estimate_memory``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from layerstream.pipeline.workload import estimate_memory, workload_bytes
 
 __all__ = ["Estimator", "Need"]
 
-# Below this, a prompt in pieces takes more sweeps than anybody would wait for.
+# In smaller pieces, a prompt would take too many sweeps.
 _SMALLEST_CHUNK = 32
-# What assisted generation looks ahead by default, and transformers' default for new tokens.
+# transformers' defaults: tokens that assisted generation looks ahead, and new tokens.
 _CANDIDATES = 20
 _NEW_TOKENS = 20
 
@@ -29,24 +29,24 @@ class Need:
     """What a request takes."""
 
     nbytes: int  # of the room for all requests
-    sequences: int  # rows of its batch, as the caller sees them
-    prompt_tokens: int  # ids in each row that the generated ones come behind
+    sequences: int  # rows in the caller's batch
+    prompt_tokens: int  # ids in each row, before the generated ones
     new_tokens: int
-    chunk_tokens: int | None = None  # the prompt has to be read in pieces of so many tokens
-    step_tokens: int = 0  # of a pass behind the prompt, over all rows
-    step_bytes: int = 0  # what it takes beside the layers while such passes are under way
+    chunk_tokens: int | None = None  # if the prompt has to be processed in pieces: tokens in each
+    step_tokens: int = 0  # of a pass after the prompt, over all rows
+    step_bytes: int = 0  # that it takes beside the layers during such a pass
 
 
 class Estimator:
-    """Prices the requests of one model.
+    """Estimates the memory of the requests of one model.
 
     Args:
         module: the transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
         workload: what the plan reserves for.
         room: memory for all requests together.
-        on_cpu: activations are in the host's memory, where a request also takes what is no tensor.
-        reserved: what it reserves for ``workload``, where it was measured, is what prices follow.
+        on_cpu: activations are in host memory, where libraries take memory for a request besides tensors.
+        reserved: the plan; if it has measured what ``workload`` takes, estimates are scaled to that.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Estimator:
         self._item = getattr(module, "dtype", torch.float32).itemsize
 
     def resize(self, room: Room) -> None:
-        """From now on there is so much for all requests together."""
+        """Change the memory for all requests together."""
         self._room = room
 
     def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
-        """What one forward pass takes: its caches, its activations, and logits for all positions.
+        """What one forward pass takes: its cache, its activations, and logits for all positions.
 
         Raises:
             AdmissionError: more than there is for all requests together.
@@ -118,10 +118,10 @@ class Estimator:
         )
 
     def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
-        """What a generation takes at its end, when its caches are full.
+        """What a generation takes at its end, when its cache is full.
 
-        A prompt whose activations do not fit in one piece is given a chunk size, where the strategy of
-        generation allows for that.
+        A prompt whose activations do not fit in one piece gets a chunk size, if the generation strategy
+        allows that.
 
         Raises:
             AdmissionError: more than there is for all requests together.
@@ -129,7 +129,7 @@ class Estimator:
         named = by_name(getattr(self._module, "generate", None), inputs, named)
         shape = shape_of(self._module, "generate", named)
         setting = Settings(self._module, named)
-        # The ids that come with a cache usually hold the tokens that it was made of, too.
+        # Ids that come with a cache usually include the tokens in the cache.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
         new = self._new_tokens(setting, shape)
         branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
@@ -137,12 +137,12 @@ class Estimator:
         candidates = self._candidates(setting, named)
         guided = setting.get("guidance_scale") not in (None, 1)
         if guided:
-            rows *= 2  # a second pass without the prompt, with a cache of its own
+            rows *= 2  # a second pass without the prompt, with its own cache
         other = rows * candidates * self._vocabulary * 12  # logits, scores, softmax in float32
         scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
         other += scores * rows * new * self._vocabulary * 4
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
-        # What the pass over the prompt has made libraries keep stays to the end.
+        # What libraries keep after the pass over the prompt stays to the end.
         other += self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
         def at_once(tokens: int) -> Parts:
@@ -183,7 +183,7 @@ class Estimator:
     ) -> Parts:
         """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
 
-        ``halved``: half of the rows have another cache, which the call makes itself, where it computes.
+        ``halved``: half of the rows have another cache, which the call makes itself on the device.
         """
         at_once = max(at_once, 1)
         asked = Workload(
@@ -214,7 +214,7 @@ class Estimator:
         return parts.other if self._room.is_two else sum(parts)
 
     def _beside_bytes(self, rows: int, *, logits: int) -> int:
-        """What a request takes that is no tensor."""
+        """Memory of a request that libraries take besides tensors."""
         if not self._on_cpu:
             return 0
         beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
@@ -230,7 +230,7 @@ class Estimator:
 
     @staticmethod
     def _candidates(setting: Settings, named: Mapping[str, Any]) -> int:
-        """How many tokens assisted generation verifies at once, beside the one that it is sure of."""
+        """How many candidate tokens assisted generation verifies in one pass."""
         if (looked_up := setting.number("prompt_lookup_num_tokens", 0)) > 0:
             return looked_up
         if named.get("assistant_model") is not None:
@@ -258,7 +258,7 @@ class Estimator:
         )
 
     def _chunk(self, length: int, at_once: Any) -> int | None:
-        """The largest piece of a prompt that fits, of halves, quarters and so on; None if none does."""
+        """The size of the largest piece of a prompt that fits: a half, a quarter and so on; None if none does."""
         pieces = 2
         while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
             if self._fits(at_once(chunk)):
@@ -270,7 +270,7 @@ class Estimator:
         if self._fits(parts):
             return need
         if not shape.told:
-            # A guess refuses nobody; it has all the memory to itself.
+            # Inputs of unknown size: refuse nothing on a guess, but run it alone.
             return Need(
                 nbytes=self._room.nbytes,
                 sequences=need.sequences,
