@@ -1,4 +1,4 @@
-"""The rates that a plan is priced with: what is known of the machine, and an assumption for what is not. Pure."""
+"""The rates that predictions are made with: those known of the machine, and assumptions for the others. Pure."""
 
 import itertools
 import math
@@ -9,13 +9,13 @@ from layerstream.pipeline.hardware import Hardware
 
 __all__ = ["Input", "Rates", "rates_of", "sizes_of"]
 
-# What stands in for a rate that nobody measured or gave; each is marked as assumed wherever it shows.
-_DISK = 1.5e9  # a plain NVMe disk of some years ago
+# Assumptions for rates that were neither measured nor given; each is marked as assumed wherever it is shown.
+_DISK = 1.5e9  # an ordinary, older NVMe disk
 _MMAP_SHARE = 0.5  # of the direct rate: page faults cost processor time
-_H2D = 12e9  # 16 lanes of PCIe 3, as copies from page-locked memory reach it
-_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver's
+_H2D = 12e9  # 16 lanes of PCIe 3, from page-locked memory
+_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver
 _HOST_COPY = 5e9  # one thread
-_CPU_WEIGHTS = 5e9  # bytes per second and core, as far as memory allows
+_CPU_WEIGHTS = 5e9  # bytes per second and core, up to the memory bandwidth
 _CPU_FLOPS = 50e9  # per core, bfloat16 with AVX-512
 _GPU_WEIGHTS = 300e9  # memory bandwidth of a small GPU
 _GPU_FLOPS = 30e12
@@ -28,7 +28,7 @@ _BESIDE_MATRICES = 1.2
 # 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
 # errs on the slow side. Not measured again.
 _MAPPED = 0.3
-# Of one batch through three stages: some hops between threads and the loop.
+# Of one batch through three stages: some switches between threads and the event loop.
 _OVERHEAD = 0.5e-3
 
 _ASSUMED_AT = (1, 16, 256, 4096)  # tokens
@@ -38,7 +38,7 @@ _PROBED = {Origin.MEASURED, Origin.CONTENDED, Origin.CACHED}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A figure that a plan was made with, and how it is known."""
+    """A figure that a plan was made with, and its origin."""
 
     name: str  # of the field of Hardware
     value: float
@@ -50,23 +50,25 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """All rates that a price needs, none missing. Bytes per second, where the name says nothing else."""
+    """All rates that a prediction needs, in bytes per second unless the name says otherwise."""
 
     disk: float  # direct reads
     mmap: float  # faulting in files that are not in the page cache
     host_copy: float
     h2d: float
-    pageable_h2d: float  # from memory that is not page-locked; the same is taken for the way back
+    pageable_h2d: (
+        float  # from memory that is not page-locked; assumed to hold for the other direction too
+    )
     compute: tuple[ComputeRate, ...]
-    beside_matrices: float  # times what products with matrices take, a layer takes
-    mapped_seconds_per_byte: float  # that computation takes longer with weights in the page cache
+    beside_matrices: float  # the time of a layer divided by that of its matrix products
+    mapped_seconds_per_byte: float  # additional time of computation with weights in the page cache
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float
     inputs: tuple[Input, ...]
 
     def used(self, *, kv_on_host: bool) -> tuple[Input, ...]:
-        """The inputs that a plan was priced with: pageable copies are those of a KV cache on the host."""
+        """The inputs that the prediction depends on: pageable copies only with a KV cache on the host."""
         return tuple(
             each
             for each in self.inputs
@@ -76,8 +78,8 @@ class Rates:
     def weights_per_second(self, tokens: float) -> float:
         """Bytes of weights that a pass of so many tokens computes with per second.
 
-        Between two known sizes of a pass, and beyond the largest, its time is a straight line in the number
-        of tokens: it is what reading the weights takes, and then what multiplying takes.
+        Between two known sizes of a pass, and beyond the largest, its time is interpolated linearly in the number
+        of tokens: first the time to read the weights dominates, then that of multiplications.
         """
         known = [(rate.tokens, 1 / rate.bytes_per_second) for rate in self.compute]
         first, last = known[0], known[-1]
@@ -92,7 +94,7 @@ class Rates:
 
 
 def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
-    """How much memory ``hardware`` has free, and how much of the files it has in memory already; in bytes."""
+    """Free memory of ``hardware``, and how much of the files is in memory already, in bytes."""
     return tuple(
         Input(
             name=name,
@@ -105,7 +107,7 @@ def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
 
 
 def rates_of(hardware: Hardware) -> Rates:
-    """``hardware``'s rates, with assumptions for those that are not known."""
+    """The rates of ``hardware``, with assumptions for unknown ones."""
     inputs: list[Input] = []
 
     def rate(name: str, assumed: float) -> float:
@@ -133,7 +135,10 @@ def rates_of(hardware: Hardware) -> Rates:
     )
     figure = hardware.figures.get("compute")
     if figure is not None and figure.origin is Origin.LEARNT:
-        processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
+        processor = (
+            0.0,
+            processor[1],
+        )  # the learnt rate of computation includes reads at the same time
     probed = figure is not None and figure.origin in _PROBED
     mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
     host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
