@@ -54,8 +54,7 @@ class _Closer:
         self.model = model
         self._lock = threading.Lock()
         this = weakref.ref(self)
-        # Not atexit: by then the pools of threads that closing takes are shut down. Thread pools
-        # themselves use this one.
+        # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
         threading._register_atexit(lambda: (closer := this()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def __call__(self) -> None:

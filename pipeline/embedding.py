@@ -172,14 +172,14 @@ class GatheredTable(torch.nn.Parameter):
                 return leaf
             if leaf.nbytes > WHOLE_BYTES or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way
                 raise _refusal(str(func))
-            # transformers computes with the bytes where they lie in the mapped file, and some kernels
-            # give other bits for other addresses modulo the widest vectors.
+            # transformers computes with the bytes in the mapped file, and some kernels give other bits at other
+            # addresses modulo the widest vectors.
             found = congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
             return leaf._read(list(range(leaf.shape[0])), found).to(leaf.device)  # noqa: SLF001
 
         return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs or {}))
 
-    # These three hand out the table's memory, past any operation, and there is none.
+    # These three would give access to the table's memory, which does not exist.
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise _refusal("pickle or copy")

@@ -1,4 +1,4 @@
-"""What sweeps that were run tell of the machine, in place of what was probed or assumed."""
+"""Learns rates of the machine from completed sweeps, in place of probed or assumed ones."""
 
 import statistics
 from collections import defaultdict
@@ -13,22 +13,22 @@ from layerstream.stages.timings import StageTimings, SweepSpan, Timings
 
 __all__ = ["learn"]
 
-# What shows a rate, and not the time of a few requests.
+# Enough to show a rate, and not the latency of a few requests.
 _LEAST_BYTES = 64 << 20
-# Of computation's time, at least so much is taken to be work, however much its hand-offs were thought to be.
+# At least this share of computation's time counts as work, even if hand-offs were predicted to take more.
 _LEAST_WORK = 0.2
 
 
 def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
 
-    The disk's rate is learnt from direct reads, the link's from copies to a GPU, and computation's from sweeps
-    with one forward pass each, for its number of tokens; rates for other numbers move in proportion. What
+    The rate of the disk is learnt from direct reads, that of the link from copies to a GPU, and that of computation from
+    sweeps with a single forward pass, for its number of tokens; rates for other numbers change in proportion. What
     ``timings`` do not show stays as it was.
 
     Args:
-        hardware: what was known before.
-        plan: that was run.
+        hardware: with the rates known before.
+        plan: the one that was run.
         timings: of the pipeline that ran it.
     """
     fields: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     if plan.device_memory is not None and (rate := _link(timings, stage=1)):
         fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
-    # A GPU computes while batches are handed over; a processor's time with a batch has that in it.
+    # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
     on_cpu = plan.device_memory is None
     learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch if on_cpu else 0.0)
     if learnt:
@@ -51,13 +51,13 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
 
 
 def _steady(timings: Timings) -> list[SweepSpan]:
-    """The sweeps that show what goes on showing, of which every span was kept."""
+    """The sweeps that are typical of later ones, and of which all spans were kept."""
     since = timings.complete_since_seconds
     return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
 
 
 def _link(timings: Timings, *, stage: int) -> float | None:
-    """Bytes per second that a stage reached; None where too little went through it."""
+    """Bytes per second that a stage reached; None if it had too few bytes."""
     passed = [
         timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
         for sweep in _steady(timings)
@@ -84,7 +84,7 @@ def _rate(stage: StageTimings, overhead_seconds: float) -> float:
 
 
 def _merged(known: Rates, learnt: dict[int, float]) -> tuple[ComputeRate, ...]:
-    """``known`` and ``learnt`` rates; the known ones in proportion to the learnt one that is nearest."""
+    """``known`` and ``learnt`` rates; known ones are scaled like the nearest learnt one."""
     factors = {tokens: rate / known.weights_per_second(tokens) for tokens, rate in learnt.items()}
     merged = {
         rate.tokens: rate.bytes_per_second
