@@ -163,7 +163,7 @@ class _Sizes:
     windows: tuple[int | None, ...]  # per attention layer: how many tokens it looks back; None: all
     state: int  # of all recurrent layers, per sequence
     scan: int  # of a recurrent layer, in float32 per token of the prompt
-    piece: int  # tokens that it computes at a time: a prompt is filled up to a multiple
+    piece: int  # tokens that it computes at once; a prompt is padded to a multiple
     item_bytes: int
 
 
