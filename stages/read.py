@@ -83,13 +83,13 @@ async def read_stage(
                     item.host = mapped.image(item.batch)
             if times:
                 # Requests of two batches overlap: each batch counts from the end of the one before it.
-                begin = max(idle_since, min(begin for begin, _ in times))
+                begin = max(idle_since, min(start for start, _ in times))
                 clock.add(Doing.WAITING_OUT, idle_since, begin, batch=item.batch.index)
                 idle_since = clock.add(
                     Doing.WORKING,
                     begin,
                     # Small requests may have ended before the last ones of the batch before.
-                    max(begin, *(end for _, end in times)),
+                    max(begin, *(stop for _, stop in times)),
                     batch=item.batch.index,
                     nbytes=item.batch.read_bytes,
                 )
