@@ -92,7 +92,7 @@ class Pipeline:
 
         Raises:
             CheckpointError: the files are not those of the plan.
-            DeviceError: the device is not there, or has not the memory.
+            DeviceError: the device is not there, or does not have the memory.
         """
         if self._stages is not None or self._closed:
             raise ClosedError("a pipeline is opened once; make a new one from the same plan")
@@ -175,6 +175,7 @@ class Pipeline:
         Raises:
             BusyError: another sweep is under way.
             ClosedError: the pipeline is not open.
+            PlanError: the plan has no such batches.
         """
         self._check_idle()
         order = tuple(route) if route is not None else tuple(range(len(self.plan.batches)))
@@ -286,17 +287,13 @@ class Pipeline:
 
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened; a GPU's work counts once it is finished."""
-        sizes = (self.plan.host_arena_bytes, self.plan.device_arena_bytes)
-        arenas = zip(("host slots", "device slots"), sizes, self._resources.arenas, strict=False)
+        arenas = zip(("host slots", "device slots"), self._resources.arenas, strict=False)
+        occupancy = (arena.occupancy(name) for name, arena in arenas)
         return self._record.timings(
             self._clocks,
             opened_seconds=self._opened_at,
             labels=tuple(batch.label for batch in self.plan.batches),
-            occupancy=tuple(
-                arena.occupancy(name=name, capacity_bytes=size)
-                for name, size, arena in arenas
-                if size
-            ),
+            occupancy=tuple(each for each in occupancy if each.capacity_bytes),
         )
 
     def _ended(self, sweep: Sweep) -> None:

@@ -60,6 +60,7 @@ class RingArena:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
+        self._size_bytes = memory.numel()  # also when closed
         self.gauge = Gauge()  # of the bytes in slots
         self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)  # of slots that were given back
         self._live: deque[Slot] = deque()
@@ -125,11 +126,11 @@ class RingArena:
             self._live.popleft()
         self._freed.set()
 
-    def occupancy(self, *, name: str, capacity_bytes: int) -> Occupancy:
-        """How full it has been. The capacity is an argument, since a closed ring has no memory any more."""
+    def occupancy(self, name: str) -> Occupancy:
+        """How full it has been, under ``name``. May be asked for after it was closed."""
         return Occupancy(
             name=name,
-            capacity_bytes=capacity_bytes,
+            capacity_bytes=self._size_bytes,
             mean_bytes=self.gauge.mean(),
             peak_bytes=self.gauge.peak,
             spans=tuple(self.spans),
