@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["Settings", "Shape", "by_name", "shape_of", "takes_criteria", "wants_cache"]
+__all__ = [
+    "Settings",
+    "Shape",
+    "by_name",
+    "is_encoder_decoder",
+    "shape_of",
+    "takes_criteria",
+    "wants_cache",
+]
 
 # Inputs that are not tokens: how many tokens a model makes of them is unknown here.
 _OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
+
+# transformers' defaults: new tokens, and tokens that assisted generation looks ahead.
+_NEW_TOKENS = 20
+_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +60,22 @@ class Settings:
         value = self.get(name)
         return int(value) if isinstance(value, (int, float)) else default
 
+    def new_tokens(self, begun: int) -> int:
+        """How many tokens are generated in each row at most, after ``begun`` ones."""
+        if (new := self.get("max_new_tokens")) is not None:
+            return max(int(new), 1)
+        if (length := self.get("max_length")) is not None:
+            return max(int(length) - begun, 1)
+        return _NEW_TOKENS
+
+    def candidates(self) -> int:
+        """How many candidate tokens assisted generation verifies in one pass."""
+        if (looked_up := self.number("prompt_lookup_num_tokens", 0)) > 0:
+            return looked_up
+        if self._named.get("assistant_model") is not None:
+            return max(self.number("num_assistant_tokens", _CANDIDATES), 1)
+        return 0
+
 
 def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name; positional ones without a name in ``function`` are left out."""
@@ -60,6 +88,11 @@ def takes_criteria(module: Any) -> bool:
     """Whether the model's ``generate`` is one that takes stopping criteria by name."""
     generate = getattr(module, "generate", None)
     return generate is not None and "stopping_criteria" in inspect.signature(generate).parameters
+
+
+def is_encoder_decoder(module: Any) -> bool:
+    """Whether the model's config says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
@@ -94,7 +127,7 @@ def shape_of(module: Any, what: str, named: Mapping[str, Any]) -> Shape:
         if isinstance(value, torch.Tensor) and value.dim()
     ]
     ids = _tokens(given, "input_ids", "")[1]
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(module):
         ids = max(decoder, 1)  # the decoder begins with a start token
     return Shape(
         rows=max(rows, decoder_rows) or max(first, default=1),

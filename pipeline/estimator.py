@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.calls import Settings, Shape, by_name, shape_of, takes_criteria
+from layerstream.pipeline.calls import (
+    Settings,
+    Shape,
+    by_name,
+    is_encoder_decoder,
+    shape_of,
+    takes_criteria,
+)
 from layerstream.pipeline.overheads import overheads
 from layerstream.pipeline.plan import Plan, Workload
 from layerstream.pipeline.room import Parts, Room
@@ -19,9 +26,6 @@ __all__ = ["Estimator", "Need"]
 
 # In smaller pieces, a prompt would take too many sweeps.
 _SMALLEST_CHUNK = 32
-# transformers' defaults: tokens that assisted generation looks ahead, and new tokens.
-_CANDIDATES = 20
-_NEW_TOKENS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,7 @@ class Estimator:
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
         self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item = getattr(module, "dtype", torch.float32).itemsize
+        self._encoder_decoder = is_encoder_decoder(module)
 
     def resize(self, room: Room) -> None:
         """Change the memory for all requests together."""
@@ -131,10 +136,10 @@ class Estimator:
         setting = Settings(self._module, named)
         # Ids that come with a cache usually include the tokens in the cache.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
-        new = self._new_tokens(setting, shape)
+        new = setting.new_tokens(shape.decoder if self._encoder_decoder else shape.length)
         branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
         rows = shape.rows * branches
-        candidates = self._candidates(setting, named)
+        candidates = setting.candidates()
         guided = setting.get("guidance_scale") not in (None, 1)
         if guided:
             rows *= 2  # a second pass without the prompt, with its own cache
@@ -220,23 +225,6 @@ class Estimator:
         beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
         return beside.rider_bytes
 
-    def _new_tokens(self, setting: Settings, shape: Shape) -> int:
-        if (new := setting.get("max_new_tokens")) is not None:
-            return max(int(new), 1)
-        if (length := setting.get("max_length")) is not None:
-            begun = shape.decoder if self._module.config.is_encoder_decoder else shape.length
-            return max(int(length) - begun, 1)
-        return _NEW_TOKENS
-
-    @staticmethod
-    def _candidates(setting: Settings, named: Mapping[str, Any]) -> int:
-        """How many candidate tokens assisted generation verifies in one pass."""
-        if (looked_up := setting.number("prompt_lookup_num_tokens", 0)) > 0:
-            return looked_up
-        if named.get("assistant_model") is not None:
-            return max(setting.number("num_assistant_tokens", _CANDIDATES), 1)
-        return 0
-
     @staticmethod
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
         """The assistant's own KV cache and activations; its weights are the caller's."""
@@ -250,9 +238,9 @@ class Estimator:
         return (
             shape.told
             and takes_criteria(self._module)
-            and not self._module.config.is_encoder_decoder
+            and not self._encoder_decoder
             and setting.get("use_cache") is not False
-            and not self._candidates(setting, named)
+            and not setting.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()
             and ("past_key_values" not in named or (shape.on_host and not shape.past))
         )
