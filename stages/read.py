@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
@@ -82,17 +82,7 @@ async def read_stage(
                 if mapped is not None:
                     item.host = mapped.image(item.batch)
             if times:
-                # Requests of two batches overlap: each batch counts from the end of the one before it.
-                begin = max(idle_since, min(start for start, _ in times))
-                clock.add(Doing.WAITING_OUT, idle_since, begin, batch=item.batch.index)
-                idle_since = clock.add(
-                    Doing.WORKING,
-                    begin,
-                    # Small requests may have ended before the last ones of the batch before.
-                    max(begin, *(stop for _, stop in times)),
-                    batch=item.batch.index,
-                    nbytes=item.batch.read_bytes,
-                )
+                idle_since = _count(clock, item.batch, times, idle_since=idle_since)
             if item.batch.host_resident and not item.batch.device_resident:
                 residents.arrived(item.batch)
             await out.put(item)
@@ -149,6 +139,18 @@ def _requests(batch: LayerBatch, request_bytes: int) -> Iterator[tuple[Extent, i
                 Extent(file=read.file, offset=read.file_offset + at, nbytes=nbytes),
                 read.host_offset + at,
             )
+
+
+def _count(
+    clock: Clock, batch: LayerBatch, times: Sequence[tuple[float, float]], *, idle_since: float
+) -> float:
+    """Count the reading of ``batch``, from when its requests began and ended; returns when it was done."""
+    # Requests of two batches overlap: each batch counts from the end of the one before it.
+    begin = max(idle_since, min(start for start, _ in times))
+    # Small requests may have ended before the last ones of the batch before.
+    end = max(begin, *(stop for _, stop in times))
+    clock.add(Doing.WAITING_OUT, idle_since, begin, batch=batch.index)
+    return clock.add(Doing.WORKING, begin, end, batch=batch.index, nbytes=batch.read_bytes)
 
 
 def _timed(call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> tuple[float, float]:
