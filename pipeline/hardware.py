@@ -45,6 +45,8 @@ class Hardware:
         pageable_h2d_bytes_per_second: host to device, from ordinary memory.
         host_copy_bytes_per_second: from host memory to host memory, in one thread.
         compute: by ascending tokens.
+        attention_flops_per_second: of a long prompt; 4 for each pair of tokens and each element of a head.
+        blocks_per_second: decoder blocks of next to no size, as far as Python and kernel launches allow.
         direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
         mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
         overhead_seconds_per_batch: of passing a layer batch through the stages.
@@ -65,6 +67,8 @@ class Hardware:
     pageable_h2d_bytes_per_second: float | None = None
     host_copy_bytes_per_second: float | None = None
     compute: tuple[ComputeRate, ...] = ()
+    attention_flops_per_second: float | None = None
+    blocks_per_second: float | None = None
     direct_read_cpu_seconds_per_byte: float | None = None
     mmap_read_cpu_seconds_per_byte: float | None = None
     overhead_seconds_per_batch: float | None = None
@@ -182,6 +186,8 @@ _RATES = (
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
     "host_copy_bytes_per_second",
+    "attention_flops_per_second",
+    "blocks_per_second",
 )
 _COSTS = (
     "direct_read_cpu_seconds_per_byte",

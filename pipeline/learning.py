@@ -22,12 +22,12 @@ _LEAST_WORK = 0.2
 def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
 
-    The rate of the disk is learnt from direct reads, that of the link from copies to a GPU, and that of computation from
-    sweeps with a single forward pass, for its number of tokens; rates for other numbers change in proportion. What
-    ``timings`` do not show stays as it was.
+    The rate of the disk is learnt from direct reads, and that of the link from copies to a GPU. The rates of
+    computation are scaled by what the plan predicted of sweeps with a single forward pass, divided by what they took;
+    those for other numbers of tokens are scaled like the nearest. What ``timings`` do not show stays as it was.
 
     Args:
-        hardware: with the rates known before.
+        hardware: that ``plan`` was made with.
         plan: the one that was run.
         timings: of the pipeline that ran it.
     """
@@ -39,9 +39,9 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     known = rates_of(hardware)
     # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
     on_cpu = plan.device_memory is None
-    learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch if on_cpu else 0.0)
-    if learnt:
-        fields["compute"] = _merged(known, learnt)
+    overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
+    if factors := _factors(plan, timings, overhead_seconds=overhead):
+        fields |= _scaled(known, factors)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)
     return replace(
         hardware,
@@ -66,32 +66,52 @@ def _link(timings: Timings, *, stage: int) -> float | None:
     return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
 
 
-def _compute(timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
-    """Bytes of weights per second, by the tokens of a pass."""
+def _factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
+    """How many times as fast as predicted passes were computed, by their number of tokens."""
     found = defaultdict(list)
     for sweep in _steady(timings):
         if sweep.tokens is None:
             continue
+        predicted = _predicted_seconds(plan, sweep.tokens)
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
-        if stage.bytes >= _LEAST_BYTES:
-            found[sweep.tokens].append(_rate(stage, overhead_seconds))
-    return {tokens: statistics.median(rates) for tokens, rates in found.items()}
+        if stage.bytes >= _LEAST_BYTES and predicted > 0:
+            found[sweep.tokens].append(predicted / _seconds(stage, overhead_seconds))
+    return {tokens: statistics.median(factors) for tokens, factors in found.items()}
 
 
-def _rate(stage: StageTimings, overhead_seconds: float) -> float:
-    handed_over = stage.items * overhead_seconds
-    return stage.bytes / max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
-
-
-def _merged(known: Rates, learnt: dict[int, float]) -> tuple[ComputeRate, ...]:
-    """``known`` and ``learnt`` rates; known ones are scaled like the nearest learnt one."""
-    factors = {tokens: rate / known.weights_per_second(tokens) for tokens, rate in learnt.items()}
-    merged = {
-        rate.tokens: rate.bytes_per_second
-        * factors[min(factors, key=lambda size: abs(size - rate.tokens))]
-        for rate in known.compute
-    }
-    merged.update(learnt)
-    return tuple(
-        ComputeRate(tokens=tokens, bytes_per_second=rate) for tokens, rate in sorted(merged.items())
+def _predicted_seconds(plan: Plan, tokens: int) -> float:
+    """Computation in a sweep of ``tokens``: between a decoding step and a prompt, interpolated linearly."""
+    if plan.workload is None:
+        return 0.0
+    few = plan.workload.batch_size
+    many = few * plan.workload.prompt_tokens
+    step, prompt = (
+        sweep.compute_seconds for sweep in (plan.prediction.decode, plan.prediction.prefill)
     )
+    if tokens <= few or many == few:
+        return step
+    return step + (prompt - step) * (tokens - few) / (many - few)
+
+
+def _seconds(stage: StageTimings, overhead_seconds: float) -> float:
+    handed_over = stage.items * overhead_seconds
+    return max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
+
+
+def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
+    """The rates of computation, by the names of Hardware's fields."""
+
+    def nearest(tokens: int) -> float:
+        return factors[min(factors, key=lambda size: abs(size - tokens))]
+
+    return {
+        "compute": tuple(
+            ComputeRate(
+                tokens=rate.tokens, bytes_per_second=rate.bytes_per_second * nearest(rate.tokens)
+            )
+            for rate in known.compute
+        ),
+        # Attention matters in long prompts, and Python in steps of few tokens.
+        "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],
+        "blocks_per_second": known.blocks_per_second * factors[min(factors)],
+    }

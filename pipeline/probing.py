@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.block_probe import measure_blocks
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.compute_probe import (
     TOKENS,
@@ -44,6 +45,7 @@ _COPIES = (
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
 )
+_BLOCKS = ("attention_flops_per_second", "blocks_per_second")
 # Volumes with a smaller share of the checkpoint, such as one small file elsewhere, do not affect its rate.
 _LEAST_SHARE = 0.9
 # A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
@@ -136,6 +138,12 @@ def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
             names=_COPIES,
             of_processors=True,
             measure=partial(measure_copies, device),
+        ),
+        _Subject(
+            key={**there, "of": "blocks", "dtype": dtype},
+            names=_BLOCKS,
+            of_processors=True,
+            measure=partial(measure_blocks, device, dtype=dtype),
         ),
         _Subject(
             key={**there, "of": "compute", "dtype": dtype, "shapes": sizes},

@@ -68,7 +68,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         f"and for {len(plan.batches)} hand-offs: {format_seconds(sweep.seconds)}."
     )
     if plan.workload is not None:
-        yield "Computing is the layers' matrices at the rate for so many tokens, and attention over the cache."
+        yield "Computing is matrices at the rate for so many tokens, attention over the cache, and Python."
     if plan.kv_cache_on_host:
         yield "Computing takes the KV cache to the device and back as well, at the rate that is not page-locked."
     if plan.reader is ReaderKind.MMAP and not sweep.read_seconds:
@@ -177,6 +177,8 @@ _NAMES = {
     "disk_bytes_per_second": "disk, direct reads",
     "mmap_bytes_per_second": "disk, mapped files",
     "host_copy_bytes_per_second": "copies in host RAM",
+    "attention_flops_per_second": "attention in a long prompt",
+    "blocks_per_second": "Python and launches of blocks",
     "h2d_bytes_per_second": "copies to the device",
     "pageable_h2d_bytes_per_second": "the same, not page-locked",
     "direct_read_cpu_seconds_per_byte": "processor, direct reads",
@@ -197,6 +199,10 @@ def _value(name: str, value: float) -> str:
         return format_seconds(value)
     if name.endswith("_bytes"):
         return format_bytes(value)
+    if name.endswith("_flops_per_second"):
+        return f"{format_decimal(value).removesuffix('B')}FLOP/s"
+    if name == "blocks_per_second":
+        return f"{value:.4g} blocks/s"
     return f"{format_decimal(value)}/s"
 
 

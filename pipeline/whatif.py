@@ -15,6 +15,8 @@ __all__ = ["WhatIf"]
 # Rates that depend on this machine's processor.
 _OF_THE_PROCESSOR = (
     "host_copy_bytes_per_second",
+    "attention_flops_per_second",
+    "blocks_per_second",
     "direct_read_cpu_seconds_per_byte",
     "mmap_read_cpu_seconds_per_byte",
     "h2d_bytes_per_second",

@@ -34,8 +34,9 @@ class Work:
     The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
     experts computes with the experts that tokens are routed to: of E experts, k for each token, a share of
     ``1 - (1 - k/E)^tokens`` is read if routing is even. Attention of ``q`` new tokens over a context of ``c`` takes
-    ``4 q c`` times the width of the heads in operations, and reads the keys and values. The head computes the last
-    token of each sequence, as in generation.
+    ``4 q c`` times the width of the heads in operations, and reads the keys and values. Operations per element take a
+    share of the time of multiplications. Running a block's Python and launching its kernels takes a constant time, during
+    which a GPU computes. The head computes the last token of each sequence, as in generation.
     """
 
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
@@ -69,14 +70,19 @@ class Work:
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
-            total = total * self._rates.beside_matrices + self._attention(forward)
+            total += self._elementwise(dense, tokens) + self._attention(forward)
+            launching = self._rates.block_seconds
+            total = max(total, launching) if self._rates.launches_ahead else total + launching
         return total
+
+    def _elementwise(self, nbytes: int, tokens: int) -> float:
+        last = self._rates.compute[-1]
+        multiplying = nbytes * tokens / (last.bytes_per_second * last.tokens)
+        return self._rates.elementwise * multiplying
 
     def _attention(self, forward: Pass) -> float:
         pairs = forward.sequences * forward.tokens * forward.context
-        last = self._rates.compute[-1]
-        # A weight of two bytes is multiplied once per token, which gives operations per second.
-        operations = 4 * pairs * self._attention_width / (last.bytes_per_second * last.tokens)
+        operations = 4 * pairs * self._attention_width / self._rates.attention_flops_per_second
         read = 2 * forward.sequences * forward.context * self._kv_width
         return operations + read / self._rates.compute[0].bytes_per_second
 
