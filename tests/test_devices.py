@@ -228,6 +228,7 @@ def test_free_memory_is_told_by_devices_that_have_their_own(make_device):
     if device.reads_host_images:
         assert device.free_bytes() is None
         return
+    device.trim()  # of a block that is kept and larger, all counts as taken when a part of it is
     before = device.free_bytes()
     kept = device.device_memory(64 << 20)
     assert before - (80 << 20) < device.free_bytes() <= before - kept.numel()

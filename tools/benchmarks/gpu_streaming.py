@@ -161,8 +161,9 @@ def _sweep(
 
 def copied_bytes(plan: Plan) -> int:
     """Bytes that go to the device in a sweep; rehearsing, where nothing is copied, all bytes."""
-    copied = sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
-    return copied or sum(batch.host_bytes for batch in plan.batches)
+    if plan.device_memory is None:
+        return sum(batch.host_bytes for batch in plan.batches)
+    return sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
 
 
 def from_ram(bench: Bench) -> Result:
