@@ -28,6 +28,9 @@ _BESIDE_MATRICES = 1.2
 # 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
 # errs on the slow side. Not measured again.
 _MAPPED = 0.3
+# What the host takes to ask a GPU for a block's kernels, some eighty operations from Python, however little the GPU has to
+# compute: 20 to 25 ms are known for the 32 blocks of a llama. Not measured where the plan is made.
+_ASKING = 0.7e-3
 # Of one batch through three stages: some hops between threads and the loop.
 _OVERHEAD = 0.5e-3
 
@@ -59,6 +62,7 @@ class Rates:
     pageable_h2d: float  # from memory that is not page-locked; the same is taken for the way back
     compute: tuple[ComputeRate, ...]
     beside_matrices: float  # times what products with matrices take, a layer takes
+    asking_seconds_per_block: float  # at least so long a GPU computes with a block
     mapped_seconds_per_byte: float  # that computation takes longer with weights in the page cache
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
@@ -149,6 +153,7 @@ def rates_of(hardware: Hardware) -> Rates:
         pageable_h2d=pageable,
         compute=compute,
         beside_matrices=_BESIDE_MATRICES if probed else 1.0,
+        asking_seconds_per_block=_ASKING if probed and hardware.device != "cpu" else 0.0,
         mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,
         direct_cpu_seconds_per_byte=processor[0],
         mmap_cpu_seconds_per_byte=processor[1],

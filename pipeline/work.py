@@ -70,6 +70,7 @@ class Work:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
             total = total * self._rates.beside_matrices + self._attention(forward)
+            total = max(total, self._rates.asking_seconds_per_block)
         return total
 
     def _attention(self, forward: Pass) -> float:

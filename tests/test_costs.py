@@ -7,12 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import CPU, GPU
+from support.checkpoints import CPU, GPU, write_checkpoint
 from support.plans import plan_of
 
-from layerstream.pipeline import PlanError, Workload
+from layerstream.pipeline import Checkpoint, PlanError, Workload
 from layerstream.pipeline.costs import BatchCost, _Ring, play
+from layerstream.pipeline.figures import Figure, Origin
 from layerstream.pipeline.hardware import ComputeRate
+from layerstream.pipeline.layers import LayerKind, group_layers
+from layerstream.pipeline.layout import planned_layers
+from layerstream.pipeline.rates import rates_of
+from layerstream.pipeline.work import Pass, Work
 from layerstream.stages.arena import RingArena
 
 MIB = 1 << 20
@@ -184,3 +189,23 @@ def test_a_plan_is_never_slower_by_its_own_model_than_the_trivial_plans(request)
     alone = plan_of(**request, layer_batch_size=1, slots=1)
     bare = next(each for each in alone.candidates if each.name)
     assert plan.prediction.request_seconds <= equal * bare.request_seconds
+
+
+def test_a_gpu_takes_no_less_for_a_block_than_the_host_takes_to_ask_for_its_kernels(tmp_path):
+    write_checkpoint(tmp_path, blocks=2)
+    checkpoint = Checkpoint.open(tmp_path)
+    layers = planned_layers(checkpoint, group_layers(checkpoint))
+    block = next(layer for layer in layers if layer.kind is LayerKind.BLOCK)
+    step = Pass(sequences=1, tokens=1, context=8, prompt=False)
+
+    def seconds(hardware, origin):
+        known = dataclasses.replace(
+            hardware,
+            compute=(ComputeRate(tokens=1, bytes_per_second=1e12),),
+            figures={"compute": Figure(origin=origin)},
+        )
+        return Work(None, rates_of(known)).seconds(block, step)
+
+    assert 0.1e-3 < seconds(GPU, Origin.MEASURED) < 2e-3
+    assert seconds(CPU, Origin.MEASURED) < 1e-6
+    assert seconds(GPU, Origin.LEARNT) < 1e-6  # that has it in it
