@@ -29,8 +29,8 @@ _BESIDE_MATRICES = 1.2
 # errs on the slow side. Not measured again.
 _MAPPED = 0.3
 # What the host takes to ask a GPU for a block's kernels, some eighty operations from Python, however little the GPU has to
-# compute. Assumed: torch's own code, on a runtime that plays a GPU, took 0.4 to 0.6 ms for a block of a llama.
-_ASKING = 0.5e-3
+# compute. Assumed: torch's own code, on a runtime that plays a GPU, took 0.38 ms for a block of a llama.
+_ASKING = 0.4e-3
 # Of one batch through three stages: some hops between threads and the loop.
 _OVERHEAD = 0.5e-3
 
