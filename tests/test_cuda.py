@@ -693,10 +693,12 @@ def test_a_computation_that_runs_out_of_memory_tells_its_caller_and_harms_nobody
 def test_memory_that_cannot_be_page_locked_leaves_no_error_for_the_next_kernel():
     device = CudaDevice(torch.device("cuda:0"))
     memory = device.host_memory(1 << 20)
-    refusal = device._cudart("cudaHostRegister", memory.address, 1 << 20, 0)  # a second time
-    assert "already" in refusal
-    assert torch.ones(4, device="cuda:0").sum().item() == 4
-    device.release_host_memory(memory)
+    try:
+        refusal = device._cudart("cudaHostRegister", memory.address, 1 << 20, 0)  # a second time
+        assert "already" in refusal
+        assert torch.ones(4, device="cuda:0").sum().item() == 4
+    finally:  # what stays registered refuses the next tests memory at this address
+        device.release_host_memory(memory)
     assert torch.ones(4, device="cuda:0").sum().item() == 4
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from layerstream.pipeline import Hardware
 from layerstream.tools.benchmarks import copying, gpu
-from layerstream.tools.benchmarks.gpu_bench import MIB, Bench
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, Result, Row
 from layerstream.tools.benchmarks.gpu_models import decode
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.benchmarks.overlap import overlap_of, picture
@@ -60,6 +61,38 @@ def test_a_checkpoint_that_was_made_beforehand_is_used(tmp_path, monkeypatch, ca
     assert gpu.main() == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()} == before
     assert "model of" in capsys.readouterr().out
+
+
+def test_a_row_that_hangs_costs_itself_alone(tmp_path, monkeypatch):
+    given_up, commands = threading.Event(), []
+
+    def quick(_):
+        monkeypatch.setattr(gpu, "_ROW_SECONDS", 0.01 if not commands else 1000)
+        return Result(ratio=None, says="", details={})
+
+    def hangs(_):
+        assert given_up.wait(60)
+        raise SystemExit  # as if the process had become another one
+
+    def execv(_, command):
+        commands.append(command)
+        monkeypatch.setattr(gpu, "_ROW_SECONDS", 1000)
+        given_up.set()
+
+    rows = {"first": quick, "hangs": hangs, "last": quick}
+    rows = [Row(name=name, target="-", measure=measure) for name, measure in rows.items()]
+    monkeypatch.setattr(gpu, "ROWS", rows)
+    monkeypatch.setattr(gpu.os, "execv", execv)
+    argv = ["gpu", "--rehearse", "--scratch", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", commands[0][2:])
+    assert gpu.main() == 1
+    written = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["rows"]
+    hung = "failed: it had not come to its end in 0 s"
+    assert [row["why"] for row in written] == ["rehearsed", hung, "rehearsed"]
+    assert [row["failed"] for row in written] == [False, True, False]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -38,6 +38,9 @@ export PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 P
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 # What was measured here before is not believed, and nothing is left in anybody's home, nor in /tmp.
 export XDG_CACHE_HOME="$work/cache" TMPDIR="$work/tmp"
+# On Hopper, torch tries cuDNN's attention first, and that builds a graph for each new length of a KV cache: some 30 ms of
+# the host's time in every step of a generation, whoever makes it. Everybody here has the attention of other GPUs.
+export TORCH_CUDNN_SDPA_DEPRIORITIZED=1
 # The tests need pytest alone: what else is installed has no say in them.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 

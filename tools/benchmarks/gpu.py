@@ -5,14 +5,18 @@ has after each. A row that was not measured says so, and why.
 """
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,9 @@ __all__ = ["main"]
 MIB = 1 << 20
 # Host RAM for every row: one that page-locks the model of 11 GB, a peer's copy of it, and the files' pages.
 _ROOM_BYTES = 36 << 30
+# No row takes half of this on a machine that it works on.
+_ROW_SECONDS = 120.0
+_NOT_REACHED = "not reached"
 
 
 def main() -> int:
@@ -43,27 +50,35 @@ def main() -> int:
     if args.checkpoint_only:
         make_room(0 if args.rehearse else _ROOM_BYTES)
         make_checkpoint(args.scratch / "model", _recipe(rehearse=args.rehearse))
+        if not args.rehearse:
+            os.sync()  # not while the disk is measured
         return 0
     if not args.rehearse and not torch.cuda.is_available():
         print("there is no CUDA device here; --rehearse runs this on the CPU", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(device=torch.device("cpu" if args.rehearse else "cuda:0"))
-    result: dict[str, Any] = {
+    result: dict[str, Any] = _begun(args) or {
         "rehearsal": args.rehearse,
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(),
         "device": accelerator.describe(),
         "tests": _tests(args.tests),
-        "rows": [_entry(row, "not reached") for row in ROWS],
+        "rows": [_entry(row, _NOT_REACHED) for row in ROWS],
     }
     _write(args.out, result)
     with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as own:
         bench = _prepared(args, accelerator, args.scratch or Path(own), result)
         for place, row in enumerate(ROWS):
+            if (
+                result["rows"][place]["why"] != _NOT_REACHED
+            ):  # before the row that did not come to its end
+                continue
             late = time.monotonic() > ends
-            entry = _entry(row, "out of time") if late else _measure(row, bench, args.rehearse)
+            with _bounded(row, place, result, args, ends):
+                entry = _entry(row, "out of time") if late else _measure(row, bench, args.rehearse)
             result["rows"][place] = entry
+            result["found"] = bench.found
             _write(args.out, result)
     print((args.out / "gpu_check.txt").read_text(encoding="utf-8"), end="")
     failed = [entry for entry in result["rows"] if entry["failed"]]
@@ -85,6 +100,9 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="make the checkpoint in --scratch, where the next run finds it, and no more",
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on behind the rows that --out has"
+    )
     parser.add_argument("--tests", type=Path, help="JUnit XML of the tests, to go into the result")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny, on the CPU: measures nothing"
@@ -93,6 +111,40 @@ def _arguments() -> argparse.Namespace:
     if args.checkpoint_only and args.scratch is None:
         parser.error("--checkpoint-only needs --scratch")
     return args
+
+
+def _begun(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What an earlier process has found, if this one is to go on with it."""
+    if not args.resume:
+        return None
+    found: dict[str, Any] = json.loads((args.out / "gpu_check.json").read_text(encoding="utf-8"))
+    return found
+
+
+@contextmanager
+def _bounded(
+    row: Row, place: int, result: dict[str, Any], args: argparse.Namespace, ends: float
+) -> Iterator[None]:
+    """Let a row that hangs cost itself: nothing ends a call of the driver's, so another process measures the others."""
+
+    def give_up() -> None:
+        why = f"failed: it had not come to its end in {_ROW_SECONDS:.0f} s"
+        print(f"   {why}", file=sys.stderr)
+        faulthandler.dump_traceback(2)
+        result["rows"][place] = _entry(row, why, failed=True)
+        _write(args.out, result)
+        left = max(1, int(ends - time.monotonic()))
+        command = [*sys.argv[1:], "--resume", "--seconds", str(left)]
+        module = ["-m", "layerstream.tools.benchmarks.gpu"]
+        os.execv(sys.executable, [sys.executable, *module, *command])  # noqa: S606 - itself
+
+    timer = threading.Timer(_ROW_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _prepared(
@@ -108,7 +160,8 @@ def _prepared(
         _write(args.out, result)
         raise
     result["model_bytes"] = made.total_bytes
-    result["seconds_to_make_the_model"] = None if made.reused else time.monotonic() - began
+    seconds = None if made.reused else time.monotonic() - began
+    result.setdefault("seconds_to_make_the_model", seconds)
     # More than the rows take of a machine that has less: what does not fit says so.
     make_room(0 if args.rehearse else _ROOM_BYTES)
     result["machine"]["host_available_bytes"] = host_available_bytes()
@@ -120,6 +173,7 @@ def _prepared(
         sweeps=2 if args.rehearse else 20,
         block_bytes=tuple(MIB << n for n in ((0, 1) if args.rehearse else range(0, 9, 2))),
         pin_bytes=4 * MIB if args.rehearse else 4 << 30,
+        found=result.get("found", {}),
     )
 
 

@@ -17,7 +17,12 @@ from layerstream.stages.timings import Timings
 from layerstream.tools.benching.peers import PEERS, NotInstalledError
 from layerstream.tools.benchmarks.copying import Peak
 from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
-from layerstream.tools.benchmarks.gpu_streaming import copied_bytes, streaming_plan, within_budget
+from layerstream.tools.benchmarks.gpu_streaming import (
+    copied_bytes,
+    reader_of,
+    streaming_plan,
+    within_budget,
+)
 
 __all__ = ["against", "decode"]
 
@@ -52,7 +57,7 @@ def _ours(bench: Bench, *, on_host: bool) -> tuple[float, torch.Tensor]:
             device=bench.device,
             budget=_models_budget,
             workload=_WORKLOAD,
-            reader="direct",
+            reader=reader_of(bench, on_host=on_host),
         ) as model:
             seconds, logits = [], torch.empty(0)
             for _ in range(4):
@@ -116,7 +121,7 @@ def decode(share: float) -> Callable[[Bench], Result]:
                 device=bench.device,
                 budget=budget,
                 workload=_WORKLOAD,
-                reader="direct",
+                reader=reader_of(bench, on_host=True),
                 hardware=hardware,
             ) as model:
                 await model.generate(_ids(bench), max_new_tokens=2, do_sample=False)

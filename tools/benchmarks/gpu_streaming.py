@@ -27,6 +27,7 @@ __all__ = [
     "from_ram",
     "overlap",
     "page_locking",
+    "reader_of",
     "streaming_plan",
     "vram",
     "within_budget",
@@ -70,11 +71,20 @@ def page_locking(bench: Bench) -> Result:
     )
 
 
+def reader_of(bench: Bench, *, on_host: bool) -> str:
+    """How files are read: what stays in host RAM comes there once, out of the page cache, where making them left them.
+
+    A processor would compute with mapped files where they are, and rehearse nothing.
+    """
+    return "mmap" if on_host and bench.accelerator.is_gpu else "direct"
+
+
 def streaming_plan(bench: Bench, *, on_host: bool) -> Plan:
     """Three slots on either side, no layer in VRAM, and all of them in host RAM or none."""
     checkpoint = Checkpoint.open(bench.folder)
     hardware = asyncio.run(Hardware.probe(checkpoint, device=bench.device))
-    whole = make_plan(checkpoint, hardware, reader="direct", layer_batch_size=1)
+    reader = reader_of(bench, on_host=on_host)
+    whole = make_plan(checkpoint, hardware, reader=reader, layer_batch_size=1)
     batches = whole.batches
     host = whole.host_memory.reserved_bytes + 3 * max(batch.host_bytes for batch in batches)
     vram = None
@@ -91,7 +101,7 @@ def streaming_plan(bench: Bench, *, on_host: bool) -> Plan:
         checkpoint,
         hardware,
         budget=Budget(vram=vram, host=host),
-        reader="direct",
+        reader=reader,
         layer_batch_size=1,
         slots=3,
     )
@@ -161,8 +171,9 @@ def _sweep(
 
 def copied_bytes(plan: Plan) -> int:
     """Bytes that go to the device in a sweep; rehearsing, where nothing is copied, all bytes."""
-    copied = sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
-    return copied or sum(batch.host_bytes for batch in plan.batches)
+    if plan.device_memory is None:
+        return sum(batch.host_bytes for batch in plan.batches)
+    return sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
 
 
 def from_ram(bench: Bench) -> Result:
