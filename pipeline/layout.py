@@ -24,11 +24,12 @@ _COPY_GAP_BYTES = 16 << 10
 
 # Names of modules whose rows are looked up.
 _TABLE = re.compile("emb|wte|wpe|shared")
-_TABLE_DIMENSIONS = 2
+_MATRIX_DIMENSIONS = 2
 
-# Tensors begin at multiples of this in device images, which suits the widest loads of kernels.
+# Matrices begin at multiples of this in a GPU's images: cuBLASLt chooses kernels by the alignment of its operands, up to
+# this, and transformers' own tensors have at least as much. Another kernel may round otherwise.
 _DEVICE_ALIGNMENT = 256
-# Sufficient for every vector load: within one copy, tensors may follow one another at such offsets.
+# Sufficient for every vector load: within one copy, vectors, and on a CPU all tensors, may follow one another so.
 _LEAST_ALIGNMENT = 16
 # The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
 _VECTOR_BYTES = 64
@@ -89,7 +90,7 @@ def planned_layers(
     def streams(layer: Layer, name: str) -> bool:
         if not gathers_tables or layer.kind is not LayerKind.EMBEDDING:
             return True
-        is_matrix = len(checkpoint.tensors[name].shape) == _TABLE_DIMENSIONS
+        is_matrix = len(checkpoint.tensors[name].shape) == _MATRIX_DIMENSIONS
         return not (is_matrix and _TABLE.search(name))
 
     def source(name: str) -> TensorSource:
@@ -236,7 +237,9 @@ def _device_image(
         fused = len(pieces) > 1 or source.copied
         offset = None
         if segments and not fused and first.read == last_read:
-            offset = _follows(segments[-1], first.host_offset, source.item_bytes)
+            vector = len(source.shape) < _MATRIX_DIMENSIONS
+            multiple = _LEAST_ALIGNMENT if congruent or vector else _DEVICE_ALIGNMENT
+            offset = _follows(segments[-1], first.host_offset, max(multiple, source.item_bytes))
             if offset and congruent and (offset - first.host_offset) % _VECTOR_BYTES:
                 offset = None
         if offset is None:
@@ -262,13 +265,15 @@ def _device_image(
     )
 
 
-def _follows(segment: Sequence[int], host_offset: int, item_bytes: int) -> int | None:
-    """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it; None if it should not be."""
+def _follows(segment: Sequence[int], host_offset: int, multiple: int) -> int | None:
+    """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it.
+
+    None if the gap is too large, or the offset not a multiple of ``multiple``.
+    """
     host, device, nbytes = segment
     gap = host_offset - (host + nbytes)
     offset = device + host_offset - host
-    aligned = offset % max(_LEAST_ALIGNMENT, item_bytes) == 0
-    return offset if 0 <= gap <= _COPY_GAP_BYTES and aligned else None
+    return offset if 0 <= gap <= _COPY_GAP_BYTES and offset % multiple == 0 else None
 
 
 def _up(nbytes: int, multiple: int) -> int:

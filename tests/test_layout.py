@@ -195,6 +195,24 @@ def test_five_hundred_neighbouring_tensors_are_one_read_and_on_a_gpu_one_segment
     assert len(batch.segments) == 1
 
 
+@pytest.mark.parametrize(("width", "segments"), [(512, 1), (960, 2)])
+def test_on_a_gpu_a_matrix_is_aligned_as_torch_aligns_its_own_whatever_lies_before_it(
+    width, segments
+):
+    norm = source("norm", extent(0, 2 * width), dtype="bfloat16")
+    matrix = TensorSource(
+        name="matrix",
+        dtype="bfloat16",
+        shape=(4, width),
+        extents=(extent(2 * width, 8 * width),),
+    )
+    batch = layout_batch(
+        [layer(norm, matrix)], index=0, file_bytes=[10 * width], reads_host_images=False
+    )
+    assert [view.offset % 256 for view in batch.tensors] == [0, 0]
+    assert len(batch.segments) == segments
+
+
 def test_layers_that_travel_together_and_lie_side_by_side_are_one_read_and_one_segment():
     layers = [layer(source(f"{i}", extent(104 + 4096 * i, 4096)), name=f"{i}") for i in range(6)]
     batch = layout_batch(layers, index=0, file_bytes=[104 + 6 * 4096], reads_host_images=False)
