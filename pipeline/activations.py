@@ -1,6 +1,6 @@
-"""What a workload takes beside the weights, counted in forward passes on the meta device.
+"""The memory of a workload besides the weights, counted in forward passes on the meta device.
 
-No weight is read and nothing is computed: shapes alone tell how many bytes are alive at any moment.
+No weight is read and nothing is computed: the bytes that are alive at any moment follow from shapes.
 """
 
 import inspect
@@ -25,28 +25,28 @@ __all__ = ["LiveBytes", "PromptPass", "measure_memory"]
 
 logger = logging.getLogger(__name__)
 
-# Blocks take 4 to 10 operations per module. A model that loops over its tokens takes thousands, for seconds.
+# Blocks have 4 to 10 operations per module. A model that loops over its tokens has thousands, which take seconds.
 _OPERATIONS_PER_MODULE = 40
 _LEAST_OPERATIONS = 2000
 
-# Of torch.nn.attention.SDPBackend: the one that makes the scores of all queries and keys.
+# Of torch.nn.attention.SDPBackend: the one that computes the scores of all queries and keys.
 _MATH = 0
 
 
 def measure_memory(
     module: Any, workload: Workload, device: torch.device | None = None
 ) -> WorkloadMemory | None:
-    """What ``workload`` takes in ``module``, a transformers model on the meta device; None where it won't tell.
+    """The memory of ``workload`` in ``module``, a transformers model on the meta device; None if it cannot be measured.
 
     Args:
         module: its weights and buffers are not counted.
-        workload: every sequence is as long as the prompt; more than one are taken to be padded.
-        device: where it will be computed, which decides what attention takes; the CPU by default.
+        workload: every sequence is as long as the prompt; with more than one, padding is assumed.
+        device: where it will be computed, which decides the memory of attention; the CPU by default.
     """
     prompt = PromptPass.of(module, workload, device)
     if prompt is None:
         return None
-    clone = clone_modules(module)  # with copies of buffers, which are no activations
+    clone = clone_modules(module)  # its copies of buffers are no activations
     try:
         with torch.no_grad(), prompt.watched():
             prompt.done(clone(**prompt.inputs))
@@ -56,7 +56,7 @@ def measure_memory(
 
 
 class PromptPass:
-    """The forward pass in which a workload's prompt is processed, and what it took."""
+    """The forward pass that processes a workload's prompt, and its memory."""
 
     inputs: Mapping[str, Any]
 
@@ -96,13 +96,13 @@ class PromptPass:
             yield
 
     def done(self, output: Any) -> None:
-        """Take what the pass returned. Call it while watched."""
+        """Take the output of the pass. To be called inside ``watched``."""
         _sample(output.logits)
         self._output = output
         self._peak_bytes = self._live.peak_bytes
 
     def memory(self) -> WorkloadMemory | None:
-        """What the workload takes; passes the last token to know. None if the pass failed, or that does."""
+        """The memory of the workload; makes a pass with the last token. None if that or the prompt's pass fails."""
         if self._output is None:
             return None
         try:
@@ -129,14 +129,14 @@ class PromptPass:
         kv_bytes = _storage_bytes(cache)
         return WorkloadMemory(
             kv_bytes=kv_bytes,
-            # A sliding window may keep all of a long prompt until the next token comes: that goes again.
+            # A sliding window may keep all of a long prompt until the next token; that memory is freed then.
             prefill_bytes=self._peak_bytes - min(prompt_bytes, kv_bytes),
             decode_bytes=self._live.peak_bytes - kv_bytes,
             measured=True,
         )
 
     def _inputs(self, tokens: int, seen: int) -> dict[str, Any]:
-        """What generation gives for ``tokens`` new ones of ``seen``."""
+        """The inputs that generation passes for ``tokens`` new ones of ``seen``."""
         batch = self._workload.batch_size
         accepted = inspect.signature(self._module.forward).parameters
         inputs: dict[str, Any] = {
@@ -153,7 +153,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         now_bytes: alive at present.
-        peak_bytes: the most that was alive at a time; may be set back.
+        peak_bytes: the most that was alive at any time; may be reset.
     """
 
     def __init__(self, *, limit: int | None = None) -> None:
@@ -164,7 +164,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what ``func`` makes."""
+        """Count the tensors that ``func`` makes."""
         if self._left is not None:
             self._left -= 1
             if self._left < 0:
@@ -196,9 +196,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Has attention on the meta device take what the kernel takes that the real device would choose.
+    """Makes attention on the meta device take the memory of the kernel that the real device would choose.
 
-    The meta device itself always makes all scores.
+    The meta device itself always computes all scores.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -206,7 +206,7 @@ class _FusedAttention(TorchFunctionMode):
         self._device = device
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make what a fused kernel makes, where there would be one."""
+        """Make the tensors that a fused kernel makes, if the device would use one."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             made = self._fused(*args, **kwargs)
@@ -217,7 +217,7 @@ class _FusedAttention(TorchFunctionMode):
     def _fused(
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any
     ) -> torch.Tensor | None:
-        """The attention's result; None where scores would be made."""
+        """The result of attention; None if scores would be computed."""
         stand_ins = [
             each if each is None else self._stand_in(each)
             for each in (query, key, value, attn_mask)
@@ -236,20 +236,20 @@ class _FusedAttention(TorchFunctionMode):
         return attended.transpose(-2, -3)
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape of ``tensor`` on the real device, in no memory worth mentioning."""
+        """A tensor of the shape of ``tensor`` on the real device, in almost no memory."""
         row = torch.empty(tensor.shape[-1:], dtype=tensor.dtype, device=self._device)
         return row.expand(tensor.shape)
 
 
 def _sample(logits: torch.Tensor) -> None:
-    """Make what choosing the next token of each sequence takes at most: top-p sampling, as transformers does it."""
+    """Make the tensors of the most expensive choice of the next token: top-p sampling, as in transformers."""
     scores = logits[:, -1].to(torch.float32, copy=True)
     best, _order = torch.sort(scores)
     best.softmax(dim=-1).cumsum(dim=-1)
 
 
 def _grow(cache: Any, tokens: int) -> None:
-    """Have ``cache`` take ``tokens`` more per sequence."""
+    """Add ``tokens`` per sequence to ``cache``."""
     for layer in getattr(cache, "layers", ()):
         held = [getattr(layer, name, None) for name in ("keys", "values")]
         # Of shape (batch, heads, tokens, size); a recurrent layer has none.
@@ -261,7 +261,7 @@ def _grow(cache: Any, tokens: int) -> None:
 
 
 def _cache_of(output: Any) -> tuple[str, Any]:
-    """What a model hands on to its next step, and the name by which it takes it."""
+    """The cache that a model passes to its next step, and the name of the argument."""
     for name in ("past_key_values", "cache_params", "state"):
         cache = getattr(output, name, None)
         if cache is not None:
@@ -270,13 +270,13 @@ def _cache_of(output: Any) -> tuple[str, Any]:
 
 
 def _storage_bytes(cache: Any) -> int:
-    """Bytes of memory that ``cache`` keeps alive; its counters do not count."""
+    """Bytes of memory that ``cache`` keeps alive, without its counters."""
     storages = [each.untyped_storage() for each in _tensors_in(cache) if each.dim()]
     return sum({id(storage): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that ``value`` holds: in lists, mappings and attributes."""
+    """The tensors in ``value``: in lists, mappings and attributes."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Who may ride: requests reserve their memory before they board, first come, first served."""
+"""Admission: requests reserve their memory before they begin, first come, first served."""
 
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
@@ -11,9 +11,13 @@ __all__ = ["Admission", "Reservation"]
 
 
 class Reservation(Future[None]):
-    """Memory that a request asks for, and a place if it needs one. Done when it has them.
+    """A Future that is done when a request has its memory, and its place if it needs one.
 
-    Wait for it in a thread by ``result()``, on the event loop by ``asyncio.wrap_future``.
+    Wait for it in a thread with ``result()``, on the event loop with ``asyncio.wrap_future``.
+
+    Args:
+        nbytes: the memory.
+        places: 1 or 0.
     """
 
     def __init__(self, nbytes: int, *, places: int) -> None:
@@ -23,14 +27,14 @@ class Reservation(Future[None]):
 
 
 class Admission:
-    """Hands out the memory for requests, and the places of the riders' threads. For the event loop only.
+    """Grants memory for requests, and places in the riders' threads. For the event loop only.
 
-    A request has all of its memory from its beginning to its end, so that none fails half-way. They get it in
-    the order in which they asked: a small one that would fit does not overtake a large one that waits.
+    A request has all of its memory from its beginning to its end, so that none fails half-way. Grants are made in
+    the order of asking: a small request that would fit does not overtake a large one that waits.
 
     Args:
         room_bytes: memory for KV caches and activations of all requests together.
-        places: how many requests may ride at once.
+        places: how many threads there are.
     """
 
     def __init__(self, *, room_bytes: int, places: int) -> None:
@@ -43,7 +47,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """How many reservations wait."""
         return len(self._queue)
 
     def ask(self, reservation: Reservation) -> None:
@@ -55,7 +59,7 @@ class Admission:
         self._grant()
 
     def give_back(self, reservation: Reservation) -> None:
-        """Take back what ``reservation`` has, or its place in the queue. May be called again."""
+        """Release what ``reservation`` has, or remove it from the queue. May be called again."""
         if reservation in self._granted:
             self._granted.remove(reservation)
             self.reserved_bytes -= reservation.nbytes
@@ -66,22 +70,22 @@ class Admission:
         self._grant()
 
     def resize(self, room_bytes: int) -> None:
-        """From now on there is so much. Who has some keeps it; who waits for more than there is, is refused."""
+        """Change the memory for all. What is granted stays; reservations that can never be granted fail."""
         self.room_bytes = room_bytes
         for waiting in [each for each in self._queue if each.nbytes > room_bytes]:
-            self._queue.remove(waiting)  # or else all behind it would wait for ever
+            self._queue.remove(waiting)  # otherwise all behind it would wait for ever
             error = refusal(
                 what="a request that waits", need_bytes=waiting.nbytes, room_bytes=room_bytes
             )
-            with suppress(InvalidStateError):  # cancelled by who waits
+            with suppress(InvalidStateError):  # the caller cancelled it
                 waiting.set_exception(error)
         self._grant()
 
     def close(self, why: str) -> None:
-        """Let those who wait, and all who ask from now on, fail with a ClosedError that says ``why``."""
+        """Fail waiting and future reservations with a ClosedError that says ``why``."""
         self._closed = why
         while self._queue:
-            with suppress(InvalidStateError):  # cancelled by who waits
+            with suppress(InvalidStateError):  # the caller cancelled it
                 self._queue.popleft().set_exception(ClosedError(why))
 
     def _grant(self) -> None:

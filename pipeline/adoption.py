@@ -1,4 +1,4 @@
-"""Which plans a running pipeline can go on by, and what becomes of its own when residents go. Pure."""
+"""Which plans a running pipeline can switch to, and its plan after residents were removed. Pure."""
 
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What would help: the chosen plan once more, with one thing changed. Pure."""
+"""What would help: plans again with one thing changed. Pure."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def advise(asked: Asked, best: Choice) -> tuple[Advice, ...]:
 
 
 def _one_batch(best: Choice) -> tuple[int, int]:
-    """What one more layer batch would take to stay: in host RAM, and in VRAM."""
+    """The memory that one more resident layer batch needs: in host RAM, and in VRAM."""
     streamed = sorted(
         (batch.host_bytes, batch.device_bytes) for batch in best.placement.batches if batch.streamed
     )
@@ -56,7 +56,7 @@ def _changes(asked: Asked, one_batch: tuple[int, int]) -> Iterator[tuple[str, As
     on_host, on_device = one_batch
     if asked.on_cpu:
         on_host, on_device = on_host + on_device, 0
-    # Less than a layer batch need not bring anything.
+    # Less than a layer batch may bring nothing.
     for nbytes in (_GIB, *(size for size in (on_host,) if size > _GIB)):
         yield f"{_much(nbytes)} more of host RAM", _more(asked, host=nbytes)
     if not asked.on_cpu:
@@ -85,9 +85,9 @@ def _much(nbytes: int) -> str:
 
 
 def _absolute(asked: Asked, best: Choice) -> Budget:
-    """The budgets in bytes, so that they can be added to."""
+    """The budgets in bytes, so that they can be increased."""
     host, device = best.memory
-    # Where none was given, the page cache counts as well; giving one would forbid that.
+    # Without a host budget the page cache is used as well; setting one would forbid that.
     cached = best.placement.reader is ReaderKind.MMAP and asked.budget.host is None
     return Budget(
         host=None if cached else host.budget_bytes,

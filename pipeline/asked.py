@@ -1,4 +1,4 @@
-"""What a plan is asked for: the arguments of ``make_plan``, checked, and what they come to. Pure."""
+"""The arguments of ``make_plan``, checked, and what follows from them. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +18,18 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["LEAST_SLOTS", "SLOTS", "Asked"]
 
-# Depth covers jitter, not bandwidth: one slot is computed with, one is ready, one is being read. Among equals
-# the first is taken. With a single one the stages wait for one another: where nothing else fits.
+# More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. Of equally
+# fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
 LEAST_SLOTS = 1
 SLOTS = (3, 2, 4, LEAST_SLOTS)
-# What the kernel remembers of files that a process has just read counts in its cgroup as long as nobody needs the memory:
-# 15 MB were seen behind torch's libraries. It is no reason to refuse a budget.
+# The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were seen
+# after loading torch's libraries. That is no reason to refuse a budget.
 _HOST_UNCERTAIN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a plan is asked for: the arguments of ``make_plan``, checked."""
+    """The arguments of ``make_plan``, checked."""
 
     checkpoint: Checkpoint
     hardware: Hardware
@@ -43,7 +43,7 @@ class Asked:
     layer_batch_size: int | None
     slots: int | None
     held_bytes: int
-    # Of a running pipeline; they stay as they are.
+    # Of a running pipeline; they cannot change.
     rings: Arenas | None = None
     kv_on_host: bool | None = None
 
@@ -74,35 +74,35 @@ class Asked:
 
     @property
     def workload_bytes(self) -> int:
-        """What requests take beside weights."""
+        """Memory of requests besides weights."""
         return 0 if self.memory is None else self.memory.reserved_bytes
 
     @property
     def beside_bytes(self) -> int:
-        """What this process takes beside the plan: code that was loaded, and what requests take that is no tensor."""
+        """Memory of this process besides the plan: code that was loaded, and what requests take besides tensors."""
         return self.held_bytes + self.overhead_bytes
 
     @cached_property
     def overhead_bytes(self) -> int:
-        """What the workload's requests take on a CPU that is no tensor."""
+        """Memory of the workload's requests on a CPU besides tensors."""
         if not self.on_cpu or self.workload is None:
             return 0
         w = self.workload
-        # Most modules have a weight; blocks and the model itself are some more. Experts that files have one by one are
-        # one module: as tensors of the checkpoint, those of a large mixture would come to 200 MB a request.
+        # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in the
+        # files are one module: counted separately, those of a large mixture would come to 200 MB for each request.
         modules = sum(len(layer.tensors) for layer in self.layers)
         found = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
         return found.of(w.batch_size)
 
     @cached_property
     def rates(self) -> Rates:
-        """What the machine does per second."""
+        """The rates of the machine."""
         return rates_of(self.hardware)
 
     @cached_property
     def host_budget_bytes(self) -> int:
         """Host memory that may be used."""
-        # What was taken for this model is not free any more, but within its budget.
+        # Memory that this model has taken already is not free any more, but in its budget.
         free = self.hardware.host_available_bytes + self.held_bytes
         given = self.budget.host_bytes(free)
         return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)

@@ -1,4 +1,4 @@
-"""A traced model taken apart for streaming: what travels in which layer, what is gathered, what hooks tell."""
+"""Prepares a traced model for streaming: which weights are in which layer, which are gathered, and the hooks."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,11 +24,11 @@ __all__ = ["Assembly", "move_buffers"]
 
 
 class Assembly:
-    """A traced model, taken apart: what streams in which layer, and what is gathered.
+    """A traced model, prepared for streaming: which weights are in which layer, and which are gathered.
 
     Attributes:
-        memory: what ``workload`` takes beside the weights on ``device``, as a pass on the meta device measured
-            it; None where no workload is given, or it could not be measured.
+        memory: of ``workload`` besides the weights, measured in a pass on the meta device; None without a workload,
+            or if it could not be measured.
     """
 
     memory: WorkloadMemory | None
@@ -55,7 +55,7 @@ class Assembly:
         self.layers = model_layers(traced, checkpoint, self._uses, recordings)
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
-        """The layers as the planner wants them."""
+        """The layers for the planner."""
         return tuple(self._planned(layer, checkpoint) for layer in self.layers)
 
     def _planned(self, layer: ModelLayer, checkpoint: Checkpoint) -> PlannedLayer:
@@ -69,7 +69,7 @@ class Assembly:
         )
 
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
-        """A binding per layer batch; puts placeholders everywhere."""
+        """Put placeholders everywhere, and return a binding for each layer batch."""
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -86,7 +86,7 @@ class Assembly:
         return bindings
 
     def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
-        """Put tables that gather their rows from the files into the embeddings; returns their files."""
+        """Put tables that gather rows from the files into the embeddings; returns their open files."""
         files: dict[int, TableSource] = {}
         with ExitStack() as opened:
             for name, uses in self._gathered.items():
@@ -104,11 +104,11 @@ class Assembly:
                 )
                 for use in uses:
                     self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
-            opened.pop_all()  # theirs from here on
+            opened.pop_all()  # the caller closes them from here on
         return list(files.values())
 
     def hook(self, riders: Riders, plan: Plan) -> None:
-        """Let calls of modules tell the sweeps what a pass needs, and when it begins and ends."""
+        """Add hooks to modules: they tell riders which layer batch is needed, and when a pass begins and ends."""
         index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
         needs = {
             path: index_of[layer.name]
@@ -136,8 +136,8 @@ def _hook(riders: Riders, module: nn.Module, path: str, index: int | None, *, ex
         return None if given is named else (inputs, given)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        # With always_call, it is called after an exception too, then without an output; also after one
-        # that kept the thread from getting a rider.
+        # With always_call, this is called after an exception too, without an output; even after one that kept the
+        # thread from getting a rider.
         rider = riders.current()
         if rider is None:
             return None
@@ -162,7 +162,7 @@ def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
 def _fetcher(
     recipe: Recipe, checkpoint: Checkpoint, device: torch.device
 ) -> Callable[[], torch.Tensor] | None:
-    """What reads a small parameter from its files, by itself."""
+    """A function that reads a small parameter from its files; None for a large one."""
     extents = _extents(recipe, checkpoint)
     if recipe.pieces is None or sum(extent.nbytes for extent in extents) > WHOLE_BYTES:
         return None
@@ -183,7 +183,7 @@ def _fetcher(
 
 
 def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
-    """What has to be read for a recipe: its pieces in place, or the tensors that it is computed from."""
+    """What has to be read for a recipe: its pieces, or the tensors that it is computed from."""
     if recipe.pieces is not None:
         return [
             TensorSource(
@@ -207,7 +207,7 @@ def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move what does not stream to where computation runs."""
+    """Move buffers that do not stream to the device."""
     for part in module.modules():
         for table in (part._buffers, part._parameters):  # noqa: SLF001
             for name, tensor in table.items():

@@ -1,4 +1,4 @@
-"""Parameters and buffers of a module tree, put in place when their layer batch is there."""
+"""Puts parameters and buffers into the module tree while their layer batch is loaded."""
 
 import logging
 import threading
@@ -28,12 +28,11 @@ def source_name(tensor: str) -> str:
 
 
 class Absent(nn.Parameter):
-    """Stands for a parameter whose layer batch is not there.
+    """The placeholder of a parameter whose layer batch is not loaded.
 
-    Shape, dtype and device are the true ones, since models look at them anywhere. Some compute with small
-    ones anywhere, too (the codebooks of audio codecs, tables of relative positions): those are read from their
-    files each time. Computing with a large one is an error that says so, instead of a result from memory that
-    holds another layer by now.
+    It has the true shape, dtype and device, since models look at these anywhere. Some also compute with small
+    parameters anywhere (the codebooks of audio codecs, tables of relative positions), which are read from their
+    files each time. Computing with a large one raises an error, instead of using memory that has another layer now.
     """
 
     layer: str
@@ -50,7 +49,7 @@ class Absent(nn.Parameter):
         name: str,
         fetch: Callable[[], torch.Tensor] | None = None,
     ) -> Self:
-        """Stand for ``tensor``, a meta tensor, on ``device``; ``fetch`` reads it from the files."""
+        """A placeholder for ``tensor``, a meta tensor, on ``device``; ``fetch`` reads it from the files."""
         absent: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls,
             tensor.shape,
@@ -69,7 +68,7 @@ class Absent(nn.Parameter):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Read the parameter anew if it is small, else refuse; what only looks at metadata passes."""
+        """Read the parameter from its file if it is small, else raise; operations on metadata alone are allowed."""
         aten = torch.ops.aten
         if func in {aten.detach.default, aten.alias.default}:
             return args[0]
@@ -90,7 +89,7 @@ class Absent(nn.Parameter):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
-    """One recipe of a batch: where its tensor goes, and what stands there otherwise."""
+    """Where the tensor of one recipe goes, and its placeholder."""
 
     recipe: Recipe
     tables: tuple[tuple[dict[str, Any], str], ...]  # parameter tables, shared by all clones
@@ -104,8 +103,8 @@ class Binding:
     Args:
         root: the module tree.
         device: where computation runs.
-        recipes: what the batch carries, with the places of each.
-        fetch: reads a recipe's tensor from the files; None where that would take too much.
+        recipes: those of the batch, with the places of each.
+        fetch: reads a recipe's tensor from the files; None if it is large.
     """
 
     def __init__(
@@ -133,9 +132,9 @@ class Binding:
             )
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[Use, torch.Tensor]:
-        """Put parameters in place; returns the buffers, for each clone to put into its own tables."""
+        """Put parameters in place; returns the buffers, which each clone has to put into its own tables."""
         buffers = {}
-        # What is made in inference mode would break callers who want gradients elsewhere.
+        # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for place in self._places:
                 tensor = _realised(place.recipe, tensors)
@@ -153,7 +152,7 @@ class Binding:
                 table[name] = place.absent
 
     def absent_buffers(self) -> dict[Use, torch.Tensor]:
-        """What stands in a clone's buffers while the batch is not there."""
+        """Placeholders for a clone's buffers while the batch is not loaded."""
         return {use: place.absent for place in self._places for use in place.buffers}
 
 
@@ -169,12 +168,12 @@ def _first(owners: Sequence[tuple[nn.Module, Use]]) -> tuple[nn.Module, str]:
 
 
 def _parameter_of(tensor: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
-    """The parameter that is a view of ``tensor``; the same one each time, and gone with it.
+    """The parameter that is a view of ``tensor``: made once, and kept as long as ``tensor``.
 
     Args:
-        tensor: of residents and mapped files the same one in every sweep.
-        requires_grad: as transformers leaves it: it decides which convolution kernel torch picks, and so the
-            bits, even where no gradient is computed.
+        tensor: for residents and mapped files, the same object in every sweep.
+        requires_grad: as transformers sets it: torch chooses convolution kernels by it, which changes bits even where
+            no gradient is computed.
     """
     known: nn.Parameter | None = vars(tensor).get("parameter")
     if known is None:
@@ -190,9 +189,9 @@ def _realised(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> torch.Tens
 
 
 class Bound:
-    """A layer batch that has arrived, bound by the first forward pass that gets hold of it.
+    """A layer batch that has arrived; the first forward pass that gets it binds it.
 
-    Binding happens in the thread of that pass: it may compute (casts, transposes), and a pass's own stream
+    That happens in the thread of the pass, since binding may compute (casts, transposes), and the pass's own stream
     has to wait for the copies.
     """
 
@@ -207,13 +206,13 @@ class Bound:
 
     @cached_property
     def memory(self) -> frozenset[int]:
-        """Addresses of the memory that its tensors are views of, which is used again for later batches."""
+        """Addresses of the memory of its tensors, which is used again for later batches."""
         return frozenset(
             tensor.untyped_storage().data_ptr() for tensor in self._batch.tensors.values()
         )
 
     def bind(self) -> Mapping[Use, torch.Tensor]:
-        """Bind, unless that has been done; returns the buffers."""
+        """Bind, unless it is bound already; returns the buffers."""
         with self._lock:
             tensors = self._batch.tensors  # the calling thread's stream waits for their copy
             if self._bound is None:
@@ -223,6 +222,6 @@ class Bound:
             return buffers
 
     def unbind(self) -> None:
-        """Put placeholders back. Nobody holds the batch."""
+        """Put placeholders back. No rider holds the batch any more."""
         with self._lock:
             self._binding.unbind()  # also when binding failed half-way

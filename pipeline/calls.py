@@ -1,4 +1,4 @@
-"""What a call of ``forward`` or ``generate`` asks for: its arguments by name, and what holds where it says nothing."""
+"""What a call of ``forward`` or ``generate`` asks for: its arguments by name, with the defaults of the configs."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["Settings", "Shape", "by_name", "shape_of", "takes_criteria", "wants_cache"]
+__all__ = [
+    "Settings",
+    "Shape",
+    "by_name",
+    "is_encoder_decoder",
+    "shape_of",
+    "takes_criteria",
+    "wants_cache",
+]
 
-# Inputs that are not tokens: how many tokens a model makes of them is its own affair.
+# Inputs that are not tokens: how many tokens a model makes of them is unknown here.
 _OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
+
+# transformers' defaults: new tokens, and tokens that assisted generation looks ahead.
+_NEW_TOKENS = 20
+_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,36 +33,52 @@ class Shape:
     length: int  # new to the model
     past: int  # in the cache that comes with them
     decoder: int  # of an encoder-decoder's decoder
-    prefix: int  # ids in each row that generated ones come behind
-    cached: bool  # a KV cache is kept, or comes with them
-    on_host: bool  # in host RAM, while the model computes on a GPU
-    told: bool  # False: there are inputs of which it is not known how many tokens they make
+    prefix: int  # ids in each row, before the generated ones
+    cached: bool  # a KV cache is made, or comes with them
+    on_host: bool  # that cache is in host RAM, while the model computes on a GPU
+    told: bool  # False: for some inputs it is not known how many tokens they make
 
 
 class Settings:
-    """What a generation is asked for: by name, by the given generation config, by the model's own."""
+    """The settings of a generation: from its arguments, else its generation config, else the model's."""
 
     def __init__(self, module: Any, named: Mapping[str, Any]) -> None:
         self._named = named
         self._configs = (named.get("generation_config"), getattr(module, "generation_config", None))
 
     def get(self, name: str) -> Any:
-        """The value of ``name``; None if nobody says."""
+        """The value of ``name``; None if it is not set."""
         return next(iter(self.said(name)), None)
 
     def said(self, name: str) -> list[Any]:
-        """All values of ``name`` that somebody says, the one that holds first."""
+        """All values that are set for ``name``, the one in effect first."""
         values = (getattr(config, name, None) for config in self._configs)
         return [value for value in (self._named.get(name), *values) if value is not None]
 
     def number(self, name: str, default: int) -> int:
-        """The same as ``get`` where it is a number."""
+        """The value of ``name`` if it is a number, else ``default``."""
         value = self.get(name)
         return int(value) if isinstance(value, (int, float)) else default
 
+    def new_tokens(self, begun: int) -> int:
+        """How many tokens are generated in each row at most, after ``begun`` ones."""
+        if (new := self.get("max_new_tokens")) is not None:
+            return max(int(new), 1)
+        if (length := self.get("max_length")) is not None:
+            return max(int(length) - begun, 1)
+        return _NEW_TOKENS
+
+    def candidates(self) -> int:
+        """How many candidate tokens assisted generation verifies in one pass."""
+        if (looked_up := self.number("prompt_lookup_num_tokens", 0)) > 0:
+            return looked_up
+        if self._named.get("assistant_model") is not None:
+            return max(self.number("num_assistant_tokens", _CANDIDATES), 1)
+        return 0
+
 
 def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names, as far as ``function`` has names for them."""
+    """All arguments of a call by name; positional ones without a name in ``function`` are left out."""
     parameters = inspect.signature(function).parameters.values() if function is not None else ()
     names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     return {**dict(zip(names, inputs, strict=False)), **named}
@@ -62,8 +90,13 @@ def takes_criteria(module: Any) -> bool:
     return generate is not None and "stopping_criteria" in inspect.signature(generate).parameters
 
 
+def is_encoder_decoder(module: Any) -> bool:
+    """Whether the model's config says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
-    """Whether a call keeps a KV cache. A forward pass goes by the model's config, which generation does not ask.
+    """Whether a call makes a KV cache. For a forward pass the model's config decides, for a generation it does not.
 
     Args:
         module: the transformers model.
@@ -79,7 +112,7 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
 
 
 def shape_of(module: Any, what: str, named: Mapping[str, Any]) -> Shape:
-    """How many tokens a call of ``what``, "forward" or "generate", is about; ``named`` has all of its arguments."""
+    """How many tokens a call of ``what``, "forward" or "generate", has; ``named`` are all its arguments."""
     given = dict(named)
     main = getattr(module, "main_input_name", "input_ids")
     if "inputs" in given:  # as generate calls it
@@ -94,8 +127,8 @@ def shape_of(module: Any, what: str, named: Mapping[str, Any]) -> Shape:
         if isinstance(value, torch.Tensor) and value.dim()
     ]
     ids = _tokens(given, "input_ids", "")[1]
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        ids = max(decoder, 1)  # it begins with a token of its own
+    if is_encoder_decoder(module):
+        ids = max(decoder, 1)  # the decoder begins with a start token
     return Shape(
         rows=max(rows, decoder_rows) or max(first, default=1),
         length=max(length, 1),

@@ -1,7 +1,7 @@
-"""A checkpoint as it was downloaded: its files, and where in them each tensor lies.
+"""A checkpoint as it was downloaded: its files, and the place of each tensor in them.
 
 Only headers, the index and config.json are read, never weights. The two ways of opening differ in
-who waits for the disk; what the bytes mean is decided by the functions that both call.
+who waits for the disk; both use the same functions to interpret the bytes.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Checkpoint:
         path: The folder or file that was opened, absolute.
         files: The weight files in natural order; `TensorInfo.file` counts along it.
         tensors: Every tensor by name, in the order of files and offsets.
-        config: config.json, from the folder or from beside the single file; None without one.
+        config: config.json, from the folder, also if a single file was opened; None without one.
         ignored_files: Names of weight files in the folder that are not part of the model.
     """
 
@@ -64,7 +64,7 @@ class Checkpoint:
 
     @classmethod
     async def open_async(cls, path: str | os.PathLike[str]) -> Self:
-        """Do what `open` does, while the event loop goes on."""
+        """The same as `open`, without blocking the event loop."""
         listing = await asyncio.to_thread(list_files, Path(path))
         documents = {path: await _fetch_async(path) for path in listing.documents}
         selection = await asyncio.to_thread(select_files, listing, documents)
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def _settle_duplicates(selection: Selection, tables: list[dict[str, TensorInfo]]) -> None:
-    """Where two files hold a tensor of the same name, keep the one that the index names."""
+    """If two files have a tensor of the same name, keep the one that the index names."""
     holders: dict[str, int] = {}
     for number, table in enumerate(tables):
         for name in table.keys() & holders.keys():

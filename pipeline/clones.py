@@ -12,20 +12,20 @@ from torch import nn
 
 __all__ = ["clone_modules"]
 
-# Larger buffers are masks and tables, which nothing writes to; copies of them would only take memory.
+# Larger buffers are masks and tables, which are never written to, so copies would only take memory.
 _COPIED_BYTES = 1 << 20
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, type})
 _TABLES = frozenset({dict, OrderedDict, list, set})
 
 
 def clone_modules(root: nn.Module) -> Any:
-    """A shallow clone of a module tree: the same parameter tables, but buffers, attributes and configs of its own.
+    """A shallow clone of a module tree, with the same parameter tables but its own buffers, attributes and configs.
 
     A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers,
     some in place, and lengths in attributes. ``generate`` writes to the config: while it decodes on a GPU, experts are
-    computed in another way than in prompts. Objects of the model's own code that are no modules (maps of tokens) keep
-    what they have computed in themselves, in a pass on the meta device too. Passes that run side by side on one tree
-    take each other's.
+    computed in another way than in prompts. Objects of the model's own code that are not modules (such as token maps)
+    cache what they have computed, in a pass on the meta device too. Concurrent passes on one tree would use each
+    other's values.
     """
     # Of modules, buffers, configs and such objects, by the ids of the originals.
     clones: dict[int, Any] = {}
@@ -41,10 +41,10 @@ def clone_modules(root: nn.Module) -> Any:
                     clones[id(buffer)] = buffer.clone()
     for module in modules:
         own = vars(clones[id(module)])
-        # Snapshots, since a pass of a thread without a clone may be writing to the tree itself.
+        # list(): a thread without a clone may be changing the tree itself meanwhile.
         for name, value in list(vars(module).items()):
             kind = type(value)
-            # Most attributes by far; a model has thousands, and each request begins with a clone.
+            # By far the most attributes; a model has thousands, and each request begins with a clone.
             if kind in _PLAIN or name == "_parameters":
                 own[name] = value
             else:
@@ -54,7 +54,7 @@ def clone_modules(root: nn.Module) -> Any:
 
 
 def _cloned(value: Any, clones: MutableMapping[int, Any], code: AbstractSet[str]) -> Any:
-    """``value`` with modules and buffers replaced by their clones, and what a pass may write to copied.
+    """``value`` with modules and buffers replaced by their clones, and copies of what a pass may change.
 
     ``code`` names the Python modules that define the model's classes.
     """

@@ -1,4 +1,4 @@
-"""How fast a device computes with weights, and how fast bytes are copied to it."""
+"""Measures how fast a device computes with weights, and how fast bytes are copied to it."""
 
 import logging
 import math
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 # A decoding step, a few sequences at once, short and long prompts. In between, the planner interpolates.
 TOKENS = (1, 4, 16, 64, 256, 1024)
-# For all sizes together. The larger ones are left out where even one product would take longer.
+# For all sizes together. Larger sizes are left out if even one product would take longer.
 _SECONDS = 0.8
-# Of products behind one another, so that waiting for a device is small beside it.
+# Of consecutive products, so that waiting for the device is negligible.
 _SAMPLE_SECONDS = 0.004
 _LEAST_SAMPLES = 3
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 256 << 20
-# Blocks of copies. The largest speaks; the others show in a log from which size on a copy is worth its call.
+# Sizes of copies. The largest one counts; the others show in a log from which size on copies are efficient.
 _COPY_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
 _COPY_SAMPLES = 5
-# To a GPU, all blocks so many times: once takes a millisecond, which is not long beside beginning and waking up.
+# To a GPU, all blocks this many times: once takes a millisecond, which is little compared with starting up.
 _COPY_TIMES = 4
 _MATRIX = 2  # dimensions
 _MOST_MATRICES = 64
@@ -40,7 +40,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of most of the weights; bfloat16 where they are quantised, as they are computed with then."""
+    """The dtype of most weights; bfloat16 if they are quantised, since they are computed with in that."""
     nbytes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         nbytes[tensor.dtype] += tensor.nbytes
@@ -49,7 +49,7 @@ def main_dtype(checkpoint: Checkpoint) -> str:
 
 
 def block_shapes(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
-    """The shapes of the matrices of a typical block, or else of all layers; of very many, equal ones once."""
+    """The shapes of the matrices of a typical block, or else of all layers; if there are many, distinct ones."""
     layers = group_layers(checkpoint)
     blocks = [layer for layer in layers if layer.kind is LayerKind.BLOCK]
     chosen = blocks[len(blocks) // 2 : len(blocks) // 2 + 1] or layers
@@ -65,20 +65,20 @@ def block_shapes(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
 def measure_compute(
     device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str
 ) -> Mapping[str, Rate]:
-    """Products with matrices of ``shapes`` one after another, none of them in a cache.
+    """Measure consecutive products with matrices of ``shapes``, none of them in a processor cache.
 
     Returns:
-        Weight bytes per second, by the number of tokens in decimal; only the sizes that the time allowed.
+        Weight bytes per second, by the number of tokens in decimal; only for sizes within the time limit.
 
     Raises:
-        LayerstreamError, RuntimeError: the device has not the memory, or cannot compute in ``dtype``.
+        LayerstreamError, RuntimeError: the device does not have the memory, or cannot compute in ``dtype``.
     """
     if not shapes:
         return {}
     memory = device.device_memory(_working_bytes(device))
     weights = memory.view(getattr(torch, dtype))
     with torch.inference_mode():
-        # Ordinary numbers: zeros draw less power and let a GPU run faster than weights do.
+        # Not zeros: with those a GPU needs less power, and runs faster than with weights.
         row = torch.rand(1 << 16, device=device.torch_device).sub_(0.5).to(weights.dtype)
         weights.view(-1, row.numel()).copy_(row.expand(weights.numel() // row.numel(), -1))
         products = _Products(device, weights, shapes)
@@ -95,23 +95,23 @@ def measure_compute(
 
 
 class _Products:
-    """Products with one matrix after another, cut out of memory that is larger than the caches."""
+    """Products with one matrix after another, which are views of memory that is larger than the caches."""
 
     def __init__(
         self, device: Device, weights: torch.Tensor, shapes: Sequence[tuple[int, int]]
     ) -> None:
         self._device = device
         self._matrices = cycle(_cut(weights, shapes))
-        self._seconds_per_token = 0.0  # of one product of the last size
+        self._seconds_per_token = 0.0  # of one product with the last size
 
     def rate(self, tokens: int, *, seconds: float) -> Rate | None:
-        """Bytes of weights per second with ``tokens`` rows; None where ``seconds`` are too short."""
+        """Bytes of weights per second with ``tokens`` rows; None if ``seconds`` are too short."""
         if self._seconds_per_token * tokens * _LEAST_SAMPLES > 2 * seconds:
             return None
         ends = time.perf_counter() + seconds
         samples: list[float] = []
         count, best = 1, math.inf
-        self._time(tokens, count)  # the first one of a size chooses and loads its kernels
+        self._time(tokens, count)  # the first one of a size selects and loads kernels
         while len(samples) < _LEAST_SAMPLES or time.perf_counter() < ends:
             took, nbytes = self._time(tokens, count)
             if took < _SAMPLE_SECONDS / 2 and not samples:
@@ -139,7 +139,7 @@ class _Products:
 
 
 def _cut(weights: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Matrices that fill ``weights``, with ``shapes`` in turn; those too large for it lose rows."""
+    """Matrices that fill ``weights``, with ``shapes`` in turn; those that are too large lose rows."""
     found, at = [], 0
     for rows, width in cycle(shapes):
         most = weights.numel() // 4 // width
@@ -152,10 +152,10 @@ def _cut(weights: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch
 
 
 def measure_copies(device: Device) -> Mapping[str, Rate]:
-    """Copies from host to host, and to a device with memory of its own: from page-locked memory, and from ordinary one.
+    """Measure copies from host to host, and to a device with its own memory, from page-locked and ordinary memory.
 
     Returns:
-        Bytes per second by the names of Hardware's fields, of the largest block.
+        Bytes per second of the largest block, by the names of Hardware's fields.
     """
     size = _COPY_BYTES[-1]
     ordinary = HostMemory(size)
@@ -213,7 +213,7 @@ def _copies(device: Device, target: torch.Tensor, source: torch.Tensor, nbytes: 
         began = time.perf_counter()
         device.copy(blocks, after=()).synchronize()
         samples.append(moved / (time.perf_counter() - began))
-    return Rate.of(samples[1:])  # the first one also pays for what is set up but once
+    return Rate.of(samples[1:])  # the first one includes one-time setup
 
 
 def _working_bytes(device: Device) -> int:
@@ -225,7 +225,7 @@ def _working_bytes(device: Device) -> int:
 
 
 def _cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of the largest cache of the processor; 0 where the system does not tell."""
+    """Bytes of the largest cache of the processor; 0 if the system does not say."""
     sizes = [0]
     for file in folder.glob("index*/size"):
         try:

@@ -1,4 +1,4 @@
-"""How busy other processes kept this machine while something was measured."""
+"""How busy other processes kept this machine during a measurement."""
 
 import os
 import time
@@ -9,19 +9,19 @@ from typing import Self
 
 __all__ = ["Contention"]
 
-# What is always going on, such as the kernel's own threads, changes no measurement.
+# Background load that is always there, such as the kernel's threads, and does not matter.
 _LEAST_PROCESSORS = 0.25
 _LEAST_SHARE = 0.1
 _STAT = Path("/proc/stat")
 
 
 class Contention:
-    """A context; behind it, how many processors others had in it on average.
+    """A context manager that measures how many processors other processes kept busy in it, on average.
 
-    Time that a hypervisor gave to somebody else counts too.
+    Time that a hypervisor gave to other machines counts too.
 
     Attributes:
-        processors: kept busy by others; 0 where the system does not tell.
+        processors: that were kept busy by others; set at the end. 0 if the system does not say.
     """
 
     def __init__(self, stat: Path = _STAT) -> None:
@@ -30,7 +30,7 @@ class Contention:
 
     @property
     def matters(self) -> bool:
-        """Whether that is enough to change what was measured on all processors."""
+        """Whether that is enough to disturb a measurement on all processors."""
         return self.processors > max(_LEAST_PROCESSORS, _LEAST_SHARE * (os.cpu_count() or 1))
 
     def __enter__(self) -> Self:
@@ -51,7 +51,7 @@ class Contention:
 
 
 def _busy_seconds(stat: Path) -> float | None:
-    """Seconds that all processors together were busy since the start; None where the system does not tell."""
+    """Seconds that all processors together were busy since boot; None if the system does not say."""
     with suppress(OSError, ValueError):
         name, *ticks = stat.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].split()
         if name == "cpu":

@@ -1,9 +1,8 @@
 """A transformers model on the meta device, and what each of its weights is made from.
 
-transformers' own `from_pretrained` is run on `Tracer`s in place of the checkpoint's tensors. So the
-module tree, the renames and conversions of the checkpoint, the ties between parameters and the
-values that are no weights (rotary frequencies, position ids) are exactly its own, for every
-architecture alike, and not a byte of weights is read.
+transformers' own `from_pretrained` is run with `Tracer`s in place of the checkpoint's tensors. So the module tree, the
+renames and conversions of the checkpoint, the ties between parameters and the values that are no weights (rotary
+frequencies, position ids) are exactly those of transformers, for every architecture, and no weights are read.
 """
 
 import re
@@ -26,11 +25,11 @@ from layerstream.stages.errors import ModelError
 
 __all__ = ["Piece", "Recipe", "TracedModel", "load_config", "resolve_model_class", "trace_model"]
 
-# from_pretrained replaces functions of transformers and torch's default dtype while it builds a
-# model, and puts back what it found. Two at once may put back each other's replacements, for good.
+# While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
+# at once might restore each other's replacements, for good.
 _ONE_AT_A_TIME = threading.Lock()
 
-# What decides where or how weights are loaded is ours to decide.
+# Arguments that decide where or how weights are loaded, which is decided here.
 _PLACEMENT = frozenset(
     {
         "device_map",
@@ -81,7 +80,7 @@ def trace_model(
         config: The model's config, from `load_config`. It is not changed.
         model_class: From `resolve_model_class`.
         dtype: As in from_pretrained; "auto" is the config's, or else the checkpoint's.
-        kwargs: What else from_pretrained takes, such as attn_implementation.
+        kwargs: Other arguments of from_pretrained, such as attn_implementation.
 
     Raises:
         ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes;
@@ -97,8 +96,8 @@ def trace_model(
             f"{checkpoint.path} is quantised (quantization_config in its config.json), which is "
             "not supported yet; use the checkpoint that it was made from."
         )
-    # A caller's inference mode would mark the parameters for good; under a caller's default device
-    # transformers would look for accelerate.
+    # In a caller's inference mode the parameters would be inference tensors for good; under a caller's default
+    # device transformers would require accelerate.
     with torch.inference_mode(mode=False), torch.device("cpu"):
         module = _load_tracers(checkpoint, model_class, config=config, dtype=dtype, **kwargs)
         recipes, aliases = _take_recipes(module)
@@ -141,8 +140,8 @@ def _loader(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
     from_pretrained calls `_finalize_model_loading` between matching names and allocating,
     initialising and tying what the checkpoint lacks; an override is the only place where a wrong
     checkpoint of 140 GB can be refused before 140 GB are allocated. transformers knows classes by
-    name and module (conversions, recorded outputs, custom code), so the subclass bears those of the
-    class itself; the model is made an instance of the real class afterwards.
+    name and module (conversions, recorded outputs, custom code), so the subclass has those of the real
+    class; afterwards the model becomes an instance of the real class.
     """
     original = getattr(model_class, "_finalize_model_loading", None)
     if original is None:
@@ -157,7 +156,7 @@ def _loader(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
         _refuse_missing(found, checkpoint, model)
         # Tied here first, a parameter stored under the other of its names only is not allocated.
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        # transformers would log a table of what TracedModel.unused tells.
+        # transformers would log a table of what is in TracedModel.unused.
         found.unexpected_keys.clear()
         return original(model, load_config, found)
 
@@ -201,7 +200,7 @@ def _refuse_mismatches(found: Any, checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _refuse_missing(found: Any, checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse what transformers would fill with random numbers and a warning."""
+    """Refuse missing weights, which transformers would fill with random numbers and a warning."""
     ties: defaultdict[str, set[str]] = defaultdict(set)
     for target, source in model.all_tied_weights_keys.items():
         ties[source] |= {target, source}
@@ -224,7 +223,7 @@ def _refuse_missing(found: Any, checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _finish(module: Any, path: Path) -> None:
-    """Do what from_pretrained does only where it is given a folder."""
+    """Do what from_pretrained does only if it is given a folder."""
     folder = path if path.is_dir() else path.parent
     unnamed = module.name_or_path
     for part in module.modules():
@@ -282,7 +281,7 @@ def _take_recipes(module: torch.nn.Module) -> tuple[dict[str, Recipe], dict[str,
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Let this thread's loading draw no progress bar; other threads keep theirs."""
+    """Show no progress bar while this thread loads; other threads keep theirs."""
     from transformers.utils import logging
 
     thread = threading.get_ident()

@@ -1,8 +1,8 @@
-"""What a sweep takes: the three stages, played through in time for one plan. Pure.
+"""The time of a sweep: a simulation of the three stages for one plan. Pure.
 
 The design's formula, ``max(D / disk, H / h2d, C) + batches x overhead``, holds for stages that never wait
-for one another. Slots are few and batches differ, so that they do; so each batch is followed through the
-stages here, as the pipeline moves it, with times instead of bytes.
+for one another. With few slots and batches of different sizes they do wait; so each batch is followed through the
+stages here, as in the pipeline, with times instead of bytes.
 """
 
 from collections import deque
@@ -13,21 +13,21 @@ from layerstream.pipeline.prediction import SweepPrediction
 
 __all__ = ["BatchCost", "play"]
 
-# How many batches may be under way beside the one that is computed with, however much room there is: two in
+# How many batches may be under way besides the one that is computed with, however large the rings are: two in
 # the read stage, one on its way into the queue behind it, one in each of the two queues, one being copied.
 _AHEAD = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCost:
-    """What one layer batch takes of each stage in one sweep."""
+    """The time that one layer batch takes in each stage of one sweep."""
 
     read_seconds: float = 0.0
     copy_seconds: float = 0.0
     compute_seconds: float = 0.0
     host_bytes: int = 0  # of its slot in the host ring; 0: it takes none
     device_bytes: int = 0  # of its slot in the device ring
-    copied_away: bool = False  # the host slot comes free with the copy, not behind the computation
+    copied_away: bool = False  # the host slot is free after the copy, not after the computation
 
 
 def play(
@@ -38,14 +38,14 @@ def play(
     overhead_seconds: float,
     between_seconds: float,
 ) -> list[SweepPrediction]:
-    """Play sweeps back to back, each given as what its batches take in the order of its route.
+    """Simulate consecutive sweeps, each given as the costs of its batches in the order of its route.
 
     Args:
-        sweeps: prefetch wraps around from each to the next.
-        host_ring_bytes: the ring that host slots come from.
-        device_ring_bytes: the ring that device slots come from.
-        overhead_seconds: of computation's time that each batch takes for being handed over.
-        between_seconds: from the end of a sweep until computation wants the next one's first batch.
+        sweeps: prefetch runs on from each to the next.
+        host_ring_bytes: size of the ring of host slots.
+        device_ring_bytes: size of the ring of device slots.
+        overhead_seconds: that computation spends on the hand-off of each batch.
+        between_seconds: from the end of a sweep until computation wants the first batch of the next.
     """
     host, device = _Ring(host_ring_bytes), _Ring(device_ring_bytes)
     read_done = copied = computed = 0.0
@@ -79,17 +79,17 @@ def play(
 
 
 class _Ring:
-    """``RingArena``, with the times at which its slots come free in place of the wait for them."""
+    """A simulated ``RingArena``, with the times at which slots are freed instead of waiting."""
 
     def __init__(self, nbytes: int) -> None:
         self._bytes = nbytes
-        self._live: deque[tuple[int, float]] = deque()  # (offset, when it comes free), oldest first
+        self._live: deque[tuple[int, float]] = deque()  # (offset, when it is freed), oldest first
         self._end = 0
         self._now = 0.0
         self._taken: int | None = None  # the offset of the slot whose end is not known yet
 
     def take(self, nbytes: int) -> float:
-        """When the next slot is there."""
+        """The time at which the next slot is available."""
         self._taken = None
         if not nbytes:
             return 0.0
@@ -101,12 +101,12 @@ class _Ring:
         return self._now
 
     def freed(self, at: float) -> None:
-        """The slot that was taken last comes free at that time."""
+        """Let the slot that was taken last be freed at that time."""
         if self._taken is not None:
             self._live.append((self._taken, at))
 
     def _settle(self) -> None:
-        # A slot that came free before an older one waits for that one.
+        # A slot that is freed before an older one is available only after that one.
         while self._live and self._live[0][1] <= self._now:
             self._live.popleft()
 

@@ -1,4 +1,4 @@
-"""How fast a volume gives the bytes of its files, by each of the readers that the pipeline may use."""
+"""Measures how fast the files on a volume are read, with each reader that the pipeline may use."""
 
 import logging
 import random
@@ -13,7 +13,8 @@ from layerstream.pipeline.figures import Rate
 from layerstream.pipeline.volumes import data_ranges, windows
 from layerstream.stages.batch import Extent
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import BLOCK_BYTES, DirectReader, MmapReader
+from layerstream.stages.mmap_reader import MmapReader
+from layerstream.stages.readers import BLOCK_BYTES, DirectReader
 from layerstream.stages.threads import Threads
 from layerstream.stages.units import format_bytes
 
@@ -21,34 +22,33 @@ __all__ = ["LEAST_BYTES", "cached_bytes", "measure_direct", "measure_mmap"]
 
 logger = logging.getLogger(__name__)
 
-# As the planner sets them: what is measured is what will run.
+# The same as the planner's, so that what is measured is what will run.
 _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
-# Each reader is given so much and no more, whichever ends first: short enough for the start of a service. What
-# mapped files bring in goes to the page cache, and is little; of a disk with 3 GB/s, 256 MiB would be over
-# before it shows its steady rate.
+# Limits for each reader, whichever is reached first: short enough for the start of a service. Mapped files fill the page
+# cache, so they get little; a disk with 3 GB/s would read 256 MiB before it reaches its steady rate.
 _MOST_DIRECT_BYTES = 1 << 30
 _MOST_MAPPED_BYTES = 256 << 20
 _MOST_SECONDS = 0.4
-# Files are read in runs of many requests; the runs are scattered, lest one lucky place speaks for all.
+# Files are read in runs of many requests; the runs are scattered, so that no single place decides.
 _WINDOW_BYTES = 64 << 20
-# Less data than this cannot keep the requests flowing: a rate from it would be a latency in disguise.
+# With less data than this, latency would be measured instead of a rate.
 LEAST_BYTES = 64 << 20
-# One request of this size tells slow disks, which get small requests, so that the time is kept.
+# One request of this size detects slow disks, which then get small requests, so that the time limit is kept.
 _PILOT_BYTES = 1 << 20
 # Samples are groups of completed requests: of two rounds of all threads, since requests that were made together
 # end together, and no more than this many.
 _ROUNDS = 2
 _MOST_SAMPLES = 8
-# Of the page cache that others filled, no more than this is dropped for a sample.
+# At most this much of the page cache that others have filled is dropped for a sample.
 _MOST_EVICTED_BYTES = 128 << 20
-# To look at every page of a large checkpoint would take seconds. Pages come and go in runs, so samples will do.
+# Checking every page of a large checkpoint would take seconds. Pages come and go in runs, so samples are enough.
 _LOOKS = 2048
 _LOOK_BYTES = 64 << 10
 
 
 class _Done(NamedTuple):
-    """One request that has been answered."""
+    """One completed request."""
 
     end: float
     nbytes: int
@@ -60,10 +60,10 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
 
     Args:
         paths: the files of the checkpoint.
-        files: indices of those that lie on the volume in question.
+        files: indices of those on the volume to measure.
 
     Returns:
-        Rates by the names of Hardware's fields; none where there is too little data to show one.
+        Rates by the names of Hardware's fields; none if there is too little data.
 
     Raises:
         LayerstreamError, OSError: the disk fails.
@@ -73,7 +73,7 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
         return {}
     memory = HostMemory(_REQUESTS * _REQUEST_BYTES)
     try:
-        memory.tensor.zero_()  # the pages are there before the clock runs
+        memory.tensor.zero_()  # so that pages are allocated before time is measured
         buffer = memory.tensor.numpy().data
         places = [
             buffer[number * _REQUEST_BYTES : (number + 1) * _REQUEST_BYTES]
@@ -97,7 +97,7 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
 def measure_mmap(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, Rate]:
     """Faulting in mapped files that are not in the page cache. As ``measure_direct``.
 
-    The pages that it brought in stay: they are weights, and may be wanted next.
+    The pages that it brought in stay: they are weights, and may be needed next.
     """
     chosen = _chosen(paths, files)
     if not chosen:
@@ -124,7 +124,7 @@ def measure_mmap(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, Ra
 
 
 def cached_bytes(paths: Sequence[Path]) -> int:
-    """How much of ``paths`` is in the page cache, from samples where they are large; 0 where nobody tells.
+    """How much of ``paths`` is in the page cache, from samples if they are large; 0 if the kernel does not say.
 
     Raises:
         LayerstreamError, OSError: a file cannot be opened.
@@ -141,9 +141,9 @@ def cached_bytes(paths: Sequence[Path]) -> int:
 
 
 def _looks(sizes: Sequence[int]) -> list[Extent]:
-    """Pieces evenly spread over files of these sizes; all of them where they are small."""
+    """Pieces evenly spread over files of these sizes; the whole files if they are small."""
     stride = max(1, sum(sizes) // (_LOOKS * _LOOK_BYTES)) * _LOOK_BYTES
-    # Not from the beginning: headers have just been read, and are in memory whatever the weights are.
+    # Not from the beginning: headers were just read, so they are in memory in any case.
     at = stride // 2 if stride > _LOOK_BYTES else 0
     looks = []
     for file, size in enumerate(sizes):
@@ -158,7 +158,7 @@ def _looks(sizes: Sequence[int]) -> list[Extent]:
 
 
 def _chosen(paths: Sequence[Path], files: Sequence[int]) -> list[Extent]:
-    """Windows of data in random order; none where there is too little of it."""
+    """Windows of data in random order; none if there is too little data."""
     ranges = {file: data_ranges(paths[file]) for file in files}
     found = [
         window
@@ -183,7 +183,7 @@ def _chosen(paths: Sequence[Path], files: Sequence[int]) -> list[Extent]:
 
 
 def _cold(reader: MmapReader, chosen: Sequence[Extent]) -> list[Extent]:
-    """Windows of which no page is in memory. Where there are too few, some are dropped from the page cache."""
+    """Windows of which no page is in memory. If there are too few, some are dropped from the page cache."""
     cold: list[Extent] = []
     warm: list[Extent] = []
     for window in chosen[:64]:
@@ -201,7 +201,7 @@ def _cold(reader: MmapReader, chosen: Sequence[Extent]) -> list[Extent]:
 
 
 def _within(windows: Sequence[Extent], nbytes: int) -> list[Extent]:
-    """The first of ``windows`` that are not more than ``nbytes`` together."""
+    """The first of ``windows``, up to ``nbytes`` in sum."""
     found, total = [], 0
     for window in windows:
         total += window.nbytes
@@ -212,7 +212,7 @@ def _within(windows: Sequence[Extent], nbytes: int) -> list[Extent]:
 
 
 def _burst(read: Callable[[int, Extent], None], chosen: Sequence[Extent]) -> tuple[Rate, Rate]:
-    """Call ``read(worker, extent)`` for requests of ``chosen``, several at a time, until the time is up.
+    """Call ``read(worker, extent)`` for requests of ``chosen``, several at a time, up to the time limit.
 
     Returns:
         Bytes per second, and processor seconds per byte.
@@ -229,14 +229,14 @@ def _burst(read: Callable[[int, Extent], None], chosen: Sequence[Extent]) -> tup
             )
             for window in chosen
             for at in range(0, window.nbytes, size)
-        ][1:]  # the pilot has been there
+        ][1:]  # the first request has read this
     )
     lock = threading.Lock()
     began = time.perf_counter()
 
     def work(worker: int) -> list[_Done]:
         done: list[_Done] = []
-        # One request at least, however late a busy machine starts its threads.
+        # At least one request, however late a busy machine starts the threads.
         while not done or time.perf_counter() - began < _MOST_SECONDS:
             with lock:
                 request = next(requests, None)

@@ -1,4 +1,4 @@
-"""A report as data, and how it looks: plain text for a terminal, or Markdown."""
+"""A report as data, and its rendering: plain text for a terminal, or Markdown."""
 
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
@@ -13,14 +13,14 @@ _COLUMNS = 96  # of a sentence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is what, a line each."""
+    """Pairs of a label and a value, one per line."""
 
     pairs: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The first column names a row, the others are figures, but for those that are ``left``."""
+    """A table: the first column names a row, the others are figures, except those that are flush ``left``."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -29,14 +29,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Lines whose characters stand below one another."""
+    """Preformatted lines, whose characters are aligned."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentences:
-    """Each by itself."""
+    """Sentences, each a paragraph."""
 
     lines: Sequence[str]
 
@@ -46,7 +46,7 @@ Block = Facts | Table | Drawing | Sentences
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Blocks under a title."""
+    """Blocks under a heading."""
 
     title: str
     blocks: Sequence[Block]

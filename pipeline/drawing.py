@@ -1,4 +1,4 @@
-"""Random numbers of a request's own: torch's default source is shared by all threads of the process."""
+"""Sampling with a generator of a request's own: torch's default one is shared by all threads of the process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +11,10 @@ __all__ = ["drawing_from"]
 
 
 def drawing_from(generator: torch.Generator | None) -> AbstractContextManager[object]:
-    """Let sampling in the calling thread draw from ``generator``, on the device of what is sampled.
+    """Make sampling in the calling thread use ``generator``, on the device of what is sampled.
 
-    With one that was seeded with a number, what is drawn is what the default source gives after
-    ``torch.manual_seed`` with that number. None changes nothing.
+    A generator seeded with a number gives the same samples as the default one after ``torch.manual_seed`` with that
+    number. None changes nothing.
     """
     return nullcontext() if generator is None else _Drawing(generator)
 

@@ -1,4 +1,4 @@
-"""A streamed model for code that knows nothing of asyncio: an instance of its transformers class."""
+"""A streamed model for code without asyncio: an instance of its transformers class."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _LoopThread:
-    """An event loop in a thread of its own, for callers who have none."""
+    """An event loop in a thread of its own, for callers that have none."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -31,7 +31,7 @@ class _LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def stop(self) -> None:
-        """Stop the loop and its thread, once what runs on it has ended."""
+        """Stop the loop and its thread, after the tasks on it have ended."""
         self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -39,7 +39,7 @@ class _LoopThread:
 
 
 async def _cancel_others() -> None:
-    """Cancel every other task and wait for it: an interrupt may have left one that is opening a model."""
+    """Cancel all other tasks and wait for them: an interrupt may have left one that is opening a model."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -47,15 +47,14 @@ async def _cancel_others() -> None:
 
 
 class _Closer:
-    """Closes a model and its loop, once; at the interpreter's exit too, if nobody did before."""
+    """Closes a model and its loop, once; at the interpreter's exit at the latest."""
 
     def __init__(self, host: _LoopThread, model: StreamedModel) -> None:
         self._host = host
         self.model = model
         self._lock = threading.Lock()
         this = weakref.ref(self)
-        # Not atexit: by then the pools of threads that closing takes are shut down. Thread pools
-        # themselves use this one.
+        # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
         threading._register_atexit(lambda: (closer := this()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def __call__(self) -> None:
@@ -66,7 +65,7 @@ class _Closer:
 
 
 class _Closable:
-    """What a drop-in model has beside what transformers gives it."""
+    """The additional methods of a drop-in model."""
 
     def close(self) -> None:
         """Give back memory, threads and files. May be called again."""
@@ -85,7 +84,7 @@ class _Closable:
 
 
 def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
-    """The ``generate`` of ``kind`` as a request: its memory is reserved before, and threads share sweeps."""
+    """``generate`` of ``kind`` as a request, which reserves its memory first and shares sweeps with other threads."""
 
     @functools.wraps(kind.generate)
     def generate(self: Any, *inputs: Any, **named: Any) -> Any:
@@ -99,14 +98,14 @@ def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
 
 
 def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
-    """A transformers model whose weights stream, for code that knows nothing of asyncio.
+    """A transformers model whose weights stream, for code without asyncio.
 
     Use it as the model itself: ``model(...)``, ``model.generate(...)``, ``transformers.pipeline(model=model)``.
     It is an instance of its transformers class; ``close()`` it, or use it as a context manager.
 
-    Each call, from whatever thread, is a request: it waits for the memory that it may come to need, and gives it
-    back when it returns. What you keep of a result is yours and in no budget, as with any transformers model. That
-    holds for ``past_key_values``, too; while a call runs that is given them, they count with it.
+    Each call, from any thread, is a request: it waits for the memory that it may need, and gives it back when it
+    returns. What you keep of a result is not in the budget, as with any transformers model. That includes
+    ``past_key_values``; they count during a call that gets them.
 
     Args:
         source: a folder, a safetensors file, or a hub id.
@@ -124,7 +123,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
 
     module = model.module
     kind = type(module)
-    # transformers' pipelines look for the class by its name.
+    # transformers' pipelines find the class by its name.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     if hasattr(kind, "generate"):
         names["generate"] = _generate_of(kind, model)

@@ -1,4 +1,4 @@
-"""Embedding tables whose rows are gathered from the file as they are looked up.
+"""Embedding tables whose rows are read from the file when they are looked up.
 
 A token needs one row of a table that may have a quarter of a million. Streaming the whole table for
 it would cost more than a decoder block; reading the row costs a few KiB, and finds the common ones
@@ -20,14 +20,14 @@ from layerstream.stages.errors import ClosedError, ModelError, ReadError
 
 __all__ = ["WHOLE_BYTES", "GatheredTable", "TableSource", "congruent"]
 
-# Rows wait here on their way from the file to the result: enough for the prompts of common sizes to
-# pass in one go, and small beside any slot.
+# Buffer for rows between the file and the result: enough for common prompts in one piece, and small compared with
+# any slot.
 _SCRATCH_BYTES = 4 << 20
 
-# Small tables may be used in any way: learned positions are sliced, and read whole in no time.
+# Small tables may be used in any way, such as slices of learned positions: they are read whole quickly.
 WHOLE_BYTES = 16 << 20
 
-# The widest vectors of today's processors: kernels treat what lies before such a boundary by itself.
+# The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
 _VECTOR_BYTES = 64
 
 _aten = torch.ops.aten
@@ -67,7 +67,7 @@ class TableSource:
                 raise ClosedError(f"{self._path} was closed with its model; open the model again.")
             self._reads += 1
         try:
-            # All spans are asked for at once, so that the disk works on them side by side.
+            # All spans are requested at once, so that the disk works on them in parallel.
             for offset, buffer in spans:
                 os.posix_fadvise(self._descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for offset, buffer in spans:
@@ -92,13 +92,13 @@ class TableSource:
             done += count
 
     def close(self) -> None:
-        """Refuse further reads. The descriptor is closed with the last read under way."""
+        """Refuse further reads. The descriptor is closed when the last read in progress ends."""
         with self._lock:
             self._closed = True
             self._release()
 
     def _release(self) -> None:
-        # A descriptor that is closed under a read may already belong to somebody else's file.
+        # The number of a descriptor that is closed during a read may already stand for another file.
         if self._closed and not self._reads and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -118,10 +118,9 @@ class TableSource:
 class GatheredTable(torch.nn.Parameter):
     """An embedding's weight that stays in its file.
 
-    To torch it is a parameter of the table's shape (rows, width), dtype and device, so that models
-    find what they look for. Looking rows up gives bit for bit what the table in memory gives, on
-    the device of the indices. Any other computation reads the table whole if it is small, and is a
-    `ModelError` if not.
+    To torch it is a parameter of the table's shape (rows, width), dtype and device. Looking rows up gives the same
+    bits as a table in memory, on the device of the indices. Any other computation reads the whole table if it is
+    small, and raises a `ModelError` otherwise.
     """
 
     _source: TableSource
@@ -141,7 +140,7 @@ class GatheredTable(torch.nn.Parameter):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """Make a table whose rows lie one behind the other from byte `offset` of the source on."""
+        """Make a table whose rows are contiguous in the source, from byte `offset` on."""
         if len(shape) != 2:  # noqa: PLR2004 - rows and width
             raise ModelError(
                 f"An embedding table has rows and a width, not the shape {tuple(shape)}."
@@ -162,7 +161,7 @@ class GatheredTable(torch.nn.Parameter):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Gather rows; what is no look-up gets the whole table, if that is small."""
+        """Gather rows; other operations get the whole table, if it is small."""
         if func is _aten.embedding.default and isinstance(args[0], cls):
             return args[0]._gather(args[1])  # noqa: SLF001 - of this class
         if func in {_aten.detach.default, _aten.alias.default}:
@@ -173,14 +172,14 @@ class GatheredTable(torch.nn.Parameter):
                 return leaf
             if leaf.nbytes > WHOLE_BYTES or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way
                 raise _refusal(str(func))
-            # transformers computes with the bytes where they lie in the mapped file, and some kernels
-            # give other bits for other addresses modulo the widest vectors.
+            # transformers computes with the bytes in the mapped file, and some kernels give other bits at other
+            # addresses modulo the widest vectors.
             found = congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
             return leaf._read(list(range(leaf.shape[0])), found).to(leaf.device)  # noqa: SLF001
 
         return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs or {}))
 
-    # These three hand out the table's memory, past any operation, and there is none.
+    # These three would give access to the table's memory, which does not exist.
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise _refusal("pickle or copy")
@@ -210,7 +209,7 @@ class GatheredTable(torch.nn.Parameter):
         return result
 
     def _read(self, rows: list[int], found: torch.Tensor | None = None) -> torch.Tensor:
-        """The given rows, which rise, on the CPU; in `found`, if that is given."""
+        """The given rows, in ascending order, on the CPU; in `found`, if that is given."""
         if found is None:
             found = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
         octets: Any = found.view(torch.uint8).numpy()

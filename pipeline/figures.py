@@ -1,4 +1,4 @@
-"""How fast a machine is, and how each rate is known. Plain data."""
+"""The rates of a machine, and their origin. Plain data."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,33 +10,33 @@ __all__ = ["ComputeRate", "Figure", "Origin", "Rate"]
 
 
 class Origin(StrEnum):
-    """Where a figure comes from."""
+    """The origin of a figure."""
 
     MEASURED = "measured"  # on this machine, just now
-    CONTENDED = "contended"  # lately, while other processes kept the processors busy
+    CONTENDED = "contended"  # recently, while other processes kept the processors busy
     CACHED = "cached"  # on this machine, at an earlier time
-    ASSUMED = "assumed"  # nobody has measured it
+    ASSUMED = "assumed"  # not measured at all
     GIVEN = "given"  # by the caller: a what-if
     LEARNT = "learnt"  # from sweeps of this model on this machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """How one rate is known.
+    """The origin of one rate.
 
-    The rate itself is the median of the samples; that of a contended processor is the best of them.
+    The rate itself is the median of the samples, or the best one if processors were contended.
     """
 
     origin: Origin
     least: float | None = None  # of the samples, in the unit of the rate
     most: float | None = None
     samples: int = 0
-    age_seconds: float | None = None  # since it was measured; None where it was not
+    age_seconds: float | None = None  # since it was measured; None if it was not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeRate:
-    """How fast weights are computed with, in passes of one size."""
+    """The rate of computing with weights, in passes of one size."""
 
     tokens: int  # in one pass: the rows that each weight matrix is multiplied with
     bytes_per_second: float  # of weights, in the checkpoint's main dtype
@@ -44,7 +44,7 @@ class ComputeRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """The samples of one measurement, in short."""
+    """A summary of the samples of one measurement."""
 
     median: float
     least: float
@@ -53,7 +53,7 @@ class Rate:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Self:
-        """At least one sample."""
+        """The summary of ``samples``, of which there is at least one."""
         return cls(
             median=statistics.median(samples),
             least=min(samples),

@@ -1,4 +1,4 @@
-"""What this machine has. The only prober."""
+"""What this machine has: its free memory, and its rates."""
 
 import logging
 import math
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The machine that a plan is made for. Written by hand, it is a what-if.
+    """The machine that a plan is made for. Made by hand, it is a what-if.
 
-    Rates are None where they are not known.
+    Unknown rates are None.
 
     Attributes:
         device: "cpu" or "cuda:0".
@@ -45,10 +45,12 @@ class Hardware:
         pageable_h2d_bytes_per_second: host to device, from ordinary memory.
         host_copy_bytes_per_second: from host memory to host memory, in one thread.
         compute: by ascending tokens.
+        attention_flops_per_second: of a long prompt; 4 for each pair of tokens and each element of a head.
+        blocks_per_second: decoder blocks of next to no size, as far as Python and kernel launches allow.
         direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
         mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
-        overhead_seconds_per_batch: of handing a layer batch through the stages.
-        figures: how each of these is known, by the field's name; what is not in it was given by hand.
+        overhead_seconds_per_batch: of passing a layer batch through the stages.
+        figures: the origin of each rate, by the field's name; what is not in it was given by hand.
 
     Raises:
         PlanError: a rate that is not above zero, a negative size, or no cores.
@@ -65,6 +67,8 @@ class Hardware:
     pageable_h2d_bytes_per_second: float | None = None
     host_copy_bytes_per_second: float | None = None
     compute: tuple[ComputeRate, ...] = ()
+    attention_flops_per_second: float | None = None
+    blocks_per_second: float | None = None
     direct_read_cpu_seconds_per_byte: float | None = None
     mmap_read_cpu_seconds_per_byte: float | None = None
     overhead_seconds_per_batch: float | None = None
@@ -115,13 +119,13 @@ class Hardware:
         measure: bool = True,
         cache_folder: Path | None = None,
     ) -> Self:
-        """Ask this machine what it has free.
+        """Look up free memory of this machine, and measure rates that are not known yet.
 
         Args:
             checkpoint: the files that will be read.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            fresh: measure again what was measured before.
-            measure: False asks for free memory and what is known from before, and measures nothing.
+            fresh: measure again, even rates that are known.
+            measure: False measures nothing; rates that are not cached are None.
             cache_folder: where measurements are kept; by default the user's cache folder.
 
         Raises:
@@ -129,13 +133,13 @@ class Hardware:
         """
         opened = await finish_in_thread(lambda: open_device(device))
         if measure and opened.reads_host_images:
-            keep_little()  # to measure is to multiply, after which oneDNN can no longer be told
+            keep_little()  # measuring multiplies matrices, and oneDNN reads its settings only before the first product
         rates = await probe_rates(
             checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
         )
         if measure and opened.reads_host_images:
             await finish_in_thread(Leftovers().release)
-        # Last, when the measurements have given their own memory back.
+        # Last, after measurements have freed their own memory.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
 
     def learn(self, plan: "Plan", timings: Timings) -> "Hardware":
@@ -169,7 +173,7 @@ def _is_number(value: object) -> bool:
 def _cached_bytes(checkpoint: Checkpoint) -> int:
     try:
         return cached_bytes([file.path for file in checkpoint.files])
-    # A file has gone since it was opened: whoever reads it will say so.
+    # A file has been removed since it was opened: reading it will report that.
     except (LayerstreamError, OSError) as error:
         logger.warning("what is in the page cache is not known: %s", error)
         return 0
@@ -182,6 +186,8 @@ _RATES = (
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
     "host_copy_bytes_per_second",
+    "attention_flops_per_second",
+    "blocks_per_second",
 )
 _COSTS = (
     "direct_read_cpu_seconds_per_byte",

@@ -1,6 +1,6 @@
-"""The header of a safetensors file: what it says of each tensor, believed only once checked.
+"""The header of a safetensors file: its description of each tensor, validated.
 
-Pure functions on bytes; who fetches the bytes, and how, is checkpoint.py's business. Format:
+Pure functions on bytes; checkpoint.py reads the bytes. Format:
 8 bytes of header length, little-endian; a JSON object of tensors; data, without gap or overlap.
 """
 
@@ -53,7 +53,7 @@ _Row = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a checkpoint, and where its bytes lie.
+    """One tensor of a checkpoint, and the place of its bytes.
 
     Attributes:
         name: The checkpoint's name of the tensor.
@@ -162,7 +162,7 @@ def _decode(header: bytes, path: Path) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
-    """Build a JSON object; json itself keeps the last of two equal keys and tells nobody."""
+    """Build a JSON object; json itself silently keeps the last of two equal keys."""
     result = dict(pairs)
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)

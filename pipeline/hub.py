@@ -25,7 +25,7 @@ _CONFIG = "config.json"
 
 _MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
-# One question with a short answer; the download that may follow has huggingface_hub's own limits.
+# For a short query; downloads have huggingface_hub's own limits.
 _HUB_ANSWER_SECONDS = 10.0
 
 
@@ -33,13 +33,13 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
     """The folder or file on this machine that holds the model ``source``.
 
     Args:
-        source: an existing folder or file, which is taken as it is; or, as a string, a model id.
-            The id is looked for in huggingface_hub's local cache, without asking the network; what
-            is not there in full is downloaded into it, with huggingface_hub's own progress.
+        source: an existing folder or file; or, as a string, a model id. An id is looked up in
+            huggingface_hub's local cache first, without the network; a model that is not there in
+            full is downloaded into it, with huggingface_hub's own progress.
         revision: branch, tag or commit of a model id.
 
     Raises:
-        CheckpointError: nothing is there, or it cannot be had.
+        CheckpointError: there is no such model, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -59,11 +59,11 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
 async def resolve_model_path_async(
     source: str | os.PathLike[str], *, revision: str | None = None
 ) -> Path:
-    """The same as :func:`resolve_model_path`, without holding the event loop.
+    """The same as :func:`resolve_model_path`, without blocking the event loop.
 
     A download cannot be interrupted: when the waiting task is cancelled, it goes on in its thread,
-    into the cache, where the next call finds it. No buffer of ours is lent to it, so nothing has to
-    wait for its end.
+    into the cache, where the next call finds it. It uses no buffer of ours, so nothing has to wait
+    for its end.
     """
     return await asyncio.to_thread(resolve_model_path, source, revision=revision)
 
@@ -107,7 +107,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        # Without a network the download retries for half a minute; this question fails at once.
+        # Without a network the download would retry for half a minute; this query fails at once.
         HfApi().model_info(model_id, revision=revision, timeout=_HUB_ANSWER_SECONDS)
         folder = snapshot_download(
             model_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
@@ -125,9 +125,9 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
 
 
 def _missing(snapshot: Path) -> list[str]:
-    """The files that ``snapshot`` should hold and does not.
+    """The files that ``snapshot`` should have and does not.
 
-    A link whose blob is gone is not a file, so what somebody deleted from the cache is missing too.
+    A link to a blob that was deleted from the cache is not a file, so that is missing too.
     """
     missing = [] if (snapshot / _CONFIG).is_file() else [_CONFIG]
     index = snapshot / _INDEX
@@ -142,7 +142,7 @@ def _missing(snapshot: Path) -> list[str]:
 
 
 def _explained(error: Exception, model_id: str, revision: str | None) -> str:
-    """One sentence on why the hub did not give ``model_id``, and what to do."""
+    """One sentence on why ``model_id`` could not be downloaded, and what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -168,7 +168,7 @@ def _explained(error: Exception, model_id: str, revision: str | None) -> str:
         )
     cause: BaseException = error
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__  # what the network said, without the client's page of advice
+        cause = error.__cause__  # the network's error, without the client's page of advice
     return (
         f"{nowhere}, and the hub could not give it ({type(cause).__name__}: {_first_line(cause)}): "
         "check the path, or the network."

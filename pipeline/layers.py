@@ -1,14 +1,14 @@
-"""Tensors -> layers in the order in which a forward pass computes them, judged by names alone.
+"""Tensors -> layers in the order of a forward pass, from names alone.
 
-Three facts hold for nearly every model that was ever published; no architecture has code here:
+Three facts hold for nearly every published model, so there is no code for single architectures:
 
 - A block is an element of a module list: the first number in a tensor's name is its index, and
-  what stands before it is the stack ("model.layers", "h", "encoder.block").
+  what precedes it is the stack ("model.layers", "h", "encoder.block").
 - What the other modules do can be read from their names: "embed_tokens", "norm", "lm_head".
-- Data runs from embeddings and towers (vision, audio) through encoders, projectors and decoders to
-  the final norm and the head, and within each of these parts it does so again.
+- Data flows from embeddings and towers (vision, audio) through encoders, projectors and decoders to
+  the final norm and the head; within each of these parts the same order holds again.
 
-Where a name misleads, the order is off and nothing else: each tensor is in a layer all the same.
+If a name misleads, only the order is wrong: each tensor is in a layer in any case.
 """
 
 import enum
@@ -40,7 +40,7 @@ _Groups = dict[str, dict[str, list[TensorInfo]]]  # stack -> index -> tensors
 
 
 class LayerKind(enum.StrEnum):
-    """What a layer is computed for."""
+    """The purpose of a layer."""
 
     EMBEDDING = "embedding"
     BLOCK = "block"
@@ -50,12 +50,12 @@ class LayerKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Tensors that are computed with together.
+    """Tensors that are used together.
 
     Attributes:
         name: The block's module ("model.layers.3"), or the modules joined by "+"; unique.
-        kind: EMBEDDING and OTHER stand before or between blocks, HEAD after the last one.
-        tensors: Names, in the order in which they lie in the files.
+        kind: EMBEDDING and OTHER come before or between blocks, HEAD after the last one.
+        tensors: Names, in the order of the files.
     """
 
     name: str
@@ -113,7 +113,7 @@ def joined(names: list[str]) -> str:
 
 
 def _split(tensors: Iterable[TensorInfo]) -> tuple[_Groups, list[TensorInfo]]:
-    """Tell the tensors in blocks from the others."""
+    """Separate the tensors in blocks from the others."""
     groups: _Groups = defaultdict(lambda: defaultdict(list))
     loose = []
     composite = set()
@@ -204,8 +204,8 @@ def _kind(phase: Phase, *, after_blocks: bool) -> LayerKind:
 def _phases(stacks: Iterable[_Path]) -> dict[_Path, Phase]:
     """Return the phase of each stack and of each module that has one in it.
 
-    A module's own name decides; else the first name within that says something, else the nearest
-    one around it; else it is a decoder. Of several stacks in a module, the last one decides.
+    A module's own name decides; otherwise the first known name inside it, then the nearest one around it;
+    otherwise it is a decoder. Of several stacks in a module, the last one decides.
     """
     phases: dict[_Path, Phase] = {}
     for stack in stacks:
@@ -227,7 +227,7 @@ def _module(path: _Path, phases: Mapping[_Path, Phase]) -> _Path:
 
 
 def _tied_table(checkpoint: Checkpoint, items: list[_Item]) -> TensorInfo | None:
-    """Return the embedding table that is the head's matrix as well, if there is one."""
+    """Return the embedding table that is also the head's matrix, if there is one."""
     config = checkpoint.config
     if config is None or not _may_tie(config):
         return None
@@ -265,7 +265,7 @@ def _may_tie(config: Mapping[str, Any]) -> bool:
 
 
 def _is_head(item: _Item, tensor: TensorInfo, table: TensorInfo) -> bool:
-    """Tell a head's matrix: as many rows as the table (or columns, if packed), or by its name."""
+    """Recognise a head's matrix: as many rows as the table (or columns, if packed), or by its name."""
     if sum(size > 1 for size in tensor.shape) < 2:  # noqa: PLR2004 - a bias, or a norm
         return False
     named = phase_of_module(item.name.rpartition(".")[2]) is Phase.HEAD

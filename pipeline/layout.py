@@ -15,34 +15,34 @@ from layerstream.stages.readers import BLOCK_BYTES
 
 __all__ = ["PlannedLayer", "TensorSource", "layout_batch", "planned_layers"]
 
-# Reading a gap is cheaper than a second request as long as it takes less time than the request's latency:
+# Reading a gap is cheaper than a second request if it takes less time than the latency of a request:
 # 100 microseconds at 2.5 GB/s.
 _READ_GAP_BYTES = 256 << 10
 
-# A copy has its price too, some microseconds of the copy engine and of the thread that asks for it.
+# A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
 _COPY_GAP_BYTES = 16 << 10
 
-# What modules that rows are looked up in are called.
+# Names of modules whose rows are looked up.
 _TABLE = re.compile("emb|wte|wpe|shared")
 _TABLE_DIMENSIONS = 2
 
-# Tensors begin at multiples of this in device images; kernels choose their widest loads for it.
+# Tensors begin at multiples of this in device images, which suits the widest loads of kernels.
 _DEVICE_ALIGNMENT = 256
-# What every vector load is content with: tensors may follow one another at such offsets within one copy.
+# Sufficient for every vector load: within one copy, tensors may follow one another at such offsets.
 _LEAST_ALIGNMENT = 16
-# The widest vectors of today's processors: kernels treat what lies before such a boundary by itself.
+# The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
 _VECTOR_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSource:
-    """A tensor as computation wants it, and the pieces of files that make it up, one behind the other."""
+    """A tensor as computation needs it, and the extents of files that it consists of, in order."""
 
     name: str
     dtype: str  # torch's name, e.g. "bfloat16"
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]  # one, unless the tensor is fused from several
-    # transformers computes with a copy of it, which wants an aligned place of its own.
+    # transformers computes with a copy of it, which needs an aligned place of its own.
     copied: bool = False
 
     @property
@@ -59,13 +59,13 @@ class TensorSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedLayer:
-    """A layer with all that is needed to place it."""
+    """A layer with everything that is needed to place it."""
 
     name: str
     kind: LayerKind
     tensors: tuple[TensorSource, ...]
-    scratch_bytes: int = 0  # what computation makes out of them before using them
-    # It must be resident: computation uses it more than once, or at no known time.
+    scratch_bytes: int = 0  # tensors that computation makes from them before use
+    # It must be resident: computation uses it more than once, or at an unknown time.
     pinned: bool = False
 
     @property
@@ -82,8 +82,8 @@ def planned_layers(
     Args:
         checkpoint: where the tensors are.
         layers: in execution order.
-        gathers_tables: leave out embedding tables, whose rows a ``StreamedModel`` reads from the files as they are
-            looked up. A table that is the head's matrix as well stays in the head.
+        gathers_tables: leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
+            looked up. A table that is also the head's matrix stays in the head.
     """
 
     def streams(layer: Layer, name: str) -> bool:
@@ -112,7 +112,7 @@ class _Piece(NamedTuple):
     """An extent of a tensor, found in the host image."""
 
     host_offset: int
-    read: int  # index of the read that it lies in
+    read: int  # index of the read that contains it
     nbytes: int
 
 
@@ -126,12 +126,12 @@ def layout_batch(
     """Lay out the batch made of ``layers``.
 
     Args:
-        layers: what travels together, in execution order.
+        layers: those of the batch, in execution order.
         index: the batch's place in execution order.
         file_bytes: size of each file of the checkpoint.
-        reads_host_images: computation runs on the CPU, where a tensor that the file holds as it is needed is
-            used where it was read, at the file's own offset modulo the page. (transformers maps the files:
-            at any other alignment some float32 kernels give other bits.)
+        reads_host_images: computation runs on the CPU. A tensor that has the right form in the file is then used
+            where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
+            another alignment, some float32 kernels give other bits.)
     """
     sources = _distinct(layers)
     reads = _coalesce([extent for source in sources for extent in source.extents], file_bytes)
@@ -143,7 +143,7 @@ def layout_batch(
         if not (reads_host_images and _usable_in_place(source))
     ]
     if reads_host_images and 2 * _bytes_of(copied) >= _bytes_of(places):
-        # Most has to be fused, so copy the rest too: then the host slot is free as soon as that is done.
+        # Most has to be copied for fusing, so copy the rest too: then the host slot is free after the copy.
         copied = places
     segments, at, device_bytes = _device_image(copied, congruent=reads_host_images)
     views = tuple(
@@ -183,7 +183,7 @@ def _bytes_of(places: Sequence[tuple[TensorSource, list[_Piece]]]) -> int:
 
 
 def _coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Read, ...]:
-    """Few large reads that cover ``extents``, by file and offset, on block boundaries."""
+    """A few large reads that cover ``extents``, on block boundaries, sorted by file and offset."""
     spans: list[list[int]] = []  # [file, start, stop]
     for extent in sorted(extents, key=lambda e: (e.file, e.offset)):
         if not extent.nbytes:
@@ -223,9 +223,9 @@ def _device_image(
 ) -> tuple[tuple[Segment, ...], Mapping[str, int], int]:
     """Places in the device image: segments, the offset of each tensor by name, and the image's size.
 
-    Tensors are taken in the order of the host image, so that neighbours stay neighbours and one segment
-    carries them all. With ``congruent``, whole tensors keep their host offset modulo ``_VECTOR_BYTES``,
-    unless the file holds them at an offset that their dtype cannot be read at.
+    Tensors have the order of the host image, so that neighbours stay neighbours and one segment copies them all.
+    With ``congruent``, whole tensors keep their host offset modulo ``_VECTOR_BYTES``, unless their offset in the
+    file is not aligned for their dtype.
     """
     segments: list[list[int]] = []  # [host_offset, device_offset, nbytes]
     last_read = -1
@@ -263,7 +263,7 @@ def _device_image(
 
 
 def _follows(segment: Sequence[int], host_offset: int, item_bytes: int) -> int | None:
-    """Where a tensor at ``host_offset`` lands if ``segment`` is drawn out to it; None if it should not be."""
+    """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it; None if it should not be."""
     host, device, nbytes = segment
     gap = host_offset - (host + nbytes)
     offset = device + host_offset - host

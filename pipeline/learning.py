@@ -1,4 +1,4 @@
-"""What sweeps that were run tell of the machine, in place of what was probed or assumed."""
+"""Learns rates of the machine from completed sweeps, in place of probed or assumed ones."""
 
 import statistics
 from collections import defaultdict
@@ -13,22 +13,22 @@ from layerstream.stages.timings import StageTimings, SweepSpan, Timings
 
 __all__ = ["learn"]
 
-# What shows a rate, and not the time of a few requests.
+# Enough to show a rate, and not the latency of a few requests.
 _LEAST_BYTES = 64 << 20
-# Of computation's time, at least so much is taken to be work, however much its hand-offs were thought to be.
+# At least this share of computation's time counts as work, even if hand-offs were predicted to take more.
 _LEAST_WORK = 0.2
 
 
 def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
 
-    The disk's rate is learnt from direct reads, the link's from copies to a GPU, and computation's from sweeps
-    with one forward pass each, for its number of tokens; rates for other numbers move in proportion. What
-    ``timings`` do not show stays as it was.
+    The rate of the disk is learnt from direct reads, and that of the link from copies to a GPU. The rates of
+    computation are scaled by what the plan predicted of sweeps with a single forward pass, divided by what they took;
+    those for other numbers of tokens are scaled like the nearest. What ``timings`` do not show stays as it was.
 
     Args:
-        hardware: what was known before.
-        plan: that was run.
+        hardware: that ``plan`` was made with.
+        plan: the one that was run.
         timings: of the pipeline that ran it.
     """
     fields: dict[str, Any] = {}
@@ -37,11 +37,11 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     if plan.device_memory is not None and (rate := _link(timings, stage=1)):
         fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
-    # A GPU computes while batches are handed over; a processor's time with a batch has that in it.
+    # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
     on_cpu = plan.device_memory is None
-    learnt = _compute(timings, overhead_seconds=known.overhead_seconds_per_batch if on_cpu else 0.0)
-    if learnt:
-        fields["compute"] = _merged(known, learnt)
+    overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
+    if factors := _factors(plan, timings, overhead_seconds=overhead):
+        fields |= _scaled(known, factors)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)
     return replace(
         hardware,
@@ -51,13 +51,13 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
 
 
 def _steady(timings: Timings) -> list[SweepSpan]:
-    """The sweeps that show what goes on showing, of which every span was kept."""
+    """The sweeps that are typical of later ones, and of which all spans were kept."""
     since = timings.complete_since_seconds
     return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
 
 
 def _link(timings: Timings, *, stage: int) -> float | None:
-    """Bytes per second that a stage reached; None where too little went through it."""
+    """Bytes per second that a stage reached; None if it had too few bytes."""
     passed = [
         timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
         for sweep in _steady(timings)
@@ -66,32 +66,52 @@ def _link(timings: Timings, *, stage: int) -> float | None:
     return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
 
 
-def _compute(timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
-    """Bytes of weights per second, by the tokens of a pass."""
+def _factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
+    """How many times as fast as predicted passes were computed, by their number of tokens."""
     found = defaultdict(list)
     for sweep in _steady(timings):
         if sweep.tokens is None:
             continue
+        predicted = _predicted_seconds(plan, sweep.tokens)
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
-        if stage.bytes >= _LEAST_BYTES:
-            found[sweep.tokens].append(_rate(stage, overhead_seconds))
-    return {tokens: statistics.median(rates) for tokens, rates in found.items()}
+        if stage.bytes >= _LEAST_BYTES and predicted > 0:
+            found[sweep.tokens].append(predicted / _seconds(stage, overhead_seconds))
+    return {tokens: statistics.median(factors) for tokens, factors in found.items()}
 
 
-def _rate(stage: StageTimings, overhead_seconds: float) -> float:
-    handed_over = stage.items * overhead_seconds
-    return stage.bytes / max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
-
-
-def _merged(known: Rates, learnt: dict[int, float]) -> tuple[ComputeRate, ...]:
-    """``known`` and ``learnt`` rates; the known ones in proportion to the learnt one that is nearest."""
-    factors = {tokens: rate / known.weights_per_second(tokens) for tokens, rate in learnt.items()}
-    merged = {
-        rate.tokens: rate.bytes_per_second
-        * factors[min(factors, key=lambda size: abs(size - rate.tokens))]
-        for rate in known.compute
-    }
-    merged.update(learnt)
-    return tuple(
-        ComputeRate(tokens=tokens, bytes_per_second=rate) for tokens, rate in sorted(merged.items())
+def _predicted_seconds(plan: Plan, tokens: int) -> float:
+    """Computation in a sweep of ``tokens``: between a decoding step and a prompt, interpolated linearly."""
+    if plan.workload is None:
+        return 0.0
+    few = plan.workload.batch_size
+    many = few * plan.workload.prompt_tokens
+    step, prompt = (
+        sweep.compute_seconds for sweep in (plan.prediction.decode, plan.prediction.prefill)
     )
+    if tokens <= few or many == few:
+        return step
+    return step + (prompt - step) * (tokens - few) / (many - few)
+
+
+def _seconds(stage: StageTimings, overhead_seconds: float) -> float:
+    handed_over = stage.items * overhead_seconds
+    return max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
+
+
+def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
+    """The rates of computation, by the names of Hardware's fields."""
+
+    def nearest(tokens: int) -> float:
+        return factors[min(factors, key=lambda size: abs(size - tokens))]
+
+    return {
+        "compute": tuple(
+            ComputeRate(
+                tokens=rate.tokens, bytes_per_second=rate.bytes_per_second * nearest(rate.tokens)
+            )
+            for rate in known.compute
+        ),
+        # Attention matters in long prompts, and Python in steps of few tokens.
+        "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],
+        "blocks_per_second": known.blocks_per_second * factors[min(factors)],
+    }

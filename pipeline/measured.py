@@ -1,4 +1,4 @@
-"""What was measured on this machine before: one small file for each measurement, in the user's cache folder."""
+"""A cache of measurements of this machine: one small file for each, in the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -21,15 +21,15 @@ __all__ = ["PER_BYTE", "Measured", "MeasuredCache", "machine", "processor"]
 
 logger = logging.getLogger(__name__)
 
-PER_BYTE = "_per_byte"  # how the names of costs end, which may be nothing
+PER_BYTE = "_per_byte"  # how names of costs end; a cost may be zero
 
-_VERSION = 1  # of what is written, and of how it is measured
-# Machines are rebuilt, disks are swapped and fill up, neighbours of a virtual disk come and go: a week bounds how long that goes
-# unnoticed. What changes within minutes no age cures: for that there is `fresh`.
+_VERSION = 1  # of the format, and of the way of measuring
+# Machines are rebuilt, disks are swapped and fill up, neighbours of a virtual disk come and go: after a week that is noticed
+# at the latest. For changes within minutes there is `fresh`.
 _MOST_SECONDS = 7 * 24 * 3600.0
-# What was measured beside other processes stands for the machine only as long as they may still be there.
+# What was measured next to other processes is valid only while they are probably still there.
 _MOST_CONTENDED_SECONDS = 600.0
-_SKEW_SECONDS = 60.0  # that the clock may have been set back
+_SKEW_SECONDS = 60.0  # by which the clock may have been set back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +38,11 @@ class Measured:
 
     rates: Mapping[str, Rate]
     age_seconds: float
-    contended: bool = False  # others kept processors busy meanwhile
+    contended: bool = False  # other processes kept processors busy meanwhile
 
 
 class MeasuredCache:
-    """Files that say what they are of. Without a folder to write to, nothing is kept, and all else works.
+    """Cache files, each of which has its key in it. Without a writable folder nothing is kept.
 
     Args:
         folder: by default ``layerstream`` in the user's cache folder.
@@ -52,14 +52,14 @@ class MeasuredCache:
         self.folder = _user_folder() if folder is None else folder
 
     def load(self, key: Mapping[str, str], *, names: Collection[str]) -> Measured | None:
-        """What is known of ``key``, with rates of ``names``; None where that is nothing to be relied on."""
+        """The rates ``names`` that are cached for ``key``; None if there is nothing valid."""
         path = self._path(key)
         try:
             document = json.loads(path.read_bytes())
             found = _checked(document, key, names, now=time.time())
         except FileNotFoundError:
             return None
-        # ValueError: not JSON, or not what we write. RecursionError: brackets without end.
+        # ValueError: not JSON, or not our format. RecursionError: brackets nested too deeply.
         except (OSError, ValueError, RecursionError) as error:
             logger.warning(
                 "%s: taken as not measured, since what is kept cannot be used: %s", path, error
@@ -77,12 +77,12 @@ class MeasuredCache:
     def store(
         self, key: Mapping[str, str], rates: Mapping[str, Rate], *, contended: bool = False
     ) -> None:
-        """Keep ``rates`` of ``key``, in place of what was known. A failure is logged, no more.
+        """Store ``rates`` for ``key``, replacing earlier ones. A failure is only logged.
 
         Args:
             key: what they depend on.
             rates: by name.
-            contended: others kept processors busy meanwhile, so that they are soon to be measured anew.
+            contended: other processes kept processors busy meanwhile, so that the rates are valid only for minutes.
         """
         path = self._path(key)
         document = {
@@ -94,7 +94,7 @@ class MeasuredCache:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Put in place in one step: another process reads the old file or the new one, never half of it.
+            # Replaced atomically: another process reads the old file or the new one, never half of it.
             descriptor, written = tempfile.mkstemp(dir=self.folder, prefix=f".{path.name}")
             try:
                 with os.fdopen(descriptor, "w") as stream:
@@ -114,9 +114,9 @@ class MeasuredCache:
 
 def _user_folder() -> Path:
     named = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard says that a relative one is to be ignored.
+    # The XDG standard says that relative paths are to be ignored.
     base = Path(named) if Path(named).is_absolute() else Path("~/.cache")
-    # Where that is nobody's home, the folder cannot be made, and we do without.
+    # If that is no home folder, the cache folder cannot be made, and nothing is kept.
     with contextlib.suppress(RuntimeError):
         base = base.expanduser()
     return base / "layerstream"
@@ -125,10 +125,10 @@ def _user_folder() -> Path:
 def _checked(
     document: Any, key: Mapping[str, str], names: Collection[str], *, now: float
 ) -> Measured:
-    """``document`` as it was written for ``key``.
+    """``document``, checked to be one that was written for ``key``.
 
     Raises:
-        ValueError: it was not.
+        ValueError: it is not.
     """
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         raise ValueError(f"it is not of version {_VERSION}")
@@ -171,7 +171,7 @@ def _number(value: Any) -> float:
 
 
 def machine() -> Mapping[str, str]:
-    """What tells this machine from others, whichever of it there is; the same after a restart."""
+    """An identity of this machine that is the same after a restart."""
     return {"host": platform.node(), "machine": _machine_id(), "processor": processor()}
 
 

@@ -1,7 +1,6 @@
 """A transformers model whose weights stream."""
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -10,35 +9,26 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from layerstream.pipeline.assembly import Assembly, move_buffers
-from layerstream.pipeline.binding import Binding, put_buffers
 from layerstream.pipeline.engine import Engine
 from layerstream.pipeline.hardware import Hardware
-from layerstream.pipeline.host_cache import check_host_cache
 from layerstream.pipeline.opening import Options, open_model
-from layerstream.pipeline.phases import Phases
-from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.prediction import Objective
 from layerstream.pipeline.replanning import hardware_without
-from layerstream.pipeline.requests import Estimator
 from layerstream.pipeline.room import room_of
+from layerstream.pipeline.runtime import start_model
 from layerstream.pipeline.stats import Stats
-from layerstream.pipeline.sweeps import Sweeps
 from layerstream.pipeline.tokens import token_streamer
-from layerstream.stages.devices import Device, open_device
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.threads import Once, finish_in_thread
 from layerstream.stages.timings import Timings
 
 __all__ = ["StreamedModel"]
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
-# A sweep costs the same for one request and for twenty. What bounds them is memory; a place costs a thread, and a
-# clone of the module tree while it is taken, which is a megabyte or two.
+# A sweep costs the same for one request and for twenty, and memory bounds them anyway. A place costs a thread and,
+# while a request has it, a clone of the module tree, which is a megabyte or two.
 _REQUESTS = 16
 
 
@@ -90,24 +80,24 @@ class StreamedModel:
             source: a folder, a safetensors file, or a hub id such as "org/name".
             device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
             budget: memory that may be used; by default what is free, less a tenth.
-            workload: what will be asked for; its KV cache and activations are reserved.
+            workload: the expected requests; memory for their KV cache and activations is reserved.
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: rate of the throttled reader.
             layer_batch_size: blocks per layer batch, instead of the planner's choice.
-            slots: on either side, instead of the planner's choice.
-            objective: what the plan is the fastest at: "latency" of one request that comes first, or "throughput".
-            hardware: the machine, if it is known; by default it is probed.
-            measure: False plans with what is known of this machine from before, and assumptions: opening takes
-                a second or two less where a machine is new.
-            max_requests: requests that share sweeps at the same time; more wait their turn.
+            slots: on the host and on the device each, instead of the planner's choice.
+            objective: what the plan optimises: "latency" of a single, first request, or "throughput".
+            hardware: the machine; by default it is probed.
+            measure: False measures nothing: the plan is made with cached rates and assumptions. On a new machine this
+                saves a second or two.
+            max_requests: requests that share sweeps at the same time; more of them wait.
             model_class: the transformers class; by default the config's ``architectures[0]``.
             dtype: as in ``from_pretrained``.
             revision: of a hub id.
-            model_options: what else ``from_pretrained`` takes, such as ``attn_implementation``.
+            model_options: other arguments of ``from_pretrained``, such as ``attn_implementation``.
 
         Entering raises:
             CheckpointError: files are missing or corrupt.
-            ModelError: the model cannot be built, or the checkpoint is not its own.
+            ModelError: the model cannot be built, or the checkpoint does not match it.
             PlanError: the budget is too small.
             DeviceError: the device is not there.
         """
@@ -144,71 +134,11 @@ class StreamedModel:
 
     async def _open(self) -> None:
         self._opening = opening = await open_model(self._source, self._options, self._resources)
-        self.plan, self.hardware = opening.plan, opening.hardware
+        self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
         self._budget = self._options.budget
-        layout, checkpoint = opening.layout, opening.checkpoint
-        self.module = opening.module
-        if self.plan.kv_cache_on_host:
-            check_host_cache(self.module)
-        device = await finish_in_thread(lambda: open_device(self.plan.device))
-        bindings = await finish_in_thread(lambda: layout.bind(self.plan, device.torch_device))
-        for table in layout.gather(checkpoint, device.torch_device):
-            self._resources.callback(table.close)
-        move_buffers(self.module, device.torch_device)
-        room = room_of(self.plan, self.module, checkpoint.config)
-        phases = Phases(self.plan, room_bytes=room.beside_layers_bytes)
-        pipeline = await self._resources.enter_async_context(Pipeline(phases.first, device=device))
-        kept = await self._keep(pipeline, layout, bindings, device)
-        self._pipeline = pipeline
-        self._sweeps = sweeps = Sweeps(
-            pipeline,
-            bindings,
-            device=device,
-            kept=kept,
-            phases=phases,
-        )
-        self._resources.push_async_callback(sweeps.aclose)
-        self._engine = engine = Engine(
-            self.module,
-            sweeps,
-            device=device,
-            estimator=Estimator(
-                self.module,
-                checkpoint.config,
-                workload=self._options.workload,
-                room=room,
-                on_cpu=self.plan.device_memory is None,
-                reserved=self.plan,
-            ),
-            room=room,
-            places=self._options.max_requests,
-            cache_on_host=self.plan.kv_cache_on_host,
-        )
-        layout.hook(engine.riders, self.plan)
-        self._resources.push_async_callback(finish_in_thread, engine.threads.close)
-        # Passes under way are failed before their threads are waited for.
-        self._resources.push_async_callback(sweeps.aclose)
-        self._resources.callback(engine.close)
-
-    async def _keep(
-        self, pipeline: Pipeline, layout: Assembly, bindings: Sequence[Binding], device: Device
-    ) -> list[int]:
-        """Load what has to be there all the time, and bind it for good."""
-        pinned = {layer.name for layer in layout.layers if layer.pinned}
-        kept = [batch.index for batch in self.plan.batches if pinned.intersection(batch.layers)]
-        if kept:
-            async for batch in pipeline.sweep(kept):
-                binding = bindings[batch.index]
-                # A module that outlives its model must not keep all residents' memory.
-                self._resources.callback(self._let_go, binding)
-                put_buffers(self.module, binding.bind(batch.tensors))
-            # Passes may compute on other streams, which know nothing of this thread's.
-            await finish_in_thread(device.record().synchronize)
-        return kept
-
-    def _let_go(self, binding: Binding) -> None:
-        binding.unbind()
-        put_buffers(self.module, binding.absent_buffers())
+        running = await start_model(opening, self._options, self._resources)
+        self._pipeline, self._sweeps = running.pipeline, running.sweeps
+        self._engine = running.engine
 
     async def __aexit__(
         self,
@@ -219,16 +149,16 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way and give everything back. May be called again, and by several."""
+        """Fail the requests under way and give everything back. May be called again, and by several tasks."""
         self._closed = True
         await self._closing.run(self._resources.aclose)
 
     async def drain(self) -> None:
-        """Refuse new requests, and wait for those that run or wait. ``aclose`` then has nobody to fail."""
-        await self._open_engine().drain()
+        """Refuse new requests, and wait for all others to end, so that ``aclose`` fails none."""
+        await self._open_engine().requests.drain()
 
     def abandon_pass(self) -> None:
-        """End the pass of the calling thread that an interrupt has left open: nobody else would."""
+        """End the pass of the calling thread if an interrupt has left it unfinished. For the drop-in."""
         rider = self._engine.riders.current() if self._engine is not None else None
         if rider is not None:
             rider.abandon()
@@ -248,13 +178,13 @@ class StreamedModel:
         return await self._open_engine().forward(inputs, named)
 
     async def generate(self, *inputs: Any, **named: Any) -> Any:
-        """Generate, by whatever strategy; takes and returns what the model's own ``generate`` does.
+        """Generate with any strategy; takes and returns what the model's own ``generate`` does.
 
-        Requests share sweeps. Each reserves the KV cache and the activations that it may come to need, and
-        waits, first come, first served, until there is room for them; what the caller keeps of the result
-        is his own. ``generator``, a ``torch.Generator``, is what this request samples from: torch's default source
-        is shared by all. Tensors among the inputs are moved to the device where computation runs. If the waiting
-        task is cancelled, generation is unwound at its next layer batch.
+        Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first
+        served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
+        ``torch.Generator``, is what this request samples from; torch's default generator is shared by all.
+        Tensors among the inputs are moved to the device where computation runs. If the waiting task is
+        cancelled, generation is unwound at its next layer batch.
 
         Raises:
             AdmissionError: it needs more memory than there is for requests.
@@ -263,10 +193,10 @@ class StreamedModel:
         return await self._open_engine().generate(inputs, named)
 
     async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
-        """Generate one sequence, and yield each new token's id when it is there.
+        """Generate one sequence, and yield the id of each new token as soon as it is made.
 
-        Closing the generator, or cancelling the task that waits for it, ends the generation. Nobody waits for
-        a slow consumer: ids queue up for it, and there are no more of them than were asked for.
+        Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer does
+        not slow generation down: ids are queued for it, at most as many as were asked for.
 
         Raises:
             AdmissionError, ClosedError: as for ``generate``.
@@ -282,23 +212,23 @@ class StreamedModel:
         finally:
             generating.cancel()
             await asyncio.wait([generating])
-            # Taken note of: who has left before the end does not want to hear of it.
+            # Mark an error as retrieved: a caller that leaves early does not want it.
             generating.cancelled() or generating.exception()
 
     async def replan(self, *, budget: Budget | None = None) -> Plan:
-        """Plan anew with the rates that the sweeps so far have shown, and go on by the new plan.
+        """Make a new plan with the rates measured so far, and switch to it between two sweeps.
 
-        Layer batches, slots and reader stay, so that what was read ahead and all KV caches do too; which
-        layers are resident may change, and with a smaller budget their memory is given back. Requests
-        that run go on: the change is made between two sweeps. They keep what they have reserved until they
-        end, also of a larger budget than the new one; those that wait for more than there is now are refused.
+        Layer batches, slots and reader stay, and with them what was read ahead and all KV caches. Which layers are
+        resident may change; with a smaller budget the memory of some is given back. Running requests go on, and
+        keep what they have reserved until they end, even if the new budget is smaller. Waiting requests that need
+        more than there is now are refused.
 
         Args:
-            budget: what may be used from now on; by default what the last plan had.
+            budget: from now on; by default that of the last plan.
 
         Raises:
             PlanError: no plan fits that budget; the old one stays.
-            DeviceError: the memory is not there; the old plan stays, and gets its residents back.
+            DeviceError: the memory is not there; the old plan stays, and loads its residents again.
             ClosedError: the model is not open.
         """
         engine = self._open_engine()
@@ -309,7 +239,7 @@ class StreamedModel:
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
-            await finish_in_thread(self._sweeps.device.trim)  # what went is everybody's
+            await finish_in_thread(self._sweeps.device.trim)  # for other processes
             room = room_of(plan, self.module, self._opening.checkpoint.config)
             self._sweeps.phases.replace(plan, room_bytes=room.beside_layers_bytes)
             engine.resize(room)
@@ -320,11 +250,11 @@ class StreamedModel:
         return plan
 
     def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
-        """What the running plan would be on ``hardware``: other residents and predictions, all else alike.
+        """The running plan as it would be on ``hardware``, with other residents and predictions.
 
         Args:
-            hardware: with as much free as it would have without this model.
-            budget: what may be used; by default what the running plan has.
+            hardware: with as much free memory as it would have without this model.
+            budget: by default that of the running plan.
 
         Raises:
             PlanError: no plan fits that budget.
@@ -339,10 +269,10 @@ class StreamedModel:
 
     def stats(self) -> Stats:
         """Counters and gauges of requests, sweeps and stages, as they are now."""
-        return self._open_engine().stats(self._pipeline.timings())
+        return self._open_engine().requests.stats(self._pipeline.timings())
 
     def in_request(self) -> bool:
-        """Whether the calling thread is that of a request, whose memory is reserved."""
+        """Whether the calling thread runs a request, whose memory is reserved."""
         return self._engine is not None and self._engine.riders.in_request()
 
     def generate_here(
@@ -351,9 +281,9 @@ class StreamedModel:
         """Generate in the calling thread, which is not that of the event loop. For the drop-in.
 
         Args:
-            call: makes of a clone of the module tree what to call with the inputs.
-            inputs: positional arguments of that.
-            named: keyword arguments of that.
+            call: returns what to call, given a clone of the module tree.
+            inputs: positional arguments for that.
+            named: keyword arguments for that.
         """
         assert self._engine is not None  # noqa: S101
         result: T = self._engine.generate_here(call, inputs, named)

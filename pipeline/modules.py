@@ -20,7 +20,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """A place in the module tree that a parameter or buffer is put into."""
+    """The place of a parameter or buffer in the module tree."""
 
     module: str  # path of the module that owns it
     name: str  # its name there
@@ -38,12 +38,12 @@ class ModelLayer:
     name: str
     kind: LayerKind
     recipes: tuple[str, ...]  # names in TracedModel.recipes
-    modules: tuple[str, ...]  # paths of those by whose calls it is known that the layer is needed
-    pinned: bool  # used more than once in a pass, or by no module of its own: has to stay
+    modules: tuple[str, ...]  # paths of the modules whose calls need the layer
+    pinned: bool  # must be resident: used more than once in a pass, or by no module of its own
 
 
 def uses_of(traced: TracedModel) -> dict[str, list[Use]]:
-    """Every place of every recipe's tensor, each module once even if it has several paths."""
+    """All places of each recipe's tensor; a module with several paths counts once."""
     names = defaultdict(list)
     for name in traced.recipes:
         names[name].append(name)
@@ -63,7 +63,7 @@ def uses_of(traced: TracedModel) -> dict[str, list[Use]]:
 def gathered_uses(
     traced: TracedModel, uses: Mapping[str, Sequence[Use]], recordings: Sequence[Recording]
 ) -> dict[str, list[Use]]:
-    """Embedding tables that lie in a file as they are, with the embeddings that look rows up in them."""
+    """Embedding tables that are stored in a file unchanged, with the embeddings that look rows up in them."""
     otherwise = {
         touch.tensor
         for recording in recordings
@@ -99,8 +99,8 @@ def model_layers(
 ) -> tuple[ModelLayer, ...]:
     """Group what streams into layers in execution order.
 
-    Names tell the groups; forward passes on the meta device, where they are possible, tell their order, which
-    of them are visited more than once, and which weights are used outside the calls of their modules.
+    Groups come from names. Forward passes on the meta device, if they are possible, show their order, which of them
+    are visited more than once, and which weights are used outside the calls of their modules.
 
     Args:
         traced: the model.
@@ -116,11 +116,10 @@ def model_layers(
     grouped = _split(traced.module, grouped, recordings)
     owner = _owner(grouped)
     pure = _pure_modules(traced.module, owner)
-    # Parameters that are needed at no time that a call would tell stay: here, those whose module holds
-    # several layers.
+    # Parameters stay resident if no call shows when they are needed: here, those of modules with several layers in them.
     homeless = {path for path in single if pure.get(_parent(path)) != owner[path]}
     homeless |= _strays(recordings, owner, pure)
-    # Recurrent modules keep a second list of their parameters, which binding would leave behind.
+    # Recurrent modules keep a second list of their parameters, which binding would not update.
     homeless |= {
         path
         for path in single
@@ -172,7 +171,7 @@ def _refuse_writes(traced: TracedModel, recordings: Sequence[Recording]) -> None
 def _split(
     root: nn.Module, grouped: Sequence[Layer], recordings: Sequence[Recording]
 ) -> tuple[Layer, ...]:
-    """Take layers apart whose tensors are used at different times of a pass, with other layers in between."""
+    """Split layers whose tensors are used at different times of a pass, with other layers in between."""
     if not recordings:
         return tuple(grouped)
     runs = _runs(recordings[0], _owner(grouped))
@@ -180,7 +179,7 @@ def _split(
     before = _strays_of(root, grouped, recordings)
     apart = [piece for layer in grouped for piece in pieces[layer.name]]
     names = Counter(piece.name for piece in apart)
-    # A piece whose weights are used by no module of its own alone is better left where it is.
+    # Do not split off a piece whose weights are used by no module of its own.
     stuck = _strays_of(root, apart, recordings) - before
     return tuple(
         piece
@@ -195,7 +194,7 @@ def _split(
 
 
 def _runs(recording: Recording, owner: Mapping[str, str]) -> dict[str, set[int]]:
-    """In which of the stretches, each spent with one layer, every tensor is used."""
+    """For every tensor, the intervals of the pass, each spent in one layer, in which it is used."""
     runs: defaultdict[str, set[int]] = defaultdict(set)
     run, current = 0, ""
     for touch in recording.touches:
@@ -230,7 +229,7 @@ def _strays_of(
 def _strays(
     recordings: Sequence[Recording], owner: Mapping[str, str], pure: Mapping[str, str]
 ) -> set[str]:
-    """Tensors that are used while no module of their layer alone is under way."""
+    """Tensors that are used while no module that is only in their layer is being called."""
     return {
         touch.tensor
         for recording in recordings
@@ -241,9 +240,9 @@ def _strays(
 
 
 def _covered(recordings: Sequence[Recording], pure: Mapping[str, str]) -> set[str]:
-    """Modules that are only called while another one of their layer alone is under way: that one tells of them.
+    """Modules that are only called inside another one of the same layer, whose hook is enough.
 
-    A hook costs ten microseconds a call, and most modules of a block are never called but by the block.
+    A hook costs ten microseconds a call, and most modules of a block are only called by the block.
     """
     calls = [
         event for recording in recordings for event in recording.events if isinstance(event, Call)
@@ -265,7 +264,7 @@ def _owner(layers: Sequence[Layer]) -> dict[str, str]:
 def _group(
     traced: TracedModel, checkpoint: Checkpoint, single: Mapping[str, str]
 ) -> tuple[Layer, ...]:
-    """The layers of the module tree, by the names that parameters have in it."""
+    """The layers of the module tree, by the names of its parameters."""
     tensors = {}
     for path, name in single.items():
         source = checkpoint.tensors[traced.recipes[name].sources[0]]
@@ -276,7 +275,7 @@ def _group(
 
 
 def _by_first_visit(layers: Sequence[Layer], first: Mapping[str, int]) -> list[Layer]:
-    """``layers`` as they are visited; one that was not visited stays behind the one before it."""
+    """``layers`` in the order of first visits; one that was not visited stays behind its predecessor."""
     position, keyed = -1, []
     for layer in layers:
         position = first.get(layer.name, position)
@@ -289,7 +288,7 @@ def _parent(path: str) -> str:
 
 
 def _pure_modules(root: nn.Module, owner: Mapping[str, str]) -> dict[str, str]:
-    """Modules whose parameters are all of one layer, and that layer. Containers are never called."""
+    """Modules whose parameters are all in one layer, with that layer. Containers are never called."""
     holds: defaultdict[str, set[str]] = defaultdict(set)
     for path, layer in owner.items():
         parent = _parent(path)

@@ -1,4 +1,4 @@
-"""What a module's name says of its place in a forward pass: words, and no architecture."""
+"""A module's place in a forward pass, from the words in its name, whatever the architecture."""
 
 import enum
 import re
@@ -7,9 +7,9 @@ __all__ = ["Phase", "phase_of_module", "phase_of_stack"]
 
 
 class Phase(enum.IntEnum):
-    """When a module is computed, compared with the other modules of its parent."""
+    """When a module is computed, relative to the other modules of its parent."""
 
-    UNKNOWN = 0  # nothing known: ready before all others, so that it is there when it is wanted
+    UNKNOWN = 0  # unknown: placed before all others, so that it is there when it is needed
     INPUT = 1
     TOWER = 2  # vision and audio
     TOWER_EXIT = 3
@@ -66,7 +66,7 @@ def phase_of_module(name: str, *, in_tower: bool = False) -> Phase:
 
 
 def phase_of_stack(name: str) -> Phase:
-    """Return the phase that one part of a stack's path speaks for, UNKNOWN if for none."""
+    """Return the phase that one part of a stack's path indicates, UNKNOWN if none."""
     words = _words(name)
     if words & _DECODER:
         phase = Phase.DECODER

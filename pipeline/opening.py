@@ -1,4 +1,4 @@
-"""From a model's source to its plan: the checkpoint is opened, the model traced on the meta device, the machine probed."""
+"""From a model's source to its plan: opens the checkpoint, traces the model on the meta device, probes the machine."""
 
 import functools
 import logging
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a model is opened with; see ``StreamedModel.open``."""
+    """The arguments of ``StreamedModel.open``."""
 
     device: str
     budget: Budget | None
@@ -62,21 +62,21 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """A model that is about to stream."""
+    """A model that is planned, and ready to be started."""
 
     checkpoint: Checkpoint
     module: Any  # the transformers model, without weights
     layout: Assembly
     hardware: Hardware
     plan: Plan
-    # All that it takes is given, but for hardware, budget and what is asked for by name.
+    # The planner for this model; takes hardware, budget, and the arguments that choose a plan.
     make_plan: Callable[..., Plan]
 
 
 async def open_model(
     source: str | os.PathLike[str], options: Options, resources: AsyncExitStack
 ) -> Opening:
-    """Find the model in ``source``, learn how it is built, and plan it; ``resources`` owns what has to be ended."""
+    """Find the model in ``source``, trace it, and plan it; ``resources`` stops what goes on in the background."""
     before = anonymous_bytes()
     on_cpu = await finish_in_thread(options.on_cpu)  # the first look at a GPU takes seconds
     if on_cpu:
@@ -89,7 +89,7 @@ async def open_model(
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
-    # transformers' code for the model, and the module tree: 100 MB where they are new here.
+    # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held = max(0, (anonymous_bytes() or 0) - (before or 0))
     planned = functools.partial(
         make_plan,
@@ -128,7 +128,7 @@ async def open_model(
 
 
 def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Readahead:
-    """Have the disk busy while the model is traced, if its files will be mapped."""
+    """Start reading ahead while the model is traced, if its files will probably be mapped."""
     mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
     unbounded = options.budget is None or options.budget.host is None
     ahead = Readahead([file.path for file in checkpoint.files])

@@ -1,4 +1,4 @@
-"""What computing on the CPU takes of the host's memory beside tensors, told from a model's config. Pure."""
+"""Host memory that computing on a CPU takes besides tensors, estimated from a model's config. Pure."""
 
 from dataclasses import dataclass
 
@@ -10,41 +10,41 @@ __all__ = ["Overheads", "overheads"]
 # Of a kernel that oneDNN has compiled for a shape of bfloat16 matrices: 0.27 to 0.29 MB were measured, for matrices
 # of 64 x 256 and of 4096 x 14336 alike.
 _KERNEL_BYTES = 290_000
-# Scratch that it keeps for each thread that multiplies: 0.2 to 0.9 MB, whatever the number of threads that help it.
+# Scratch that it keeps for each thread that calls it: 0.2 to 0.9 MB, whatever the number of helper threads.
 _SCRATCH_BYTES = 900_000
 _HALF = 2  # bytes of an element for which kernels are compiled
-# MKL packs float32 matrices for products of more than two rows: so many rows of the one and columns of the other in
-# panels that are this deep, two of each whatever the number of threads. From its own statistics, on 1 to 4 threads.
+# MKL packs float32 matrices for products of more than two rows: this many rows of one and columns of the other, in panels
+# of this depth, two of each whatever the number of threads. From its own statistics, with 1 to 4 threads.
 _SINGLE = 4
 _PANEL_DEPTH = 192
 _PANEL_ROWS = 720
 _PANEL_COLUMNS = 6432
 _FEWEST_ROWS = 3
-# Of a request's own clone of the module tree: 2140 bytes were measured, for 111 modules and for 319 alike.
+# Of a request's clone of the module tree, per module: 2140 bytes were measured, with 111 and with 319 modules.
 _MODULE_BYTES = 2200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """Bytes beside tensors."""
+    """Bytes besides tensors."""
 
     shared_bytes: int = 0  # that math libraries keep for the whole process
-    # Of a request, until it has ended: what they keep for its thread, and its module tree.
+    # Of a request, until it has ended: what libraries keep for its thread, and its module tree.
     rider_bytes: int = 0
 
     def of(self, riders: int) -> int:
-        """All that is taken while so many requests run."""
+        """The sum while that many requests run."""
         return self.shared_bytes + riders * self.rider_bytes
 
 
 def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1) -> Overheads:
-    """What requests to the model that ``config`` (a config.json) describes take beside tensors.
+    """Memory besides tensors of requests to the model that ``config`` (a config.json) describes.
 
     Args:
-        config: without one, or without sizes in it, libraries are taken to keep nothing.
-        modules: how many the model has.
-        rows: tokens that go through a block at a time.
-        logits: of how many of them the next token is asked for.
+        config: without one, or without sizes in it, libraries are assumed to keep nothing.
+        modules: their number in the model.
+        rows: tokens that a block computes at once.
+        logits: how many of them have logits computed.
     """
     tree = modules * _MODULE_BYTES
     widths = widths_of(config)

@@ -1,4 +1,4 @@
-"""Who may stay resident now: what the activations of a prompt need, residents have while there is none."""
+"""Which batches are resident at the moment: while no prompt is processed, the memory of its activations is used for more."""
 
 import dataclasses
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class Phases:
-    """A plan in its placements: at first, as it stands, and with its decode residents.
-
-    Attributes:
-        first: how the first sweep is made.
+    """Chooses among the placements of a plan: that of the first sweep, the usual one, and with decode residents.
 
     Args:
         plan: the running one.
         room_bytes: memory for what all requests together take beside the layers.
+
+    Attributes:
+        first: the plan as the first sweep runs it.
     """
 
     def __init__(self, plan: Plan, *, room_bytes: int) -> None:
@@ -28,7 +28,7 @@ class Phases:
         self.replace(plan, room_bytes=room_bytes)
 
     def replace(self, plan: Plan, *, room_bytes: int) -> None:
-        """Go on with another plan, and what it leaves for requests."""
+        """Go on with another plan, and the memory that it leaves for requests."""
         self._room = room_bytes
         self.first = plan.at_first()
         self._plan = self._decoding = plan
@@ -38,12 +38,12 @@ class Phases:
             self._extra = _resident_bytes(self._decoding) - _resident_bytes(plan)
 
     def give_up(self, why: BaseException) -> None:
-        """There is no memory for the decode residents after all: do without."""
+        """Go on without decode residents, for which there is no memory after all."""
         logger.warning("layers that would stay while decoding are streamed: %s", why)
         self.replace(dataclasses.replace(self._plan, decode_residents=()), room_bytes=self._room)
 
     def plan_for(self, riders: Iterable[Rider]) -> Plan:
-        """The placement for a sweep while these requests run, some of which ride it."""
+        """The plan for a sweep while the requests of these riders run."""
         if not self._swept:
             return self.first
         return self._decoding if self._extra and self._leaves_room(riders) else self._plan
@@ -53,7 +53,7 @@ class Phases:
         self._swept = True
 
     def allows(self, plan: Plan, riders: Iterable[Rider]) -> bool:
-        """Whether these requests may run while ``plan`` is the placement."""
+        """Whether the requests of these riders may run while ``plan`` is in effect."""
         return plan is not self._decoding or not self._extra or self._leaves_room(riders)
 
     def _leaves_room(self, riders: Iterable[Rider]) -> bool:

@@ -1,4 +1,4 @@
-"""A plan and what it is made of: frozen data, written to JSON and read back."""
+"""The plan and its parts: frozen data, written to JSON and read back."""
 
 import json
 import types
@@ -18,7 +18,7 @@ __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload
 # Raised when the meaning of a field changes, so that an old plan is refused instead of misread.
 _VERSION = 3
 
-# Of which a share is a size, whatever is free: to try whether one can be read.
+# An arbitrary amount of free memory, to check whether a share such as "80%" can be parsed.
 _MUCH_BYTES = 1 << 40
 
 
@@ -32,7 +32,7 @@ class ReaderKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The memory that a pipeline may use: bytes, or strings such as "4GiB" or, of what is free, "80%".
+    """The memory that a pipeline may use: bytes, "4GiB", or "80%" of what is free.
 
     None: what is free, less a tenth.
 
@@ -47,22 +47,22 @@ class Budget:
     host: int | str | None = None
 
     def vram_bytes(self, free_bytes: int) -> int | None:
-        """The VRAM budget in bytes, where so much is free."""
+        """The VRAM budget in bytes, given how much is free."""
         return _budget_bytes(self.vram, "VRAM", free_bytes)
 
     def host_bytes(self, free_bytes: int) -> int | None:
-        """The host budget in bytes, where so much is free."""
+        """The host budget in bytes, given how much is free."""
         return _budget_bytes(self.host, "host", free_bytes)
 
     def __post_init__(self) -> None:
-        # Refuse nonsense where it is written.
+        # Raise here, where the mistake was made.
         self.vram_bytes(_MUCH_BYTES)
         self.host_bytes(_MUCH_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What the model will be asked for: the plan reserves its KV cache and activations."""
+    """The expected requests; the plan reserves memory for their KV cache and activations."""
 
     batch_size: int = 1
     prompt_tokens: int = 512
@@ -96,7 +96,7 @@ class MemoryUse:
 
     @property
     def taken_bytes(self) -> int:
-        """What a running pipeline has of it, whatever is asked of the model."""
+        """What a running pipeline holds even without requests."""
         return self.arena_bytes + self.resident_bytes
 
     @property
@@ -107,10 +107,10 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which layers travel together, what stays where, and in how much memory. Running it decides nothing more.
+    """Which layers form a batch, what is resident where, and the memory for that. Running it decides nothing more.
 
     Raises:
-        PlanError: it contradicts itself.
+        PlanError: its parts contradict one another.
     """
 
     checkpoint: str  # the folder or file that was opened
@@ -126,21 +126,21 @@ class Plan:
     host_arena_bytes: int
     device_arena_bytes: int
     host_memory: MemoryUse
-    device_memory: MemoryUse | None  # None on a CPU device, where there is only the host's
+    device_memory: MemoryUse | None  # None on a CPU device, where all memory is the host's
     batches: tuple[LayerBatch, ...]
     workload: Workload | None
-    workload_bytes: int  # of the reserved memory, what is for requests: KV cache and activations
+    workload_bytes: int  # the part of the reserved memory for KV cache and activations of requests
     kv_cache_bytes: int  # of that, the KV cache
-    beside_bytes: int  # host memory that is not counted above: code that was loaded, and what requests take that is no tensor
-    # The KV cache lives in host RAM, and travels to the device layer by layer.
+    beside_bytes: int  # host memory not counted above: code that was loaded, and what requests take besides tensors
+    # The KV cache is in host RAM, and is copied to the device layer by layer.
     kv_cache_on_host: bool
-    pinned: tuple[int, ...]  # batches that must be resident, whatever it costs
+    pinned: tuple[int, ...]  # batches that must be resident
     decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
     prediction: Prediction
-    inputs: tuple[Input, ...]  # the figures that it was made with, and how each is known
-    candidates: tuple[Candidate, ...]  # what it was chosen from, the fastest first
-    advice: tuple[Advice, ...]  # what would help
-    notes: tuple[str, ...]  # what was assumed, and why things are as they are
+    inputs: tuple[Input, ...]  # the figures that it was made with, and their origin
+    candidates: tuple[Candidate, ...]  # the alternatives, the fastest first
+    advice: tuple[Advice, ...]  # changes that would make it faster
+    notes: tuple[str, ...]  # assumptions and explanations
 
     def __post_init__(self) -> None:
         for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):
@@ -164,15 +164,15 @@ class Plan:
 
     @property
     def first_sweep_bytes(self) -> int:
-        """Bytes that the first sweep reads from disk: residents are loaded on its way."""
+        """Bytes that the first sweep reads from disk, including residents."""
         return sum(batch.read_bytes for batch in self.batches)
 
     def at_first(self) -> Self:
-        """The same with as few residents as its rings allow: how a model's first sweep is made on a CPU.
+        """The plan for the first sweep on a CPU: with as few residents as its rings allow.
 
-        Memory that nobody had before costs a system up to two seconds per GiB, which would come on top of reading
-        it. So the first token does not wait for residents; the second sweep loads them. On a GPU they are worth
-        waiting for: pinning has paid for their memory when the pipeline is open.
+        The system needs up to two seconds per GiB to provide new memory, besides the time to read into it. So that the
+        first token does not wait for that, the second sweep loads the residents. On a GPU, their memory has been
+        provided and pinned when the pipeline is open.
         """
         if self.device_memory is not None or self.reader is ReaderKind.MMAP:
             return self
@@ -190,10 +190,10 @@ class Plan:
         return replace(self, batches=tuple(map(passing, self.batches)))
 
     def while_decoding(self) -> Self:
-        """The same with its decode residents in place: how it is while no prompt is processed."""
+        """The plan while no prompt is processed: with its decode residents."""
         staying = set(self.decode_residents)
         on_cpu = self.device_memory is None
-        # Mapped, a host image is the page cache's, and takes no memory of ours.
+        # A mapped host image is in the page cache, and takes no memory of ours.
         on_host = on_cpu and self.reader is not ReaderKind.MMAP
 
         def kept(batch: LayerBatch) -> LayerBatch:
@@ -208,7 +208,7 @@ class Plan:
         return replace(self, batches=tuple(kept(batch) for batch in self.batches))
 
     def describe(self) -> str:
-        """The plan in words, for people."""
+        """The plan as text."""
         from layerstream.pipeline.report import describe_plan
 
         return describe_plan(self)

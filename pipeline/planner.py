@@ -1,7 +1,7 @@
 """Checkpoint + Hardware + Workload + Budget -> Plan. Pure: no file and no device is touched.
 
-Every layer batch size, slot count and reader that makes sense is placed in the budgets (``residence``) and
-priced (``pricing``); the fastest is the plan. How it is priced, and against what, is in the plan too.
+Every reasonable layer batch size, slot count and reader is fitted into the budgets (``residence``), and its time
+predicted (``pricing``); the fastest is chosen. The plan also records its prediction and the alternatives.
 """
 
 import math
@@ -23,11 +23,11 @@ from layerstream.stages.errors import PlanError
 
 __all__ = ["make_plan"]
 
-# Best or within noise of it on the disks tried, from one virtual disk to NVMe; larger only delays the last
-# block of a batch.
+# The best, within noise, on all disks tried, from a virtual one to NVMe; a larger size only delays the last block of
+# a batch.
 _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
-# Candidates that a plan tells of, beside the trivial one.
+# Candidates that a plan records, besides the trivial one.
 _TOLD = 11
 
 
@@ -49,26 +49,26 @@ def make_plan(
 ) -> Plan:
     """Decide how ``checkpoint`` is streamed on ``hardware``.
 
-    Every candidate gives what its slots leave of the budgets to residents: VRAM first, then host RAM. Of
-    candidates that are equally fast by ``pricing``'s model, the one that reads the least from disk is taken.
+    In every candidate, what slots leave of the budgets goes to residents: VRAM first, then host RAM. Of candidates
+    with equal predicted times, the one that reads the least from disk is chosen.
 
     Args:
         checkpoint: the weight files.
         hardware: the machine, probed or written by hand.
-        budget: what may be used; by default what is free, less a tenth.
-        workload: what the model will be asked for; None reserves nothing for it, and prices sweeps alone.
+        budget: memory that may be used; by default what is free, less a tenth.
+        workload: the expected requests; None reserves nothing, and predicts the time of sweeps alone.
         objective: "latency" counts the first sweep, "throughput" only what repeats.
         layers: what to stream, in execution order; by default all tensors, grouped by their names.
-        memory: of the workload, as measured; by default it is estimated from config.json.
+        memory: of the workload, if it was measured; by default it is estimated from config.json.
         reader: "direct", "mmap" or "throttled"; by default the faster of the first two. With a host budget
             given, the page cache counts for what it holds now, and is not expected to hold more.
         throttle_bytes_per_second: the rate of the throttled reader.
         layer_batch_size: blocks per layer batch, instead of the planner's choice.
-        slots: on either side, instead of the planner's choice.
-        held_bytes: host memory that loading code for this model took. It is not the pipeline's, so it refuses
-            no plan; but residents leave room for it.
-        running: a plan whose pipeline is to go on by the new one: its layer batches, slots, rings and reader
-            stay, and so does the place of the KV cache, of which requests under way have theirs.
+        slots: on the host and on the device each, instead of the planner's choice.
+        held_bytes: host memory that loading code for this model took. It is not the pipeline's, so no plan is
+            refused because of it, but residents leave it free.
+        running: the plan of a running pipeline, which is to switch to the new one: its layer batches, slots, rings and
+            reader stay, and so does the place of the KV cache, since running requests have theirs there.
 
     Raises:
         PlanError: no plan fits the budget, or an argument makes no sense.
@@ -98,7 +98,7 @@ def make_plan(
 
 
 def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
-    """The plan for the first of ``choices``, with what it tells of the others."""
+    """The plan for the first of ``choices``, which records the others."""
     best = choices[0]
     placement, (host_memory, device_memory) = best.placement, best.memory
     return Plan(
@@ -155,7 +155,7 @@ def _memory(
 
 
 def _notes(asked: Asked, best: Choice) -> tuple[str, ...]:
-    """What was assumed, and why things are as they are."""
+    """Assumptions, and explanations of the plan."""
     notes = []
     if best.placement.reader is ReaderKind.MMAP and asked.reader is None:
         notes.append("the files are mapped: computation reads them in the page cache")
@@ -176,7 +176,7 @@ def _notes(asked: Asked, best: Choice) -> tuple[str, ...]:
 
 
 def _telling(choices: Sequence[Choice]) -> list[Choice]:
-    """The best of each layer batch size and reader; and what everybody would do first, however slow."""
+    """The best of each layer batch size and reader, and the trivial plan."""
     best = choices[0].placement
     kinds: dict[tuple[int, str], Choice] = {}
     for choice in choices:

@@ -1,4 +1,4 @@
-"""What a plan says beforehand: times, the candidates that it was chosen from, and what would help. Plain data."""
+"""A plan's predictions: times, the candidates that it was chosen from, and what would help. Plain data."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,28 +9,28 @@ __all__ = ["Advice", "Candidate", "Objective", "Prediction", "SweepPrediction"]
 
 
 class Objective(StrEnum):
-    """What a plan is the fastest at."""
+    """What a plan is optimised for."""
 
-    LATENCY = "latency"  # one request on a pipeline that was just opened: loading residents counts
-    THROUGHPUT = "throughput"  # requests one after the other: only what repeats counts
+    LATENCY = "latency"  # one request on a newly opened pipeline: loading residents counts
+    THROUGHPUT = "throughput"  # many requests one after the other: only what repeats counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the workload takes."""
+    """The predicted times of the workload."""
 
     objective: Objective
-    first: SweepPrediction  # the first sweep of all: it fills the pipeline, and reads everything
-    second: SweepPrediction  # the one behind it: on a CPU it loads the residents
+    first: SweepPrediction  # the very first sweep: it fills the pipeline and reads everything
+    second: SweepPrediction  # the next one: on a CPU it loads the residents
     prefill: SweepPrediction  # the prompt of a later request
     decode: SweepPrediction  # each further token
-    request_seconds: float  # prompt and new tokens, as the objective counts them
+    request_seconds: float  # for prompt and new tokens, counted according to the objective
     tokens_per_second: float  # while decoding, over all sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A plan that was priced."""
+    """A plan that was considered."""
 
     name: str  # what is special about it; empty for most
     layer_batch_size: int
@@ -47,7 +47,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What one change would bring, all else equal."""
+    """The predicted effect of one change, all else equal."""
 
     change: str
     sweep_seconds: float  # of decoding

@@ -1,4 +1,4 @@
-"""What a placement takes in time: rates and work applied to layer batches, and played through. Pure."""
+"""The predicted time of a placement: applies rates and work to layer batches, and simulates the stages. Pure."""
 
 import dataclasses
 import math
@@ -17,15 +17,15 @@ from layerstream.stages.batch import LayerBatch
 
 __all__ = ["Placement", "Prices"]
 
-# Sweeps that count where nobody says what the pipeline is for: enough for the first not to decide.
+# Sweeps that count without a workload: enough that the first one does not decide.
 _SWEEPS = 10
-# Between two steps of a generation: the sampling of a token, and what transformers prepares for the next.
+# Between two steps of a generation: sampling a token, and transformers' preparation of the next pass.
 _BETWEEN_SECONDS = 2e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Layer batches with their residence, and the rings that the others pass."""
+    """Layer batches with their residence, and the rings for the others."""
 
     reader: ReaderKind
     on_cpu: bool
@@ -33,30 +33,30 @@ class Placement:
     slots: int
     arenas: Arenas
     batches: Sequence[LayerBatch]
-    decode_batches: Sequence[LayerBatch]  # the same, with what is resident while decoding
-    page_room_bytes: int  # memory that the page cache may hold the files in
-    kv_bytes_per_block: int = 0  # of a KV cache on the host, which travels to the device and back
+    decode_batches: Sequence[LayerBatch]  # the same with decode residents
+    page_room_bytes: int  # memory for files in the page cache
+    kv_bytes_per_block: int = 0  # of a KV cache on the host, copied to the device and back
 
     @property
     def maps(self) -> bool:
-        """Whether computation uses the mapped files where they are."""
+        """Whether computation uses the mapping of the files, without slots."""
         return self.on_cpu and self.reader is ReaderKind.MMAP
 
     @property
     def keeps_late(self) -> bool:
-        """Whether a model keeps its residents from the second sweep on: see ``Plan.at_first``."""
+        """Whether residents are loaded by the second sweep: see ``Plan.at_first``."""
         return self.on_cpu and not self.maps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """All that a price depends on beside the placement.
+    """All that a predicted time depends on, besides the placement.
 
     Attributes:
         layers: by name.
         rates: of the machine.
-        work: the model's computation; None: weights stream past none.
-        workload: what one request asks for.
+        work: the model's computation; None: there is none.
+        workload: one request.
         objective: which sweeps count.
         throttle_bytes_per_second: of a throttled reader.
         cached_bytes: how much of the files is in the page cache when the first sweep begins.
@@ -71,12 +71,12 @@ class Prices:
     cached_bytes: int
 
     def price(self, placement: Placement) -> Prediction:
-        """What the workload takes with ``placement``."""
+        """The predicted times of the workload with ``placement``."""
         prefill, decode = self.passes()
         loaded = frozenset(b.index for b in placement.batches if not b.streamed)
         first = self._sweep(placement, prefill, placement.batches, loaded=frozenset(), first=True)
         prompt = self._sweep(placement, prefill, placement.batches, loaded=loaded)
-        # Where residents wait for the second sweep, that one reads everything as well.
+        # If the second sweep loads the residents, it reads everything as well.
         late = placement.keeps_late and self.workload is not None
         second = self._sweep(
             placement,
@@ -94,7 +94,7 @@ class Prices:
             between_seconds=0.0 if self.workload is None else _BETWEEN_SECONDS,
         )
         begins, loads, _, steady, later, *_ = costs
-        # Sweeps may alternate, where slots do not divide them evenly.
+        # If slots do not divide sweeps evenly, times of sweeps may alternate.
         steady = dataclasses.replace(steady, seconds=(costs[2].seconds + steady.seconds) / 2)
         steps = _SWEEPS - 1 if self.workload is None else self.workload.new_tokens - 1
         request = later.seconds + steps * steady.seconds
@@ -113,7 +113,7 @@ class Prices:
         )
 
     def passes(self) -> tuple[Pass | None, Pass | None]:
-        """A request's first pass and a typical later one; None where nothing is computed."""
+        """A request's first pass and a typical later one; None without computation."""
         if self.work is None or self.workload is None:
             return None, None
         sequences, prompt = self.workload.batch_size, self.workload.prompt_tokens
@@ -132,7 +132,7 @@ class Prices:
         loaded: frozenset[int] | None,
         first: bool = False,
     ) -> list[BatchCost]:
-        """What each batch of a sweep takes; ``loaded``: residents that are there (None: all)."""
+        """The costs of each batch of a sweep; ``loaded``: residents that are loaded already (None: all)."""
         missing = self._missing_share(placement, batches, first=first)
         costs = []
         for batch in batches:
@@ -169,14 +169,14 @@ class Prices:
         copied = 0 if there and batch.device_resident else batch.copied_bytes
         link = self.rates.host_copy if placement.on_cpu else self.rates.h2d
         if layers[0].kind is LayerKind.BLOCK:
-            # There and back, in the thread that computes, which waits for it.
+            # Both ways, in the thread that computes, which waits for it.
             cache = 2 * placement.kv_bytes_per_block * len(layers)
             compute += cache / self.rates.pageable_h2d
         slot = not placement.maps and not there and not batch.host_resident
         return BatchCost(
             read_seconds=read,
             copy_seconds=copied / link,
-            # Where computation runs on the processor too, reading takes some of its time.
+            # On a CPU, reading takes processor time from the computation.
             compute_seconds=compute + (processor if placement.on_cpu and compute else 0.0),
             host_bytes=batch.host_bytes if slot else 0,
             device_bytes=0 if batch.device_resident else batch.device_bytes,
@@ -184,7 +184,7 @@ class Prices:
         )
 
     def _read(self, placement: Placement, batch: LayerBatch, missing: float) -> tuple[float, float]:
-        """Seconds of reading ``batch``, and of processor time for it."""
+        """Seconds to read ``batch``, and processor seconds for that."""
         rates, nbytes = self.rates, batch.read_bytes
         if placement.reader is not ReaderKind.MMAP:
             throttle = self.throttle_bytes_per_second or math.inf
@@ -192,18 +192,18 @@ class Prices:
             return seconds, nbytes * rates.direct_cpu_seconds_per_byte
         seconds = missing * nbytes / rates.mmap
         processor = missing * nbytes * rates.mmap_cpu_seconds_per_byte
-        if not placement.on_cpu:  # copied out of the mapping
+        if not placement.on_cpu:  # copied from the mapping into a slot
             seconds += nbytes / rates.host_copy
         return seconds, processor
 
     def _missing_share(
         self, placement: Placement, batches: Sequence[LayerBatch], *, first: bool
     ) -> float:
-        """How much of what is read through the page cache is not in it."""
+        """The share of reads through the page cache that miss it."""
         if placement.reader is not ReaderKind.MMAP:
             return 1.0
         wanted = sum(b.read_bytes for b in batches if first or b.streamed)
         if first:
             return max(0.0, 1 - self.cached_bytes / wanted) if wanted else 0.0
-        # Going round and round through a cache that is too small, nothing is ever found in it.
+        # Cyclic reads through a cache that is too small never hit.
         return 0.0 if wanted <= placement.page_room_bytes else 1.0

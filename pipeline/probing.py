@@ -1,4 +1,4 @@
-"""Measures what is not known of a machine yet, off the event loop, and remembers it."""
+"""Measures the rates of a machine that are not known yet, off the event loop, and caches them."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.block_probe import measure_blocks
 from layerstream.pipeline.checkpoint import Checkpoint
 from layerstream.pipeline.compute_probe import (
     TOKENS,
@@ -44,16 +45,21 @@ _COPIES = (
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
 )
-# Volumes that hold less than the rest of a checkpoint, such as one small file elsewhere, do not show in its rate.
+_BLOCKS = ("attention_flops_per_second", "blocks_per_second")
+# Volumes with a smaller share of the checkpoint, such as one small file elsewhere, do not affect its rate.
 _LEAST_SHARE = 0.9
 # A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
 _DISTURBED = 2.0
-_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)  # of several, the last speaks for all
+_DOUBT = (
+    Origin.MEASURED,
+    Origin.CACHED,
+    Origin.CONTENDED,
+)  # of several origins, the last one here counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Fields of Hardware, and how each of them is known."""
+    """Fields of Hardware, with the origin of each."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
@@ -61,13 +67,13 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Subject:
-    """One thing that is measured by itself and kept by itself."""
+    """One measurement, with a cache entry of its own."""
 
     key: Mapping[str, str]  # what the rates depend on
     names: Collection[str]  # of the rates
-    of_processors: bool  # who keeps those busy changes what is measured
+    of_processors: bool  # other processes that keep processors busy change the result
     measure: Callable[[], Mapping[str, Rate]]
-    share: float = 1.0  # of the checkpoint's bytes that it speaks for
+    share: float = 1.0  # of the checkpoint's bytes that it represents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +96,22 @@ async def probe_rates(
 ) -> Rates:
     """The rates of this machine that a plan for ``checkpoint`` depends on.
 
-    A checkpoint below 64 MiB gets those that are known from larger ones, and no others: it shows no rate,
-    and is done with sooner than a measurement would be.
+    A checkpoint below 64 MiB gets those that are known from larger ones, and no others: it is too small to measure a
+    rate, and streams in less time than a measurement takes.
 
     Args:
         checkpoint: the files that will be read.
         device: where computation will run.
-        fresh: measure again what is known.
+        fresh: measure again, even rates that are known.
         measure: False measures nothing.
-        cache: what is known.
+        cache: of earlier measurements.
     """
     subjects = await finish_in_thread(lambda: _subjects(checkpoint, device))
     measure = measure and checkpoint.total_bytes >= LEAST_BYTES
     found = []
-    # One after another: together, each would measure the others.
+    # One after another: at the same time, they would disturb each other.
     for subject in subjects:
-        # A thread for each: between two of them a cancelled caller gets away.
+        # A thread for each, so that a cancellation takes effect between two of them.
         known = await finish_in_thread(
             partial(_known, subject, cache, fresh=fresh and measure, measure=measure)
         )
@@ -120,7 +126,7 @@ def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
         **here,
         "device": f"{device.torch_device} {device.model_name()}",
         "torch": str(torch.__version__),
-        # As the calling thread has it, and so every thread that has not been told otherwise.
+        # The setting of the calling thread, which is that of all threads unless they change it.
         "threads": str(torch.get_num_threads()),
     }
     dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
@@ -132,6 +138,12 @@ def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
             names=_COPIES,
             of_processors=True,
             measure=partial(measure_copies, device),
+        ),
+        _Subject(
+            key={**there, "of": "blocks", "dtype": dtype},
+            names=_BLOCKS,
+            of_processors=True,
+            measure=partial(measure_blocks, device, dtype=dtype),
         ),
         _Subject(
             key={**there, "of": "compute", "dtype": dtype, "shapes": sizes},
@@ -149,7 +161,7 @@ def _disk_subjects(checkpoint: Checkpoint, here: Mapping[str, str]) -> list[_Sub
         _Subject(
             key={**here, "of": f"disk-{reader}", "volume": volume},
             names=names,
-            of_processors=False,  # who shares a disk does not show in them, and is there tomorrow as well
+            of_processors=False,  # sharing a disk does not show in these, and is likely to last
             measure=partial(measure, paths, files),
             share=sum(checkpoint.files[file].size_bytes for file in files) / total,
         )
@@ -198,8 +210,8 @@ def _known(
 
 
 def _disturbed(rates: Mapping[str, Rate]) -> bool:
-    """Whether something else kept the machine busy: good for now, perhaps, but not for a week."""
-    # More tokens never let weights go by faster: where they seem to, the smaller pass had to wait.
+    """Whether something else kept the machine busy, so that the result should not be kept for a week."""
+    # Weights are never used faster with more tokens: if it seems so, the smaller pass was disturbed.
     sizes = [rates[str(tokens)].median for tokens in TOKENS if str(tokens) in rates]
     if any(more > 2 * _DISTURBED * fewer for fewer, more in pairwise(sizes)):
         return True
@@ -248,12 +260,12 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
 
 
 def _value(rate: Rate, origin: Origin) -> float:
-    """What to reckon with. Where others keep processors busy, a median tells of them, the best sample of the machine."""
+    """The value to use. If other processes kept processors busy, the best sample is closer to the machine than the median."""
     return rate.most if origin is Origin.CONTENDED else rate.median
 
 
 def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:
-    """The rate at which all volumes are read one after another, as a sweep does.
+    """The rate of reading all volumes one after another, as a sweep does.
 
     Args:
         name: of the field: bytes per second, or something per byte.

@@ -1,4 +1,4 @@
-"""The rates that a plan is priced with: what is known of the machine, and an assumption for what is not. Pure."""
+"""The rates that predictions are made with: those known of the machine, and assumptions for the others. Pure."""
 
 import itertools
 import math
@@ -9,36 +9,42 @@ from layerstream.pipeline.hardware import Hardware
 
 __all__ = ["Input", "Rates", "rates_of", "sizes_of"]
 
-# What stands in for a rate that nobody measured or gave; each is marked as assumed wherever it shows.
-_DISK = 1.5e9  # a plain NVMe disk of some years ago
+# Assumptions for rates that were neither measured nor given; each is marked as assumed wherever it is shown.
+_DISK = 1.5e9  # an ordinary, older NVMe disk
 _MMAP_SHARE = 0.5  # of the direct rate: page faults cost processor time
-_H2D = 12e9  # 16 lanes of PCIe 3, as copies from page-locked memory reach it
-_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver's
+_H2D = 12e9  # 16 lanes of PCIe 3, from page-locked memory
+_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver
 _HOST_COPY = 5e9  # one thread
-_CPU_WEIGHTS = 5e9  # bytes per second and core, as far as memory allows
+_CPU_WEIGHTS = 5e9  # bytes per second and core, up to the memory bandwidth
 _CPU_FLOPS = 50e9  # per core, bfloat16 with AVX-512
 _GPU_WEIGHTS = 300e9  # memory bandwidth of a small GPU
 _GPU_FLOPS = 30e12
 _DIRECT_CPU = 0.05e-9  # processor seconds per byte; 0.1 to 0.2 s for 3.18 GB were measured
 _MMAP_CPU = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
-# A layer takes longer than its matrices alone: norms, rotations, activation functions and Python. 1.0 to 1.3 was
-# measured for passes of 1 to 512 tokens.
-_BESIDE_MATRICES = 1.2
+# What operations per element (norms, rotations, activation functions) take besides multiplications: 0.2 to 0.35 of
+# their time was measured for prompts of 256 and 1024 tokens on models of 0.1 to 3 GB.
+_ELEMENTWISE = 0.25
+# Blocks of transformers took 1.2 (gpt2) to 2.5 (Mixtral) times as long as the probe's plain block, and hooks come on top.
+_TRANSFORMERS = 2.0
+_CPU_BLOCKS, _GPU_BLOCKS = (
+    5000.0,
+    3000.0,
+)  # plain blocks per second, as fast as Python runs and kernels are launched
+_CPU_ATTENTION, _GPU_ATTENTION = 0.3, 0.5  # of the operations per second of matrix products
 # Computing with mapped weights took this much longer than with residents on huge pages: 0.24 s instead of 0.18 for
 # 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
 # errs on the slow side. Not measured again.
 _MAPPED = 0.3
-# Of one batch through three stages: some hops between threads and the loop.
+# Of one batch through three stages: some switches between threads and the event loop.
 _OVERHEAD = 0.5e-3
 
 _ASSUMED_AT = (1, 16, 256, 4096)  # tokens
 _ITEM_BYTES = 2
-_PROBED = {Origin.MEASURED, Origin.CONTENDED, Origin.CACHED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A figure that a plan was made with, and how it is known."""
+    """A figure that a plan was made with, and its origin."""
 
     name: str  # of the field of Hardware
     value: float
@@ -50,34 +56,44 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """All rates that a price needs, none missing. Bytes per second, where the name says nothing else."""
+    """All rates that a prediction needs, in bytes per second unless the name says otherwise."""
 
     disk: float  # direct reads
     mmap: float  # faulting in files that are not in the page cache
     host_copy: float
     h2d: float
-    pageable_h2d: float  # from memory that is not page-locked; the same is taken for the way back
+    pageable_h2d: (
+        float  # from memory that is not page-locked; assumed to hold for the other direction too
+    )
     compute: tuple[ComputeRate, ...]
-    beside_matrices: float  # times what products with matrices take, a layer takes
-    mapped_seconds_per_byte: float  # that computation takes longer with weights in the page cache
+    elementwise: float  # time of operations per element divided by that of multiplications
+    attention_flops_per_second: float
+    blocks_per_second: float  # plain ones, as far as Python and launches allow
+    launches_ahead: bool  # computation goes on meanwhile: on a GPU
+    mapped_seconds_per_byte: float  # additional time of computation with weights in the page cache
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float
     inputs: tuple[Input, ...]
 
     def used(self, *, kv_on_host: bool) -> tuple[Input, ...]:
-        """The inputs that a plan was priced with: pageable copies are those of a KV cache on the host."""
+        """The inputs that the prediction depends on: pageable copies only with a KV cache on the host."""
         return tuple(
             each
             for each in self.inputs
             if kv_on_host or each.name != "pageable_h2d_bytes_per_second"
         )
 
+    @property
+    def block_seconds(self) -> float:
+        """Of the Python and the launches of a block of transformers, whatever its size."""
+        return _TRANSFORMERS / self.blocks_per_second
+
     def weights_per_second(self, tokens: float) -> float:
         """Bytes of weights that a pass of so many tokens computes with per second.
 
-        Between two known sizes of a pass, and beyond the largest, its time is a straight line in the number
-        of tokens: it is what reading the weights takes, and then what multiplying takes.
+        Between two known sizes of a pass, and beyond the largest, its time is interpolated linearly in the number
+        of tokens: first the time to read the weights dominates, then that of multiplications.
         """
         known = [(rate.tokens, 1 / rate.bytes_per_second) for rate in self.compute]
         first, last = known[0], known[-1]
@@ -92,7 +108,7 @@ class Rates:
 
 
 def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
-    """How much memory ``hardware`` has free, and how much of the files it has in memory already; in bytes."""
+    """Free memory of ``hardware``, and how much of the files is in memory already, in bytes."""
     return tuple(
         Input(
             name=name,
@@ -105,7 +121,7 @@ def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
 
 
 def rates_of(hardware: Hardware) -> Rates:
-    """``hardware``'s rates, with assumptions for those that are not known."""
+    """The rates of ``hardware``, with assumptions for unknown ones."""
     inputs: list[Input] = []
 
     def rate(name: str, assumed: float) -> float:
@@ -127,18 +143,21 @@ def rates_of(hardware: Hardware) -> Rates:
 
     disk = rate("disk_bytes_per_second", _DISK)
     compute = _compute(hardware, inputs)
-    processor = (
-        rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU),
-        rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU),
+    on_cpu = hardware.device == "cpu"
+    multiplied = compute[-1].bytes_per_second * compute[-1].tokens
+    attention = rate(
+        "attention_flops_per_second",
+        multiplied * (_CPU_ATTENTION if on_cpu else _GPU_ATTENTION),
     )
+    blocks = rate("blocks_per_second", _CPU_BLOCKS if on_cpu else _GPU_BLOCKS)
+    direct_cpu = rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU)
+    mmap_cpu = rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU)
     figure = hardware.figures.get("compute")
-    if figure is not None and figure.origin is Origin.LEARNT:
-        processor = (0.0, processor[1])  # reads went on beside the computation that was learnt from
-    probed = figure is not None and figure.origin in _PROBED
+    probed = figure is not None and figure.origin not in {Origin.GIVEN, Origin.ASSUMED}
     mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
     host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
     h2d = pageable = math.inf
-    if hardware.device != "cpu":
+    if not on_cpu:
         h2d = rate("h2d_bytes_per_second", _H2D)
         pageable = rate("pageable_h2d_bytes_per_second", h2d * _PAGEABLE_SHARE)
     return Rates(
@@ -148,10 +167,13 @@ def rates_of(hardware: Hardware) -> Rates:
         h2d=h2d,
         pageable_h2d=pageable,
         compute=compute,
-        beside_matrices=_BESIDE_MATRICES if probed else 1.0,
+        elementwise=_ELEMENTWISE,
+        attention_flops_per_second=attention,
+        blocks_per_second=blocks,
+        launches_ahead=not on_cpu,
         mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,
-        direct_cpu_seconds_per_byte=processor[0],
-        mmap_cpu_seconds_per_byte=processor[1],
+        direct_cpu_seconds_per_byte=direct_cpu,
+        mmap_cpu_seconds_per_byte=mmap_cpu,
         overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD),
         inputs=tuple(inputs),
     )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from layerstream.pipeline.plan import Plan, ReaderKind
 from layerstream.stages.errors import CheckpointError, PlanError
-from layerstream.stages.readers import DirectReader, MmapReader, Reader, ThrottledReader
+from layerstream.stages.mmap_reader import MmapReader
+from layerstream.stages.readers import DirectReader, Reader, ThrottledReader
 
 __all__ = ["open_reader"]
 

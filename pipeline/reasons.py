@@ -1,4 +1,4 @@
-"""Why a plan is as it is: its arithmetic, what else was weighed, what would help, and what it was made with."""
+"""The reasons for a plan: its arithmetic, its alternatives, what would help, and its inputs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,14 +12,14 @@ from layerstream.stages.units import format_bytes, format_decimal, format_second
 
 __all__ = ["reasons"]
 
-# A gain below this is none: the model is not that exact.
+# A smaller gain counts as none: predictions are not that exact.
 _NOTHING = 0.005
 _MATRIX_DIMENSIONS = 2
 _TOLD = 8
 
 
 def reasons(plan: Plan) -> Iterator[Section]:
-    """Sections that say why."""
+    """The sections of the report that give reasons."""
     yield _arithmetic(plan)
     yield _candidates(plan)
     if plan.advice:
@@ -28,7 +28,7 @@ def reasons(plan: Plan) -> Iterator[Section]:
 
 
 def _arithmetic(plan: Plan) -> Section:
-    """What of a sweep can be checked by dividing."""
+    """The figures of a sweep that can be checked by dividing."""
     sweep = plan.prediction.decode
     then = frozenset(plan.decode_residents)
     read = sum(b.read_bytes for b in plan.batches if b.streamed and b.index not in then)
@@ -68,7 +68,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         f"and for {len(plan.batches)} hand-offs: {format_seconds(sweep.seconds)}."
     )
     if plan.workload is not None:
-        yield "Computing is the layers' matrices at the rate for so many tokens, and attention over the cache."
+        yield "Computing is matrices at the rate for so many tokens, attention over the cache, and Python."
     if plan.kv_cache_on_host:
         yield "Computing takes the KV cache to the device and back as well, at the rate that is not page-locked."
     if plan.reader is ReaderKind.MMAP and not sweep.read_seconds:
@@ -95,7 +95,7 @@ def _candidates(plan: Plan) -> Section:
 
 
 def _told(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """As many as one looks at, with the chosen one and the trivial one among them."""
+    """The candidates to show, with the chosen one and the trivial one among them."""
     some = {id(each) for each in candidates[:_TOLD]}
     return [each for each in candidates if id(each) in some or each.chosen or each.name]
 
@@ -138,7 +138,7 @@ def _nothing(gain: float) -> str:
 
 
 def _gain(plan: Plan, advice: Advice) -> float:
-    """How many more tokens, prompts included, per second: one is twice as many."""
+    """The relative gain in tokens per second, including prompts: 1.0 is twice as many."""
     before = plan.prediction
     was = 1 / before.request_seconds if before.request_seconds else 0.0
     becomes = 1 / advice.request_seconds if advice.request_seconds else 0.0
@@ -177,6 +177,8 @@ _NAMES = {
     "disk_bytes_per_second": "disk, direct reads",
     "mmap_bytes_per_second": "disk, mapped files",
     "host_copy_bytes_per_second": "copies in host RAM",
+    "attention_flops_per_second": "attention in a long prompt",
+    "blocks_per_second": "Python and launches of blocks",
     "h2d_bytes_per_second": "copies to the device",
     "pageable_h2d_bytes_per_second": "the same, not page-locked",
     "direct_read_cpu_seconds_per_byte": "processor, direct reads",
@@ -190,13 +192,17 @@ def _named(known: Input) -> tuple[str, str]:
 
 
 def _value(name: str, value: float) -> str:
-    """``value`` with its unit, which the name of its field carries."""
+    """``value`` with its unit, which is in the name of its field."""
     if name.endswith("_seconds_per_byte"):
         return f"{value * 1e9:.3g} s/GB"
     if name.endswith("_seconds_per_batch"):
         return format_seconds(value)
     if name.endswith("_bytes"):
         return format_bytes(value)
+    if name.endswith("_flops_per_second"):
+        return f"{format_decimal(value).removesuffix('B')}FLOP/s"
+    if name == "blocks_per_second":
+        return f"{value:.4g} blocks/s"
     return f"{format_decimal(value)}/s"
 
 

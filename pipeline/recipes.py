@@ -1,9 +1,9 @@
-"""From which bytes of a checkpoint each parameter of a model is made, and how.
+"""How each parameter of a model is made from bytes of the checkpoint.
 
 transformers loads a checkpoint by operations on tensors: most parameters are views of one
 checkpoint tensor, some are stacked, concatenated or split, a few are transposed, permuted or cast.
 Here the same operations run on `Tracer`s: tensors with a shape and a dtype but no data, each of
-which remembers the operations that made it. What comes out is a `Recipe` per parameter.
+which remembers the operations that made it. The result is a `Recipe` per parameter.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -184,9 +184,9 @@ _Node = _Source | _Output | _Void
 class Tracer(torch.Tensor):
     """A tensor without data that remembers how it was made.
 
-    It says that it is on the meta device, and ignores requests to be elsewhere: where real tensors
-    are is decided when they are replayed. Tracers share nothing that changes but a flag that is
-    only ever set, so any number of threads may work on them.
+    It claims to be on the meta device and ignores requests to move: where real tensors are is decided when they
+    are replayed. Tracers share no mutable state except a flag that is only ever set, so any number of threads may
+    use them.
     """
 
     twin: torch.Tensor
@@ -261,7 +261,7 @@ class Tracer(torch.Tensor):
 
 
 def _note_write(func: Any, args: Any, kwargs: Any) -> Tracer:
-    """Note an operation in place, for the recipes that have to do with it.
+    """Record an in-place operation in the recipes that it affects.
 
     Initialising a model overwrites what it takes for new. Mostly that is a temporary (a weight that
     weight_norm has just computed) that nobody looks at again; but a row of a loaded table counts as
@@ -299,7 +299,7 @@ def _node(leaf: Any) -> Any:
 
 
 def _history(value: _Node) -> tuple[list[_Node], tuple[_Operation, ...]]:
-    """Everything that a value is made from, itself included, and the operations in order."""
+    """Everything that a value is made from, including itself, and the operations in order."""
     nodes: dict[int, _Node] = {}
     operations: dict[int, _Operation] = {}
     left: list[Any] = [value]

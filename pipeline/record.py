@@ -1,28 +1,29 @@
-"""What is remembered of a pipeline's sweeps: how many there were, what they took, and what had been said of them."""
+"""The completed sweeps of a pipeline: how many, how long each took, and what was predicted."""
 
 import time
 from collections import deque
 from collections.abc import Sequence
 
 from layerstream.pipeline.prediction import Prediction
+from layerstream.stages.clock import Clock
 from layerstream.stages.compute import Sweep
 from layerstream.stages.forecast import Forecasts, SweepPrediction
-from layerstream.stages.timings import Clock, Occupancy, SweepSpan, Timings
+from layerstream.stages.timings import Occupancy, SweepSpan, Timings
 
 __all__ = ["SweepRecord"]
 
-# Sweeps that timings tell of one by one: enough to learn from.
+# The latest sweeps that timings list one by one: enough to learn rates from.
 _SWEEPS_KEPT = 64
 
 
 class SweepRecord:
-    """The sweeps that were completed.
+    """Counts the completed sweeps of a pipeline.
 
     Args:
         on_gpu: computation goes on while batches are handed over.
 
     Attributes:
-        loading: the sweep under way brings residents.
+        loading: the sweep under way loads residents.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
@@ -32,10 +33,10 @@ class SweepRecord:
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
 
     def count(self, sweep: Sweep, prediction: Prediction) -> None:
-        """``sweep`` is complete, of which ``prediction`` had been made."""
+        """Count ``sweep``, which is complete."""
         now = time.perf_counter()
-        said = self._said(prediction, prompt=sweep.prompt)
-        self._forecasts.count(said, now - sweep.began_seconds)
+        predicted = self._prediction_of(prediction, prompt=sweep.prompt)
+        self._forecasts.count(predicted, now - sweep.began_seconds)
         self._latest.append(
             SweepSpan(
                 start_seconds=sweep.began_seconds,
@@ -46,7 +47,7 @@ class SweepRecord:
         )
         self._completed += 1
 
-    def _said(self, prediction: Prediction, *, prompt: bool) -> SweepPrediction:
+    def _prediction_of(self, prediction: Prediction, *, prompt: bool) -> SweepPrediction:
         if not self._completed:
             return prediction.first
         if self.loading:

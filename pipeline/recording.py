@@ -1,8 +1,8 @@
 """A forward pass on the meta device: which modules it calls, and when it computes with which weight.
 
-No weight is read for it, and no value is known: what a model asks about values is answered with
-whatever lets the pass go on. So a recording says in which order layers are wanted, which decides how
-fast they stream, and where weights are used outside their own module's calls; never what comes out.
+No weight is read and no value is known: where a model depends on values, it gets arbitrary ones that let the pass go
+on. So a recording shows the order in which layers are needed, which decides how fast they stream, and where weights
+are used outside the calls of their own modules; it shows no results.
 """
 
 import inspect
@@ -32,21 +32,21 @@ class Call(NamedTuple):
     """A module is called."""
 
     module: str
-    within: tuple[str, ...]  # modules whose calls are under way, the outermost one first
+    within: tuple[str, ...]  # modules that are being called, the outermost one first
 
 
 class Touch(NamedTuple):
     """An operation computes with a parameter or buffer."""
 
     tensor: str
-    within: tuple[str, ...]  # modules whose calls are under way, the outermost one first
-    looks_up: bool  # it takes rows of an embedding table
+    within: tuple[str, ...]  # modules that are being called, the outermost one first
+    looks_up: bool  # it looks up rows of an embedding table
     writes: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What one forward pass did, as far as it got."""
+    """The calls and touches of one forward pass, as far as it got."""
 
     complete: bool
     events: tuple[Call | Touch, ...]
@@ -58,10 +58,10 @@ class Recording:
 
 
 def record(model: Any, prompt: PromptPass | None = None) -> list[Recording]:
-    """Forward passes of ``model``, a transformers model on the meta device; the most telling one first.
+    """Recordings of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
 
-    The first pass is ``prompt``, if given: it then knows what it takes. Inputs of others are made up from the
-    signature of the model's ``forward``. Where none fits, the list may be empty.
+    The first pass is ``prompt``, if given, which then has its memory measured. Inputs of other passes are made up from
+    the signature of the model's ``forward``. If none works, the list may be empty.
     """
     recordings = []
     passes: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt is None else [prompt]
@@ -79,7 +79,7 @@ def record(model: Any, prompt: PromptPass | None = None) -> list[Recording]:
 
 
 def _recorded(root: Any, inputs: PromptPass | dict[str, torch.Tensor]) -> tuple[Recording, bool]:
-    """A recording of the pass that ``inputs`` cause, and whether it left out any weight."""
+    """A recording of the pass with ``inputs``, and whether it left out any weight."""
     clone = clone_modules(root)
     events: list[Call | Touch] = []
     spied = _spy_on(clone, events)
@@ -99,7 +99,7 @@ def _recorded(root: Any, inputs: PromptPass | dict[str, torch.Tensor]) -> tuple[
 
 
 def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
-    """Have calls and weights of ``root``, a clone, tell ``events``; returns how many weights there are."""
+    """Record calls and touches of ``root``, a clone, in ``events``; returns how many weights there are."""
     under_way: list[str] = []
     spied = 0
     for path, module in root.named_modules(remove_duplicate=False):
@@ -143,7 +143,7 @@ def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
 
 
 class _Spy(nn.Parameter):
-    """A weight without data that tells what computes with it."""
+    """A weight without data that records what computes with it."""
 
     twin: torch.Tensor
     touched: Callable[[Any, bool], None]
@@ -154,7 +154,7 @@ class _Spy(nn.Parameter):
     def __new__(
         cls: type[Self], tensor: torch.Tensor, touched: Callable[[Any, bool], None]
     ) -> Self:
-        """Stand for ``tensor``, a meta tensor."""
+        """A stand-in for ``tensor``, a meta tensor."""
         spy: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's own idiom
             cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
@@ -165,7 +165,7 @@ class _Spy(nn.Parameter):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Tell, and compute with plain meta tensors."""
+        """Record the operation, and compute with plain meta tensors."""
         if func in {_aten.detach.default, _aten.alias.default}:
             return args[0]
 
@@ -177,7 +177,7 @@ class _Spy(nn.Parameter):
 
         result = func(*pytree.tree_map(unwrapped, args), **pytree.tree_map(unwrapped, kwargs or {}))
         if func.is_view and isinstance(args[0], cls):
-            # Whoever computes with a view, after the module that took it has returned, needs the weight.
+            # Computing with a view after the module that made it has returned needs the weight too.
             touched = args[0].touched
             return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, touched), result)
         return result

@@ -1,4 +1,4 @@
-"""The machine as it would be without a model that runs on it: what its next plan is made for. Pure."""
+"""The machine as it would be without the model that runs on it, for which the next plan is made. Pure."""
 
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ def hardware_without(
     """``hardware`` with as much memory free as there would be if ``plan`` did not run.
 
     Args:
-        plan: that runs.
-        hardware: with the rates to plan by.
-        now: with what is free while it runs.
-        as_budgeted: at least what ``plan`` was given is taken to be free: requests under way, too, have some
-            of it, which is no reason to refuse as much once more.
+        plan: the running one.
+        hardware: with the rates for the new plan.
+        now: with the memory that is free while ``plan`` runs.
+        as_budgeted: count at least the budget of ``plan`` as free: some of it is used by running requests, but that
+            is no reason to refuse the same budget again.
     """
     vram = None
     if now.vram_free_bytes is not None and plan.device_memory is not None:

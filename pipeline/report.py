@@ -1,6 +1,6 @@
-"""Plans -> text: what was decided, and how fast it will be. ``reasons`` says why.
+"""Plans -> text: the decision and the predicted speed. ``reasons`` has the reasons.
 
-Timings tell of themselves: ``Timings.summary``.
+For timings see ``Timings.summary``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,18 +38,18 @@ _LEGEND = {
 
 
 def describe_plan(plan: Plan) -> str:
-    """The decision, on one screen."""
+    """The decision as text, on one screen."""
     return as_text([_decision(plan)])
 
 
 def report_plan(plan: Plan, *, markdown: bool = False) -> str:
-    """The decision, then why: whatever it takes to check it by hand."""
+    """The decision and its reasons, with everything that is needed to check it by hand."""
     sections = [_decision(plan), *reasons(plan)]
     return as_markdown(sections) if markdown else as_text(sections)
 
 
 def summarize_plan(plan: Plan) -> dict[str, Any]:
-    """The decision for machines; each key carries its unit."""
+    """The decision as plain data for JSON; each key carries its unit."""
     predicted, host, device = plan.prediction, plan.host_memory, plan.device_memory
     stays = [batch for batch in plan.batches if not batch.streamed]
     on_device = [batch for batch in stays if _letter(plan, batch) == "d"]

@@ -1,284 +1,161 @@
-"""What a request needs of memory, told from its inputs before it boards.
+"""The requests of one model, from when they ask until they have ended: queued, counted and logged."""
 
-KV caches and activations are priced by the formula that the plan reserves by; see ``estimate_memory``.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from layerstream.pipeline.calls import Settings, Shape, by_name, shape_of, takes_criteria
-from layerstream.pipeline.overheads import overheads
-from layerstream.pipeline.plan import Plan, Workload
-from layerstream.pipeline.room import Parts, Room
-from layerstream.pipeline.workload import estimate_memory, workload_bytes
+from layerstream.pipeline.admission import Admission, Reservation
+from layerstream.pipeline.estimator import Need
+from layerstream.pipeline.rider import Rider
+from layerstream.pipeline.stats import Counters, Outcome, Stats
+from layerstream.pipeline.sweeps import Sweeps
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.timings import Timings
 
-__all__ = ["Estimator", "Need"]
+__all__ = ["CLOSED", "Call", "Request", "Requests"]
 
-# Below this, a prompt in pieces takes more sweeps than anybody would wait for.
-_SMALLEST_CHUNK = 32
-# What assisted generation looks ahead by default, and transformers' default for new tokens.
-_CANDIDATES = 20
-_NEW_TOKENS = 20
+logger = logging.getLogger(__name__)
 
+# Given a clone of the module tree, returns what to call with the inputs.
+Call = Callable[[Any], Callable[..., Any]]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """What a request takes."""
-
-    nbytes: int  # of the room for all requests
-    sequences: int  # rows of its batch, as the caller sees them
-    prompt_tokens: int  # ids in each row that the generated ones come behind
-    new_tokens: int
-    chunk_tokens: int | None = None  # the prompt has to be read in pieces of so many tokens
-    step_tokens: int = 0  # of a pass behind the prompt, over all rows
-    step_bytes: int = 0  # what it takes beside the layers while such passes are under way
+CLOSED = "the model was closed before this request's turn came"
 
 
-class Estimator:
-    """Prices the requests of one model.
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One call of ``forward`` or ``generate``, or of the module itself."""
+
+    number: int
+    what: str  # "forward" or "generate"
+    need: Need
+    call: Call
+    inputs: Sequence[Any]
+    named: dict[str, Any]
+    rider: Rider
+    reservation: Reservation
+    generator: torch.Generator | None  # what it samples from, instead of torch's default one
+    passes_before: int  # that its rider has made for earlier requests
+    tokens: int = 0  # generated so far; written in the rider's thread alone
+    end_level: int = logging.INFO  # at which its end is logged
+    asked_seconds: float = field(default_factory=time.perf_counter)
+
+
+class Requests:
+    """The requests that wait or run. For the event loop only, except ``check_open``.
 
     Args:
-        module: the transformers model.
-        config: config.json; without one, nothing is known and nothing reserved.
-        workload: what the plan reserves for.
-        room: memory for all requests together.
-        on_cpu: activations are in the host's memory, where a request also takes what is no tensor.
-        reserved: what it reserves for ``workload``, where it was measured, is what prices follow.
+        sweeps: what they ride.
+        room_bytes: memory for all of them together.
+        places: how many may run at once in threads of ours.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        config: Mapping[str, Any] | None,
-        *,
-        workload: Workload,
-        room: Room,
-        on_cpu: bool = False,
-        reserved: Plan | None = None,
-    ) -> None:
-        self._module = module
-        self._config = config
-        self._workload = workload
-        self._room = room
-        self._scales = (1.0, 1.0)
-        if reserved is not None:
-            estimated, whole = self._estimated(workload), reserved.workload_bytes
-            cache = reserved.kv_cache_bytes
-            both = _ratio(whole, sum(estimated))
-            self._scales = (both, both)
-            if room.is_two:
-                self._scales = (
-                    _ratio(cache, estimated.cache),
-                    _ratio(whole - cache, estimated.other),
-                )
-        self._on_cpu = on_cpu
-        self._modules = sum(1 for _ in module.modules())
-        text = module.config.get_text_config() if hasattr(module, "config") else None
-        has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
-        self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
-        self._item = getattr(module, "dtype", torch.float32).itemsize
+    def __init__(self, sweeps: Sweeps, *, room_bytes: int, places: int) -> None:
+        self._sweeps = sweeps
+        self._admission = Admission(room_bytes=room_bytes, places=places)
+        self._counters = Counters()
+        self._active: set[Request] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusing: str | None = None  # why no more requests are taken
 
-    def resize(self, room: Room) -> None:
-        """From now on there is so much for all requests together."""
-        self._room = room
-
-    def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
-        """What one forward pass takes: its caches, its activations, and logits for all positions.
+    def check_open(self) -> None:
+        """Refuse a new request if the model is being closed. May be called in any thread.
 
         Raises:
-            AdmissionError: more than there is for all requests together.
+            ClosedError: it is.
         """
-        named = by_name(getattr(self._module, "forward", None), inputs, named)
-        shape = shape_of(self._module, "forward", named)
-        kept = named.get("logits_to_keep")
-        positions = kept if isinstance(kept, int) and kept > 0 else shape.length
-        # A loss is computed from logits in float32.
-        item = self._item + (8 if named.get("labels") is not None else 0)
-        logits = shape.rows * (positions - 1) * self._vocabulary * item
-        beside = self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
-        parts = self._parts(
-            shape,
-            rows=shape.rows,
-            at_once=shape.length,
-            tokens=shape.length + shape.past + shape.decoder,
-        ).plus(logits + beside)
-        return self._checked(
-            f"a forward pass over {shape.rows} x {shape.length} tokens",
-            shape,
-            parts,
-            Need(
-                nbytes=self._room.taken_by(parts),
-                sequences=shape.rows,
-                prompt_tokens=0,
-                new_tokens=0,
-            ),
-        )
+        if self._refusing is not None:
+            self._sweeps.tell(self.refused)
+            raise ClosedError(self._refusing)
 
-    def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
-        """What a generation takes at its end, when its caches are full.
+    def refused(self) -> None:
+        """Count a request that was refused."""
+        self._counters.refused += 1
 
-        A prompt whose activations do not fit in one piece is given a chunk size, where the strategy of
-        generation allows for that.
+    def ask(self, request: Request, reservation: Reservation) -> None:
+        """Queue ``request``; ``reservation``, its own, is done when it may begin, or has the error."""
+        self._active.add(request)
+        self._idle.clear()
+        if reservation.done():  # the model was closed meanwhile
+            return
+        if self._refusing is None:
+            self._admission.ask(reservation)
+        else:
+            reservation.set_exception(ClosedError(self._refusing))
 
-        Raises:
-            AdmissionError: more than there is for all requests together.
-        """
-        named = by_name(getattr(self._module, "generate", None), inputs, named)
-        shape = shape_of(self._module, "generate", named)
-        setting = Settings(self._module, named)
-        # The ids that come with a cache usually hold the tokens that it was made of, too.
-        prompt = shape.length if shape.length > shape.past else shape.length + shape.past
-        new = self._new_tokens(setting, shape)
-        branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
-        rows = shape.rows * branches
-        candidates = self._candidates(setting, named)
-        guided = setting.get("guidance_scale") not in (None, 1)
-        if guided:
-            rows *= 2  # a second pass without the prompt, with a cache of its own
-        other = rows * candidates * self._vocabulary * 12  # logits, scores, softmax in float32
-        scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
-        other += scores * rows * new * self._vocabulary * 4
-        other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
-        # What the pass over the prompt has made libraries keep stays to the end.
-        other += self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
-
-        def at_once(tokens: int) -> Parts:
-            return self._parts(
-                shape,
-                rows=rows,
-                at_once=tokens,
-                tokens=prompt + shape.decoder + new,
-                halved=guided,
-            ).plus(other)
-
-        cached = setting.get("use_cache") is not False
-        chunk = setting.get("prefill_chunk_size")
-        first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
-        parts = at_once(max(first, candidates) if cached else prompt + new)
-        smaller = None
-        if not self._fits(parts) and chunk is None and self._may_chunk(setting, named, shape):
-            smaller = self._chunk(shape.length, at_once)
-            parts = parts if smaller is None else at_once(smaller)
-        step = at_once(1 + candidates) if cached else parts
-        return self._checked(
-            f"generating {shape.rows} x ({prompt} + {new}) tokens",
-            shape,
-            parts,
-            Need(
-                nbytes=self._room.taken_by(parts),
-                sequences=shape.rows,
-                prompt_tokens=shape.prefix,
-                new_tokens=new,
-                chunk_tokens=smaller,
-                step_tokens=rows * (1 + candidates) if cached else 0,
-                step_bytes=min(map(self._beside_layers, (parts, step))),
-            ),
-        )
-
-    def _parts(
-        self, shape: Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
-    ) -> Parts:
-        """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
-
-        ``halved``: half of the rows have another cache, which the call makes itself, where it computes.
-        """
-        at_once = max(at_once, 1)
-        asked = Workload(
-            batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
-        )
-        cache, other = self._estimated(asked)
-        if not shape.told:
-            of_one, batch = self._estimated(self._workload), self._workload.batch_size
-            cache = max(cache, rows * of_one.cache // batch)
-            other = max(other, rows * of_one.other // batch)
-        if not self._room.is_two:
-            return Parts(cache, other)
-        hosted = cache // (2 if halved else 1) if shape.on_host else 0
-        return Parts(hosted, other + (cache - hosted if shape.cached else 0))
-
-    def _estimated(self, workload: Workload) -> Parts:
-        """KV cache and activations of ``workload``."""
-        memory = estimate_memory(self._config, workload)
-        if memory is None:
-            return Parts(0, 0)
-        cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes
-        return Parts(int(self._scales[0] * cache), int(self._scales[1] * other))
-
-    def _fits(self, parts: Parts) -> bool:
-        return self._room.taken_by(parts) <= self._room.nbytes
-
-    def _beside_layers(self, parts: Parts) -> int:
-        return parts.other if self._room.is_two else sum(parts)
-
-    def _beside_bytes(self, rows: int, *, logits: int) -> int:
-        """What a request takes that is no tensor."""
-        if not self._on_cpu:
-            return 0
-        beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
-        return beside.rider_bytes
-
-    def _new_tokens(self, setting: Settings, shape: Shape) -> int:
-        if (new := setting.get("max_new_tokens")) is not None:
-            return max(int(new), 1)
-        if (length := setting.get("max_length")) is not None:
-            begun = shape.decoder if self._module.config.is_encoder_decoder else shape.length
-            return max(int(length) - begun, 1)
-        return _NEW_TOKENS
-
-    @staticmethod
-    def _candidates(setting: Settings, named: Mapping[str, Any]) -> int:
-        """How many tokens assisted generation verifies at once, beside the one that it is sure of."""
-        if (looked_up := setting.number("prompt_lookup_num_tokens", 0)) > 0:
-            return looked_up
-        if named.get("assistant_model") is not None:
-            return max(setting.number("num_assistant_tokens", _CANDIDATES), 1)
-        return 0
-
-    @staticmethod
-    def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
-        """The assistant's own KV cache and activations; its weights are the caller's."""
-        config = getattr(named.get("assistant_model"), "config", None)
-        if config is None:
-            return 0
-        asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
-        return workload_bytes(config.to_dict(), asked)[0]
-
-    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: Shape) -> bool:
-        return (
-            shape.told
-            and takes_criteria(self._module)
-            and not self._module.config.is_encoder_decoder
-            and setting.get("use_cache") is not False
-            and not self._candidates(setting, named)
-            and not {"inputs_embeds", "custom_generate"} & named.keys()
-            and ("past_key_values" not in named or (shape.on_host and not shape.past))
-        )
-
-    def _chunk(self, length: int, at_once: Any) -> int | None:
-        """The largest piece of a prompt that fits, of halves, quarters and so on; None if none does."""
-        pieces = 2
-        while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
-            if self._fits(at_once(chunk)):
-                return chunk
-            pieces *= 2
-        return None
-
-    def _checked(self, words: str, shape: Shape, parts: Parts, need: Need) -> Need:
-        if self._fits(parts):
-            return need
-        if not shape.told:
-            # A guess refuses nobody; it has all the memory to itself.
-            return Need(
-                nbytes=self._room.nbytes,
-                sequences=need.sequences,
-                prompt_tokens=need.prompt_tokens,
-                new_tokens=need.new_tokens,
+    def started(self, request: Request) -> None:
+        """``request`` was admitted and begins."""
+        self._counters.started += 1
+        self._sweeps.began(request.rider)
+        extra = {"request_id": request.number, "reserved_bytes": request.need.nbytes}
+        logger.debug("request %d (%s) admitted", request.number, request.what, extra=extra)
+        if request.need.chunk_tokens is not None:
+            self._counters.chunked += 1
+            logger.info(
+                "request %d: the activations of its prompt would not fit; it is read %d tokens at a time",
+                request.number,
+                request.need.chunk_tokens,
+                extra=extra,
             )
-        raise self._room.refusal(words, parts)
 
+    def ended(self, request: Request, outcome: Outcome) -> None:
+        """``request`` is over, whether it had begun or not: release what it has reserved, count it, log it."""
+        self._sweeps.ended(request.rider)
+        self._admission.give_back(request.reservation)
+        self._active.discard(request)
+        self._counters.ended(outcome, tokens=request.tokens)
+        passes = request.rider.passes - request.passes_before
+        seconds = time.perf_counter() - request.asked_seconds
+        logger.log(
+            request.end_level,
+            "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
+            request.number,
+            request.what,
+            outcome,
+            request.tokens,
+            passes,
+            seconds,
+            extra={
+                "request_id": request.number,
+                "outcome": outcome,
+                "tokens": request.tokens,
+                "passes": passes,
+                "seconds": seconds,
+            },
+        )
+        if not self._active:
+            self._idle.set()
 
-def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:
-    return reserved_bytes / estimated_bytes if reserved_bytes and estimated_bytes else 1.0
+    def resize(self, room_bytes: int) -> None:
+        """Change the memory for all requests together; those that run keep what they have."""
+        self._admission.resize(room_bytes)
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until all earlier ones have ended."""
+        self._refusing = "the model is being closed and takes no more requests"
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Refuse new requests, and fail those that wait for their memory."""
+        self._refusing = "the model is not open; use it inside `async with`"
+        self._admission.close(CLOSED)
+
+    def stats(self, timings: Timings) -> Stats:
+        """What requests have done, and are doing now."""
+        return self._counters.stats(
+            timings,
+            tokens=self._counters.tokens + sum(request.tokens for request in self._active),
+            sweeps=self._sweeps.departures,
+            passes=self._sweeps.passes,
+            waiting=self._admission.waiting,
+            riding=sum(request.reservation.done() for request in self._active),
+            aboard=self._sweeps.aboard,
+            reserved_bytes=self._admission.reserved_bytes,
+            reservable_bytes=self._admission.room_bytes,
+        )

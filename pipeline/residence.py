@@ -1,4 +1,4 @@
-"""What lives where: layer batches of one size, the rings that they pass, and who stays resident. Pure."""
+"""What is placed where: layer batches of one size, the rings for them, and which are resident. Pure."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from layerstream.stages.batch import LayerBatch
 
 __all__ = ["Arenas", "Frame", "Need", "evenly"]
 
-# A batch that is this many times as large as most sets the size of the ring that all pass.
+# A batch this many times as large as most decides the size of the ring for all.
 _OVERSIZED = 2
 # torch's allocator takes large blocks from the driver in multiples of this; smaller ones share one.
 _DEVICE_BLOCK_BYTES = 2 << 20
@@ -29,7 +29,7 @@ class Arenas(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Bytes that a choice takes on either side; on the CPU all of it is the host's."""
+    """Bytes that a choice takes on the host and on the device; on a CPU all is on the host."""
 
     host: int
     vram: int
@@ -40,7 +40,7 @@ _NOTHING = Need(0, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """What all candidates of one reader have in common, and how they fill the budgets."""
+    """What all candidates with one reader have in common, and how they fill the budgets."""
 
     checkpoint: Checkpoint
     layers: Sequence[PlannedLayer]
@@ -51,11 +51,11 @@ class Frame:
     host_reserved: int
     vram_reserved: int
     kv_on_host_bytes: int = 0  # of a GPU's KV cache
-    held_bytes: int = 0  # residents leave room for it
+    held_bytes: int = 0  # of host memory, which residents leave free
 
     @property
     def maps(self) -> bool:
-        """Whether computation uses the mapped files where they are."""
+        """Whether computation uses the mapping of the files, without slots."""
         return self.on_cpu and self.reader is ReaderKind.MMAP
 
     @property
@@ -64,11 +64,11 @@ class Frame:
         return frozenset(layer.name for layer in self.layers if layer.pinned)
 
     def batches(self, size: int, *, passing: Arenas | None = None) -> list[LayerBatch]:
-        """All layers, ``size`` blocks to a batch; those that must be resident are.
+        """All layers in batches of ``size`` blocks; those that must be resident are.
 
         Args:
             size: blocks in a batch.
-            passing: rings that exist already: what is too large for them has to stay.
+            passing: rings that exist already; batches that are too large for them become resident.
         """
         pinned = self.pinned
 
@@ -105,7 +105,7 @@ class Frame:
         ]
 
     def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:
-        """``batch`` kept where computation reads it; ``on_host`` keeps a GPU's batch in host RAM instead."""
+        """``batch`` as a resident, where computation reads it; with ``on_host`` in host RAM, for a GPU."""
         if self.on_cpu:
             return dataclasses.replace(
                 batch,
@@ -115,8 +115,8 @@ class Frame:
         return dataclasses.replace(batch, host_resident=on_host, device_resident=not on_host)
 
     def arenas(self, batches: Sequence[LayerBatch], slots: int) -> Arenas:
-        """The host ring and the device ring that ``batches`` pass, ``slots`` at a time."""
-        # A device resident that is not kept on the host too passes the host ring once, on its way in.
+        """The sizes of the host ring and the device ring for ``batches``, ``slots`` at a time."""
+        # A resident of the device alone passes the host ring once, when it is loaded.
         passing = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
         host = max(
             ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *passing, 0, 0
@@ -127,7 +127,7 @@ class Frame:
     def memory(
         self, batches: Sequence[LayerBatch], arenas: Arenas
     ) -> tuple[MemoryUse, MemoryUse | None]:
-        """What a choice uses of the host budget and of the VRAM budget."""
+        """The use of the host budget and of the VRAM budget."""
         residents = (
             sum(batch.host_bytes for batch in batches if batch.host_resident),
             sum(batch.device_bytes for batch in batches if batch.device_resident),
@@ -160,19 +160,19 @@ class Frame:
         )
 
     def _scratch(self, batches: Sequence[LayerBatch]) -> int:
-        """What computation makes out of weights: for good out of pinned ones, else for one batch at a time."""
+        """Tensors that computation makes from weights: of pinned batches for good, else of one batch at a time."""
         pinned = self.pinned
         for_good = [b.scratch_bytes for b in batches if pinned.intersection(b.layers)]
         for_now = [b.scratch_bytes for b in batches if not pinned.intersection(b.layers)]
         return sum(for_good) + max(for_now, default=0)
 
     def need(self, batches: Sequence[LayerBatch], arenas: Arenas) -> Need:
-        """What a choice takes on either side."""
+        """The bytes on either side, in sum."""
         host, device = self.memory(batches, arenas)
         return Need(host.used_bytes, 0 if device is None else device.used_bytes)
 
     def fits(self, need: Need, *, spare: Need = _NOTHING) -> bool:
-        """Whether the budgets hold ``need``; ``spare`` is what they have beyond themselves."""
+        """Whether ``need`` fits into the budgets plus ``spare``."""
         return (
             need.host <= self.host_budget + spare.host
             and need.vram <= (self.vram_budget or 0) + spare.vram
@@ -186,11 +186,11 @@ class Frame:
         oversized_first: bool,
         rings: Arenas | None = None,
     ) -> list[LayerBatch]:
-        """Give what is left of the budgets to residents: VRAM first, then host RAM.
+        """Fill what is left of the budgets with residents: VRAM first, then host RAM.
 
-        They are spread evenly. With ``oversized_first``, batches that are much larger than most come before
-        the others: passing the rings, each takes room that the others leave empty. ``rings`` are those of a
-        running pipeline; by default they are as large as what passes them needs.
+        They are spread evenly. With ``oversized_first``, batches that are much larger than most become resident first,
+        since each of them needs a ring that is mostly empty with the others. ``rings`` are those of a running
+        pipeline; by default they have the size that the streamed batches need.
         """
         placed = list(batches)
         apart: set[int] = set()
@@ -215,7 +215,7 @@ class Frame:
     def _spread(
         self, batches: Sequence[LayerBatch], placed: Sequence[LayerBatch]
     ) -> list[LayerBatch]:
-        """``batches`` with as many residents on either side as ``placed`` has, both sides evenly as one."""
+        """``batches`` with as many residents on either side as ``placed``, evenly spread over both sides together."""
         free = [b.index for b in batches if b.streamed]
         on_device = sum(placed[index].device_resident for index in free)
         stay = sum(not placed[index].streamed for index in free)
@@ -227,7 +227,7 @@ class Frame:
     def grown(
         self, batches: Sequence[LayerBatch], arenas: Arenas, *, spare: Need
     ) -> list[LayerBatch]:
-        """``batches`` with more residents beside computation, in memory that is ``spare`` for a while."""
+        """``batches`` with more residents where computation runs, in memory that is ``spare`` for a while."""
         return self._evenly_filled(
             batches,
             arenas=arenas,
@@ -244,7 +244,7 @@ class Frame:
         slots: int = 0,
         arenas: Arenas | None = None,
     ) -> list[LayerBatch]:
-        """As many of the streamed batches as fit, resident; with fixed ``arenas``, or those that they need."""
+        """``batches`` with as many residents as fit; with rings of a given size, or of the size that they need."""
         streamed = [b.index for b in batches if b.streamed]
 
         def tried(count: int) -> list[LayerBatch] | None:
@@ -254,14 +254,16 @@ class Frame:
             return made if self.fits(need, spare=room) else None
 
         fewest, most, best = 0, len(streamed), list(batches)
-        while fewest < most:  # more residents take more memory, but for what the rings gain
+        while (
+            fewest < most
+        ):  # more residents take more memory, except where the rings become smaller
             count = (fewest + most + 1) // 2
             made = tried(count)
             if made is None:
                 most = count - 1
             else:
                 fewest, best = count, made
-        for count in (len(streamed), fewest + 1):  # all of them need no ring at all
+        for count in (len(streamed), fewest + 1):  # if all are resident, no ring is needed
             if fewest < count <= len(streamed) and (made := tried(count)) is not None:
                 return made
         return best
@@ -273,14 +275,14 @@ class Frame:
 
 
 def _blocks(nbytes: int) -> int:
-    """What a tensor of ``nbytes`` takes of a GPU's memory."""
+    """GPU memory that a tensor of ``nbytes`` takes."""
     if nbytes <= _SMALL_BYTES:
         return nbytes
     return -(-nbytes // _DEVICE_BLOCK_BYTES) * _DEVICE_BLOCK_BYTES
 
 
 def evenly(among: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``among``, evenly spread, so that neither disk nor compute bunches up."""
+    """``count`` of the numbers below ``among``, evenly spread, so that disk and compute are loaded evenly."""
     return [(2 * i + 1) * among // (2 * count) for i in range(count)]
 
 

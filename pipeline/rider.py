@@ -1,105 +1,60 @@
-"""One forward pass at a time over a module tree, and the layer batch that it holds."""
+"""A rider: one forward pass at a time over a clone of the module tree, and the layer batch that it holds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.binding import Bound, put_buffers
-from layerstream.pipeline.modules import Use
-from layerstream.pipeline.requests import Need
+from layerstream.pipeline.estimator import Need
 from layerstream.pipeline.stats import Outcome
-from layerstream.stages.devices import Device, Event
+from layerstream.stages.devices import Event
 from layerstream.stages.errors import noting
 
-__all__ = ["Gate", "PassCancelled", "Rider"]
+if TYPE_CHECKING:  # both import this module
+    from layerstream.pipeline.riders import Gate
+    from layerstream.pipeline.sweeps import Sweeps
 
-
-# A protocol, since its one implementation, ``Sweeps``, imports this module.
-class Conductor(Protocol):
-    """What a rider asks of the sweeps that it rides."""
-
-    device: Device
-
-    def tell(self, what: Callable[..., None], *args: Any) -> None:
-        """Have ``what(*args)``, one of the methods below, called on the event loop."""
-
-    def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
-        """What stands in a clone's buffers while layer batch ``index`` is not there."""
-
-    def wanted(
-        self,
-        rider: "Rider",
-        released: Event | None,
-        index: int,
-        entry: str | None,
-        ticket: Future[Bound],
-    ) -> None:
-        """``rider`` waits for layer batch ``index``; with ``entry``, it is the first of a pass."""
-
-    def released(self, rider: "Rider", released: Event | None) -> None:
-        """``rider`` gives no more work that reads the batch it held; ``released`` is the last of it."""
-
-    def gave_up(self, rider: "Rider") -> None:
-        """``rider`` neither waits for a batch nor holds one."""
-
-    def left(
-        self,
-        rider: "Rider",
-        released: Event | None,
-        entry: str,
-        visited: tuple[int, ...] | None,
-    ) -> None:
-        """``rider`` has ended its pass, having visited these batches if it got to its end."""
-
-
-# A protocol, since its one implementation, in ``riders``, imports this module.
-class Gate(Protocol):
-    """What a pass that belongs to no request waits for before it begins."""
-
-    def enter(
-        self, rider: "Rider", entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """A pass of ``rider`` is about to begin with these inputs, in the module at ``entry``.
-
-        Returns the keyword arguments to make it with.
-        """
-
-    def leave(self, outcome: Outcome) -> None:
-        """The pass has ended so."""
+__all__ = ["PassCancelled", "Rider"]
 
 
 class PassCancelled(Exception):  # noqa: N818 - it reports no error
-    """Unwinds a forward pass whose caller does not want it any more; never reaches the caller."""
+    """Unwinds a forward pass whose request was cancelled; never reaches the caller."""
 
 
 class Rider:
-    """A forward pass, or one after the other, of one clone of the module tree. Belongs to one thread at a time.
+    """Forward passes, one after the other, of one clone of the module tree. Used by one thread at a time.
 
-    It holds at most one layer batch: from the first call of a module in it until it wants another one, or
-    the pass ends. It gives back before it waits.
+    A rider holds at most one layer batch: from the first call of a module in it until a module in another one is
+    called, or the pass ends. It gives that batch back before it waits for the next.
+
+    Args:
+        sweeps: they bring the layer batches.
+        gate: passed before each pass that belongs to no request; None if the rider belongs to one.
     """
 
-    root: torch.nn.Module  # whose hooks call us
+    root: torch.nn.Module  # the clone whose hooks call this rider
 
-    def __init__(self, sweeps: Conductor, *, gate: Gate | None = None) -> None:
+    def __init__(self, sweeps: "Sweeps", *, gate: "Gate | None" = None) -> None:
         self._sweeps = sweeps
         self.gate = gate
-        self._modules: list[int] = []  # ids of the hooked modules whose calls are under way
+        self._modules: list[
+            int
+        ] = []  # ids of the hooked modules that are being called, outermost first
         self._held: Bound | None = None
         self._entry = ""
         self._gradients = False
         self._visited: list[int] = []
         self.cancelled = False
-        self.passes = 0  # that were begun
-        self.tokens: int | None = None  # of the pass under way, where its inputs tell
-        self.need: Need | None = None  # of its request, if it belongs to one
+        self.passes = 0  # begun so far
+        self.tokens: int | None = None  # of the pass under way; None if its inputs do not tell
+        self.need: Need | None = None  # of its request; None if it belongs to none
 
     @property
     def demand_bytes(self) -> int | None:
-        """What its request takes while this pass is under way; None if nobody has told."""
+        """Memory that its request takes beside the layers during this pass; None if unknown."""
         if self.need is None:
             return None
         steps = self.passes and self.tokens is not None and self.tokens <= self.need.step_tokens
@@ -112,17 +67,18 @@ class Rider:
         inputs: Sequence[Any],
         named: Mapping[str, Any],
     ) -> Mapping[str, Any]:
-        """A hooked module is called with these inputs: with the outermost one, a pass begins.
+        """Before the call of a hooked module, whose path is ``entry``. The outermost call begins a pass.
 
-        Returns the keyword arguments to call it with.
+        Returns:
+            The keyword arguments to call it with.
 
         Raises:
-            AdmissionError: the pass belongs to no request, and needs more memory than there is for it.
-            ClosedError: it belongs to none, and no more are taken.
-            PassCancelled: nobody wants the result any more.
+            AdmissionError: the pass belongs to no request, and needs more memory than there is.
+            ClosedError: the pass belongs to no request, and no more are taken.
+            PassCancelled: the request was cancelled.
         """
         if id(module) in self._modules:
-            # No module is inside itself: an interrupt kept the hooks of the last pass from running.
+            # No module calls itself, so an interrupt kept the last pass from leaving it.
             self.abandon()
         if not self._modules:
             if self.gate is not None:
@@ -130,7 +86,7 @@ class Rider:
             self._entry = entry
             self.passes += 1
             self.tokens = _tokens(inputs, named)
-            # Gradients would be computed from weights that are gone by then.
+            # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
         self._modules.append(id(module))
@@ -139,17 +95,17 @@ class Rider:
         return named
 
     def leave(self, *, completed: bool) -> None:
-        """The call is over: with the outermost one, the pass ends."""
+        """After the call of a hooked module. The end of the outermost call ends the pass."""
         if self._modules:
             self._modules.pop()
             if not self._modules:
                 self._end_pass("completed" if completed else "failed")
 
     def hold(self, index: int) -> None:
-        """Return when layer batch ``index`` is bound. The batch that was held is given back first.
+        """Give back the batch that is held, and wait until layer batch ``index`` is there and bound.
 
         Raises:
-            PassCancelled: nobody wants the result any more.
+            PassCancelled: the request was cancelled.
             LayerstreamError: the pipeline failed or was closed.
         """
         if self._held is not None and self._held.index == index:
@@ -173,10 +129,9 @@ class Rider:
             put_buffers(self.root, bound.bind())
 
     def detached(self, output: Any) -> Any:
-        """What a module returns, with copies of what are views of weights; None if nothing is.
+        """The output of a module with views of weights replaced by copies; None if there are none.
 
-        A weight that a module hands on (learned queries, positions) may be computed with when its layer
-        batch is gone.
+        A weight that a module returns (learned queries, positions) may be used after its layer batch is gone.
         """
         if self._held is None:
             return None
@@ -195,14 +150,14 @@ class Rider:
         return pytree.tree_map(lambda leaf: leaf.clone() if is_weight(leaf) else leaf, output)
 
     def abandon(self) -> None:
-        """End the pass that an interrupt has left open, if there is one."""
+        """End the pass that an interrupt left unfinished, if there is one."""
         if self._modules:
             self._end_pass("cancelled")
         elif self.gate is not None:
             self.gate.leave("cancelled")
 
     def _release(self) -> Event | None:
-        """Give the batch at hand back; returns the computation that reads it."""
+        """Let go of the batch that is held; returns the event behind the work that reads it, for ``Sweeps``."""
         if self._held is None:
             return None
         event = self._sweeps.device.record()
@@ -217,7 +172,7 @@ class Rider:
         released = None
         try:
             released = self._release()
-        finally:  # also on a device that has failed: the others must not wait for us
+        finally:  # also on a device that has failed: other riders must not wait for this one
             self._held = None
             route = visited if outcome == "completed" else None
             self._sweeps.tell(self._sweeps.left, self, released, self._entry, route)

@@ -1,4 +1,4 @@
-"""Whose forward pass a thread is in: the rider of its request, or one of its own."""
+"""The rider of each thread: that of its request, or one of its own."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from layerstream.pipeline.stats import Outcome
 from layerstream.pipeline.sweeps import Sweeps
 from layerstream.stages.errors import ModelError
 
-__all__ = ["BeginPass", "Riders"]
+__all__ = ["BeginPass", "Gate", "Riders"]
 
-# Of a rider, the module that a pass begins in, and its inputs: waits in the calling thread until it is admitted, and
-# returns the keyword arguments to make it with, and what ends it.
+# Makes a request of a pass that belongs to none; see ``Engine``. Takes the rider, the path of the module that is
+# called, and its inputs; returns the keyword arguments to call it with, and what to call when the pass has ended.
 BeginPass = Callable[
     [Rider, str, Sequence[Any], Mapping[str, Any]],
     tuple[Mapping[str, Any], Callable[[Outcome], None]],
@@ -26,9 +26,9 @@ class Riders:
     """The riders of all threads that call modules of one tree, or of its clones.
 
     Args:
-        sweeps: what they ride.
+        sweeps: they bring the layer batches.
         root: the module tree itself.
-        begin_pass: makes a request of a pass that belongs to none.
+        begin_pass: makes a request of a pass that belongs to none, and waits until it is admitted.
     """
 
     def __init__(self, sweeps: Sweeps, root: torch.nn.Module, *, begin_pass: BeginPass) -> None:
@@ -37,11 +37,11 @@ class Riders:
         self.begin_pass = begin_pass
         self._local = threading.local()
         self._loop_thread = threading.get_ident()
-        self.turn = threading.Lock()  # of those who share the tree itself
+        self.turn = threading.Lock()  # held by the thread that computes with the module tree itself
 
     @contextmanager
     def riding(self, rider: Rider) -> Iterator[None]:
-        """Let the forward passes of the calling thread be those of ``rider``."""
+        """Make ``rider`` the rider of the calling thread."""
         before = self.current()
         if before is not None:
             before.abandon()  # an interrupt may have left its pass open
@@ -62,20 +62,20 @@ class Riders:
         return rider is not None and rider.gate is None
 
     def rider(self) -> Rider:
-        """Whose pass the calling thread is in.
+        """The rider of the calling thread; made if it has none.
 
-        A thread that was not given a rider calls the module tree itself, not a clone: all such threads
-        share its buffers, so their passes go one after the other.
+        A thread without a request calls the module tree itself, not a clone: all such threads share its buffers,
+        so their passes go one after the other.
         """
         rider = self.current()
         if rider is None:
             self.refuse_on_loop()
-            rider = self._local.rider = Rider(self._sweeps, gate=_OwnPasses(self))
+            rider = self._local.rider = Rider(self._sweeps, gate=Gate(self))
             rider.root = self._root
         return rider
 
     def refuse_on_loop(self) -> None:
-        """Refuse to wait on the event loop for what the event loop brings."""
+        """Raise a ModelError in the thread of the event loop, which would wait for itself."""
         if threading.get_ident() == self._loop_thread:
             raise ModelError(
                 "the streamed module was called on the event loop, which feeds it; await the StreamedModel's "
@@ -83,10 +83,10 @@ class Riders:
             )
 
 
-class _OwnPasses:
-    """What the passes of a thread without a request wait for: to be admitted as one, then their turn.
+class Gate:
+    """What a pass that belongs to no request waits for: to be admitted as one, then for its turn.
 
-    In this order: who has the turn must not wait for memory that is held by who waits for the turn.
+    In this order: the thread that has the turn must not wait for memory of one that waits for the turn.
     """
 
     def __init__(self, riders: Riders) -> None:
@@ -96,7 +96,7 @@ class _OwnPasses:
     def enter(
         self, rider: Rider, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """A pass of ``rider`` with these inputs is about to begin; returns the keyword arguments to make it with."""
+        """Wait until a pass of ``rider`` may begin; returns the keyword arguments to make it with."""
         given, end = self._riders.begin_pass(rider, entry, inputs, named)
         try:
             self._riders.turn.acquire()
@@ -107,7 +107,7 @@ class _OwnPasses:
         return given
 
     def leave(self, outcome: Outcome) -> None:
-        """The pass has ended so."""
+        """Note that the pass has ended, and let the next thread begin."""
         end, self._end = self._end, None
         if end is not None:
             self._riders.turn.release()

@@ -1,4 +1,4 @@
-"""What there is for requests: one memory for all that they take, or two where KV caches are kept in host RAM."""
+"""The memory for requests: one for all that they take, or two if KV caches are kept in host RAM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["Parts", "Room", "refusal", "room_of"]
 
-# What requests may take of the fixed part of what the plan reserves: a few KiB more or less are not worth a refusal.
+# The least that requests get of each memory: a few KiB more or less are not worth a refusal.
 _SMALL_CHANGE_BYTES = 4 << 20
 
 
 class Parts(NamedTuple):
     """What a request takes, in bytes."""
 
-    cache: int  # KV cache, where there is a memory for that
+    cache: int  # KV cache
     other: int
 
     def plus(self, other: int) -> Self:
-        """With so much more that is no KV cache."""
+        """The same with ``other`` more bytes that are no KV cache."""
         return self._replace(other=self.other + other)
 
 
@@ -30,13 +30,14 @@ class Parts(NamedTuple):
 class Room:
     """Memory for KV caches and activations of all requests together.
 
-    One number, also where it is two memories. Then a request takes of it the larger of the shares that it takes
-    of either, so that neither has been given away before all of it is.
+    Counted as one number even if it is two memories. A request then takes the larger one of its shares of either, so
+    that neither memory is exhausted before the number is.
     """
 
     nbytes: int
-    # Of it, host RAM for KV caches alone, the rest being VRAM; 0: it is one memory.
-    cache_bytes: int = 0
+    cache_bytes: int = (
+        0  # of that, host RAM for KV caches alone, if the rest is VRAM; 0: it is one memory
+    )
 
     @property
     def is_two(self) -> bool:
@@ -45,7 +46,7 @@ class Room:
 
     @property
     def beside_layers_bytes(self) -> int:
-        """What of it is in the memory that resident layers are in."""
+        """The part that is in the same memory as resident layers."""
         return self.nbytes - self.cache_bytes
 
     def taken_by(self, parts: Parts) -> int:
@@ -58,7 +59,7 @@ class Room:
         )
 
     def refusal(self, what: str, parts: Parts) -> AdmissionError:
-        """The error of a request that takes more than all of it: what is too much, and of which memory."""
+        """The error of a request that needs more than there is, which says of which memory."""
         if not self.is_two:
             return refusal(what=what, need_bytes=sum(parts), room_bytes=self.nbytes)
         if parts.other > self.beside_layers_bytes:
@@ -77,7 +78,7 @@ def refusal(
     room_bytes: int,
     where: str = "memory for its KV cache and activations",
 ) -> AdmissionError:
-    """The error of a request that would not fit if it were alone."""
+    """The error of a request that would not fit even if it were alone."""
     return AdmissionError(
         f"{what} needs {format_bytes(need_bytes)} of {where}, but there are {format_bytes(room_bytes)} for "
         "requests; open the model with a larger workload or budget, or ask for fewer tokens or sequences at a time"
@@ -85,10 +86,10 @@ def refusal(
 
 
 def room_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> Room:
-    """What requests may take: what the plan reserves for its workload, and what it leaves of the budget.
+    """The memory for requests: what the plan reserves for its workload, and what it leaves of the budget.
 
-    With KV caches in host RAM only the former, in which a model that is planned anew changes nothing: shares of what
-    changes would be of another whole for those who ride already.
+    With KV caches in host RAM only the former, which planning anew does not change: running requests have reserved
+    shares of it, which would be shares of another total.
     """
     if plan.kv_cache_on_host:
         cache = max(plan.kv_cache_bytes, _SMALL_CHANGE_BYTES)
@@ -101,7 +102,7 @@ def room_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> Room:
         free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes
         if (w := plan.workload) is not None:
             modules = sum(1 for _ in module.modules())
-            # Of a forward pass, whose logits are those of all tokens, more is packed than of a generation.
+            # For a forward pass, which has logits of all tokens, more buffers are packed than for a generation.
             rows = w.prompt_tokens
             each = overheads(config, modules=modules, rows=rows, logits=rows).rider_bytes
             beside = w.batch_size * each

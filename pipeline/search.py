@@ -1,4 +1,4 @@
-"""The candidates for one plan: which are tried, which of them fit, and which is the fastest. Pure."""
+"""Finds the candidates for one plan that fit, and the fastest of them. Pure."""
 
 import dataclasses
 import itertools
@@ -19,13 +19,13 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["Choice", "search"]
 
-# Blocks per layer batch that are tried; larger batches than this gain nothing.
+# Blocks per layer batch that are tried; larger batches bring nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
-# What is faster by less than this is as fast; by more, where it is not known how long computation takes.
+# Times that differ by less than this share are equal; a larger one if the time of computation is not known.
 _EQUAL = 0.01
 _EQUAL_PAST_NOTHING = 0.1
-# The page cache is counted on, where it is not part of a budget, for files of which it holds this share now.
+# If the page cache holds this share of the files now, it is expected to keep them, unless it is part of a budget.
 _CACHED = 0.9
 # Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
 _VRAM_FIXED_BYTES = 64 << 20
@@ -37,7 +37,7 @@ _KV_LAYERS_ON_DEVICE = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A placement with its price."""
+    """A placement with its predicted times."""
 
     frame: Frame
     placement: Placement
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def memory(self) -> tuple[MemoryUse, MemoryUse | None]:
-        """What it uses of the budgets."""
+        """Its use of the budgets."""
         return self.frame.memory(self.placement.batches, self.placement.arenas)
 
     @property
@@ -61,20 +61,20 @@ class Choice:
 
     @property
     def _preference(self) -> tuple[bool, int, bool, int, int, int]:
-        # What is left of a budget is there to be used: residents also help where the model is wrong, as with
+        # What is left of a budget may be used: residents also help where the prediction is wrong, as with
         # a rate of computation that was measured while something else computed.
         slots = SLOTS.index(self.placement.slots)
-        maps = self.placement.reader is ReaderKind.MMAP  # in memory that is not ours to count on
-        # Where batches take no memory, few large ones save hand-offs.
+        maps = self.placement.reader is ReaderKind.MMAP  # in memory that may be taken away
+        # Mapped batches take no memory, so few large ones save hand-offs.
         handed_over = len(self.placement.batches) if self.placement.maps else 0
         read = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
         return bool(self.name), slots, maps, handed_over, read, sum(self.need)
 
 
 def search(asked: Asked) -> list[Choice]:
-    """All candidates for what is ``asked`` that fit, the best one first, then by the time that they take.
+    """All candidates for ``asked`` that fit: the best one first, the others by their time.
 
-    Among those that are equally fast, those with residents come first, then three slots, then the fewest bytes from disk.
+    Of equally fast ones, those with residents come first, then three slots, then the fewest bytes from disk.
 
     Raises:
         PlanError: none fits.
@@ -87,7 +87,7 @@ class _Search:
         self._asked = asked
 
     def choices(self) -> list[Choice]:
-        # What requests take that is no tensor refuses no plan, but one that leaves room for it comes first.
+        # A plan is not refused for what requests take besides tensors, but plans that leave memory for it come first.
         for kv_on_host, leaves_room in itertools.product(self._kv_places(), (True, False)):
             found = [
                 choice
@@ -118,12 +118,12 @@ class _Search:
             and self._asked.budget.host is None
             and self._asked.checkpoint.total_bytes <= room
         ):
-            # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
+            # The page cache has all of it, also for the next process; a copy of our own would be no faster.
             return (ReaderKind.MMAP,)
         return (ReaderKind.DIRECT, ReaderKind.MMAP)
 
     def _kv_places(self) -> tuple[bool, ...]:
-        """Whether the KV cache is on the host: what is tried, in this order."""
+        """The places of the KV cache to try, in this order: whether it is on the host."""
         asked = self._asked
         if asked.on_cpu or asked.memory is None:
             return (False,)
@@ -164,7 +164,7 @@ class _Search:
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
-            # What everybody would do first is priced too: nothing chosen is worse, and it takes the least memory.
+            # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
             slots = self._asked.slots or LEAST_SLOTS
             rings = self._asked.rings or frame.arenas(batches, slots)
             if frame.fits(frame.need(batches, rings), spare=spare):
@@ -218,17 +218,17 @@ class _Search:
         )
 
     def _spare(self) -> Need:
-        """What the activations of a prompt leave free while no prompt is processed."""
+        """Memory for the activations of a prompt that is free while no prompt is processed."""
         if self._asked.memory is None:
             return Need(0, 0)
         spare = self._asked.memory.spare_bytes
         return Need(spare, 0) if self._asked.on_cpu else Need(0, spare)
 
     def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:
-        """Memory that the page cache may hold the files in.
+        """Memory for files in the page cache.
 
-        Whoever sets a host budget means all memory that the model takes, in the page cache too: then only
-        what is in there already counts, when it is next to everything.
+        A host budget is meant to include the page cache. So if there is one, only what is cached already counts, and only
+        if that is almost everything.
         """
         free = int(self._asked.hardware.host_available_bytes * (1 - MARGIN))
         wanted = sum(batch.read_bytes for batch in batches)
@@ -280,7 +280,7 @@ class _Search:
 
 
 def _lacks(tried: tuple[Frame, Need]) -> tuple[int, int]:
-    """By how much the budgets are too small for it."""
+    """The bytes by which the budgets are too small."""
     frame, need = tried
     vram = max(0, need.vram - (frame.vram_budget or 0))
     return vram + max(0, need.host - frame.host_budget), sum(need)

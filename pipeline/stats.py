@@ -1,4 +1,4 @@
-"""Counters and gauges of a streamed model: what a service shows of it."""
+"""Counters and gauges of a streamed model, for monitoring."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,30 +23,30 @@ class Stats:
     """What a model has done since it was opened, and what it is doing now. Made by ``StreamedModel.stats``."""
 
     # Counters: they only grow.
-    sweeps: int  # departures; forward passes share them
+    sweeps: int  # begun; forward passes share them
     passes: int  # forward passes that were begun
-    # Of tasks and threads. A drop-in's pass that belongs to no ``generate`` is a request by itself.
-    requests_started: int  # admitted, whatever became of them
+    # Of tasks and threads. A pass of the drop-in outside ``generate`` is a request too.
+    requests_started: int  # admitted, however they ended
     requests_completed: int
-    requests_cancelled: int  # by their callers, while they waited or later
-    requests_failed: int  # with an error of the model's or of the pipeline's
-    requests_refused: int  # they would never have fitted, or came when no more were taken
-    prompts_chunked: int  # read in pieces, because their activations would not have fitted
+    requests_cancelled: int  # by their callers, while they waited or ran
+    requests_failed: int  # with an error of the model or of the pipeline
+    requests_refused: int  # they could never fit, or came when the model was closing
+    prompts_chunked: int  # processed in pieces, because their activations did not fit
     tokens_generated: int  # by ``generate`` and ``stream``, over all sequences of a batch
     bytes_read: int  # of weights, by the read stage
     # Gauges: as things are now.
     requests_waiting: int  # for memory or for a place
-    requests_riding: int  # admitted and not done
+    requests_riding: int  # admitted and not ended
     riders_aboard: int  # forward passes in the sweep under way
-    # KV cache and activations of those that ride; with KV caches in host RAM, their larger shares of either memory
+    # KV cache and activations of those that run; with KV caches in host RAM, their larger shares of either memory
     reserved_bytes: int
-    reservable_bytes: int  # what there is for that
+    reservable_bytes: int  # the memory for that
     open_seconds: float
     stages: tuple[StageUse, ...]
 
     @property
     def tokens_per_sweep(self) -> float:
-        """Tokens that a sweep has brought on average, over all requests; 0 before any sweep."""
+        """Tokens per sweep on average, over all requests; 0 before any sweep."""
         return self.tokens_generated / self.sweeps if self.sweeps else 0.0
 
     @property
@@ -66,7 +66,7 @@ class Stats:
 
 @dataclass(slots=True)
 class Counters:
-    """What ``Stats`` counts of requests. Written on the event loop only."""
+    """The counters of ``Stats`` for requests. Written on the event loop only."""
 
     started: int = 0
     completed: int = 0
@@ -77,7 +77,7 @@ class Counters:
     tokens: int = 0  # of requests that have ended
 
     def ended(self, outcome: Outcome, *, tokens: int) -> None:
-        """A request has ended, having brought so many tokens."""
+        """Count a request that has ended after generating ``tokens``."""
         self.tokens += tokens
         self.completed += outcome == "completed"
         self.cancelled += outcome == "cancelled"
@@ -96,7 +96,7 @@ class Counters:
         reserved_bytes: int,
         reservable_bytes: int,
     ) -> Stats:
-        """The counters together with what others count."""
+        """The counters together with those kept elsewhere."""
         seconds = max(timings.wall_seconds, 1e-9)
         return Stats(
             sweeps=sweeps,

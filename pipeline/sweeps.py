@@ -1,15 +1,16 @@
-"""Forward passes that ride sweeps: weights go round, and a pass holds each layer batch while it computes.
+"""Concurrent forward passes that share sweeps: each holds a layer batch while it computes with it.
 
-A pass runs in a worker thread. The hooks of the layers' modules call ``Rider.hold``; the conductor, a task
-on the event loop, takes batches from the pipeline, hands each to the riders that want it, and gives it back
-when no rider holds it and none that is aboard still wants it.
+A *rider* makes the forward passes of one request, in a worker thread. Before a layer is called, a hook of its module
+calls ``Rider.hold``, which asks for the layer batch and waits for a *ticket*, a Future. The *conductor*, a task on the
+event loop, takes batches from the pipeline, hands each to the riders that wait for it, and gives it back when no
+rider holds it and none that is *aboard* is expected to want it. A rider is aboard if it takes part in the sweep under
+way. It boards before the first batch is handed out; later it waits for the next sweep.
 
 A batch is: absent -> read -> transferred -> bound -> held by n riders -> unbound -> absent.
 """
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -18,37 +19,43 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.binding import Binding, Bound
+from layerstream.pipeline.errands import Errands
 from layerstream.pipeline.modules import Use
+from layerstream.pipeline.pass_routes import PassRoutes
 from layerstream.pipeline.phases import Phases
 from layerstream.pipeline.pipeline import Pipeline
 from layerstream.pipeline.plan import Plan
 from layerstream.pipeline.rider import PassCancelled, Rider
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices import Device, Event
-from layerstream.stages.errors import ClosedError, DeviceError
+from layerstream.stages.errors import ClosedError, DeviceError, echo_of
 
 __all__ = ["Sweeps"]
 
-# A departure waits at most so long for riders that are between two steps: sampling takes milliseconds, and
-# who misses it loses a sweep. But what is waited for in vain is lost to all who are aboard.
+# How long the start of a sweep waits for riders between two passes: sampling takes milliseconds, and a rider that comes
+# too late loses a sweep. But waiting in vain delays all others.
 _PATIENCE_SECONDS = 0.005
 _PATIENCE_SHARE = 0.05  # of a sweep
-# Riders that compute with a batch at the same time. Measured on two cores with eight requests over warm weights,
-# in turn 1.0: three at once take 0.6 of the time (what one has brought into the processor's caches serves the
-# others, and one computes while another is in Python), eight take 0.55, but then each of them has a team of
-# torch's threads at work, and the event loop's heartbeat comes twice as late.
+# Riders that compute with a batch at the same time. Measured on two cores with eight requests over warm weights: three
+# at once take 0.6 of the time that one after the other takes (they share weights in the processor's caches, and one
+# computes while another is in Python); eight at once take 0.55, but each has a team of torch's threads at work, and
+# the event loop is delayed twice as long.
 _AT_ONCE = 3
 
 
 class Sweeps:
-    """The conductor of all forward passes on one pipeline.
+    """Makes the sweeps of one pipeline, and serves the riders in them.
 
     Args:
-        pipeline: open; nobody else asks it for sweeps.
+        pipeline: open; only this object makes sweeps on it.
         bindings: what each layer batch puts into the module tree.
         device: where computation runs.
         phases: which residents a sweep has.
-        kept: indices of batches that are bound for good; they are on no route.
+        kept: indices of batches that are always bound; sweeps leave them out.
+
+    Attributes:
+        departures: sweeps that were begun.
+        passes: forward passes that were begun.
     """
 
     def __init__(
@@ -64,23 +71,22 @@ class Sweeps:
         self.phases = phases
         self._pipeline = pipeline
         self._bindings = bindings
-        self._all = tuple(i for i in range(len(bindings)) if i not in set(kept))
-        # What the last pass from an entry visited: a rider's own, and anybody's.
-        self._routes: dict[tuple[Rider | None, str], tuple[int, ...]] = {}
-        self._waiting: dict[Rider, tuple[int, Future[Bound]]] = {}
-        self._expects: dict[Rider, list[int]] = {}  # what each rider aboard may still want
-        self._entries: dict[Rider, str] = {}
-        self._holders: set[Rider] = set()
-        self._errands: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
-        self._running: set[Rider] = set()  # whose requests have begun and not ended
-        # Those of them that will want the first batch of a sweep shortly.
+        self._routes = PassRoutes(i for i in range(len(bindings)) if i not in set(kept))
+        self._errands = Errands()
+        self._running: set[Rider] = set()  # their requests have begun and not ended
+        # Of those, the ones that are expected to begin a pass shortly.
         self._between: set[Rider] = set()
-        # The route of a sweep whose first batch is still to come.
-        self._boarding: tuple[int, ...] = ()
-        self._sweep_seconds = 1.0  # of the last one; before any, a guess
+        # The batch that a rider waits for, and its ticket.
+        self._waiting: dict[Rider, tuple[int, Future[Bound]]] = {}
+        # For each rider aboard, the batches that it may still want.
+        self._expects: dict[Rider, list[int]] = {}
+        # Riders that compute with the current batch, and the events behind the work of those that have done so.
+        self._holders: set[Rider] = set()
+        self._events: list[Event] = []
+        self._boarding: tuple[int, ...] = ()  # the route of a sweep that riders may still board
+        self._sweep_seconds = 1.0  # of the last sweep; a guess before any
         self.departures = 0
         self.passes = 0
-        self._events: list[Event] = []
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._error: BaseException | None = None
@@ -90,17 +96,17 @@ class Sweeps:
     # -- from the riders' threads ----------------------------------------------------------------
 
     def tell(self, what: Callable[..., None], *args: Any) -> None:
-        """Have ``what(*args)`` called on the event loop; once that may be over, no Future in ``args`` stays open."""
+        """Have ``what(*args)`` called on the event loop. If it may not be any more, Futures in ``args`` fail."""
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(what, *args)
-        # Looked at afterwards: what came before it was set, the loop still does.
+        # Checked afterwards: calls that were queued before this was set are still made.
         if self._closed or self._loop.is_closed():
             for ticket in args:
                 if isinstance(ticket, Future):
                     _fail(ticket, ClosedError("the model was closed"))
 
     def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
-        """What stands in a clone's buffers while layer batch ``index`` is not there."""
+        """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
         return self._bindings[index].absent_buffers()
 
     # -- on the event loop -----------------------------------------------------------------------
@@ -111,7 +117,7 @@ class Sweeps:
         return len(self._expects)
 
     def began(self, rider: Rider) -> None:
-        """The request of ``rider`` begins: its first pass is to be expected."""
+        """The request of ``rider`` begins, so its first pass is expected."""
         self._running.add(rider)
         self._expect(rider)
 
@@ -119,8 +125,7 @@ class Sweeps:
         """The request of ``rider`` has ended: nothing more comes from it."""
         self._running.discard(rider)
         self._between.discard(rider)
-        for key in [key for key in self._routes if key[0] is rider]:
-            del self._routes[key]
+        self._routes.forget(rider)
         self._changed.set()
 
     def wanted(
@@ -131,17 +136,25 @@ class Sweeps:
         entry: str | None,
         ticket: Future[Bound],
     ) -> None:
-        """``rider`` waits for layer batch ``index``; with ``entry``, it is the first of a pass."""
+        """``rider`` gives back the batch that it held, and waits for another one.
+
+        Args:
+            rider: which.
+            released: the event behind its work with the batch that it held, if any.
+            index: of the layer batch that it waits for.
+            entry: if that is the first of a pass, the path of the module that the pass begins in.
+            ticket: gets the batch, or an error.
+        """
         self.released(rider, released)
         if self._error is not None:
-            _fail(ticket, _echo(self._error))
+            _fail(ticket, echo_of(self._error))
             return
         if rider.cancelled:
             ticket.set_exception(PassCancelled())
             return
         self._waiting[rider] = (index, ticket)
         if entry is not None:
-            self._entries[rider] = entry
+            self._routes.begin(rider, entry)
             self._between.discard(rider)
             self.passes += 1
             if self._may_board(rider, index):
@@ -155,7 +168,7 @@ class Sweeps:
         self._changed.set()
 
     def _may_board(self, rider: Rider, index: int) -> bool:
-        """Whether ``rider`` may still join the sweep that has just departed."""
+        """Whether ``rider`` may still board the sweep that was just begun."""
         return (
             index in self._boarding[:1]
             and set(self._route(rider)) <= set(self._boarding)
@@ -163,14 +176,14 @@ class Sweeps:
         )
 
     def released(self, rider: Rider, released: Event | None) -> None:
-        """``rider`` gives no more work that reads the batch it held; ``released`` is the last of it."""
+        """``rider`` has given back the batch that it held, if any; ``released`` is the event behind its work."""
         if released is not None:
             self._holders.discard(rider)
             self._events.append(released)
         self._changed.set()
 
     def gave_up(self, rider: Rider) -> None:
-        """``rider`` neither waits for a batch nor holds one."""
+        """``rider`` neither waits for a batch nor holds one, and wants no more in this sweep."""
         self._waiting.pop(rider, None)
         self._expects.pop(rider, None)
         self._holders.discard(rider)
@@ -183,24 +196,24 @@ class Sweeps:
         entry: str,
         visited: tuple[int, ...] | None,
     ) -> None:
-        """``rider`` has ended its pass, having visited these batches if it got to its end."""
+        """``rider`` has ended its pass. ``visited``: its batches, in order; None if it did not complete."""
         self.released(rider, released)
         self.gave_up(rider)
-        self._entries.pop(rider, None)
+        self._routes.end(rider)
         if rider in self._running and not rider.cancelled:
             self._expect(rider)
         if visited:
-            self._routes[None, entry] = visited
+            self._routes.remember(None, entry, visited)
             if rider in self._running:
-                self._routes[rider, entry] = visited
+                self._routes.remember(rider, entry, visited)
 
     def _expect(self, rider: Rider) -> None:
-        """A pass of ``rider`` comes shortly, unless that has to wait for its turn, which may take sweeps."""
+        """Expect a pass of ``rider`` shortly, unless it has to wait for its turn, which may take sweeps."""
         if rider.gate is None:
             self._between.add(rider)
 
     def cancel(self, rider: Rider) -> None:
-        """Unwind the pass of ``rider``: at once if it waits, else where it next wants a batch."""
+        """Unwind the pass of ``rider``: at once if it waits, otherwise when it next wants a batch."""
         rider.cancelled = True
         self._between.discard(rider)
         waiting = self._waiting.pop(rider, None)
@@ -213,51 +226,32 @@ class Sweeps:
         try:
             while True:
                 await self._until(lambda: bool(self._waiting or self._errands))
-                await self._run_errands()
+                await self._errands.run()
                 await self._linger()
                 if self._waiting:
                     await self._place_residents()
-                if self._waiting:  # they may all have been cancelled while residents changed places
+                if self._waiting:  # they may all have been cancelled while residents changed
                     await self._depart()
         except asyncio.CancelledError:
             self._fail(ClosedError("the model was closed while it was computing"))
             raise
-        except BaseException as error:  # noqa: BLE001 - every rider has to hear of it, none may hang
+        except BaseException as error:  # noqa: BLE001 - every rider has to get it, none may hang
             self._fail(error)
 
     async def between(self, errand: Callable[[], Awaitable[None]]) -> None:
-        """Have ``errand`` done while no sweep is under way; an error of it is the caller's."""
+        """Run ``errand`` when no sweep is under way, and raise its error if it has one."""
         if self._error is not None:
-            raise _echo(self._error)
-        done: asyncio.Future[None] = self._loop.create_future()
-        self._errands.append((errand, done))
+            raise echo_of(self._error)
+        done = self._errands.add(errand)
         self._changed.set()
         await done
 
-    async def _run_errands(self) -> None:
-        while self._errands:
-            errand, done = self._errands.popleft()
-            if done.cancelled():
-                continue
-            try:
-                await errand()
-            except asyncio.CancelledError:
-                self._errands.appendleft((errand, done))  # whoever waits for it hears why
-                raise
-            except Exception as error:  # noqa: BLE001 - of whatever kind, it is the caller's
-                if not done.cancelled():
-                    done.set_exception(error)
-            else:
-                if not done.cancelled():
-                    done.set_result(None)
-
     async def _place_residents(self) -> None:
-        # Once more after each change: a prompt that came meanwhile may need the room that was just filled.
+        # Again after each change: a prompt that came meanwhile may need the memory that was just filled.
         while (plan := self._placement()) is not self._pipeline.plan:
             try:
                 await self._pipeline.adopt(plan)
-            # What was planned to be free is in pieces, or somebody else's.
-            except DeviceError as error:
+            except DeviceError as error:  # the memory is fragmented, or others have taken it
                 self.phases.give_up(error)
                 return
 
@@ -265,16 +259,16 @@ class Sweeps:
         return self.phases.plan_for({*self._running, *self._waiting})
 
     async def _linger(self) -> None:
-        """Wait a little for those between two steps; who is late takes the next sweep."""
+        """Wait a little for riders between two passes."""
         patience = max(_PATIENCE_SECONDS, _PATIENCE_SHARE * self._sweep_seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._until(lambda: not self._between or not self._waiting)
-        # Who was late once is not waited for again before it has caught a sweep.
+        # Those that are late are not waited for again before they have taken part in a sweep.
         self._between.clear()
 
     async def _depart(self) -> None:
-        """One sweep, with all who wait."""
+        """Make one sweep with all riders that wait."""
         for rider in self._waiting:
             self._expects[rider] = self._route(rider)
         order = tuple(sorted({index for route in self._expects.values() for index in route}))
@@ -290,18 +284,19 @@ class Sweeps:
                 self._sweep_seconds = time.perf_counter() - started
 
     def _route(self, rider: Rider) -> list[int]:
-        """What ``rider``, who waits, may want from where it is."""
-        index, _ = self._waiting[rider]
-        entry = self._entries[rider]
-        route = self._routes.get((rider, entry)) or self._routes.get((None, entry), self._all)
-        return sorted({index, *(other for other in route if other > index)})
+        """The batches that ``rider``, which waits, may want from here on."""
+        return self._routes.expected(rider, self._waiting[rider][0])
 
     async def _ride(self, sweep: Sweep) -> list[tuple[int, int | None]]:
-        """Bring the batches of ``sweep`` to those aboard; returns which pass of its each made, and its tokens."""
+        """Serve the batches of ``sweep`` to those aboard.
+
+        Returns:
+            For each rider, which of its passes this was, counted from 1, and the tokens in it.
+        """
         passes: dict[Rider, tuple[int, int | None]] = {}
         try:
             while any(self._expects.values()) and (batch := await sweep.receive()) is not None:
-                for rider in self._expects:  # before it is in the next one
+                for rider in self._expects:  # now, since later it may be in its next pass
                     passes.setdefault(rider, (rider.passes, rider.tokens))
                 bound = Bound(batch, self._bindings[batch.index], self.device)
                 try:
@@ -316,7 +311,7 @@ class Sweeps:
         return list(passes.values())
 
     async def _serve(self, bound: Bound) -> None:
-        """Hand ``bound`` to whoever wants it, a few at a time, until nobody holds it or may still come for it."""
+        """Hand ``bound`` to the riders that want it, a few at a time, until no one holds it or may still want it."""
         while True:
             self._changed.clear()
             for rider, (index, ticket) in list(self._waiting.items()):
@@ -341,19 +336,16 @@ class Sweeps:
         if self._error is None:
             self._error = error
         for number, (_, ticket) in enumerate(self._waiting.values()):
-            ticket.set_exception(_echo(error) if number else error)
+            ticket.set_exception(echo_of(error) if number else error)
         self._waiting.clear()
-        while self._errands:
-            done = self._errands.popleft()[1]
-            if not done.cancelled():
-                done.set_exception(_echo(error))
+        self._errands.fail(error)
 
     async def aclose(self) -> None:
-        """Stop; passes under way get a ClosedError where they next want a batch."""
+        """Stop. Passes under way get a ClosedError when they next want a batch."""
         self._fail(ClosedError("the model was closed while it was computing"))
         self._closed = True
         if not self._task.done():
-            # Until then, what they hold may not be written: they compute with it.
+            # They compute with what they hold, so it must not be overwritten.
             await self._until(lambda: not self._holders)
         self._task.cancel()
         await asyncio.wait([self._task])
@@ -363,12 +355,3 @@ def _fail(ticket: Future[Any], error: BaseException) -> None:
     """Let ``ticket`` end with ``error``, unless it has ended."""
     with suppress(InvalidStateError):
         ticket.set_exception(error)
-
-
-def _echo(error: BaseException) -> ClosedError:
-    """For all but the first who hears of ``error``: one exception raised again and again collects tracebacks."""
-    if isinstance(error, ClosedError):
-        return ClosedError(*error.args)
-    echo = ClosedError(f"streaming has failed before: {error}")
-    echo.__cause__ = error
-    return echo

@@ -1,33 +1,25 @@
-"""The tokens of a generation as they come: counted, and handed to the event loop."""
+"""The tokens of a generation as they are made: counted, and passed to the event loop."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from layerstream.pipeline.calls import by_name, takes_criteria
-from layerstream.pipeline.requests import Need
+from layerstream.pipeline.requests import Request
 from layerstream.stages.errors import ModelError
 
 __all__ = ["counted", "token_streamer"]
 
 
-# A protocol, since its one implementation, the engine's ``Request``, imports this module.
-class Tally(Protocol):
-    """Whose tokens are counted."""
-
-    tokens: int
-    need: Need
-
-
 def counted(
-    module: Any, inputs: Sequence[Any], named: Mapping[str, Any], tally: Tally
+    module: Any, inputs: Sequence[Any], named: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
-    """The keyword arguments of ``generate`` with one criterion more, which stops nothing and counts.
+    """The keyword arguments of ``generate`` with one more stopping criterion, which counts ``request``'s tokens.
 
-    A model with a ``generate`` of its own that takes no criteria is called as it is, and its tokens are not
-    counted; nor are those of a recipe from elsewhere.
+    Tokens are not counted where criteria cannot be added by name: if the model has a ``generate`` of its own that
+    takes none, if the caller passes them by position, or with ``custom_generate``.
     """
     given = by_name(getattr(module, "generate", None), inputs, named)
     by_place = "stopping_criteria" in given.keys() - named.keys()
@@ -36,14 +28,14 @@ def counted(
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Count(StoppingCriteria):
-        """Stops nothing. It is asked after each step, with all tokens so far in each row."""
+        """Stops nothing. Called after each step with all tokens so far in each row."""
 
-        length = tally.need.prompt_tokens
+        length = request.need.prompt_tokens
 
         def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             rows, length = input_ids.shape
-            # Shorter than before: models that generate piece by piece begin another one.
-            tally.tokens += tally.need.sequences * max(length - self.length, 1)
+            # Shorter than before: models that generate in pieces begin another one.
+            request.tokens += request.need.sequences * max(length - self.length, 1)
             self.length = length
             return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 
@@ -56,7 +48,7 @@ def token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | 
     from transformers.generation.streamers import BaseStreamer
 
     class TokenStreamer(BaseStreamer):
-        """Hands each new token to the event loop; the first call brings the prompt."""
+        """Passes each new token to the event loop; the first call has the prompt."""
 
         prompt_seen = False
 
@@ -72,6 +64,6 @@ def token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | 
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
         def end(self) -> None:
-            """Nothing to do: the generation's task tells when it is done."""
+            """Nothing to do: the end is known from the generation's task."""
 
     return TokenStreamer()

@@ -1,4 +1,4 @@
-"""Which volume a file lies on, and which pieces of it the volume really holds."""
+"""The volume that a file is on, and which pieces of the file are really stored there."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ _MOST_RANGES = 4096
 
 
 def volumes(paths: Sequence[Path]) -> dict[str, list[int]]:
-    """The volumes that ``paths`` lie on, each with the indices of its files."""
+    """The volumes that ``paths`` are on, each with the indices of its files."""
     found: dict[str, list[int]] = {}
     mounts = _mounts()
     for number, path in enumerate(paths):
@@ -24,11 +24,11 @@ def volumes(paths: Sequence[Path]) -> dict[str, list[int]]:
 
 
 def volume_of(path: Path, mounts: Sequence[tuple[Path, str]]) -> str:
-    """A name for the volume of ``path`` that is the same after a restart, which st_dev need not be.
+    """A name for the volume of ``path`` that is the same after a restart, unlike st_dev.
 
     Args:
         path: a file; links are followed.
-        mounts: mount points and what is mounted there, later ones over earlier ones.
+        mounts: pairs of mount point and device; later ones hide earlier ones.
     """
     real = path.resolve()
     name, longest = f"device {real.stat().st_dev}", -1
@@ -54,14 +54,14 @@ def _mounts(table: Path = Path("/proc/self/mountinfo")) -> list[tuple[Path, str]
 
 
 def data_ranges(path: Path) -> list[tuple[int, int]]:
-    """Pairs of begin and end: the pieces of a file that are on the disk. Holes are not read, but made up."""
+    """Pairs of begin and end: the pieces of a file that are on the disk. Holes take no time to read."""
     status = path.stat()
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = list(islice(_ranges(descriptor), _MOST_RANGES))
     finally:
         os.close(descriptor)
-    # Where the filesystem does not tell holes, its count of blocks does. Compression alone seldom halves weights.
+    # If the filesystem does not report holes, its count of blocks shows them. Compression seldom halves weights.
     if 2 * 512 * status.st_blocks < sum(end - begin for begin, end in found):
         return []
     return found
@@ -81,7 +81,7 @@ def _ranges(descriptor: int) -> Iterator[tuple[int, int]]:
 def windows(
     ranges: Sequence[tuple[int, int]], *, file: int, window_bytes: int, least_bytes: int
 ) -> list[Extent]:
-    """Pieces of ``ranges`` of up to ``window_bytes``, in whole blocks, none below ``least_bytes``."""
+    """Pieces of ``ranges`` in whole blocks, of ``least_bytes`` to ``window_bytes``."""
     found = []
     for begin, end in ranges:
         first = -(-begin // BLOCK_BYTES) * BLOCK_BYTES

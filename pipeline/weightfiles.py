@@ -59,7 +59,7 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What lies in the folder; `documents` are the files to be read before files are selected."""
+    """The contents of a folder; `documents` are to be read before files are selected."""
 
     path: Path
     folder: Path
@@ -69,7 +69,7 @@ class Listing:
 
     @property
     def documents(self) -> list[Path]:
-        """The index and config.json, where they are there."""
+        """The index and config.json, as far as they exist."""
         return [path for path in (self.index, self.config) if path]
 
 
@@ -94,7 +94,7 @@ def natural_order(text: str) -> tuple[tuple[int, str], ...]:
 
 @contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a path into a CheckpointError of one sentence."""
+    """Turn an error of the operating system about a path into a CheckpointError of one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte in it
@@ -104,7 +104,7 @@ def errors_naming(path: Path) -> Iterator[None]:
 
 
 def list_files(path: Path) -> Listing:
-    """See which of the files that matter are in a folder, or beside a file."""
+    """Find the relevant files in a folder, or beside a file."""
     path = path.absolute()
     with errors_naming(path):
         if not path.is_dir():

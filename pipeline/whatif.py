@@ -1,4 +1,4 @@
-"""A machine that is not this one, or not quite: hardware with some of its figures given. Pure."""
+"""What-ifs: the hardware of another machine, or of this one with some figures given. Pure."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["WhatIf"]
 
-# What was measured of this machine's own processor, and with it for a device.
+# Rates that depend on this machine's processor.
 _OF_THE_PROCESSOR = (
     "host_copy_bytes_per_second",
+    "attention_flops_per_second",
+    "blocks_per_second",
     "direct_read_cpu_seconds_per_byte",
     "mmap_read_cpu_seconds_per_byte",
     "h2d_bytes_per_second",
@@ -25,7 +27,7 @@ _OF_THE_PROCESSOR = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """What somebody asks to be taken for granted of a machine; None: as this one is.
+    """Figures that are given for a machine; None: as on this one.
 
     Attributes:
         missing_device: such as "cuda:0", of a GPU that is not here; its VRAM is the budget's.
@@ -41,25 +43,25 @@ class WhatIf:
 
     @property
     def asked(self) -> bool:
-        """Whether anything is."""
+        """Whether any figure is given."""
         return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
 
     def complete(self, hardware: Hardware, budget: Budget) -> Hardware:
-        """``hardware``, as far as nothing else is given.
+        """``hardware`` with the given figures.
 
-        Memory that is not given, but of which a budget is, is as large as that. What was measured of a disk or a
-        processor does not hold for another one.
+        If a size of memory is not given but a budget for it is, it is as large as the budget. Rates measured of one disk
+        or processor are not used for another one.
 
         Args:
-            hardware: this machine; with its processor for a device, where the one asked for is missing.
-            budget: what may be used of the machine asked for.
+            hardware: this machine; for the CPU, if the GPU asked for is missing.
+            budget: of the machine asked for.
 
         Raises:
             PlanError: a GPU of unknown size, a link to no device, or a figure that makes no sense.
         """
         if not self.asked:
             return hardware
-        changes: dict[str, Any] = {"cached_bytes": 0}  # it begins cold
+        changes: dict[str, Any] = {"cached_bytes": 0}  # nothing is cached
         host = self.ram_bytes
         if host is None:
             here = hardware.host_available_bytes
@@ -87,7 +89,7 @@ class WhatIf:
         return dataclasses.replace(hardware, **changes, figures={**hardware.figures, **given})
 
     def notes(self, hardware: Hardware) -> tuple[str, ...]:
-        """What whoever reads a plan for such ``hardware`` must know."""
+        """Notes that a report for such ``hardware`` must have."""
         if not self.asked:
             return ()
         notes = [
@@ -106,7 +108,7 @@ class WhatIf:
             raise PlanError(
                 f"there is no {name} here to be asked for its memory; say how much VRAM it has, such as --vram 24GiB"
             )
-        # A share differs with what it is a share of; a size does not.
+        # A share such as 80% depends on the total; a size does not.
         if budget.vram_bytes(1 << 30) != budget.vram_bytes(1 << 40):
             raise PlanError(
                 f"there is no {name} here to take {budget.vram} of; give its VRAM as a size, such as --vram 24GiB"

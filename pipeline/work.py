@@ -1,4 +1,4 @@
-"""How much a model computes in one sweep: seconds per layer, estimated from its config. Pure."""
+"""The time that computation takes in one sweep: seconds per layer, estimated from the config. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -24,18 +24,19 @@ class Pass:
 
     sequences: int
     tokens: int  # new ones, of each sequence
-    context: int  # tokens of each sequence behind it, the new ones included
+    context: int  # tokens of each sequence after it, including the new ones
     prompt: bool  # it is a request's first pass
 
 
 class Work:
     """The computation of a model whose ``config.json`` is given, priced at ``rates``.
 
-    A linear layer's time is its bytes by the rate that was measured for the pass's number of tokens. A
-    mixture of experts computes with the experts that its tokens are routed to: of E experts, of which each
-    token takes k, ``1 - (1 - k/E)^tokens`` are read, as if routing were even. Attention of ``q`` new tokens over
-    a context of ``c`` takes ``4 q c`` times the width of the heads in operations, and reads the keys and values.
-    The head computes the last token of each sequence, as generation does.
+    The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
+    experts computes with the experts that tokens are routed to: of E experts, k for each token, a share of
+    ``1 - (1 - k/E)^tokens`` is read if routing is even. Attention of ``q`` new tokens over a context of ``c`` takes
+    ``4 q c`` times the width of the heads in operations, and reads the keys and values. Operations per element take a
+    share of the time of multiplications. Running a block's Python and launching its kernels takes a constant time, during
+    which a GPU computes. The head computes the last token of each sequence, as in generation.
     """
 
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
@@ -56,9 +57,9 @@ class Work:
         return forward.prompt or not (self._encodes_once and _ENCODER.search(layer.name))
 
     def seconds(self, layer: PlannedLayer, forward: Pass, *, mapped: bool = False) -> float:
-        """What computing ``layer`` takes; ``mapped``: its weights are used where a mapping has them."""
+        """Seconds to compute ``layer``; ``mapped``: its weights are used in a mapping of the files."""
         if layer.kind is LayerKind.EMBEDDING:
-            return 0.0  # it takes rows
+            return 0.0  # only rows are looked up
         tokens = forward.sequences * (1 if layer.kind is LayerKind.HEAD else forward.tokens)
         dense, experts = _split(layer)
         total = dense / self._rates.weights_per_second(tokens)
@@ -69,20 +70,25 @@ class Work:
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
-            total = total * self._rates.beside_matrices + self._attention(forward)
+            total += self._elementwise(dense, tokens) + self._attention(forward)
+            launching = self._rates.block_seconds
+            total = max(total, launching) if self._rates.launches_ahead else total + launching
         return total
+
+    def _elementwise(self, nbytes: int, tokens: int) -> float:
+        last = self._rates.compute[-1]
+        multiplying = nbytes * tokens / (last.bytes_per_second * last.tokens)
+        return self._rates.elementwise * multiplying
 
     def _attention(self, forward: Pass) -> float:
         pairs = forward.sequences * forward.tokens * forward.context
-        last = self._rates.compute[-1]
-        # A weight of two bytes is multiplied once per token: so many operations per second are known to work.
-        operations = 4 * pairs * self._attention_width / (last.bytes_per_second * last.tokens)
+        operations = 4 * pairs * self._attention_width / self._rates.attention_flops_per_second
         read = 2 * forward.sequences * forward.context * self._kv_width
         return operations + read / self._rates.compute[0].bytes_per_second
 
 
 def _split(layer: PlannedLayer) -> tuple[int, int]:
-    """Bytes of the matrices that every token is multiplied with, and of experts."""
+    """Bytes of the matrices that every token is multiplied with, and bytes of experts."""
     dense = experts = 0
     for tensor in layer.tensors:
         if len(tensor.shape) < _MATRIX_DIMENSIONS:

@@ -1,4 +1,4 @@
-"""The memory that a workload takes beside the weights, estimated from a model's config. Pure."""
+"""The memory of a workload besides the weights, estimated from a model's config. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ _FLOAT32 = 4
 # Choosing a token by top-p: logits, sorted ones, softmax and its running sum in float32, and the order in int64.
 _SAMPLING_BYTES = 24
 
-# Activation functions that torch computes in one step; others leave tensors of their own on the way.
+# Activation functions that torch computes in one step; others make intermediate tensors.
 _ONE_STEP = {"silu", "swish", "relu", "gelu", "gelu_pytorch_tanh"}
 
-# What a process takes for activations beyond what is alive: glibc keeps freed blocks in the thread's heap. 1.1 to 1.9
+# Memory of a process for activations, divided by what is alive: glibc keeps freed blocks in the thread's heap. 1.1 to 1.9
 # times was measured for dense models, with sequences of 128 to 2048 tokens; caching allocators of GPUs round and split.
 _WASTE = 2
 
-# Linear attention goes through its prompt in pieces of this many tokens.
+# Linear attention processes a prompt in pieces of this many tokens.
 _CHUNK_TOKENS = 64
 
-# A config.json that says more of them says nothing.
+# A config.json with more of them is not credible.
 _MOST_LAYERS = 100_000
 
 Config = Mapping[str, Any]
@@ -41,28 +41,28 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadMemory:
-    """What a workload takes beside the weights, in bytes."""
+    """The memory of a workload besides the weights, in bytes."""
 
-    kv_bytes: int  # KV cache (or a recurrent model's state) of all sequences, when the last token is there
-    # On top of the cache while the prompt is processed, at most; logits included.
+    kv_bytes: int  # KV cache (or a recurrent model's state) of all sequences, after the last token
+    # The most besides the cache while the prompt is processed, including logits.
     prefill_bytes: int
-    # The same while every sequence gets one more token; with what the cache takes to grow.
+    # The same while each sequence gets one more token, including the growth of the cache.
     decode_bytes: int
-    measured: bool  # in a pass on the meta device; else estimated from the config
+    measured: bool  # in a pass on the meta device; otherwise estimated from the config
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at a time."""
+        """The most that is alive at any time."""
         return self.kv_bytes + max(self.prefill_bytes, self.decode_bytes)
 
     @property
     def reserved_bytes(self) -> int:
-        """The most that it takes of a process, with what allocators waste."""
+        """The most that a process takes for it, including the overhead of allocators."""
         return self.kv_bytes + _WASTE * max(self.prefill_bytes, self.decode_bytes)
 
     @property
     def spare_bytes(self) -> int:
-        """What of that is free while no prompt is processed."""
+        """The part of that which is free while no prompt is processed."""
         return _WASTE * max(0, self.prefill_bytes - self.decode_bytes)
 
     def scaled(self, times: int) -> "WorkloadMemory":
@@ -76,14 +76,13 @@ class WorkloadMemory:
 
 
 def estimate_memory(config: Config | None, workload: Workload) -> WorkloadMemory | None:
-    """What ``workload`` takes in the model that ``config`` (a config.json) describes.
+    """Estimate the memory of ``workload`` in the model that ``config`` (a config.json) describes.
 
-    The cache is exact for the attention that transformers caches by heads: grouped, sliding, latent. Activations are
-    those of the largest of a block's steps, as if attention made no scores unless no fused kernel takes its
-    heads; an estimate.
+    The cache is exact for attention that transformers caches by heads: grouped, sliding, latent. Activations are an
+    estimate: those of the largest step of a block, with attention scores only if no fused kernel supports the heads.
 
     Returns:
-        None if ``config`` does not tell the sizes.
+        None if ``config`` lacks sizes.
     """
     sizes = _sizes(config)
     if sizes is None:
@@ -91,11 +90,11 @@ def estimate_memory(config: Config | None, workload: Workload) -> WorkloadMemory
     batch, prompt = workload.batch_size, workload.prompt_tokens
     tokens = prompt + workload.new_tokens
     cached = _cached_bytes(sizes, batch, tokens)
-    # While a layer's keys grow by concatenation, they are there twice.
+    # While a layer's keys grow by concatenation, they exist twice.
     growing = batch * tokens * max(sizes.rows) * sizes.item_bytes if sizes.windows else 0
     logits = batch * sizes.vocabulary * (sizes.item_bytes + _SAMPLING_BYTES)
     prefill = max(_activation_bytes(sizes, batch, prompt, prompt), logits)
-    # A sliding window holds all of the prompt until the next token comes.
+    # A sliding window keeps all of the prompt until the next token.
     prefill += max(0, _cached_bytes(sizes, batch, prompt, slides=False) - cached)
     return WorkloadMemory(
         kv_bytes=cached,
@@ -108,14 +107,14 @@ def estimate_memory(config: Config | None, workload: Workload) -> WorkloadMemory
 def kv_bytes(config: Config, *, batch_size: int, tokens: int) -> int:
     """Bytes of the KV cache, or of a recurrent model's state, for ``batch_size`` sequences of ``tokens``.
 
-    0 if ``config`` does not tell the sizes.
+    0 if ``config`` lacks sizes.
     """
     sizes = _sizes(config)
     return 0 if sizes is None else _cached_bytes(sizes, batch_size, tokens)
 
 
 def workload_bytes(config: Config | None, workload: Workload | None) -> tuple[int, tuple[str, ...]]:
-    """What ``estimate_memory`` says is to be reserved, and notes on what was assumed."""
+    """The memory to reserve by ``estimate_memory``, and notes on assumptions."""
     if workload is None or config is None:
         return 0, ()
     memory = estimate_memory(config, workload)
@@ -130,7 +129,7 @@ def workload_bytes(config: Config | None, workload: Workload | None) -> tuple[in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widths:
-    """How wide a decoder's matrices are, in elements of ``item_bytes``."""
+    """The widths of a decoder's matrices, in elements of ``item_bytes``."""
 
     widest: int  # of all in its blocks
     vocabulary: int
@@ -138,7 +137,7 @@ class Widths:
 
 
 def widths_of(config: Config | None) -> Widths | None:
-    """The widths in the model that ``config`` (a config.json) describes; None if it does not tell its sizes."""
+    """The widths in the model that ``config`` (a config.json) describes; None if it lacks sizes."""
     sizes = _sizes(config)
     if sizes is None:
         return None
@@ -148,23 +147,23 @@ def widths_of(config: Config | None) -> Widths | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """The sizes of a decoder, in elements where nothing else is said."""
+    """The sizes of a decoder, in elements unless stated otherwise."""
 
     hidden: int
     heads: int
-    # What a layer caches of a token: keys and values, or what they are expanded from.
+    # What a layer caches of a token: keys and values, or the latent vector that they are computed from.
     rows: tuple[int, int]
     key: int  # per head
     value: int
-    inner: int  # of all experts that compute for a token
-    inners: int  # how many tensors of that width are alive at a time
+    inner: int  # of all experts that a token is routed to
+    inners: int  # how many tensors of that width are alive at the same time
     experts: int
     experts_per_token: int
     vocabulary: int
     windows: tuple[int | None, ...]  # per attention layer: how many tokens it looks back; None: all
     state: int  # of all recurrent layers, per sequence
     scan: int  # of a recurrent layer, in float32 per token of the prompt
-    piece: int  # tokens that it computes at a time: a prompt is filled up to a multiple
+    piece: int  # tokens that it computes at once; a prompt is padded to a multiple
     item_bytes: int
 
 
@@ -176,25 +175,25 @@ def _cached_bytes(sizes: _Sizes, batch: int, tokens: int, *, slides: bool = True
 
 
 def _activation_bytes(sizes: _Sizes, batch: int, tokens: int, seen: int) -> int:
-    """What is alive at most while ``tokens`` of ``seen`` per sequence go through a block."""
+    """The most that is alive while a block computes ``tokens`` new ones of ``seen`` tokens per sequence."""
     item, hidden, heads = sizes.item_bytes, sizes.hidden, sizes.heads
     queries, kept = heads * sizes.key, sum(sizes.rows)
     norm = hidden * (2 * item + 3 * _FLOAT32)
-    # Input, residual; queries and keys as they are, rotated, and what rotating takes.
+    # Input, residual; queries and keys before and after rotation, and intermediate tensors of it.
     attention = (2 * hidden + 4 * queries + 3 * kept + heads * sizes.value) * item
-    # Gate, up and their product; a mixture of experts repeats its input for each that computes for a token.
+    # Gate, up and their product; a mixture of experts repeats its input for each expert of a token.
     routed = sizes.experts_per_token
     inner = (3 * hidden + sizes.inners * sizes.inner) * item
-    if routed:  # what it makes of gate and up lies beside both of them
+    if routed:  # their product exists besides both of them
         inner += (3 * routed * hidden + sizes.inner) * item + 4 * sizes.experts * _FLOAT32
     scan = 2 * hidden * item + sizes.scan * _FLOAT32
     per_token = max(norm, attention, inner, scan)
     scores = 0
     if sizes.key != sizes.value:
-        # No fused kernel of the CPU takes these: scores and weights in float32, keys and values for all heads.
+        # No fused CPU kernel supports these: scores and weights in float32, keys and values for all heads.
         scores = heads * tokens * seen * (2 * _FLOAT32 + item)
         scores += 2 * heads * seen * (sizes.key + sizes.value) * (item + _FLOAT32)
-    # Where sequences of a batch differ in length, or not all tokens are seen: masks, and one as numbers, and
+    # If sequences of a batch differ in length, or not all tokens are attended to: masks, one of them as numbers, and
     # keys and values for all heads.
     masks = 0
     if batch > 1 or any(window is not None and tokens > window for window in sizes.windows):
@@ -205,7 +204,7 @@ def _activation_bytes(sizes: _Sizes, batch: int, tokens: int, seen: int) -> int:
 
 
 def _sizes(config: Config | None) -> _Sizes | None:
-    """What ``config`` says of the decoder; None if it tells no hidden size or no number of layers."""
+    """The sizes of the decoder in ``config``; None without a hidden size or a number of layers."""
     if config is None:
         return None
     config = with_text_config(config)
@@ -263,7 +262,7 @@ def _sizes(config: Config | None) -> _Sizes | None:
 
 
 def with_text_config(config: Config) -> Config:
-    """``config`` with what it says of its text model, if it has one, in place of its own."""
+    """``config`` with the values of its text model, if it has one, replacing its own."""
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, Mapping) else config
 
@@ -275,7 +274,7 @@ def _kv_heads(config: Config) -> int:
 
 
 def _layers(config: Config, layers: int) -> tuple[tuple[int | None, ...], int]:
-    """How far each attention layer looks back, and how many layers keep a state instead."""
+    """The window of each attention layer, and the number of layers that keep a state instead."""
     window = _number(config, "sliding_window") or None
     if config.get("use_sliding_window") is False:
         window = None
@@ -295,12 +294,12 @@ def _layers(config: Config, layers: int) -> tuple[tuple[int | None, ...], int]:
     spans = tuple(
         None if period and (index + 1) % period == 0 else window for index in range(layers)
     )
-    # Which layers of a hybrid do what is told in many ways: as if all did both.
+    # Configs of hybrids say in many ways which layers do what; assume that all do both.
     return spans, layers if "mamba_d_state" in config else 0
 
 
 def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
-    """Of a recurrent layer: elements that it keeps of a sequence, and in float32 per token of a prompt."""
+    """Of a recurrent layer: elements of its state per sequence, and float32 elements per token of a prompt."""
     kernel = _number(config, "conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim") or 4
     if heads := _number(config, "linear_num_value_heads"):
         key_heads = _number(config, "linear_num_key_heads")
@@ -319,6 +318,6 @@ def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
 
 
 def _number(config: Config, *names: str) -> int:
-    """The first of ``names`` that ``config`` gives a number; else 0, as for one below."""
+    """The first of ``names`` that is a number in ``config``; 0 if none is, or if it is negative."""
     found = (config[name] for name in names if type(config.get(name)) is int)
     return max(0, next(found, 0))

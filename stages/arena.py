@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 import torch
 
+from layerstream.stages.clock import Gauge
 from layerstream.stages.devices import Event
 from layerstream.stages.errors import PlanError
-from layerstream.stages.timings import SPANS_KEPT, Doing, Gauge, Occupancy, Span
+from layerstream.stages.timings import SPANS_KEPT, Doing, Occupancy, Span
 
 __all__ = ["RingArena", "Slot", "ring_bytes"]
 
 
 def ring_bytes(sizes: Sequence[int], *, slots: int) -> int:
-    """The bytes of a ring for ``slots`` consecutive batches of the cyclic sequence ``sizes``, wherever they begin.
+    """The size of a ring that holds any ``slots`` consecutive batches of the cyclic sequence ``sizes``.
 
-    Slots are contiguous, so where sizes differ a slot may have to wait for the ring's end to come free. A large batch counts once, in the window that it falls in, instead of setting the size of every slot.
+    A large batch counts once in each window of ``slots`` batches, instead of setting the size of every slot.
+    Slots are contiguous, so with batches of different sizes a slot may have to wait for the end of the ring.
     """
     count = len(sizes)
     windows = range(count) if count > slots else range(1)
@@ -33,7 +35,7 @@ class Slot:
         offset: bytes from the start of the arena.
         tensor: the bytes, uint8 ``[nbytes]``.
         after: events that must have passed before the slot is written.
-        batch: index of the layer batch that it holds; -1 where nobody said.
+        batch: index of the layer batch that it holds; -1 if unknown.
         taken_seconds: when it was taken, by ``time.perf_counter``.
     """
 
@@ -50,14 +52,15 @@ class Slot:
 
 
 class RingArena:
-    """A ring of memory whose slots are taken in order. Belongs to one event loop and one taker.
+    """A ring of memory whose slots are taken in order, by one task of one event loop.
 
-    A slot is one contiguous piece, so a batch that does not fit before the end of the ring starts again at
-    its beginning. Any batch that is not larger than the ring gets its slot once the ring has run empty.
+    A slot is contiguous, so a batch that does not fit before the end of the ring is put at its beginning. Any
+    batch that is not larger than the ring gets its slot at the latest when the ring is empty.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
+        self._size_bytes = memory.numel()  # also when closed
         self.gauge = Gauge()  # of the bytes in slots
         self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)  # of slots that were given back
         self._live: deque[Slot] = deque()
@@ -81,11 +84,11 @@ class RingArena:
         return sum(not slot._freed for slot in self._live)  # noqa: SLF001
 
     async def take(self, nbytes: int, *, batch: int = -1) -> Slot:
-        """The next slot of ``nbytes``, as soon as there is room. A cancelled wait takes nothing.
+        """Take the next ``nbytes`` as a slot, as soon as there is room. A cancelled wait takes nothing.
 
         Args:
             nbytes: its size.
-            batch: index of the layer batch that it is for, which the timings tell.
+            batch: index of the layer batch that it is for, shown in timings.
 
         Raises:
             PlanError: the ring is smaller than the slot.
@@ -116,25 +119,25 @@ class RingArena:
         now = self.gauge.change(-slot.nbytes)
         self.spans.append(Span(Doing.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
         slot.tensor = torch.empty(0, dtype=torch.uint8)
-        # Nothing overlaps an empty slot, so nothing would ever take its events over.
+        # No later slot overlaps an empty one, so its events would be kept for ever.
         if slot.nbytes:
             self._events += [(slot.offset, slot.offset + slot.nbytes, event) for event in after]
         while self._live and self._live[0]._freed:  # noqa: SLF001
             self._live.popleft()
         self._freed.set()
 
-    def occupancy(self, *, name: str, capacity_bytes: int) -> Occupancy:
-        """How full it has been; told the size that it was made with, so that it can also be asked when closed."""
+    def occupancy(self, name: str) -> Occupancy:
+        """How full it has been, under ``name``. May be asked for after it was closed."""
         return Occupancy(
             name=name,
-            capacity_bytes=capacity_bytes,
+            capacity_bytes=self._size_bytes,
             mean_bytes=self.gauge.mean(),
             peak_bytes=self.gauge.peak,
             spans=tuple(self.spans),
         )
 
     def close(self) -> None:
-        """Let go of the memory, which stays as long as anybody has a view of it."""
+        """Drop the memory, which stays as long as there is a view of it."""
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _find(self, nbytes: int) -> int | None:
@@ -148,7 +151,7 @@ class RingArena:
         return 0 if first >= nbytes else None
 
     def _events_in(self, start: int, stop: int) -> tuple[Event, ...]:
-        # A new slot may lie over several that were given back, each read by work of its own.
+        # A new slot may overlap several that were given back, each of which is still read by other work.
         due, kept = [], []
         for begin, end, event in self._events:
             if end <= start or stop <= begin:

@@ -1,15 +1,15 @@
 """What travels through the stages: plain data, decided by the plan before anything runs.
 
-A layer batch has two images. The host image mirrors the files: each read lands in it as it lies on disk. The
-device image is laid out as computation wants it. Offsets are bytes from the start of the image.
+A layer batch has two images. The host image has the layout of the files: each read arrives in it unchanged. The
+device image has the layout that computation needs. Offsets are bytes from the start of the image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-__all__ = ["Extent", "LayerBatch", "Place", "Read", "Segment", "TensorView"]
+__all__ = ["Extent", "LayerBatch", "Place", "Read", "Segment", "TensorView", "layers_label"]
 
 
 class Place(StrEnum):
@@ -23,7 +23,7 @@ class Place(StrEnum):
 class Extent:
     """A contiguous piece of a weight file."""
 
-    file: int  # index into the checkpoint's files
+    file: int  # index into the plan's files
     offset: int
     nbytes: int
 
@@ -53,22 +53,28 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorView:
-    """Where a tensor lies once its batch has arrived: contiguous, in one of the two images."""
+    """The place of a tensor in one of the two images, where it is contiguous."""
 
     name: str
     dtype: str  # torch's name, e.g. "bfloat16"
     shape: tuple[int, ...]
     place: Place
     offset: int
-
     nbytes: int
+
+
+def layers_label(layers: Sequence[str]) -> str:
+    """The names of the first and the last of ``layers``."""
+    first, *rest = layers or ("",)
+    return f"{first} to {rest[-1]}" if rest else first
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBatch:
     """Consecutive layers that travel as one unit.
 
-    It has no slots: what stages ask in every sweep is worked out once, and not from hundreds of tensors each time.
+    It has no ``__slots__``: what stages ask for in every sweep is computed once and cached, instead of from
+    hundreds of tensors each time.
     """
 
     index: int  # place in execution order, from 0
@@ -78,15 +84,14 @@ class LayerBatch:
     tensors: tuple[TensorView, ...]
     host_bytes: int  # size of the host image
     device_bytes: int  # size of the device image; 0 where computation reads only the host image
-    scratch_bytes: int = 0  # what computation makes out of it before using it: casts, transposes
+    scratch_bytes: int = 0  # tensors that computation makes from it before use: casts, transposes
     host_resident: bool = False  # the host image is kept: read once
     device_resident: bool = False  # the device image is kept: read and copied once
 
     @property
     def label(self) -> str:
-        """Its layers, in few words."""
-        first, *rest = self.layers or ("",)
-        return f"{first} to {rest[-1]}" if rest else first
+        """The names of its first and last layer."""
+        return layers_label(self.layers)
 
     @property
     def streamed(self) -> bool:
@@ -95,31 +100,31 @@ class LayerBatch:
 
     @cached_property
     def views(self) -> Mapping[Place, tuple[TensorView, ...]]:
-        """Its tensors by the image in which computation reads them; images without any are not in it."""
+        """Its tensors by the image in which computation reads them, without images that have none."""
         places = [place for place in Place if any(view.place is place for view in self.tensors)]
         return {place: tuple(v for v in self.tensors if v.place is place) for place in places}
 
     @property
     def uses_host_image(self) -> bool:
-        """Whether computation reads tensors out of the host image, so that it must outlast the copy."""
+        """Whether computation reads tensors in the host image, which must then outlast the copy."""
         return Place.HOST in self.views
 
     @property
     def uses_device_image(self) -> bool:
-        """Whether computation reads tensors out of the device image, so that there has to be one."""
+        """Whether computation reads tensors in the device image."""
         return Place.DEVICE in self.views
 
     @cached_property
     def read_bytes(self) -> int:
-        """Bytes that reading the batch takes from disk."""
+        """Bytes that are read from disk."""
         return sum(read.nbytes for read in self.reads)
 
     @cached_property
     def copied_bytes(self) -> int:
-        """Bytes that go from the host image to the device image."""
+        """Bytes that are copied from the host image to the device image."""
         return sum(segment.nbytes for segment in self.segments)
 
     @cached_property
     def tensor_bytes(self) -> int:
-        """Bytes that computation gets."""
+        """Bytes of all its tensors."""
         return sum(view.nbytes for view in self.tensors)

@@ -1,4 +1,4 @@
-"""What holds the sweeps back, and what to change, told from timings."""
+"""From timings: what holds the sweeps back, and what to change."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from layerstream.stages.units import format_bytes
 
 __all__ = ["Bottleneck", "find_bottleneck", "summarize"]
 
-# A stage that is busy for this share of the time dominates: the others are hidden behind it.
+# A stage that is busy for this share of the time hides the others.
 _DOMINATES = 0.9
-# Below this, more of the time goes to handing batches on than to any work.
+# Below this, most of the time goes to hand-offs, not to work.
 _IDLE = 0.5
-# Time between sweeps that is worth a word.
+# A share of the time between sweeps that is worth reporting.
 _SHOWS = 0.05
 
 _REMEDIES = {
@@ -25,13 +25,13 @@ _REMEDIES = {
 class Bottleneck:
     """What takes the largest part of the time."""
 
-    name: str  # a stage's name; "caller" where nobody asked for a sweep; "nothing" before any work
+    name: str  # of a stage; "caller" if mostly no sweep was asked for; "nothing" before any work
     share: float  # of the time that passed
     sentence: str  # what it is, and what to change
 
 
 def find_bottleneck(timings: Timings) -> Bottleneck:
-    """What holds the sweeps of ``timings`` back."""
+    """What takes the largest part of the time in ``timings``."""
     longest = max(timings.stages, key=lambda stage: stage.busy_seconds, default=None)
     if longest is None or not longest.items or timings.wall_seconds <= 0:
         return Bottleneck(name="nothing", share=0.0, sentence="nothing has been streamed yet")
@@ -74,7 +74,7 @@ def summarize(timings: Timings) -> str:
 
 
 def _unasked_share(timings: Timings) -> float:
-    """How much of the time computation neither worked nor waited for weights."""
+    """The share of the time in which computation neither worked nor waited for weights."""
     for stage in timings.stages:
         if stage.name == "compute":
             asked = stage.busy_seconds + stage.waited_in_seconds + stage.waited_out_seconds

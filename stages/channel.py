@@ -13,7 +13,7 @@ class Channel(Generic[T]):
     """A bounded queue for one sender and one receiver on one event loop.
 
     Unlike ``asyncio.Queue`` it can be closed with an error, which the receiver gets at once, ahead of what
-    is still queued: a caller hears of a failed stage promptly, not after the batches that preceded it.
+    is still queued: a failed stage is reported promptly, not after the batches that preceded it.
     """
 
     def __init__(self, size: int) -> None:
@@ -21,10 +21,6 @@ class Channel(Generic[T]):
         self._items: deque[T] = deque()
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
-
-    def __len__(self) -> int:
-        """Items queued."""
-        return len(self._items)
 
     @property
     def closed(self) -> bool:
@@ -41,7 +37,11 @@ class Channel(Generic[T]):
         self._changed.set()
 
     async def peek(self) -> T:
-        """The oldest item, once there is one, left where it is; or the error that closed the channel."""
+        """Return the oldest item, once there is one, without removing it.
+
+        Raises:
+            BaseException: the error that closed the channel.
+        """
         while not self._items and self._error is None:
             await self._wait()
         if self._error is not None:
@@ -49,14 +49,14 @@ class Channel(Generic[T]):
         return self._items[0]
 
     async def get(self) -> T:
-        """The oldest item, once there is one; or the error that closed the channel."""
+        """Remove and return the oldest item, once there is one; raises as ``peek`` does."""
         item = await self.peek()
         self._items.popleft()
         self._changed.set()
         return item
 
     def close(self, error: BaseException) -> None:
-        """From now on, every ``get`` and ``put`` raises ``error``. The first one given stays."""
+        """Make every ``get``, ``peek`` and ``put`` raise ``error`` from now on. Closing again changes nothing."""
         if self._error is None:
             self._error = error
         self._changed.set()

@@ -11,16 +11,17 @@ import torch
 
 from layerstream.stages.batch import Place
 from layerstream.stages.channel import Channel
+from layerstream.stages.clock import Clock
 from layerstream.stages.devices import Device, Event
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.route import InFlight, Route
-from layerstream.stages.timings import Clock, Doing
+from layerstream.stages.timings import Doing
 
 __all__ = ["Batch", "Sweep"]
 
 
 class Batch:
-    """A layer batch that has arrived: the caller computes with it until he gives it back.
+    """A layer batch that has arrived. Its tensors are valid until it is given back.
 
     Attributes:
         index: place in execution order, from 0.
@@ -30,7 +31,7 @@ class Batch:
     def __init__(self, item: InFlight, device: Device) -> None:
         self._item = item
         self._device = device
-        self._streams: set[Hashable] = set()  # on which somebody computes with the tensors
+        self._streams: set[Hashable] = set()  # on which the tensors are computed with
         self.index = item.batch.index
         self.layers = item.batch.layers
 
@@ -41,9 +42,9 @@ class Batch:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors by name, contiguous views of memory that is used again for later batches.
 
-        Asking for them makes the calling thread's current stream wait for their copy, so ask in the
-        thread, and on the stream, that computes. The batch goes home when that stream has done what it was
-        given until then, also if another stream is current by that time.
+        Reading this property makes the calling thread's current stream wait for their copy, so read it in the
+        thread, and on the stream, that computes. When the batch is given back, its memory is used again only
+        after the work that was queued on that stream until then.
         """
         self._streams.add(self._device.stream())
         if self._item.copied is not None:
@@ -51,7 +52,7 @@ class Batch:
         return self._tensors
 
     def record(self) -> tuple[Event, ...]:
-        """What may read the tensors: the work so far of the calling thread, and on streams that asked."""
+        """Events behind all work that may read the tensors: the calling thread's, and on streams that asked for them."""
         streams = {self._device.stream(), *self._streams}
         return tuple(self._device.record(stream) for stream in streams)
 
@@ -59,7 +60,7 @@ class Batch:
     def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
         tensors: dict[str, torch.Tensor] = {}
-        # A tensor that was made in inference mode would break callers who want gradients elsewhere.
+        # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for place, views in self._item.batch.views.items():
                 image = images[place]
@@ -73,11 +74,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Turn:
-    """The time of a layer batch with computation: what the host saw of it, and the events that tell the rest.
+    """The time that computation spends on a layer batch: times seen by the host, and events of the device.
 
-    Computation has a batch from when it could begin (it was handed over, its copy was done, and so was the
-    computation before) until all is done (the kernels that read it, and the caller with it). Where kernels
-    are late, the host is long through with the batch, and later ones, when they begin.
+    The batch counts as computed with from when that could begin (it was handed over, its copy was done, and so was
+    the computation before) until all is done (the kernels that read it, and the caller). On a GPU, the host may
+    have gone on to later batches before its kernels begin.
     """
 
     batch: int
@@ -97,7 +98,7 @@ class _Turn:
                 if passed is None:
                     return False
                 times.append(passed)
-        # No moment twice: riders may compute with two batches at once, on streams of their own.
+        # Count no moment twice: two batches may be computed with at once, on different streams.
         waiting = max(self.asked_seconds, clock.stopped)
         working = clock.add(Doing.WAITING_IN, waiting, max(waiting, *begun), batch=self.batch)
         stop = max(working, *ended)
@@ -108,14 +109,12 @@ class _Turn:
 class Sweep:
     """One pass over the layer batches of a route, in execution order: ``async for batch in sweep``.
 
-    A batch is valid until the next iteration. Leaving early is allowed: the sweep ends when it is closed,
-    left as a context manager, or dropped.
-
-    The pipeline makes these; see ``Pipeline.sweep``.
+    Made by ``Pipeline.sweep``. A batch is valid until the next iteration. Leaving early is allowed: the sweep
+    ends when it is closed, left as a context manager, or dropped.
 
     Attributes:
-        prompt: a prompt is processed in it: it is compared with what the plan says of such sweeps.
-        tokens: of the one forward pass in it, for whoever learns from the timings; None: several, or not said.
+        prompt: whether a prompt is processed in it, which decides the prediction that it is compared with.
+        tokens: tokens of the forward pass in it; None if there are several, or if it is unknown.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class Sweep:
         return self._received == len(self._order)
 
     async def receive(self) -> Batch | None:
-        """The next batch, once the one before it was given back; None behind the last."""
+        """The next batch, or None after the last. The one before it has to be given back first."""
         if self.ended:
             raise ClosedError("this sweep has ended; ask the pipeline for a new one")
         if self.complete:
@@ -160,7 +159,7 @@ class Sweep:
         while True:
             try:
                 item = await self._source.get()
-            except Exception:  # a stage failed: no sweep comes to its end any more
+            except Exception:  # a stage failed: no sweep can be completed any more
                 self.end()
                 raise
             if item.wanted:
@@ -176,8 +175,7 @@ class Sweep:
         """Give back the batch that was received last, if it is still held.
 
         Args:
-            after: the computations that read its tensors; by default all that was given to the device so
-                far, by the calling thread and on streams on which its tensors were asked for.
+            after: events behind the work that reads its tensors; by default those of ``Batch.record``.
         """
         item, self._held = self._held, None
         batch, self._batch = self._batch, None
@@ -196,7 +194,7 @@ class Sweep:
             self._clock.later(partial(turn.count, device=self._device))
 
     def end(self) -> None:
-        """Give back what is held, and let the pipeline begin another sweep. May be called again."""
+        """Give back the batch that is held, and let the pipeline begin another sweep. May be called again."""
         if not self.ended:
             self.ended = True
             self.give_back()

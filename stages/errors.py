@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from layerstream.stages.batch import layers_label
+
 __all__ = [
     "AdmissionError",
     "BusyError",
@@ -67,6 +69,15 @@ class ClosedError(LayerstreamError):
     """Raised when a pipeline or model is used before it was opened or after it was closed."""
 
 
+def echo_of(error: BaseException) -> ClosedError:
+    """An error for all callers but the first that ``error`` reaches: one object raised again collects tracebacks."""
+    if isinstance(error, ClosedError):
+        return ClosedError(*error.args)
+    echo = ClosedError(f"streaming has failed before: {error}")
+    echo.__cause__ = error
+    return echo
+
+
 class _Numbered(Protocol):
     """A layer batch, planned or arrived."""
 
@@ -78,16 +89,10 @@ class _Numbered(Protocol):
 
 @contextmanager
 def noting(stage: str, batch: _Numbered) -> Iterator[None]:
-    """Let an error of the body leave as itself, with a note of where in the pipeline it arose."""
+    """Add to an error raised in the body a note of where in the pipeline it arose."""
     try:
         yield
     except Exception as error:
-        layers = (
-            batch.layers[0]
-            if len(batch.layers) == 1
-            else f"{batch.layers[0]} to {batch.layers[-1]}"
-        )
-        error.add_note(
-            f"layerstream: in the {stage} stage, at layer batch {batch.index} ({layers})"
-        )
+        where = f"layer batch {batch.index} ({layers_label(batch.layers)})"
+        error.add_note(f"layerstream: in the {stage} stage, at {where}")
         raise

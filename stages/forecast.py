@@ -1,4 +1,4 @@
-"""What a plan says of sweeps, and what came of it. Plain data."""
+"""What a plan predicts of sweeps, beside what was measured. Plain data."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -8,7 +8,7 @@ __all__ = ["Forecast", "Forecasts", "SweepPrediction"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPrediction:
-    """The time of one sweep, and what each stage is busy for meanwhile."""
+    """The time of one sweep, and how long each stage is busy in it."""
 
     seconds: float
     read_seconds: float
@@ -23,7 +23,7 @@ class SweepPrediction:
 
     @property
     def ceiling(self) -> float:
-        """How many times faster overlapping can be than one stage after another: (d+h+c) / max(d,h,c)."""
+        """How much faster overlapped stages can be than one after the other: (d+h+c) / max(d,h,c)."""
         longest = max(self._busy()[:3])[0]
         total = self.read_seconds + self.transfer_seconds + self.compute_seconds
         return total / longest if longest else 1.0
@@ -40,7 +40,7 @@ class SweepPrediction:
         )
 
     def plus(self, other: Self) -> Self:
-        """Both, one after the other."""
+        """The sum of both."""
         return replace(
             self,
             **{
@@ -60,36 +60,38 @@ class SweepPrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """The sweeps that were completed, and what the plan had said of each of them, in sum."""
+    """Sums over the completed sweeps: what the plan predicted, and what was measured."""
 
     sweeps: int
     predicted: SweepPrediction
     measured: SweepPrediction
 
     def errors(self) -> dict[str, float]:
-        """By how much each prediction was off, as a share of what was measured; of what took no time, nothing."""
-        pairs = {
-            "sweep": (self.predicted.seconds, self.measured.seconds),
-            "read": (self.predicted.read_seconds, self.measured.read_seconds),
-            "transfer": (self.predicted.transfer_seconds, self.measured.transfer_seconds),
-            "compute": (self.predicted.compute_seconds, self.measured.compute_seconds),
+        """The relative error of each prediction, left out where nothing was measured."""
+        return {
+            name: predicted / measured - 1
+            for name, predicted, measured in self._pairs()
+            if measured > 0
         }
-        return {name: said / took - 1 for name, (said, took) in pairs.items() if took > 0}
 
     def lines(self) -> list[str]:
         """A line for the sweep and one for each stage: predicted, measured, and the error in per cent."""
-        rows = (
-            ("sweep", self.predicted.seconds, self.measured.seconds),
-            ("read", self.predicted.read_seconds, self.measured.read_seconds),
-            ("transfer", self.predicted.transfer_seconds, self.measured.transfer_seconds),
-            ("compute", self.predicted.compute_seconds, self.measured.compute_seconds),
-        )
         errors, count = self.errors(), max(self.sweeps, 1)
         return [
-            f"{name:>8}: predicted {said / count:.3f} s per sweep, measured {took / count:.3f} s"
+            f"{name:>8}: predicted {predicted / count:.3f} s per sweep, measured {measured / count:.3f} s"
             + (f" ({errors[name]:+.0%})" if name in errors else "")
-            for name, said, took in rows
-            if said or took
+            for name, predicted, measured in self._pairs()
+            if predicted or measured
+        ]
+
+    def _pairs(self) -> list[tuple[str, float, float]]:
+        """Name, predicted and measured seconds of the sweeps and of each stage."""
+        predicted, measured = self.predicted, self.measured
+        return [
+            ("sweep", predicted.seconds, measured.seconds),
+            ("read", predicted.read_seconds, measured.read_seconds),
+            ("transfer", predicted.transfer_seconds, measured.transfer_seconds),
+            ("compute", predicted.compute_seconds, measured.compute_seconds),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,36 +105,36 @@ class Forecast:
 
 
 class Forecasts:
-    """Adds up what the plan says of the sweeps that are completed.
+    """Adds up the predictions of the sweeps that are completed.
 
     Args:
-        on_gpu: computation goes on while batches are handed over, and its time is that of its kernels. A processor
-            holds a batch meanwhile, so that its time is compared with both.
+        on_gpu: computation goes on while batches are handed over, and its time is that of its kernels. On a CPU the
+            compute stage is busy with the hand-off too, so its time is compared with the sum of both predictions.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
         self._sweeps = 0
         self._seconds = 0.0
-        self._said = SweepPrediction.nothing()
+        self._predicted = SweepPrediction.nothing()
 
-    def count(self, said: SweepPrediction, seconds: float) -> None:
-        """A sweep took ``seconds``."""
+    def count(self, predicted: SweepPrediction, seconds: float) -> None:
+        """Count a sweep that took ``seconds``, of which ``predicted`` was predicted."""
         self._sweeps += 1
         self._seconds += seconds
-        self._said = self._said.plus(said)
+        self._predicted = self._predicted.plus(predicted)
 
     def sums(
         self, *, read_seconds: float, transfer_seconds: float, compute_seconds: float
     ) -> Forecast:
-        """All so far, beside what each stage was busy for meanwhile."""
-        said = self._said
-        handed_over = 0.0 if self._on_gpu else said.overhead_seconds
+        """The sums so far, beside how long each stage was busy."""
+        predicted = self._predicted
+        handed_over = 0.0 if self._on_gpu else predicted.overhead_seconds
         return Forecast(
             sweeps=self._sweeps,
             predicted=replace(
-                said,
-                compute_seconds=said.compute_seconds + handed_over,
+                predicted,
+                compute_seconds=predicted.compute_seconds + handed_over,
                 overhead_seconds=0.0,
             ),
             measured=SweepPrediction(

@@ -7,17 +7,17 @@ import psutil
 
 __all__ = ["MARGIN", "host_available_bytes"]
 
-# Of what is free, left alone for everybody else and for the allocators' own waste.
+# The share of free memory that is left to other processes and to the allocators' overhead.
 MARGIN = 0.1
 
 
 def host_available_bytes(process: Path = Path("/proc/self")) -> int:
-    """Host RAM that a process may still take: the least of what the system and each cgroup above it allow.
+    """Host RAM that a process may still take: the least of what the system and each of its cgroups allow.
 
     A cgroup's page cache can be reclaimed, so it counts as free.
 
     Args:
-        process: the process's folder in /proc.
+        process: its folder in /proc.
     """
     return max(0, min([psutil.virtual_memory().available, *_cgroup_headrooms(process)]))
 
@@ -42,7 +42,7 @@ _V1 = (
     "total_inactive_file",
     "total_active_file",
 )
-# Beside pages of files the kernel gives up what it remembers of them.
+# Besides the pages of files, the kernel can reclaim slabs: cached directory entries and inodes.
 _V2 = (
     ("memory.max", "memory.high"),
     "memory.current",

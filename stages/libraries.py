@@ -1,4 +1,4 @@
-"""What the libraries under torch keep of this process's memory for themselves, and how little of it is enough."""
+"""Memory that the libraries under torch keep for themselves, and how to bound it."""
 
 import ctypes
 import logging
@@ -14,26 +14,26 @@ __all__ = ["KERNELS_KEPT", "Leftovers", "keep_little"]
 
 logger = logging.getLogger(__name__)
 
-# oneDNN compiles a kernel for each shape of 16-bit matrices that it meets, and keeps 1024 of them. Prompts of 256
-# lengths took 580 MB so, whatever the size of the matrices. A block has about six shapes, so this is enough for ten
-# requests whose prompts differ in length; one that is missing takes 0.3 ms to make.
+# oneDNN compiles a kernel for each shape of 16-bit matrices, and keeps 1024 of them: prompts of 256 different lengths
+# took 580 MB, whatever the size of the matrices. A block has about six shapes, so this is enough for ten requests
+# whose prompts differ in length; compiling a kernel again takes 0.3 ms.
 KERNELS_KEPT = 64
-# torch keeps some of its own in front of that, for each thread: they save no time that could be measured.
+# torch has a cache of its own in front of that in each thread; it saves no time that could be measured.
 _KEPT_PER_THREAD = 1
-# glibc gives every thread a heap of its own, up to eight for each core, and what is free at the end of any but the main
-# one stays. With two of them requests took 10 to 20 MB less than with 16, and no more time.
+# glibc gives threads heaps of their own, up to eight per core, and returns free memory only from the main one. With
+# two heaps, requests took 10 to 20 MB less than with 16, and no more time.
 _HEAPS = 2
 _M_ARENA_MAX = -8  # of malloc.h
-# Of the time that passes, what trimming the heap may take: other threads that ask for memory wait for it.
+# The share of time that trimming the heap may take: other threads that allocate wait for it.
 _TRIMMING_SHARE = 0.05
 
 
 def keep_little() -> None:
-    """Have the libraries keep less than they would, in all of this process: it is to stay within a budget.
+    """Make the libraries keep less, in all of this process, so that it stays within a budget.
 
-    Of oneDNN's compiled kernels there are then no more than ``KERNELS_KEPT``. It can only be told by the environment,
-    which it looks at when it is first used: in a process that has multiplied 16-bit matrices before, that changes
-    nothing. What the environment says already of kernels and heaps is left as it is.
+    oneDNN then keeps at most ``KERNELS_KEPT`` compiled kernels. It reads that from the environment when it is first
+    used, so nothing changes in a process that has multiplied 16-bit matrices before. What the environment already
+    sets for kernels and heaps is left as it is.
     """
     kernels = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     if not kernels.isdecimal() or int(kernels) > KERNELS_KEPT:
@@ -44,16 +44,18 @@ def keep_little() -> None:
         )
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_KEPT_PER_THREAD))
     library = ctypes.CDLL(None)
-    said = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
-    if not said and hasattr(library, "mallopt"):  # glibc's own
+    already_set = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    if not already_set and hasattr(library, "mallopt"):  # glibc's own
         library.mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 class Leftovers:
-    """What the C library and MKL keep for later when a request has ended, and nobody uses.
+    """Unused memory that the C library and MKL keep after a request has ended.
 
-    MKL keeps what it has packed float32 matrices into, for each thread and size: 11 MB a thread. glibc keeps freed
-    blocks of up to 32 MiB in its heaps: after the activations of a few requests that was ten times what was in use.
+    MKL keeps the buffers that it packs float32 matrices into, for each thread and size: 11 MB a thread. glibc keeps
+    freed blocks of up to 32 MiB in its heaps: after the activations of a few requests, ten times what was in use.
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class Leftovers:
         with suppress(OSError):  # not every build has it under this name
             path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
             libraries.append(ctypes.CDLL(str(path)))
-        # The first is what MKL calls it that is linked into torch, the second what it is called from outside.
+        # The first name is that in the MKL that is linked into torch, the second that in a library of its own.
         names = ("mkl_serv_free_buffers", "MKL_Free_Buffers")
         self._free_buffers: list[Callable[[], object]] = [
             getattr(each, name) for each in libraries for name in names if hasattr(each, name)
@@ -70,10 +72,10 @@ class Leftovers:
         self._next_trim = 0.0
 
     def release(self) -> None:
-        """Give it back to the system, without the GIL; of the heaps only where that was quick, or is long ago.
+        """Return it to the system, without the GIL. Heaps are trimmed less often where that takes long.
 
-        Trimming takes a fifth of a millisecond; but in a process with some hundred thousand holes in its heap 50, for
-        which all threads that ask for memory wait.
+        Trimming takes 0.2 ms, but 50 ms in a process with some hundred thousand holes in its heap, and all threads
+        that allocate wait for it.
         """
         for free in self._free_buffers:
             free()

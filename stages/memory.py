@@ -1,4 +1,4 @@
-"""Host memory for slots and residents, and images: tensors laid over bytes that have arrived."""
+"""Host memory for slots and residents, and images: tensors as views of bytes that have arrived."""
 
 import ctypes
 import logging
@@ -15,8 +15,8 @@ __all__ = ["HUGE_PAGE_BYTES", "HostMemory", "Image", "address_of", "tensor_over"
 
 logger = logging.getLogger(__name__)
 
-# O_DIRECT pins the destination page by page: on 4 KiB pages it ran at half the speed that it reaches on
-# 2 MiB pages, whatever the number of threads and the block size.
+# O_DIRECT pins the destination page by page: into 4 KiB pages it ran at half the speed that it has into 2 MiB
+# pages, whatever the number of threads and the block size.
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -26,31 +26,31 @@ def address_of(buffer: mmap.mmap) -> int:
 
 
 def tensor_over(buffer: mmap.mmap) -> torch.Tensor:
-    """The bytes of ``buffer``, uint8, as a tensor whose views keep it from being unmapped.
+    """The bytes of ``buffer``, as a uint8 tensor whose views keep it from being unmapped.
 
-    torch holds a reference to what it is given, but no lock on it: handed the map itself, closing the map
-    would pull the memory from under the tensor, and its next use would kill the process. A memoryview
-    between them is such a lock.
+    torch keeps a reference to the buffer that it is given, but exports no lock on it: given the map itself, closing
+    the map would unmap the memory under the tensor, and its next use would kill the process. A memoryview
+    in between is such a lock: the map refuses to be closed.
     """
     return torch.frombuffer(memoryview(buffer), dtype=torch.uint8)
 
 
 class HostMemory:
-    """Anonymous private memory on huge pages, for reads to land in.
+    """Anonymous private memory on huge pages, as the destination of reads.
 
     Private, because shared anonymous memory gets 4 KiB pages; not inherited by forked children, because a
-    copy-on-write fault under a running direct read would send the bytes to the wrong process.
+    copy-on-write fault during a direct read would send the bytes to the wrong process.
 
     Attributes:
         tensor: all of the memory, uint8 ``[nbytes]``, page-aligned.
 
     Raises:
-        DeviceError: the system has not that much.
+        DeviceError: the system does not have that much.
     """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        # Huge pages begin at multiples of their size; what is mapped and not touched takes no memory.
+        # Huge pages begin at multiples of their size, so map more; what is not touched takes no memory.
         huge = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         size = nbytes + HUGE_PAGE_BYTES if huge else max(nbytes, mmap.PAGESIZE)
         try:
@@ -62,13 +62,13 @@ class HostMemory:
         skipped = -address_of(self._map) % HUGE_PAGE_BYTES if huge else 0
         self.address = address_of(self._map) + skipped
         if huge:
-            # Not the last, broken one: it would be there whole.
+            # Only whole huge pages: of the last one, all would be allocated though only a part is used.
             self._advise("MADV_HUGEPAGE", skipped, huge)
         self._advise("MADV_DONTFORK", 0, size)
         self.tensor = tensor_over(self._map)[skipped : skipped + nbytes]
 
     def _advise(self, name: str, start: int, nbytes: int) -> None:
-        # Only Linux has these; elsewhere they are an optimisation that is not to be had.
+        # Only Linux has these; they are optimisations.
         if hasattr(mmap, name):
             try:
                 self._map.madvise(getattr(mmap, name), start, nbytes)
@@ -76,7 +76,7 @@ class HostMemory:
                 logger.debug("madvise(%s) refused: %s", name, error)
 
     def close(self) -> None:
-        """Give the memory back. Where somebody still holds a view of it, it goes with the last view."""
+        """Free the memory; if there are views of it, with the last of them."""
         self.tensor = torch.empty(0, dtype=torch.uint8)
         try:
             self._map.close()
@@ -87,7 +87,7 @@ class HostMemory:
 
 
 class Image:
-    """The bytes of a layer batch where they lie in memory, and the tensors that they hold.
+    """The bytes of a layer batch in memory, and the tensors in them.
 
     Args:
         parts: pairs of (offset in the image, uint8 tensor), by offset. A slot is one part; a mapping of the
@@ -105,12 +105,12 @@ class Image:
         return self._parts[which].narrow(0, offset - self._starts[which], nbytes)
 
     def tensors(self, views: Sequence[TensorView]) -> Mapping[str, torch.Tensor]:
-        """All tensors of this image by name, as views of its bytes; the same ones each time."""
+        """All tensors of this image by name, as views of its bytes; made once."""
         if not self._tensors:
-            self._tensors = {view.name: self._laid_over(view) for view in views}
+            self._tensors = {view.name: self._tensor(view) for view in views}
         return self._tensors
 
-    def _laid_over(self, view: TensorView) -> torch.Tensor:
+    def _tensor(self, view: TensorView) -> torch.Tensor:
         dtype = getattr(torch, view.dtype)
         if view.nbytes == 0:
             return torch.empty(view.shape, dtype=dtype, device=self._device)

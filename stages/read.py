@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.channel import Channel
+from layerstream.stages.clock import Clock
 from layerstream.stages.errors import noting
 from layerstream.stages.memory import Image
+from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.readers import BLOCK_BYTES, Reader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
 from layerstream.stages.threads import Threads, settled
-from layerstream.stages.timings import Clock, Doing
+from layerstream.stages.timings import Doing
 
 __all__ = ["read_stage"]
 
@@ -25,7 +27,7 @@ async def read_stage(
     *,
     route: Route,
     reader: Reader,
-    in_place: bool,
+    mapped: MmapReader | None,
     arena: RingArena,
     residents: Residents,
     threads: Threads,
@@ -33,33 +35,33 @@ async def read_stage(
     out: Channel[InFlight],
     clock: Clock,
 ) -> None:
-    """Read layer batches in the order of ``route``, for ever.
+    """Read layer batches in the order of ``route``, until cancelled.
 
-    Starting reads and waiting for them are two loops, so that the disk has the next batch's requests in its
-    queue while the last ones of this batch are still under way.
+    One loop starts reads and another waits for them, so that the disk has the next batch's requests in its
+    queue while the last ones of this batch are still in progress.
 
     Args:
-        route: which batch leaves next.
-        reader: how bytes come from the files.
-        in_place: computation uses the reader's mapping of the files; no slot is needed.
+        route: tells which batch is next.
+        reader: fills slots from the files.
+        mapped: the same reader, if computation uses its mapping of the files instead of slots.
         arena: the ring of host slots.
         residents: batches that are read once.
-        threads: as many requests are in flight as there are threads.
+        threads: one for each request in flight.
         request_bytes: size of one request.
-        out: gets the batches whose bytes have arrived.
+        out: takes the batches whose bytes have arrived.
         clock: this stage's timings.
     """
-    # One batch may wait between the loops; more would only take slots that nothing is read into yet.
+    # One batch may wait between the loops; more would only take slots before they can be read into.
     started: Channel[InFlight] = Channel(1)
 
     async def start() -> None:
         while True:
             item = route.next()
             with noting("read", item.batch):
-                await _begin(
+                await _start_reads(
                     item,
                     reader=reader,
-                    in_place=in_place,
+                    mapped=mapped,
                     arena=arena,
                     residents=residents,
                     threads=threads,
@@ -77,20 +79,10 @@ async def read_stage(
                 continue
             with noting("read", item.batch):
                 times = [read.result() for read in item.reads]
-                if in_place:
-                    item.host = reader.mapped(item.batch)
+                if mapped is not None:
+                    item.host = mapped.image(item.batch)
             if times:
-                # Requests of two batches overlap: each batch is charged from the end of the one before it.
-                begun = max(idle_since, min(begin for begin, _ in times))
-                clock.add(Doing.WAITING_OUT, idle_since, begun, batch=item.batch.index)
-                idle_since = clock.add(
-                    Doing.WORKING,
-                    begun,
-                    # Small requests may have overtaken the last ones of the batch before.
-                    max(begun, *(end for _, end in times)),
-                    batch=item.batch.index,
-                    nbytes=item.batch.read_bytes,
-                )
+                idle_since = _count(clock, item.batch, times, idle_since=idle_since)
             if item.batch.host_resident and not item.batch.device_resident:
                 residents.arrived(item.batch)
             await out.put(item)
@@ -100,27 +92,27 @@ async def read_stage(
         tasks.create_task(finish(), name="layerstream-read-finish")
 
 
-async def _begin(
+async def _start_reads(
     item: InFlight,
     *,
     reader: Reader,
-    in_place: bool,
+    mapped: MmapReader | None,
     arena: RingArena,
     residents: Residents,
     threads: Threads,
     request_bytes: int,
 ) -> None:
-    """Find room for ``item`` and put its requests in the queue of the reading threads."""
+    """Take a slot for ``item`` and queue its requests on the reading threads, unless it needs neither."""
     batch = item.batch
     item.resident = await residents.loaded(batch)
     if item.resident:
         item.host = residents.host_image(batch)
         return
-    if in_place:
+    if mapped is not None:
         item.reads = [
-            threads.submit(_timed, reader.touch, extent)
+            threads.submit(_timed, mapped.touch, extent)
             for extent, _ in _requests(batch, request_bytes)
-            if not reader.touched_lately(extent)
+            if not mapped.touched_lately(extent)
         ]
         return
     if batch.host_resident:
@@ -129,17 +121,17 @@ async def _begin(
         slot = await arena.take(batch.host_bytes, batch=batch.index)
         item.host_slot = HeldSlot(arena, slot)
         destination = slot.tensor
-    if not item.wanted:  # dropped while it waited for room
+    if not item.wanted:  # dropped while it waited for a slot
         return
     item.host = Image([(0, destination)])
-    buffer = memoryview(destination.numpy().data)  # the same bytes, as preadv wants them
+    buffer = memoryview(destination.numpy().data)  # the same bytes, as a buffer for preadv
     for extent, at in _requests(batch, request_bytes):
         padded = -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
         item.reads.append(threads.submit(_timed, reader.read, extent, buffer[at : at + padded]))
 
 
 def _requests(batch: LayerBatch, request_bytes: int) -> Iterator[tuple[Extent, int]]:
-    """The extents that one call reads each, with their places in the host image."""
+    """The extents to read with one call each, and their offsets in the host image."""
     for read in batch.reads:
         for at in range(0, read.nbytes, request_bytes):
             nbytes = min(request_bytes, read.nbytes - at)
@@ -147,6 +139,18 @@ def _requests(batch: LayerBatch, request_bytes: int) -> Iterator[tuple[Extent, i
                 Extent(file=read.file, offset=read.file_offset + at, nbytes=nbytes),
                 read.host_offset + at,
             )
+
+
+def _count(
+    clock: Clock, batch: LayerBatch, times: Sequence[tuple[float, float]], *, idle_since: float
+) -> float:
+    """Count the reading of ``batch``, from when its requests began and ended; returns when it was done."""
+    # Requests of two batches overlap: each batch counts from the end of the one before it.
+    begin = max(idle_since, min(start for start, _ in times))
+    # Small requests may have ended before the last ones of the batch before.
+    end = max(begin, *(stop for _, stop in times))
+    clock.add(Doing.WAITING_OUT, idle_since, begin, batch=batch.index)
+    return clock.add(Doing.WORKING, begin, end, batch=batch.index, nbytes=batch.read_bytes)
 
 
 def _timed(call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> tuple[float, float]:

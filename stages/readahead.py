@@ -1,4 +1,4 @@
-"""Brings files into the page cache while something else goes on that does not need them yet."""
+"""Brings files into the page cache in the background, before they are needed."""
 
 import logging
 import os
@@ -14,20 +14,20 @@ __all__ = ["Readahead", "fits_page_cache"]
 
 logger = logging.getLogger(__name__)
 
-# So long an extent is asked for at a time: stopping takes no longer than asking for it.
+# Requested at a time: stopping takes no longer than one request.
 _STEP_BYTES = 8 << 20
 
 
 def fits_page_cache(nbytes: int) -> bool:
-    """Whether the page cache may hold so much without pushing anything out that a process needs."""
+    """Whether the page cache may hold that much without taking memory that processes need."""
     return nbytes <= host_available_bytes() * (1 - MARGIN)
 
 
 class Readahead:
-    """Asks the system for files, in order, in a thread of its own, as a context manager.
+    """Requests files from the system, in order, in a thread of its own; a context manager.
 
-    Loading code and tracing a model take seconds in which the disk would idle. It only asks: what cannot be read
-    will be noticed by whoever reads it.
+    Importing code and tracing a model take seconds in which the disk would idle. Errors are left to the reader
+    that comes later.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -41,7 +41,7 @@ class Readahead:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ask for nothing more, and wait for the thread to end."""
+        """Request nothing more, and wait for the thread to end."""
         self._stopping = True
         if self._thread.ident is not None:
             self._thread.join()
@@ -61,11 +61,11 @@ class Readahead:
     def _run(self) -> None:
         for path in self._paths:
             try:
-                self._ask_for(path)
+                self._request(path)
             except OSError as error:
                 logger.debug("%s is not read ahead: %s", path, error)
 
-    def _ask_for(self, path: Path) -> None:
+    def _request(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for offset in range(0, os.fstat(descriptor).st_size, _STEP_BYTES):

@@ -1,4 +1,4 @@
-"""Layer batches that stay: in host RAM, in device memory, or both."""
+"""The memory of layer batches that stay: in host RAM, in device memory, or both."""
 
 import asyncio
 from collections.abc import Iterable
@@ -14,22 +14,22 @@ __all__ = ["Residents"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Home:
-    """Where one resident lives."""
+class _Memory:
+    """The memory of one resident: of its host image, its device image, or both."""
 
     host: HostMemory | None
     device: torch.Tensor | None
 
 
 class Residents:
-    """The memory of residents, filled by the first sweep that passes each of them.
+    """The memory of residents, filled by the first sweep that visits them.
 
-    Each has memory of its own, so that it can be given back by itself.
+    Each has its own allocation, which can be freed by itself.
     """
 
     def __init__(self, batches: Iterable[LayerBatch], device: Device) -> None:
         self._device = device
-        self._homes: dict[int, _Home] = {}
+        self._memory: dict[int, _Memory] = {}
         self._loaded: set[int] = set()
         self._loading: dict[int, LayerBatch] = {}  # as it was when that began
         self._changed = asyncio.Event()
@@ -37,19 +37,19 @@ class Residents:
 
     @property
     def complete(self) -> bool:
-        """Whether all of them have arrived."""
-        return self._homes.keys() <= self._loaded
+        """Whether all of them are loaded."""
+        return self._memory.keys() <= self._loaded
 
     def add(self, batches: Iterable[LayerBatch]) -> None:
-        """Take memory for those of ``batches`` that stay and have none yet: for all of them, or for none.
+        """Allocate memory for the residents among ``batches`` that have none yet: for all of them or for none.
 
         Raises:
-            DeviceError: there is not that much.
+            DeviceError: there is not enough.
         """
         added = []
         try:
             for batch in batches:
-                if not batch.streamed and batch.index not in self._homes:
+                if not batch.streamed and batch.index not in self._memory:
                     added.append(batch.index)
                     self._take(batch)
         except BaseException:
@@ -66,34 +66,34 @@ class Residents:
             if host is not None:
                 self._device.release_host_memory(host)
             raise
-        self._homes[batch.index] = _Home(host=host, device=device)
+        self._memory[batch.index] = _Memory(host=host, device=device)
 
     def remove(self, indices: Iterable[int]) -> None:
-        """Give back the memory of these; nothing reads or writes it any more."""
+        """Free the memory of these; nothing reads or writes it any more."""
         for index in indices:
-            home = self._homes.pop(index, None)
+            memory = self._memory.pop(index, None)
             self._loaded.discard(index)
             self._loading.pop(index, None)
-            if home is not None and home.host is not None:
-                self._device.release_host_memory(home.host)
+            if memory is not None and memory.host is not None:
+                self._device.release_host_memory(memory.host)
 
     def superseded(self, batches: Iterable[LayerBatch]) -> list[int]:
-        """Indices of those that have memory, but not for the images that ``batches`` have stay."""
+        """Indices of those that have memory, but not for the images that are resident in ``batches``."""
         return [
             batch.index
             for batch in batches
-            if (home := self._homes.get(batch.index)) is not None
-            and (home.host is not None, home.device is not None)
+            if (memory := self._memory.get(batch.index)) is not None
+            and (memory.host is not None, memory.device is not None)
             != (batch.host_resident, batch.device_resident)
         ]
 
     async def loaded(self, batch: LayerBatch) -> bool:
-        """Whether ``batch`` is a resident that has arrived, so that nothing needs to be read for it.
+        """Whether ``batch`` is a resident that is loaded already. If this returns False, the caller loads it.
 
-        If it is on its way, this waits to see whether it gets there: with few batches the next sweep's
-        prefetch meets a resident that this sweep is still loading. On False, the caller loads it.
+        If it is being loaded, this waits for the outcome: with few batches, the prefetch of the next sweep gets
+        to a resident that this sweep is still loading.
         """
-        if batch.streamed:  # also if it has just ceased to stay
+        if batch.streamed:  # even if its memory has not been freed yet
             return False
         while batch.index in self._loading:
             self._changed.clear()
@@ -104,38 +104,38 @@ class Residents:
         return False
 
     def arrived(self, batch: LayerBatch) -> None:
-        """``batch`` has arrived in all images that it keeps."""
-        # News of a copy into memory that was given back meanwhile must not pass for the next one's.
+        """Note that ``batch`` is loaded, in all images that are resident."""
+        # A late report of a copy into memory that was freed meanwhile must not count for its successor.
         if self._loading.get(batch.index) is batch:
             self._loaded.add(batch.index)
         self.gave_up(batch)
 
     def gave_up(self, batch: LayerBatch) -> None:
-        """``batch`` is not being loaded any more, arrived or not."""
+        """Note that ``batch`` is not being loaded any more, whether it arrived or not."""
         if self._loading.get(batch.index) is batch:
             del self._loading[batch.index]
         self._changed.set()
 
     def host_bytes(self, batch: LayerBatch) -> torch.Tensor:
-        """Where the host image of a host resident lives, uint8 ``[host_bytes]``."""
-        host = self._homes[batch.index].host
+        """The memory of the host image of a host resident, uint8 ``[host_bytes]``."""
+        host = self._memory[batch.index].host
         assert host is not None  # noqa: S101
         return host.tensor
 
     def device_bytes(self, batch: LayerBatch) -> torch.Tensor:
-        """Where the device image of a device resident lives, uint8 ``[device_bytes]``."""
-        device = self._homes[batch.index].device
+        """The memory of the device image of a device resident, uint8 ``[device_bytes]``."""
+        device = self._memory[batch.index].device
         assert device is not None  # noqa: S101
         return device
 
     def host_image(self, batch: LayerBatch) -> Image | None:
-        """The host image of ``batch``, if it is kept."""
+        """The host image of ``batch``, if it is resident."""
         return Image([(0, self.host_bytes(batch))]) if batch.host_resident else None
 
     def device_image(self, batch: LayerBatch) -> Image | None:
-        """The device image of ``batch``, if it is kept."""
+        """The device image of ``batch``, if it is resident."""
         return Image([(0, self.device_bytes(batch))]) if batch.device_resident else None
 
     def close(self) -> None:
-        """Give all memory back."""
-        self.remove(list(self._homes))
+        """Free all memory."""
+        self.remove(list(self._memory))

@@ -1,4 +1,4 @@
-"""Which layer batches travel, in which order, and those that are under way."""
+"""The order of the layer batches, and those that are under way from disk to computation."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["HeldSlot", "InFlight", "Route"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldSlot:
-    """A slot together with the arena that it goes home to."""
+    """A slot together with its arena."""
 
     arena: RingArena
     slot: Slot
@@ -32,8 +32,8 @@ class InFlight:
     """A layer batch on its way from disk to computation, with what it holds of the arenas."""
 
     batch: LayerBatch
-    wanted: bool = True  # False: nobody will compute with it; whoever gets it next drops it
-    resident: bool = False  # it was loaded before: nothing is read for it
+    wanted: bool = True  # False: it will not be computed with; the next stage that gets it drops it
+    resident: bool = False  # it was loaded before: nothing is read
     reads: list[Future[tuple[float, float]]] = field(default_factory=list)
     host: Image | None = None
     device: Image | None = None
@@ -43,16 +43,16 @@ class InFlight:
 
     @property
     def needs_copy(self) -> bool:
-        """Whether the transfer stage has a device image to make, be it one of empty tensors."""
+        """Whether the transfer stage has to make a device image, even if its tensors are empty."""
         return self.batch.uses_device_image and not (self.resident and self.batch.device_resident)
 
     def detach_host_slot(self) -> HeldSlot | None:
-        """Hand the duty to give the host slot back to the caller."""
+        """Detach and return the host slot; the caller gives it back."""
         slot, self.host_slot, self.host = self.host_slot, None, None
         return slot
 
     def cancel(self) -> None:
-        """Nobody wants the batch any more: reads that have not begun never will; the others are waited for."""
+        """Mark as not wanted, and cancel the reads that have not begun; the others run to their end."""
         self.wanted = False
         for read in self.reads:
             read.cancel()
@@ -67,39 +67,39 @@ class InFlight:
 
 
 class Route:
-    """The order in which layer batches leave the disk, sweep after sweep.
+    """The order in which layer batches are read, sweep after sweep.
 
-    It wraps around: behind the last batch of a sweep the first of the next one follows, on the guess that
-    the next sweep takes the same route. When the guess was wrong, ``redirect`` keeps of what is under way
-    whatever the new route has use for, in its order, and drops the rest.
+    It wraps around: the last batch of a sweep is followed by the first of the next one, on the guess that the
+    next sweep takes the same route. If the guess was wrong, ``redirect`` keeps those batches under way that the
+    new route needs, in its order, and drops the rest.
     """
 
     def __init__(self, batches: Sequence[LayerBatch], residents: Residents) -> None:
         self._batches = tuple(batches)
         self._residents = residents
         self._order = tuple(range(len(self._batches)))
-        self._position = 0  # in the order, of the batch that leaves next
-        self.under_way: deque[InFlight] = deque()  # in the order in which they left
+        self._position = 0  # in the order, of the batch that is read next
+        self.under_way: deque[InFlight] = deque()  # in the order in which they are read
 
     def next(self) -> InFlight:
-        """The next batch to read. What bounds the number under way is the room in the arenas."""
+        """The next batch to read. The number under way is bounded by the room in the arenas, not here."""
         item = InFlight(batch=self._batches[self._order[self._position]])
         self._position = (self._position + 1) % len(self._order)
         self.under_way.append(item)
         return item
 
     def replace(self, batches: Sequence[LayerBatch]) -> None:
-        """From here on, batches that leave are these: the same ones, but others of them stay resident."""
+        """From here on, read these batches: the same ones, with other residents."""
         self._batches = tuple(batches)
 
     def recall(self) -> None:
-        """Nobody wants what is under way; the route begins anew."""
+        """Cancel everything under way, and begin the route again."""
         for item in self.under_way:
             item.cancel()
         self._position = 0
 
     def redirect(self, order: Sequence[int]) -> None:
-        """From here on batches leave, and arrive, in ``order``, beginning with its first."""
+        """From here on, batches arrive in ``order``, beginning with its first."""
         self._order, self._position = tuple(order), 0
         for item in self.under_way:
             if item.wanted and item.batch.index == self._order[self._position]:
@@ -108,26 +108,26 @@ class Route:
             item.cancel()
 
     def restart(self) -> None:
-        """Begin the route anew with the next batch that arrives."""
+        """Let the next batch that arrives be the first of the route."""
         self.redirect(self._order)
 
     def drop(self, item: InFlight) -> None:
-        """Nobody wants ``item``: give back what it holds, the device slot after the copies under way."""
+        """Give back what ``item`` holds, though it was not computed with: the device slot after its copies."""
         self.done(item, () if item.copied is None else (item.copied,))
 
     def done(self, item: InFlight, after: Sequence[Event]) -> None:
-        """``item`` was computed with, until ``after``: give back what it holds."""
+        """Give back what ``item`` holds: the device slot after ``after``, the computation that reads it."""
         if item not in self.under_way:  # dropped already: the pipeline was closed
             return
         self.under_way.remove(item)
         item.release(after)
-        # A device resident whose copies have begun does arrive, whoever wanted it; loading it once more
-        # would write over what may be computed with by then.
+        # A device resident whose copies have begun arrives in any case; loading it again would overwrite what
+        # may be computed with by then.
         if item.copied is None or not item.batch.device_resident:
             self._residents.gave_up(item.batch)
 
     async def empty(self) -> None:
-        """Drop everything under way, once no thread writes into its slots any more. The stages have ended."""
+        """Drop everything under way, once no thread writes into its slots. For use when the stages have ended."""
         for item in tuple(self.under_way):
             item.cancel()
         for item in tuple(self.under_way):

@@ -1,7 +1,7 @@
 """Blocking calls off the event loop, in threads of our own, never abandoned."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,7 +23,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"layerstream-{name}")
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start ``call`` and return at once."""
+        """Queue ``call`` and return at once."""
         return self._pool.submit(call, *args, **kwargs)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -47,55 +47,59 @@ class Threads:
 
 
 async def settled(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
-    """Wait until every future is done, whatever its outcome.
+    """Wait until every future is done, whatever its outcome, even if the waiting task is cancelled.
 
-    A thread that fills a buffer cannot be stopped, and the buffer must not be handed on before it has ended.
-    So a cancellation is kept back until then; ``droppable`` calls that have not begun are cancelled with it.
+    A thread that fills a buffer cannot be stopped, and the buffer must not be used again before it has ended.
+    So a cancellation is raised only then; ``droppable`` calls that have not begun are cancelled with it.
     """
     calls = list(futures)
     waiting = [asyncio.wrap_future(call) for call in calls]
+
+    def drop() -> None:
+        for call in calls if droppable else ():
+            call.cancel()
+
+    try:
+        await _all_done(waiting, on_cancel=drop)
+    finally:
+        for future in waiting:
+            if not future.cancelled():
+                future.exception()  # marked as retrieved: callers take results from the calls themselves
+
+
+async def finish_in_thread(call: Callable[[], T]) -> T:
+    """Run one long call in a thread of its own, to its end even if the waiting task is cancelled."""
+    threads = Threads("once", 1)
+    try:
+        return await threads.run(call)
+    finally:
+        threads.close()
+
+
+class Once:
+    """Work that is done once and to its end, however many tasks ask for it and are cancelled."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do ``work``, or wait until it has been done. A cancellation is raised only then."""
+        if self._task is None:
+            self._task = asyncio.create_task(work())
+        await _all_done([self._task])
+        self._task.result()
+
+
+async def _all_done(
+    waiting: Sequence[asyncio.Future[Any]], *, on_cancel: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until all of ``waiting`` are done; a cancellation of the waiting task is raised only then."""
     cancelled: asyncio.CancelledError | None = None
     while not all(future.done() for future in waiting):
         try:
             await asyncio.wait(waiting)
         except asyncio.CancelledError as error:
             cancelled = error
-            for call in calls if droppable else ():
-                call.cancel()
-    for future in waiting:
-        if not future.cancelled():
-            future.exception()  # taken note of: whoever wants it asks the call itself
+            on_cancel()
     if cancelled is not None:
         raise cancelled
-
-
-async def finish_in_thread(call: Callable[[], T]) -> T:
-    """Run one long call in a thread of its own, to its end even if the waiting task is cancelled."""
-    with ThreadPoolExecutor(1, thread_name_prefix="layerstream-once") as pool:
-        future = pool.submit(call)
-        try:
-            await settled([future])
-            return future.result()
-        finally:
-            del future  # an error that it holds would hold this frame, and so itself
-
-
-class Once:
-    """Work that is done once, to its end, whoever asks for it and however often it is cancelled."""
-
-    def __init__(self) -> None:
-        self._task: asyncio.Task[None] | None = None
-
-    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``work``, or wait until it has been done. A cancellation is kept back until then."""
-        if self._task is None:
-            self._task = asyncio.create_task(work())
-        cancelled: asyncio.CancelledError | None = None
-        while not self._task.done():
-            try:
-                await asyncio.wait([self._task])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        self._task.result()

@@ -1,11 +1,6 @@
-"""Spans of work and waiting, per stage: what the pipeline did with its time."""
+"""Spans of work and waiting, per stage: what the pipeline did with its time. Plain data."""
 
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -14,9 +9,7 @@ from layerstream.stages.forecast import Forecast
 
 __all__ = [
     "SPANS_KEPT",
-    "Clock",
     "Doing",
-    "Gauge",
     "Occupancy",
     "Span",
     "StageTimings",
@@ -26,11 +19,6 @@ __all__ = [
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
-# Work kept whose times the device has still to tell. A GPU's queue holds about so many kernels before whoever
-# gives it more is made to wait; what is older was given to a device that has failed.
-_UNCOUNTED_KEPT = 1024
-# Asked about no sooner than there is so much of it, or somebody wants to know: not for each batch anew.
-_COUNTED_TOGETHER = 64
 
 
 class Doing(StrEnum):
@@ -44,10 +32,10 @@ class Doing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of time of one stage; those of a stage do not overlap. Times are ``time.perf_counter``'s."""
+    """What one stage, or a slot, did for some time, by ``time.perf_counter``. Spans of a stage do not overlap."""
 
     doing: Doing
-    batch: int  # index of the layer batch; -1 where none is at hand yet
+    batch: int  # index of the layer batch; -1 if unknown
     start_seconds: float
     stop_seconds: float
     nbytes: int
@@ -57,7 +45,7 @@ class Span:
 class StageTimings:
     """Sums over all spans of one stage since the pipeline was opened, and the latest spans themselves.
 
-    Work that is given to a GPU counts when it is done, and for as long as the GPU took.
+    Work of a GPU counts once it is finished, and with the time that the GPU took.
     """
 
     name: str
@@ -74,7 +62,7 @@ class StageTimings:
         return self.bytes / self.busy_seconds if self.busy_seconds else 0.0
 
     def between(self, start_seconds: float, stop_seconds: float) -> "StageTimings":
-        """The sums of what the kept spans say of the time between; bytes count as evenly spread over a span."""
+        """The same for a part of the time, from the spans that are kept; a span's bytes count in proportion."""
         seconds, nbytes, items, kept = dict.fromkeys(Doing, 0.0), 0.0, 0, []
         for span in self.spans:
             start = max(span.start_seconds, start_seconds)
@@ -104,17 +92,16 @@ class SweepSpan:
 
     start_seconds: float
     stop_seconds: float
-    # Of the one forward pass in it; None where there were several, or nobody said.
-    tokens: int | None
-    steady: bool  # it was neither the first, nor did it load residents
+    tokens: int | None  # of the forward pass in it; None if there were several, or if it is unknown
+    steady: bool  # it was not the first and loaded no residents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
     """How full a ring of slots has been since the pipeline was opened.
 
-    Full on the host while computation waits: the disk is ahead of the copies. Next to empty: each batch is
-    computed with as soon as it is there. Behind a queue of one batch there is no more to tell than that.
+    A full host ring while computation waits means that reading is ahead of the copies. An almost empty one
+    means that each batch is computed with as soon as it is there.
     """
 
     name: str
@@ -126,7 +113,7 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """What the three stages did: the answer to what holds a sweep back."""
+    """What the three stages did, and so which of them holds a sweep back."""
 
     sweeps: int  # sweeps that were completed
     wall_seconds: float  # from when the pipeline was opened to the end of the last span
@@ -135,25 +122,25 @@ class Timings:
     labels: tuple[str, ...] = ()  # the layers of each layer batch
     occupancy: tuple[Occupancy, ...] = ()
     latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
-    # What the plan had said; None where there is no plan, or no sweep yet.
+    # The plan's predictions for the same sweeps; None for a part of a run.
     forecast: Forecast | None = None
 
     @property
     def overlap_efficiency(self) -> float:
-        """The longest stage's busy time by the time that passed: 1.0 when all else is hidden behind it."""
+        """The busiest stage's busy time divided by the time that passed: 1.0 if all else is hidden behind it."""
         busiest = max((stage.busy_seconds for stage in self.stages), default=0.0)
         return busiest / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
     @property
     def complete_since_seconds(self) -> float:
-        """From when on all spans are there: of a long run only the latest are kept."""
+        """When the oldest span begins that is kept of every stage: of a long run only the latest are."""
         full = [stage.spans[0] for stage in self.stages if len(stage.spans) >= SPANS_KEPT]
         return max((span.start_seconds for span in full), default=self.start_seconds)
 
     def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
-        """The same for a stretch of time in which the caller has counted ``sweeps``.
+        """The same for a part of the time, in which the caller has counted ``sweeps``.
 
-        Times are ``time.perf_counter``'s; occupancy stays that of the whole run, and there is no forecast.
+        Times are ``time.perf_counter``'s. Occupancy stays that of the whole run, and there is no forecast.
         """
         return replace(
             self,
@@ -165,7 +152,7 @@ class Timings:
         )
 
     def summary(self) -> str:
-        """A line for each stage, how well they overlap, and what to change, in words."""
+        """In words: a line for each stage, how well they overlap, and what to change."""
         from layerstream.stages.bottleneck import summarize
 
         return summarize(self)
@@ -194,101 +181,3 @@ class Timings:
             "occupancy": occupancy,
             "forecast": self.forecast.to_dict() if self.forecast is not None else None,
         }
-
-
-class Gauge:
-    """How much of something is in use: its mean over time, and its peak."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._amount = 0
-        self._area = 0.0
-        self._opened = self._changed = time.perf_counter()
-
-    def change(self, by: int) -> float:
-        """Count ``by`` more in use, or less; returns the present, by ``time.perf_counter``."""
-        now = time.perf_counter()
-        self._area += self._amount * (now - self._changed)
-        self._changed = now
-        self._amount += by
-        self.peak = max(self.peak, self._amount)
-        return now
-
-    def mean(self) -> float:
-        """The mean over the time since this was made."""
-        self.change(0)
-        return self._area / max(self._changed - self._opened, 1e-9)
-
-
-class Clock:
-    """Collects the spans of one stage. Sums are exact; of the spans themselves the latest are kept.
-
-    A span costs a microsecond or two, and a layer batch has less than ten: it can always be on.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
-        self._seconds = dict.fromkeys(Doing, 0.0)
-        self._items = 0
-        self._bytes = 0
-        self._uncounted: deque[Callable[[Clock], bool]] = deque(maxlen=_UNCOUNTED_KEPT)
-        self._counting = threading.Lock()  # whoever asks for timings, in any thread, counts
-        self.stopped = 0.0  # when the last span ended
-
-    def later(self, count: Callable[["Clock"], bool]) -> None:
-        """Have ``count`` add its spans here when the device can tell their times; it says whether that was so.
-
-        Asked in the order given, when there are many, or somebody wants the sums. Of a device that has failed,
-        the oldest are let go.
-        """
-        self._uncounted.append(count)
-        if len(self._uncounted) >= _COUNTED_TOGETHER:
-            self._count()
-
-    def _count(self) -> None:
-        with self._counting:
-            while self._uncounted and self._uncounted[0](self):
-                self._uncounted.popleft()
-
-    def add(
-        self,
-        doing: Doing,
-        start: float,
-        stop: float | None = None,
-        *,
-        batch: int = -1,
-        nbytes: int = 0,
-    ) -> float:
-        """Count the time from ``start`` to ``stop`` (now, if not given); returns the latter."""
-        if stop is None:
-            stop = time.perf_counter()
-        self._seconds[doing] += stop - start
-        if doing is Doing.WORKING:
-            self._items += 1
-            self._bytes += nbytes
-        self.spans.append(Span(doing, batch, start, stop, nbytes))
-        self.stopped = max(self.stopped, stop)
-        return stop
-
-    @contextmanager
-    def span(self, doing: Doing, *, batch: int = -1, nbytes: int = 0) -> Iterator[None]:
-        """Count the time that the body takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(doing, start, batch=batch, nbytes=nbytes)
-
-    def sums(self) -> StageTimings:
-        """The sums so far, and the spans that are kept."""
-        self._count()
-        return StageTimings(
-            name=self.name,
-            items=self._items,
-            bytes=self._bytes,
-            busy_seconds=self._seconds[Doing.WORKING],
-            waited_in_seconds=self._seconds[Doing.WAITING_IN],
-            waited_out_seconds=self._seconds[Doing.WAITING_OUT],
-            spans=tuple(self.spans),
-        )

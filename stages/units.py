@@ -14,7 +14,7 @@ __all__ = [
 _ROUNDS_UP = 999.5  # what would print as 1000
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
-_ABSURD_BYTES = 1 << 63  # no machine counts further
+_ABSURD_BYTES = 1 << 63  # more than any machine can address
 
 _UNITS = {
     "": 1,

@@ -16,7 +16,7 @@ from support.streaming import SMALL, open_streaming
 
 from layerstream.pipeline import AdmissionError, Budget, ClosedError, Workload, load_streamed
 from layerstream.pipeline.admission import Admission, Reservation
-from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.estimator import Estimator
 from layerstream.pipeline.room import Room
 from layerstream.pipeline.workload import workload_bytes
 
@@ -288,7 +288,7 @@ def test_the_drop_in_accounts_its_own_generate_and_forward(tmp_path: Path) -> No
         streamed = vars(model)["_layerstream_close"].model
 
         def look(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            seen.append(streamed._engine._admission.reserved_bytes)
+            seen.append(streamed._engine.requests._admission.reserved_bytes)
             return scores
 
         model.generate(IDS, **GREEDY, logits_processor=[look])

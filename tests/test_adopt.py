@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
-from support.faults import Gate, RecordingReader
+from support.faults import Gate
 from support.loop import happens, run
+from support.sweeping import recording
 
 from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
 from layerstream.stages.residents import Residents
@@ -30,10 +31,6 @@ def with_residents(plan, *, on_host=(), on_device=()):
         host_arena_bytes=rings.host_arena_bytes,
         device_arena_bytes=rings.device_arena_bytes,
     )
-
-
-def recording(plan):
-    return RecordingReader([file.path for file in plan.files])
 
 
 CHANGES = {

@@ -31,8 +31,8 @@ from layerstream.pipeline import (
     Workload,
     load_streamed,
 )
-from layerstream.pipeline import model as model_module
 from layerstream.pipeline import opening as opening_module
+from layerstream.pipeline import runtime as runtime_module
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices import CudaDevice
 from layerstream.stages.usage import anonymous_bytes
@@ -180,7 +180,7 @@ class StandIn:
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)
-        for module in (opening_module, model_module):
+        for module in (opening_module, runtime_module):
             monkeypatch.setattr(module, "open_device", lambda _: self.opened)
 
     def device(self, kind=FakeDevice):
@@ -482,7 +482,7 @@ def test_no_device_is_opened_on_the_event_loop_which_it_would_hold_for_seconds(
 
         return opened
 
-    for module in (opening_module, model_module):
+    for module in (opening_module, runtime_module):
         monkeypatch.setattr(module, "open_device", noted(module.open_device))
 
     async def main():

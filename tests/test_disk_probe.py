@@ -19,7 +19,8 @@ from layerstream.pipeline.disk_probe import (
 )
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
-from layerstream.stages.readers import DirectReader, MmapReader
+from layerstream.stages.mmap_reader import MmapReader
+from layerstream.stages.readers import DirectReader
 
 MIB = 1 << 20
 SIZE = 96 * MIB

@@ -11,7 +11,7 @@ from support.plans import plan_of
 from support.streaming import SMALL
 
 from layerstream.pipeline import Plan, Workload
-from layerstream.pipeline.requests import Estimator
+from layerstream.pipeline.estimator import Estimator
 from layerstream.pipeline.room import Room, room_of
 
 WIDEST, VOCABULARY = 4096, 6000

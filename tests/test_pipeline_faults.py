@@ -58,7 +58,7 @@ class Rig:
     async def close(self):
         """Close, and look whether all went home."""
         await self.pipeline.aclose()
-        host, device = self.pipeline._arenas
+        host, device = self.pipeline._resources.arenas
         assert (host.used_slots, device.used_slots) == (0, 0)
         assert self.device.host_memories == 0
         assert our_threads() == []
@@ -417,7 +417,7 @@ def test_two_hundred_sweeps_and_fifty_cancellations_leave_nothing_behind(folder,
                     await asyncio.wait([task])
                 assert await pipeline.run(compute, 0) == BATCHES
             await pipeline.aclose()
-            assert [arena.used_slots for arena in pipeline._arenas] == [0, 0]
+            assert [arena.used_slots for arena in pipeline._resources.arenas] == [0, 0]
         assert our_tasks() == []
 
     with nothing_left_behind():
@@ -436,7 +436,7 @@ def test_fifty_opens_and_closes_leave_nothing_behind(folder, reader):
                 async for batch in pipeline.sweep():
                     if batch.index == left:
                         break
-            assert [arena.used_slots for arena in pipeline._arenas] == [0, 0]
+            assert [arena.used_slots for arena in pipeline._resources.arenas] == [0, 0]
 
     with nothing_left_behind():
         run(main())

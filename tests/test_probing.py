@@ -102,9 +102,9 @@ def test_what_is_known_is_not_measured_again_unless_asked_to(probe, monkeypatch)
 
     monkeypatch.setattr(probing, "_subjects", counted)
     assert origins(probe()) >= {Origin.CACHED}
-    assert not {"disk-direct", "copies", "compute"} & set(calls)
+    assert not {"disk-direct", "copies", "blocks", "compute"} & set(calls)
     assert probe(fresh=True).figures["compute"].origin is Origin.MEASURED
-    assert calls[-4:] == ["disk-direct", "disk-mmap", "copies", "compute"]
+    assert calls[-5:] == ["disk-direct", "disk-mmap", "copies", "blocks", "compute"]
 
 
 def test_without_measuring_nothing_is_known_of_a_new_machine(probe):
@@ -161,6 +161,8 @@ def test_a_disk_that_fails_is_warned_of_and_all_else_is_measured(probe, monkeypa
         "host_available_bytes",
         "cached_bytes",
         "host_copy_bytes_per_second",
+        "attention_flops_per_second",
+        "blocks_per_second",
         "compute",
     }
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]

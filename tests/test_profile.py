@@ -12,7 +12,8 @@ import pytest
 from support.checkpoints import CPU, plan_for
 from support.models import save_model
 
-from layerstream.stages.timings import Clock, Doing, Timings
+from layerstream.stages.clock import Clock
+from layerstream.stages.timings import Doing, Timings
 from layerstream.tools import plot, progress
 from layerstream.tools.cli import main
 from layerstream.tools.profiling import profile_model

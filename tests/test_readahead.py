@@ -10,8 +10,8 @@ from support.checkpoints import write_checkpoint
 from layerstream.pipeline import Budget, Checkpoint, Hardware, make_plan
 from layerstream.stages.batch import Extent
 from layerstream.stages.headroom import host_available_bytes
+from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.readahead import Readahead, fits_page_cache
-from layerstream.stages.readers import MmapReader
 
 MIB = 1 << 20
 

@@ -1,9 +1,7 @@
 """One conformance suite for all readers, and what each of them promises beyond it."""
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import threading
 import time
@@ -12,17 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.leaks import mappings_of, nothing_left_behind
+from support.page_cache import cached_pages, drop_from_cache
 
-from layerstream.stages.batch import Extent, LayerBatch, Read
+from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
+from layerstream.stages.files import WeightFiles
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import (
-    BLOCK_BYTES,
-    DirectReader,
-    MmapReader,
-    ThrottledReader,
-    _Files,
-)
+from layerstream.stages.mmap_reader import MmapReader
+from layerstream.stages.readers import BLOCK_BYTES, DirectReader, ThrottledReader
 
 SIZE = 5 * BLOCK_BYTES + 100  # ends inside a block, as files do
 BOUNDARIES = [
@@ -91,26 +86,6 @@ def files(tmp_path):
     for path in paths:
         path.write_bytes(os.urandom(SIZE))
     return paths
-
-
-def drop_from_cache(path):
-    descriptor = os.open(path, os.O_RDWR)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
-def cached_pages(path):
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    with path.open("rb") as stream:
-        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    first = ctypes.c_char.from_buffer(mapping)
-    pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
-    assert libc.mincore(ctypes.addressof(first), len(mapping), pages) == 0
-    del first
-    mapping.close()
-    return sum(page & 1 for page in pages)
 
 
 def read(reader, offset, nbytes, file=0):
@@ -202,13 +177,6 @@ def test_a_missing_file_is_named_and_the_others_are_closed_again(kind, files, op
         open_reader(kind, [*files, files[0].with_name("gone.bin")])
 
 
-def test_a_file_that_cannot_be_mapped_is_named_and_the_others_are_closed_again(files):
-    empty = files[0].with_name("empty.bin")
-    empty.touch()
-    with nothing_left_behind(), pytest.raises(ReadError, match=r"empty\.bin.*cannot be mapped"):
-        MmapReader([*files, empty])
-
-
 @pytest.mark.parametrize("kind", READERS)
 def test_closing_leaves_no_descriptor_and_no_mapping(kind, files, open_reader):
     with nothing_left_behind():
@@ -244,82 +212,6 @@ def test_a_read_leaves_nothing_in_the_page_cache(kind, tmp_path, open_reader):
     for offset in range(0, size, 1 << 20):
         read(reader, offset, min(1 << 20, size - offset))
     assert cached_pages(path) == 0
-
-
-def batch_of(*reads):
-    return LayerBatch(
-        index=0, layers=("a",), reads=reads, segments=(), tensors=(), host_bytes=0, device_bytes=0
-    )
-
-
-def test_a_mapped_batch_shows_the_bytes_of_each_read_at_its_place_in_the_host_image(files):
-    reader = MmapReader(files)
-    image = reader.mapped(
-        batch_of(
-            Read(file=0, file_offset=BLOCK_BYTES, host_offset=0, nbytes=2 * BLOCK_BYTES),
-            Read(file=1, file_offset=4 * BLOCK_BYTES, host_offset=8192, nbytes=BLOCK_BYTES + 100),
-        )
-    )
-    assert bytes(image.bytes(10, 50).numpy()) == files[0].read_bytes()[4106:4156]
-    assert bytes(image.bytes(8192 + 4096, 100).numpy()) == files[1].read_bytes()[-100:]
-    reader.close()
-
-
-def test_touching_brings_an_extent_into_memory(files):
-    drop_from_cache(files[0])
-    reader = MmapReader(files)
-    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
-    assert cached_pages(files[0]) == 6
-    reader.close()
-
-
-def test_a_mapping_that_shrank_is_an_error_before_any_byte_is_touched(files):
-    reader = MmapReader(files)
-    os.truncate(files[0], BLOCK_BYTES)
-    with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
-        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
-    with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
-        reader.mapped(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
-    reader.close()
-
-
-def test_an_error_while_touching_names_file_and_offset(files, monkeypatch):
-    reader = MmapReader(files)
-
-    def broken(_address, _nbytes, _advice):
-        ctypes.set_errno(errno.EIO)
-        return -1
-
-    monkeypatch.setattr(reader, "_madvise", broken)
-    with pytest.raises(ReadError, match=rf"a\.bin.*offset {BLOCK_BYTES}.*Input/output"):
-        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
-    reader.close()
-
-
-def test_on_an_older_kernel_touching_starts_the_read_ahead_instead(files, monkeypatch):
-    reader = MmapReader(files)
-    asked = []
-
-    def old_kernel(_address, _nbytes, advice):
-        asked.append(advice)
-        ctypes.set_errno(errno.EINVAL)
-        return 0 if advice == mmap.MADV_WILLNEED else -1
-
-    monkeypatch.setattr(reader, "_madvise", old_kernel)
-    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
-    assert asked[-1] == mmap.MADV_WILLNEED
-    reader.close()
-
-
-def test_a_tensor_that_somebody_kept_stays_readable_after_its_mapping_was_closed(files):
-    expected = files[0].read_bytes()
-    reader = MmapReader(files)
-    image = reader.mapped(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
-    kept = image.bytes(0, 8192)
-    reader.close()
-    assert bytes(kept.numpy()) == expected[:8192]
-    del kept, image
-    assert mappings_of(files[0].parent) == []
 
 
 def test_a_tensor_that_somebody_kept_stays_readable_after_its_host_memory_was_closed():
@@ -368,25 +260,4 @@ def test_a_descriptor_that_cannot_be_opened_for_want_of_rights_is_said(files, mo
 
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(ReadError, match=r"a\.bin.*Permission denied"):
-        _Files(files, 0)
-
-
-def test_a_mapping_tells_how_much_is_in_memory_and_drops_it(tmp_path):
-    path = tmp_path / "file"
-    with path.open("wb") as stream:
-        stream.write(os.urandom(16 * BLOCK_BYTES + 100))
-        os.fsync(stream.fileno())
-    whole = Extent(file=0, offset=0, nbytes=16 * BLOCK_BYTES + 100)
-    half = Extent(file=0, offset=8 * BLOCK_BYTES, nbytes=8 * BLOCK_BYTES + 100)
-    reader = MmapReader([path])
-    try:
-        assert reader.resident_bytes(whole) == whole.nbytes
-        assert reader.resident_bytes(half) == half.nbytes
-        reader.evict(whole)
-        left = reader.resident_bytes(whole)
-        if left == whole.nbytes:
-            pytest.skip("this filesystem keeps files in memory")
-        reader.touch(half)
-        assert reader.resident_bytes(half) == half.nbytes
-    finally:
-        reader.close()
+        WeightFiles(files)

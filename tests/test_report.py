@@ -19,6 +19,8 @@ KNOWN = {
     "mmap_bytes_per_second": 5e8,
     "host_copy_bytes_per_second": 5e9,
     "h2d_bytes_per_second": 1e10,
+    "attention_flops_per_second": 1e12,
+    "blocks_per_second": 1e5,
     "compute": (ComputeRate(tokens=1, bytes_per_second=1e11),),
     "direct_read_cpu_seconds_per_byte": 0.0,
     "mmap_read_cpu_seconds_per_byte": 0.0,

@@ -13,8 +13,8 @@ from support.checkpoints import GPU
 from support.plans import plan_of
 
 from layerstream.pipeline import AdmissionError, Plan, Workload
+from layerstream.pipeline.estimator import Estimator, Need
 from layerstream.pipeline.host_cache import with_host_cache
-from layerstream.pipeline.requests import Estimator, Need
 from layerstream.pipeline.room import Parts, Room, room_of
 
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Reading a model's files ahead while Python loads the code that computes with them."""
+"""Reads a model's files ahead while Python imports the code that computes with them."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ __all__ = ["reading_ahead"]
 
 @contextmanager
 def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
-    """Fill the page cache with the model of ``args`` during the block, if its plan will be to map the files.
+    """Fill the page cache with the model of ``args`` during the block, if its files will be mapped.
 
-    That is so on a CPU, without a host budget, for files that fit the free memory; else this does nothing.
+    They are on a CPU, without a host budget, if they fit into free memory; otherwise this does nothing.
     """
     files = _weights(Path(args.model)) if _maps(args) else []
     if files and fits_page_cache(sum(path.stat().st_size for path in files)):

@@ -1,4 +1,4 @@
-"""The ``layerstream`` command: exit code 0 done, 1 a clear error on stderr, 2 wrong usage."""
+"""The ``layerstream`` command: exit code 0 success, 1 an error on stderr, 2 wrong usage."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ _COMMANDS = {
     "make-checkpoint": make_checkpoint,
 }
 
-# What a shell says of a command that a signal ended: 128 and the signal's number.
+# A shell's exit code for a command that a signal ended: 128 plus the signal's number.
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` and return its exit code.
 
     Raises:
-        SystemExit: on wrong usage, and after ``--help``, as argparse does it.
+        SystemExit: on wrong usage, and after ``--help``, from argparse.
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has left; nothing may be written to it when Python exits.
+        # The reader of our output has gone; Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except KeyboardInterrupt:

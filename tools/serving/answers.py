@@ -1,4 +1,4 @@
-"""Requests to answers: each is generated for as long as somebody is there to read it."""
+"""From requests to answers, which are generated as long as the client is connected."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ __all__ = ["Answers"]
 
 logger = logging.getLogger(__name__)
 
-# What a client that was turned away is told to wait: some tokens' time, at the speed of a disk.
+# Retry-After of a refused request: the time of some tokens, at the speed of a disk.
 _RETRY_AFTER_SECONDS = 5
 
 Asked = ChatRequest | CompletionRequest
@@ -40,12 +40,12 @@ class Answers:
     Args:
         model: open.
         tokenizer: its own.
-        prompts: turns requests into token ids; closed with ``stop``.
-        max_answers: under way or waiting at any time; more are turned away.
+        prompts: turns requests into token ids; closed by ``stop``.
+        max_answers: running or waiting at any time; requests for more are refused.
 
     Attributes:
-        failure: why streaming failed when it was last tried, or that the server stops; None while all is well.
-        open: how many answers are under way or waiting.
+        failure: why streaming failed when it was last tried, or that the server stops; None if all is well.
+        open: how many answers run or wait.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Answers:
         self._tasks: set[asyncio.Task[None]] = set()  # one for each request
 
     def stop(self) -> None:
-        """Answer what runs, and whatever still comes, with an error: the server is shutting down."""
+        """End running requests, and refuse new ones, with an error: the server is shutting down."""
         self._stopped = True
         self.failure = STOPPED
         for task in self._tasks:
@@ -72,7 +72,7 @@ class Answers:
         """The answer to a request whose body has been read from ``receive``.
 
         Raises:
-            ApiError: there is none. An answer that is streamed may raise it when it is sent.
+            ApiError: the request cannot be answered. A streamed answer may raise it while it is sent.
         """
         reply = Reply(asked)
         if not asked.stream:
@@ -97,7 +97,9 @@ class Answers:
         try:
             await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ApiError(499, "The client has left.")  # for the log: nobody is there
+                raise ApiError(
+                    499, "The client has left."
+                )  # for the log: the client does not get it
             if task.cancelled():
                 raise ApiError(503, STOPPED)
             if (error := task.exception()) is not None:
@@ -109,19 +111,19 @@ class Answers:
             await asyncio.wait([task, leaving])
 
     def _told(self, error: BaseException) -> ApiError:
-        """What the client is told of ``error``; what is not his fault is logged."""
+        """The error that the client gets for ``error``, which is logged if the client did not cause it."""
         told = api_error(error)
         if told.status >= 500 and error is not told:  # noqa: PLR2004
-            # An error of ours says all there is to say.
+            # The message of an error of ours is sufficient.
             ours = isinstance(error, LayerstreamError)
             logger.error("a request failed: %s", error, exc_info=None if ours else error)
         if not self._stopped and isinstance(error, ReadError | ClosedError | DeviceError):
-            # Mostly for good: whoever watches /health then starts the server anew.
+            # Usually permanent: whatever monitors /health then restarts the server.
             self.failure = f"Streaming has failed: {error}"
         return told
 
     async def _generate(self, asked: Asked, reply: Reply, emit: "Emit") -> None:
-        """Generate all answers that are asked for; give ``emit`` the chunks of each token."""
+        """Generate all answers to a request; pass the chunks of each token to ``emit``."""
 
         async def one(choice: Choice) -> None:
             pieces = generate_text(self._model, self._tokenizer, choice)
@@ -144,7 +146,7 @@ class Answers:
 
     @contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Take ``count`` of the places for answers."""
+        """Occupy ``count`` of the places for answers."""
         if self._stopped:
             raise ApiError(503, STOPPED)
         if count > self._max_answers:
@@ -166,7 +168,7 @@ class Answers:
             self.open -= count
 
     def _choices(self, asked: Asked, prompts: Sequence[Sequence[int]]) -> list[Choice]:
-        """The answers to generate: those to the first prompt first."""
+        """The answers to generate, ordered by prompt."""
         wanted = [(prompt, number) for prompt in prompts for number in range(asked.n)]
         return [
             Choice(
@@ -190,7 +192,7 @@ Emit = Callable[[Sequence[dict[str, Any]]], Awaitable[None]]
 
 
 async def _ignore(_: Sequence[dict[str, Any]]) -> None:
-    """Send nothing before all is there."""
+    """Send nothing before the whole answer is there."""
 
 
 async def _client_left(receive: Receive) -> None:

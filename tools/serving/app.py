@@ -1,7 +1,7 @@
 """The service: a FastAPI app on an open ``StreamedModel``.
 
-It turns HTTP into calls of ``StreamedModel.stream``, one for each answer, and tokens into JSON. Which of them
-computes when, and in how much memory, is the library's business: here is no scheduling.
+It turns HTTP requests into calls of ``StreamedModel.stream``, one for each answer, and tokens into JSON. The library
+decides which of them computes when, and in how much memory: there is no scheduling here.
 """
 
 import hmac
@@ -26,9 +26,9 @@ __all__ = ["make_app"]
 
 
 def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
-    """An app that serves ``model``, which is open and stays so for as long as the app is used.
+    """An app that serves ``model``, which has to be open as long as the app is used.
 
-    ``app.state.answers.stop()`` ends what runs; ``tools/serve.py`` does that when it shuts down.
+    ``app.state.answers.stop()`` ends running requests; ``tools/serve.py`` calls it when it shuts down.
     """
     prompts = Prompts(
         tokenizer,
@@ -64,7 +64,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
 
 class Routes:
-    """What stands behind each path."""
+    """The handlers of all paths."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Routes:
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:
-        """All models: the one."""
+        """All models: only one."""
         return {"object": "list", "data": [await self.model(self._settings.model_name)]}
 
     async def model(self, name: str) -> dict[str, Any]:
@@ -120,11 +120,11 @@ class Routes:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "layerstream"}
 
     async def chat(self, request: Request) -> Response:
-        """Go on with a conversation."""
+        """Continue a conversation."""
         return await self._answer(request, ChatRequest)
 
     async def complete(self, request: Request) -> Response:
-        """Go on with a text."""
+        """Continue a text."""
         return await self._answer(request, CompletionRequest)
 
     async def _answer(

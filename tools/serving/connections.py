@@ -1,4 +1,4 @@
-"""One connection of a client, as uvicorn reads it, but for those who would hold it for ever or say nonsense."""
+"""uvicorn's connection of a client, with limits on how long a client may hold it, and errors in OpenAI's form."""
 
 import asyncio
 import json
@@ -13,36 +13,36 @@ from layerstream.tools.serving.errors import ApiError
 
 __all__ = ["Connection"]
 
-# The head of a request is there within this time: of the connection's beginning if it is the first, else of its own.
-# So is the rest of a body that nobody reads, since its request has had an answer.
+# Time for the header of a request: from the beginning of the connection for the first one, else from its own beginning.
+# Also for the rest of a body that is not read any more, since its request has been answered.
 _WAIT_SECONDS = 30
 
 
 class Connection(H11Protocol):
-    """Closes when what it waits for does not come in time; answers what is not HTTP with an error like any other."""
+    """Closes when expected data does not come in time, and answers what is not HTTP with an error in OpenAI's form."""
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """A client has come."""
+        """Begin to wait for the first header."""
         super().connection_made(transport)
         self._expect()
 
     def data_received(self, data: bytes) -> None:
-        """He has said something."""
+        """Handle data, and wait for the rest if it is incomplete."""
         super().data_received(data)
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """He has left."""
+        """Stop waiting."""
         self._expect_nothing()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """What has come is not HTTP, or too much of it: say so, and close."""
+        """Answer data that is not HTTP, or too long, with an error, and close."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is being sent
             self.transport.close()
             return
         body = json.dumps(ApiError(status, f"{msg} {error}", code="invalid_http").body).encode()
@@ -55,7 +55,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _expect(self) -> None:
-        """Have the connection closed if the rest of a head, or of what is dropped, is long in coming."""
+        """Close the connection if the rest of a header, or of a dropped body, takes too long."""
         states = self.conn.our_state, self.conn.their_state
         if states[1] is not h11.IDLE and states != (h11.DONE, h11.SEND_BODY):
             self._expect_nothing()

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's service words them."""
+"""Errors in the form of OpenAI's service."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ __all__ = ["STOPPED", "ApiError", "api_error", "reply_to"]
 
 STOPPED = "The server is shutting down."
 
-# What a client sent may be a megabyte, and is quoted.
+# Of a client's input that is quoted, which may be a megabyte.
 _QUOTED_CHARACTERS = 1000
 
 
 class ApiError(Exception):
-    """Raised when a request gets an error for an answer.
+    """Raised when a request is answered with an error.
 
     Attributes:
         status: the HTTP status.
         body: the answer, ``{"error": {"message", "type", "param", "code"}}``.
-        headers: what goes with it.
+        headers: of the answer.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class ApiError(Exception):
 
 def _shortened(text: str) -> str:
     text = text if len(text) <= _QUOTED_CHARACTERS else f"{text[:_QUOTED_CHARACTERS]} ..."
-    # A path may hold half of a surrogate pair, which no answer can.
+    # A path may contain half of a surrogate pair, which an answer cannot.
     return text.encode("utf-8", "replace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What the client is told of ``error``."""
+    """The error that the client gets for ``error``."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdmissionError):
@@ -61,18 +61,18 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, LayerstreamError):
         status = 503 if isinstance(error, ClosedError) else 500
         return ApiError(status, f"The model failed: {error}", code=type(error).__name__)
-    # What went wrong inside is for the log, not for whoever asks.
+    # Details of an internal error are for the log, not for the client.
     return ApiError(500, "The server had an error while it processed the request.")
 
 
 async def reply_to(request: Request, error: Exception) -> Response:
     """The answer to a request that failed with ``error``: an exception handler for the app."""
-    status = getattr(error, "status_code", None)  # of starlette's own: no such path or method
+    status = getattr(error, "status_code", None)  # of starlette: no such path or method
     where = f"{request.method} {request.url.path}"
     if status == 404:  # noqa: PLR2004
         told = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
     elif status == 405 and request.method == "OPTIONS":  # noqa: PLR2004
-        # No word of other origins: pages in a browser have no business with a service on this machine.
+        # No CORS headers: pages of other origins in a browser must not use a service on this machine.
         headers = getattr(error, "headers", None) or {}
         return Response(None, 204, {"Allow": f"{headers.get('Allow', '')}, OPTIONS"})
     elif status is not None:

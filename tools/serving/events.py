@@ -1,4 +1,4 @@
-"""An answer that is sent while it is made, as server-sent events."""
+"""An answer that is sent while it is generated, as server-sent events."""
 
 import asyncio
 import json
@@ -15,14 +15,14 @@ __all__ = ["Events", "Send"]
 
 _LAST_EVENT_SECONDS = 1
 
-Send = Callable[[Any], Awaitable[None]]  # takes what becomes JSON
+Send = Callable[[Any], Awaitable[None]]  # its argument is sent as JSON
 
 
 class Events(Response):
     """The events that ``produce`` sends, and "[DONE]".
 
-    The status goes out with the first event: an error before that is an answer like any other. One after
-    that is an event of its own, and the last.
+    The status is sent with the first event, so an error before that is an ordinary answer. A later one is an event of
+    its own, and the last.
     """
 
     media_type = "text/event-stream"
@@ -56,7 +56,7 @@ class Events(Response):
         except ApiError as error:
             if not started:
                 raise
-            with suppress(TimeoutError):  # where nobody reads, it is not waited for
+            with suppress(TimeoutError):  # a client that does not read is not waited for
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
                     await event(_json(error.body), more=False)
         else:

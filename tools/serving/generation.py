@@ -16,7 +16,7 @@ __all__ = ["Choice", "Piece", "generate_text"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """An answer that is asked for."""
+    """One answer that a request asks for."""
 
     index: int  # among the answers to a request
     prompt: Sequence[int]  # token ids
@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What a token has added to an answer; the last piece tells why it ends, and has no token of its own."""
+    """The text that a token adds to an answer; the last piece says why the answer ends, and has no token."""
 
     index: int
     text: str
@@ -38,7 +38,7 @@ class Piece:
 async def generate_text(
     model: StreamedModel, tokenizer: Any, choice: Choice
 ) -> AsyncGenerator[Piece]:
-    """The answer to ``choice``, piece by piece. Closing it ends the generation."""
+    """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
     text, stops = TokenText(tokenizer), StopStrings(choice.stops)
     settings = model.module.generation_config
     ends = settings.eos_token_id
@@ -51,7 +51,7 @@ async def generate_text(
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=choice.new_tokens,
         **choice.sampling,
-        # Nothing is padded; unset, transformers warns that it sets it.
+        # Nothing is padded, but transformers warns if this is not set.
         pad_token_id=next(iter(ends), None) if pad is None else pad,
     )
     async with aclosing(cast("AsyncGenerator[int]", tokens)):

@@ -1,4 +1,4 @@
-"""What a request asks about, as token ids, and whether the model can take it."""
+"""From the prompts of a request to token ids, and whether they fit the model."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def context_tokens(config: Any) -> int | None:
-    """The most tokens, prompt and answer together, that a model with this config knows positions for."""
+    """The most tokens, prompt and answer together, that a model with this config has positions for."""
     config = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     found = (getattr(config, name, None) for name in names)
@@ -28,8 +28,8 @@ class Prompts:
         tokenizer: the model's, of transformers.
         chat_template: instead of the tokenizer's own.
         context: the most tokens of prompt and answer together, or None.
-        vocabulary: how many tokens the model knows.
-        new_tokens: how many a chat's answer has at most where nothing is said.
+        vocabulary: number of tokens that the model knows.
+        new_tokens: limit of a chat's answer if the request has none.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Prompts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerstream-prompts")
 
     def close(self) -> None:
-        """Let the thread go. Whoever still waits for it is told that the server stops."""
+        """End the thread. Requests that still wait for it get an error that the server stops."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -60,7 +60,7 @@ class Prompts:
         """The token ids of each prompt.
 
         Raises:
-            ApiError: there is none, or the model does not know what is in it.
+            ApiError: there is no prompt, or it has tokens that the model does not know.
         """
         if isinstance(asked, ChatRequest):
             name, found = "messages", [await self.in_thread(self._chat, asked.messages)]
@@ -77,7 +77,7 @@ class Prompts:
             ApiError: more are asked for than the model has positions for.
         """
         chat = isinstance(asked, ChatRequest)
-        # OpenAI's text completions have 16 where nothing is said.
+        # 16 is the default of OpenAI's text completions.
         wanted = asked.asked_tokens or (self._new_tokens if chat else 16)
         if self._context is None:
             return wanted
@@ -95,7 +95,7 @@ class Prompts:
         return wanted
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """What ``function`` returns, called in the thread of all prompts.
+        """Call ``function`` in the thread for all prompts, and return its result.
 
         Raises:
             ApiError: the server is shutting down.
@@ -132,11 +132,11 @@ class Prompts:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except Exception as error:  # templates refuse what they do not like with whatever comes
+        except Exception as error:  # templates raise errors of any kind to refuse messages
             raise ApiError(
                 400, f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return self._ids(text, special=False)  # the template has written them
+        return self._ids(text, special=False)  # the template has added them
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]

@@ -1,4 +1,4 @@
-"""What a request may ask for: OpenAI's parameters, each of them honoured, or refused by name."""
+"""The parameters of a request: each of OpenAI's is honoured, or refused by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,17 +9,17 @@ from layerstream.tools.serving.errors import ApiError
 
 __all__ = ["NOT_BUILT", "AnyRequest", "ChatRequest", "CompletionRequest", "Message"]
 
-# A batch in one request takes places from everybody else's; OpenAI's own limit is 128.
+# Several answers to one request take places of others; OpenAI's limit is 128.
 MAX_CHOICES = 8
-# More than any client needs; and what is longer would take long to look through.
+# More than any client needs; longer lists would take long to check.
 _MAX_ITEMS = 2048
 _MAX_PARTS = 128
-# Each new token is compared with a stop string's beginnings, on the event loop.
+# Each new token is compared with the beginnings of stop strings, on the event loop.
 _MAX_STOP = 1000
 
 _INT64 = 1 << 63
 
-# Parameters of OpenAI's that are not built, with the values that ask for nothing. Null is such a value of each.
+# OpenAI's parameters that are not implemented, with values that have no effect. Null has none for each of them.
 NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -43,29 +43,31 @@ NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# What an answer of ours may come back with, and asks for nothing.
+# Fields of an answer of ours that a client may send back, which have no effect.
 _EMPTY_IN_MESSAGES: Mapping[str, Sequence[Any]] = {"annotations": [], "tool_calls": []}
 
 
 Item = TypeVar("Item")
-# The first wrong item is all that is told: a megabyte of them would take seconds to put into words.
+# Only the first wrong item is reported: to describe a megabyte of them would take seconds.
 _Listed = Annotated[list[Item], Field(fail_fast=True, max_length=_MAX_ITEMS)]
 _Tokens = Annotated[list[int], Field(fail_fast=True)]  # the model's context is their limit
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
-_Tag = Annotated[str | None, Field(description="a string")]  # it changes no answer
+_Tag = Annotated[str | None, Field(description="a string")]  # it has no effect on the answer
 
 
 class _Part(BaseModel):
-    """Everything in a request: nothing unknown, nothing converted, nothing infinite."""
+    """The base of all parts of a request: no unknown fields, no conversions, no infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Part):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None  # padding against who listens to lengths
+    include_obfuscation: Literal[False] | None = (
+        None  # padding that hides lengths from eavesdroppers
+    )
 
 
 class _Generation(_Part):
@@ -100,12 +102,12 @@ class _Generation(_Part):
 
     @property
     def answers(self) -> int:
-        """How many texts are wanted."""
+        """How many answers are asked for."""
         return self.n
 
     @property
     def asked_tokens(self) -> int | None:
-        """The most tokens that are wanted; None: not said."""
+        """The limit of new tokens; None if the request has none."""
         return self.max_tokens
 
     def check(self) -> None:
@@ -130,7 +132,7 @@ class CompletionRequest(_Generation):
 
     @property
     def answers(self) -> int:
-        """How many texts are wanted: for each prompt, so many."""
+        """How many answers are asked for, over all prompts."""
         one = isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), 0), int)
         return self.n if one else self.n * len(self.prompt)
 
@@ -143,9 +145,9 @@ class TextPart(_Part):
 
 
 class Message(_Part):
-    """One turn of a chat. As in the request itself, what is null in it was not said.
+    """One turn of a chat. As in the request itself, null means that a field is not set.
 
-    The official client sends an answer of ours back with all that was in it, ``"refusal": null`` too.
+    The official client sends answers back with all their fields, such as ``"refusal": null``.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -180,7 +182,7 @@ class ChatRequest(_Generation):
 
     @property
     def asked_tokens(self) -> int | None:
-        """The most tokens that are wanted; None: not said."""
+        """The limit of new tokens; None if the request has none."""
         return self.max_completion_tokens or self.max_tokens
 
     def check(self) -> None:

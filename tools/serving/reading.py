@@ -1,4 +1,4 @@
-"""From the body of an HTTP request to what it asks for. None of it holds the event loop for long."""
+"""From the body of an HTTP request to a validated request, without blocking the event loop for long."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -13,12 +13,12 @@ from layerstream.tools.serving.protocol import NOT_BUILT, AnyRequest
 
 __all__ = ["read_request"]
 
-# A body comes within this time, or never: somebody may send it byte by byte to keep us waiting.
+# Time for a body, since a client might send it byte by byte.
 _BODY_SECONDS = 60
-# Lists, objects and names in a body, which each cost time and memory, however short they are. Two thousand
+# Lists, objects and names in a body, each of which costs time and memory, however short it is. Two thousand
 # messages with a part each have 14 000; a megabyte of "[]," would have 350 000, and take half a second.
 _MAX_NODES = 16_384
-# More mistakes than that are not looked at: putting each into words takes microseconds.
+# Further mistakes are ignored: describing each takes microseconds.
 _MAX_MISTAKES = 100
 
 
@@ -29,10 +29,10 @@ async def read_request(
     max_bytes: int,
     in_thread: Callable[..., Awaitable[AnyRequest]],
 ) -> AnyRequest:
-    """The body of ``request``; ``in_thread`` calls a function with arguments, off the event loop.
+    """Read and validate the body of ``request``; ``in_thread`` calls a function off the event loop.
 
     Raises:
-        ApiError: it is too long, too slow, not JSON, or asks for what is not there.
+        ApiError: it is too long, too slow, not JSON, or has wrong parameters.
     """
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -54,9 +54,11 @@ async def _body(request: Request, *, max_bytes: int) -> bytes:
                 if (nbytes := len(body)) > max_bytes:
                     break
     except ClientDisconnect:
-        raise ApiError(499, "The client has left.") from None  # for the log: nobody is there
+        raise ApiError(
+            499, "The client has left."
+        ) from None  # for the log: the client does not get it
     if nbytes > max_bytes:
-        # The rest is read and dropped by uvicorn: a client whose upload breaks off may not get to see the answer.
+        # uvicorn reads and drops the rest: a client whose upload is cut off might not see the answer.
         raise ApiError(
             413,
             f"The request's body is longer than the {max_bytes} bytes that this server takes.",
@@ -88,7 +90,7 @@ def _asked(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
 
 
 def _decoded(body: bytes) -> dict[str, Any]:
-    """The JSON object in ``body``; what is null in it was not said."""
+    """The JSON object in ``body``, without fields that are null."""
     if _nodes(body) > _MAX_NODES:
         raise ApiError(
             400,
@@ -96,7 +98,7 @@ def _decoded(body: bytes) -> dict[str, Any]:
             code="invalid_json",
         )
     try:
-        # It knows no lone surrogates, and no more than two hundred lists in one another.
+        # This parser accepts no lone surrogates, and at most two hundred nested lists.
         decoded = from_json(body, cache_strings="keys")
     except ValueError as error:
         raise ApiError(
@@ -112,7 +114,7 @@ def _nodes(body: bytes) -> int:
     count = _marks(body)
     if count <= _MAX_NODES:
         return count
-    # Texts may have such marks too.
+    # Marks inside strings count too.
     return _marks(b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]))
 
 
@@ -126,7 +128,7 @@ def _unrecognized(path: str) -> ApiError:
 
 
 def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> ApiError:
-    """The first thing that is wrong with ``body``, in words."""
+    """A description of the first mistake in ``body``."""
     if error.error_count() > _MAX_MISTAKES:
         return ApiError(
             400, f"The request has {error.error_count()} invalid values.", code="invalid_value"
@@ -153,7 +155,7 @@ def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[BaseMod
 
 
 def _path(location: Sequence[int | str], body: Any) -> str:
-    """Where in ``body`` an error is, such as messages[0].role; the names of a union's types are no part of it."""
+    """The place of an error in ``body``, such as messages[0].role, without the names of a union's types."""
     path, here = "", body
     for part in location:
         if isinstance(part, str) and isinstance(here, dict) and part in here:

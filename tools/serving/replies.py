@@ -1,4 +1,4 @@
-"""Answers as OpenAI's service writes them, whole and in chunks."""
+"""Answers in the form of OpenAI's service, whole and in chunks."""
 
 import time
 import uuid
@@ -12,7 +12,7 @@ __all__ = ["Reply"]
 
 
 class Reply:
-    """The answer to one request: takes the pieces of its choices, and gives what is to be sent."""
+    """The answer to one request: takes the pieces of its choices, and returns what to send."""
 
     def __init__(self, asked: ChatRequest | CompletionRequest) -> None:
         self._chat = isinstance(asked, ChatRequest)
@@ -26,12 +26,12 @@ class Reply:
         self._prompt_tokens = 0
 
     def expect(self, prompts: Sequence[Sequence[int]], *, choices: int) -> None:
-        """Answers to these prompts will come."""
+        """Note the prompts that will be answered."""
         self._prompt_tokens = sum(map(len, prompts))
         self._pieces = [[] for _ in range(choices)]
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Take note of ``piece``; returns the chunks that a streamed answer sends for it."""
+        """Add ``piece``; returns the chunks that a streamed answer sends for it."""
         pieces = self._pieces[piece.index]
         pieces.append(piece)
         choices: list[dict[str, Any]] = []
@@ -52,11 +52,11 @@ class Reply:
         return chunks
 
     def last(self) -> list[dict[str, Any]]:
-        """The chunks that a streamed answer ends with."""
+        """The last chunks of a streamed answer."""
         return [self._chunk([]) | {"usage": self._usage()}] if self._usage_wanted else []
 
     def whole(self) -> dict[str, Any]:
-        """The answer at once."""
+        """The whole answer."""
         choices = []
         for index, pieces in enumerate(self._pieces):
             text = "".join(piece.text for piece in pieces)

@@ -1,4 +1,4 @@
-"""Which token comes next, as a request asks for it."""
+"""How tokens are sampled for a request."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 
 __all__ = ["sampling_options"]
 
-# What transformers takes for not set where it always takes the likeliest token: it warns of others.
+# The values that transformers takes for "not set" in greedy decoding; it warns of others.
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
-# Below that, only the likeliest token is ever drawn; and scores divided by next to nothing are infinite.
+# Below that, only the likeliest token would be drawn, and divided scores might be infinite.
 _COLDEST = 1e-6
 
 
@@ -26,8 +26,8 @@ def sampling_options(
 ) -> dict[str, Any]:
     """Options of ``generate`` for answer ``number`` to a prompt of ``prompt_tokens`` tokens.
 
-    Where the request says nothing, ``defaults`` counts, the model's own generation config, if it is one for
-    sampling; else what OpenAI's service does, which is to draw at temperature 1.
+    Parameters that the request does not set come from ``defaults``, the model's generation config, if that is one for
+    sampling; otherwise they are OpenAI's, whose temperature is 1.
     """
     sampled = bool(defaults.do_sample)
 
@@ -54,7 +54,7 @@ def sampling_options(
 
 
 def _generator(seed: int | None, device: str) -> torch.Generator:
-    """A random source for one answer: whatever else is drawn at the same time, a seed holds."""
+    """A generator for one answer, so that a seed is reproducible whatever else is sampled at the same time."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -63,7 +63,7 @@ def _generator(seed: int | None, device: str) -> torch.Generator:
 
 
 class _Penalties(LogitsProcessor):
-    """Makes tokens that the answer has already less likely, by OpenAI's formula.
+    """Makes tokens that are in the answer already less likely, by OpenAI's formula.
 
     score - frequency_penalty · (how often it came) - presence_penalty · (whether it came)
     """

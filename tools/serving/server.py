@@ -1,4 +1,4 @@
-"""uvicorn, with an end that leaves time to close the model."""
+"""uvicorn, with a shutdown that leaves time to close the model."""
 
 import argparse
 import asyncio
@@ -17,12 +17,12 @@ __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
 
-# For whoever does not even take the news that it is over, because he does not read.
+# For clients that do not read, and so do not even take the final error.
 _LAST_SECONDS = 3
 
 
 class Server(uvicorn.Server):
-    """Serves ``app`` on ``listener`` until a signal comes, and then lets what runs finish for a while."""
+    """Serves ``app`` on ``listener`` until a signal comes, and then gives running requests some time."""
 
     def __init__(self, app: FastAPI, listener: socket.socket, args: argparse.Namespace) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
                 app,
                 access_log=not args.no_access_log,
                 http=Connection,
-                lifespan="off",  # the model's life is around the server's
+                lifespan="off",  # the model is opened and closed outside the server
                 log_config=None,
                 server_header=False,
                 timeout_graceful_shutdown=args.shutdown_seconds + _LAST_SECONDS,
@@ -43,24 +43,24 @@ class Server(uvicorn.Server):
         self._shutdown_seconds = args.shutdown_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and say where."""
+        """Begin to listen, and print the address."""
         await super().startup(sockets)
         host, port = self._listener.getsockname()[:2]
         logger.info("ready on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Have signals end the server, and nothing else.
+        """Make signals end the server only.
 
-        uvicorn's own way raises the signal again when it is done: the process would end with the model open.
-        So the loop keeps the handlers for as long as it runs.
+        uvicorn's own version raises the signal again at the end, which would end the process with the model open.
+        So the handlers stay installed as long as the loop runs.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         yield
 
     def _on_signal(self) -> None:
-        if self.should_exit:  # asked twice: at once, then
+        if self.should_exit:  # the second signal: stop at once
             self._answers.stop()
             return
         self.should_exit = True

@@ -1,4 +1,4 @@
-"""What a service shows, and what it lets in."""
+"""The settings of a service."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of one service.
+    """Names, defaults and limits of one service.
 
     Attributes:
-        model_name: by which clients ask for the model.
-        api_key: that ``/v1/*`` wants; None: anyone may ask.
+        model_name: the model's name for clients.
+        api_key: required for ``/v1/*``; None: anyone may use it.
         chat_template: instead of the tokenizer's own.
-        new_tokens: how many a chat's answer has at most where the client does not say.
-        max_answers: under way or waiting at any time; more are turned away.
+        new_tokens: limit of a chat's answer if the request has none.
+        max_answers: running or waiting at any time; requests for more are refused.
         max_body_bytes: of one request.
     """
 

@@ -6,7 +6,7 @@ __all__ = ["StopStrings"]
 
 
 class StopStrings:
-    """Gives text on up to the first stop string, holding back what may be the beginning of one."""
+    """Passes text on up to the first stop string, holding back what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -14,7 +14,7 @@ class StopStrings:
         self.found = False
 
     def add(self, piece: str) -> str:
-        """The text that is sure to be no part of a stop string, now that ``piece`` has come."""
+        """Add ``piece``; returns the text that is certainly no part of a stop string."""
         text = self._held + piece
         at = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
         if at is not None:
@@ -25,12 +25,12 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What is held back, where nothing more comes."""
+        """The text that was held back, when no more comes."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` are the beginning of ``stop``, but not all of it."""
+    """How many characters at the end of ``text`` are a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

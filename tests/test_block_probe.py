@@ -1,0 +1,62 @@
+"""The probe of blocks: what it computes is a block, and its rates have the right unit."""
+
+import pytest
+import torch
+from support.fake_device import FakeDevice
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerstream.pipeline import block_probe
+from layerstream.pipeline.block_probe import _Block, _rate, measure_blocks
+from layerstream.stages.devices import CpuDevice
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(block_probe, "_TOKENS", 64)
+    monkeypatch.setattr(block_probe, "_BLOCKS", 2)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("make_device", [CpuDevice, FakeDevice])
+def test_blocks_and_attention_are_measured_in_every_dtype_of_weights(make_device, dtype):
+    rates = measure_blocks(make_device(), dtype=dtype)
+    assert rates.keys() == {"blocks_per_second", "attention_flops_per_second"}
+    for rate in rates.values():
+        assert 0 < rate.least <= rate.median <= rate.most
+        assert rate.samples == 5
+
+
+def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
+    now, took = [0.0], iter([100.0, *[0.5] * 5])
+    monkeypatch.setattr(block_probe.time, "perf_counter", lambda: now[0])
+
+    def work():
+        now[0] += next(took)
+
+    rate = _rate(CpuDevice(), work, 10)
+    assert (rate.least, rate.median, rate.most) == (20.0, 20.0, 20.0)
+
+
+def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch):
+    amounts = []
+    monkeypatch.setattr(
+        block_probe, "_rate", lambda _device, work, amount: amounts.append((work, amount))
+    )
+    measure_blocks(CpuDevice(), dtype="float32")
+    ((attend, counted),) = [each for each in amounts if each[1] != 2]
+    # Other kernels are not counted, or leave out pairs that causality forbids.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        attend()
+    assert flops.get_total_flops() == counted
+
+
+def test_the_block_is_one_that_computes_every_matrix_it_has():
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        found = _Block()(torch.ones(1, 1, 64), torch.ones(1, 1, 16), torch.ones(1, 2, 64, 16))
+    assert found.shape == (1, 1, 64)
+    weights = sum(each.numel() for each in _Block().parameters() if each.dim() == 2)
+    matrices = sum(
+        count for name, count in flops.get_flop_counts()["Global"].items() if "mm" in str(name)
+    )
+    assert matrices == 2 * weights

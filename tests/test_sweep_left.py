@@ -1,0 +1,155 @@
+"""Sweeps that are left early: the next one is whole, and what was given back is gone."""
+
+import asyncio
+import gc
+
+import pytest
+import torch
+from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
+from support.fake_device import FakeDevice
+from support.loop import run, turns
+
+from layerstream.pipeline import ClosedError, Pipeline
+
+BLOCKS = 6
+BATCHES = BLOCKS + 2  # the embedding before the blocks, the head behind them
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The folder of a small checkpoint, and its tensors by name."""
+    return tmp_path, write_checkpoint(tmp_path, blocks=BLOCKS)
+
+
+async def by_break(pipeline):
+    async for batch in pipeline.sweep():
+        if batch.index == 3:
+            break
+
+
+async def by_aclose(pipeline):
+    sweep = pipeline.sweep()
+    await anext(sweep)
+    await sweep.aclose()
+    await sweep.aclose()
+
+
+async def by_context(pipeline):
+    async with pipeline.sweep() as sweep:
+        await anext(sweep)
+
+
+async def by_exception(pipeline):
+    async def divide():
+        async for batch in pipeline.sweep():
+            _ = 1 // (batch.index - 2)
+
+    with pytest.raises(ZeroDivisionError):
+        await divide()
+
+
+async def by_cancellation(pipeline):
+    received = asyncio.Event()
+
+    async def consume():
+        async for batch in pipeline.sweep():
+            if batch.index == 2:
+                received.set()
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(consume())
+    await received.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def by_never_beginning(pipeline):
+    pipeline.sweep()
+
+
+async def by_dropping_it_in_another_thread(pipeline):
+    sweeps = [pipeline.sweep()]
+    await anext(sweeps[0])
+    await asyncio.to_thread(sweeps.clear)
+    await turns()
+
+
+async def by_a_cycle_that_only_the_collector_finds(pipeline):
+    sweep = pipeline.sweep()
+    await anext(sweep)
+    sweep.cycle = sweep
+    del sweep
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        by_break,
+        by_aclose,
+        by_context,
+        by_exception,
+        by_cancellation,
+        by_never_beginning,
+        by_dropping_it_in_another_thread,
+        by_a_cycle_that_only_the_collector_finds,
+    ],
+)
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+def test_after_a_sweep_that_was_left_early_the_next_one_is_whole(checkpoint, leave, hardware):
+    folder, expected = checkpoint
+    plan = arranged(plan_for(folder, hardware), slots=2)
+    device = None if hardware is CPU else FakeDevice()
+
+    async def main():
+        async with Pipeline(plan, device=device) as pipeline:
+            for _ in range(3):
+                await leave(pipeline)
+                seen = []
+                async for batch in pipeline.sweep():
+                    views = batch.tensors
+                    if device:
+                        device.finish()
+                    assert all(torch.equal(t, expected[n]) for n, t in views.items())
+                    seen.append(batch.index)
+                assert seen == list(range(BATCHES))
+
+    run(main())
+
+
+def test_an_ended_sweep_gives_no_more_batches(checkpoint):
+    folder, _ = checkpoint
+
+    async def main():
+        async with Pipeline(plan_for(folder, CPU)) as pipeline:
+            sweep = pipeline.sweep()
+            await sweep.aclose()
+            with pytest.raises(ClosedError, match="has ended; ask the pipeline for a new one"):
+                await anext(sweep)
+
+    run(main())
+
+
+def test_a_batch_that_was_given_back_gives_no_tensors(checkpoint):
+    folder, _ = checkpoint
+
+    async def main():
+        async with Pipeline(plan_for(folder, CPU)) as pipeline:
+            batches = [batch async for batch in pipeline.sweep()]
+            with pytest.raises(ClosedError, match="layer batch 3 was given back"):
+                _ = batches[3].tensors
+
+    run(main())
+
+
+def test_a_tensor_that_was_kept_can_still_be_touched_after_the_pipeline_was_closed(checkpoint):
+    folder, _ = checkpoint
+
+    async def main(reader):
+        async with Pipeline(plan_for(folder, CPU, reader=reader)) as pipeline:
+            return [tensor async for batch in pipeline.sweep() for tensor in batch.tensors.values()]
+
+    for reader in ("direct", "mmap"):
+        for tensor in run(main(reader)):
+            tensor.sum()  # any bytes; but not a segmentation fault
