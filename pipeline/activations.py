@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layerstream.pipeline.answers import Answers
 from layerstream.pipeline.clones import clone_modules
 from layerstream.pipeline.plan import Workload
+from layerstream.pipeline.rehearsal import on_meta
 from layerstream.pipeline.workload import WorkloadMemory
 
 __all__ = ["LiveBytes", "PromptPass", "measure_memory"]
@@ -89,7 +90,7 @@ class PromptPass:
     def watched(self) -> Iterator[None]:
         """Count what is alive while the block runs, all of it on the meta device."""
         with ExitStack() as entered:
-            entered.enter_context(torch.device("meta"))
+            entered.enter_context(on_meta())
             for mode in self._modes:
                 entered.enter_context(mode)
             yield

@@ -4,6 +4,7 @@ import copy
 import types
 from collections import OrderedDict
 from collections.abc import MutableMapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -22,10 +23,15 @@ def clone_modules(root: nn.Module) -> Any:
 
     A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers,
     some in place, and lengths in attributes. ``generate`` writes to the config: while it decodes on a GPU, experts are
-    computed in another way than in prompts. Concurrent passes on one tree would use each other's values.
+    computed in another way than in prompts. Objects of the model's own code that are not modules (such as token maps)
+    cache what they have computed, in a pass on the meta device too. Concurrent passes on one tree would use each
+    other's values.
     """
-    clones: dict[int, Any] = {}  # of modules, buffers and configs, by the ids of the originals
+    # Of modules, buffers, configs and such objects, by the ids of the originals.
+    clones: dict[int, Any] = {}
     modules = list(root.modules())
+    homes = {type(module).__module__ for module in modules}
+    code = {home for home in homes if not home.startswith("torch.")}
     for module in modules:
         clones[id(module)] = object.__new__(type(module))
         for buffer in list(module._buffers.values()):  # noqa: SLF001
@@ -42,32 +48,39 @@ def clone_modules(root: nn.Module) -> Any:
             if kind in _PLAIN or name == "_parameters":
                 own[name] = value
             else:
-                own[name] = kind() if kind in _TABLES and not value else _cloned(value, clones)
+                empty = kind in _TABLES and not value
+                own[name] = kind() if empty else _cloned(value, clones, code)
     return clones[id(root)]
 
 
-def _cloned(value: Any, clones: MutableMapping[int, Any]) -> Any:
-    """``value`` with modules and buffers replaced by their clones, and copies of containers that a pass may change."""
+def _cloned(value: Any, clones: MutableMapping[int, Any], code: AbstractSet[str]) -> Any:
+    """``value`` with modules and buffers replaced by their clones, and copies of what a pass may change.
+
+    ``code`` names the Python modules that define the model's classes.
+    """
     if isinstance(value, (nn.Module, torch.Tensor)):
         return clones.get(id(value), value)
-    if hasattr(value, "get_text_config"):  # what all configs of transformers have
-        return _own_config(value, clones)
+    # What all configs of transformers have; and what else there is of the model's own.
+    if hasattr(value, "get_text_config") or (
+        type(value).__module__ in code and hasattr(value, "__dict__")
+    ):
+        return _own_copy(value, clones, code)
     if isinstance(value, types.MethodType) and id(value.__self__) in clones:
         return types.MethodType(value.__func__, clones[id(value.__self__)])
     if type(value) in (list, tuple, set):
-        return type(value)(_cloned(each, clones) for each in list(value))
+        return type(value)(_cloned(each, clones, code) for each in list(value))
     if isinstance(value, dict):  # ordered and default dictionaries keep their kind
         copied = value.copy()
         for key, each in list(copied.items()):
-            copied[key] = _cloned(each, clones)
+            copied[key] = _cloned(each, clones, code)
         return copied
     return value
 
 
-def _own_config(config: Any, clones: MutableMapping[int, Any]) -> Any:
-    """A copy of a transformers config and of those in it: one for all modules that share it."""
-    if id(config) not in clones:
-        clones[id(config)] = own = copy.copy(config)
-        for name, value in list(vars(own).items()):
-            vars(own)[name] = _cloned(value, clones)
-    return clones[id(config)]
+def _own_copy(value: Any, clones: MutableMapping[int, Any], code: AbstractSet[str]) -> Any:
+    """A copy of ``value``, and of such objects in it; one for all modules that share it."""
+    if id(value) not in clones:
+        clones[id(value)] = own = copy.copy(value)
+        for name, each in list(vars(own).items()):
+            vars(own)[name] = _cloned(each, clones, code)
+    return clones[id(value)]

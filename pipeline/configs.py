@@ -15,7 +15,8 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     Args:
         folder: Where config.json lies.
         model_class: A class whose own config is wanted, which may be a part of what the file
-            says (the text half of CLIP); None for what the file itself names.
+            says (the text half of CLIP), or of a type that is in no list of transformers; None for
+            what the file itself names.
 
     Raises:
         ModelError: The file is missing, is not JSON, or describes no model that transformers knows.
@@ -33,14 +34,14 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     except (OSError, ValueError) as exc:
         raise ModelError(f"{path} is not readable as JSON ({exc}); fetch it anew.") from exc
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_class is None and str(model_type) not in transformers.CONFIG_MAPPING:
+    own = getattr(model_class, "config_class", None)  # an AutoModel has none
+    if own is None and str(model_type) not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{path} is for a model of type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
         )
-    reader = transformers.AutoConfig if model_class is None else model_class.config_class
     try:
-        return reader.from_pretrained(folder, local_files_only=True)
+        return (own or transformers.AutoConfig).from_pretrained(folder, local_files_only=True)
     except Exception as exc:
         raise ModelError(f"{path} does not describe a {model_type} model: {gist(exc)}.") from exc
 

@@ -139,7 +139,7 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
 
 def _trace(checkpoint: Checkpoint, options: Options) -> tuple[TracedModel, Assembly]:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    config = load_config(folder)
+    config = load_config(folder, model_class=options.model_class)
     traced = trace_model(
         checkpoint,
         config=config,

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.activations import PromptPass
 from layerstream.pipeline.answers import Answers
 from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.rehearsal import on_meta
 
 __all__ = ["Call", "Recording", "Touch", "record"]
 
@@ -88,7 +89,7 @@ def _recorded(root: Any, inputs: PromptPass | dict[str, torch.Tensor]) -> tuple[
             with torch.no_grad(), inputs.watched():
                 inputs.done(clone(**inputs.inputs))
         else:
-            with torch.no_grad(), torch.device("meta"), Answers():
+            with torch.no_grad(), on_meta(), Answers():
                 clone(**inputs)
     except Exception as error:  # noqa: BLE001 - whatever a model does with inputs made up for it
         logger.debug("no forward pass on the meta device: %s", error)

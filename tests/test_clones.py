@@ -1,6 +1,9 @@
 """Clones of module trees: what a request writes to is its own."""
 
+from functools import cached_property
+
 import pytest
+import torch
 import transformers
 from support.models import CASES, save_model
 
@@ -37,3 +40,31 @@ def test_what_generate_writes_to_the_config_of_one_request_is_not_seen_by_anothe
     assert {module.config._experts_implementation for module in experts} == {"batched_mm"}
     assert other.get_experts_implementation() == model.get_experts_implementation() == before
     assert "batched_mm" not in before.values()
+
+
+class Words:
+    """What a model computes with that is no module, and keeps what it has computed."""
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        return torch.zeros(3)
+
+
+class Speaks(torch.nn.Module):
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
+
+    def forward(self):
+        return self.words.numbers
+
+
+def test_what_an_object_of_the_models_own_code_keeps_is_not_seen_by_another_clone():
+    words = Words()
+    model = torch.nn.Sequential(Speaks(words), Speaks(words))
+    one, other = clone_modules(model), clone_modules(model)
+    assert one[0].words is one[1].words
+    with torch.device("meta"):
+        assert one[0]().is_meta
+    assert not other[0]().is_meta
+    assert not vars(words)

@@ -496,6 +496,50 @@ def test_tensors_that_the_model_does_not_use_are_no_error(tmp_path: Path) -> Non
     run(main())
 
 
+@pytest.mark.parametrize("saved", ["CLIPModel", "CLIPTextModel"])
+def test_a_model_class_that_is_a_part_reads_its_own_part_of_the_config(
+    saved: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", "clip")
+    if saved == "CLIPTextModel":
+        transformers.CLIPTextModel.from_pretrained(folder).save_pretrained(folder)
+    ids = inputs_for("clip")["input_ids"]
+    with torch.no_grad():
+        expected = transformers.CLIPTextModel.from_pretrained(folder)(input_ids=ids)
+
+    async def main() -> None:
+        async with await open_streaming(folder, model_class=transformers.CLIPTextModel) as model:
+            output = await model.forward(input_ids=ids)
+            assert bits_equal(output.last_hidden_state, expected.last_hidden_state)
+
+    run(main())
+
+
+def test_a_type_that_transformers_lists_nowhere_takes_a_model_class(tmp_path: Path) -> None:
+    kind = transformers.BarkSemanticModel
+    config = kind.config_class(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        input_vocab_size=100,
+        output_vocab_size=100,
+        block_size=64,
+    )
+    assert config.model_type not in transformers.CONFIG_MAPPING
+    kind(config).save_pretrained(tmp_path)
+    ids = inputs_for("llama")["input_ids"]
+    with torch.no_grad():
+        expected = kind.from_pretrained(tmp_path)(input_ids=ids).logits
+
+    async def main() -> None:
+        with pytest.raises(ModelError, match="pass model_class="):
+            await open_streaming(tmp_path)
+        async with await open_streaming(tmp_path, model_class=kind) as model:
+            assert bits_equal((await model.forward(input_ids=ids)).logits, expected)
+
+    run(main())
+
+
 def test_a_budget_too_small_says_need_have_and_remedy(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 

@@ -27,15 +27,16 @@ GENERATING = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "phimoe", "gpt-oss", "deepseek-v3", "jamba", "gemma3", "gpt2",
     "falcon", "bloom", "opt", "mamba", "mamba2", "qwen3-next", "llava",
 ]  # fmt: skip
+ROUTING = ["qwen3-moe", "mixtral", "gpt-oss", "deepseek-v3"]
 CACHING = ["llama", "qwen3", "mixtral", "deepseek-v3", "gemma3", "gpt2", "falcon", "bloom", "opt"]
 
 
-def built(case: str, *, on_meta: bool, **settings: Any) -> Any:
-    """The tiny model of ``case`` in bfloat16."""
+def built(case: str, *, on_meta: bool, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    """The tiny model of ``case``."""
     name, config, defaults = CASES[case]
     made = getattr(transformers, config)(**{**defaults, **settings})
     with torch.device("meta" if on_meta else "cpu"):
-        model = getattr(transformers, name)._from_config(made, dtype=torch.bfloat16)
+        model = getattr(transformers, name)._from_config(made, dtype=dtype)
     return model.eval()
 
 
@@ -61,16 +62,24 @@ def cache_bytes(cache: Any) -> int:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("case", GENERATING)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in GENERATING),
+        *((case, dtype) for case in ROUTING for dtype in (torch.float32, torch.float16)),
+    ],
+)
 @torch.no_grad()
-def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(case: str, batch: int) -> None:
+def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
+    case: str, dtype: torch.dtype, batch: int
+) -> None:
     memory = measure_memory(
-        built(case, on_meta=True),
+        built(case, on_meta=True, dtype=dtype),
         Workload(batch_size=batch, prompt_tokens=PROMPT, new_tokens=1),
     )
     assert memory is not None
     assert memory.measured
-    model = built(case, on_meta=False)
+    model = built(case, on_meta=False, dtype=dtype)
     prompt = inputs(batch, PROMPT, PROMPT, padded=batch > 1)
     step = inputs(batch, 1, PROMPT + 1, padded=batch > 1)
     with LiveBytes() as live:

@@ -1,0 +1,83 @@
+"""Passes on the meta device leave nothing in the process."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support.loop import run
+from support.streaming import SMALL, bits_equal
+from transformers import pytorch_utils
+
+from layerstream.pipeline import Budget, StreamedModel
+from layerstream.pipeline.rehearsal import on_meta
+
+
+def test_opening_a_model_leaves_no_meta_tensors_in_what_transformers_remembers(
+    tmp_path: Path,
+) -> None:
+    # Its tables of relative positions are remembered by their size alone, for every model in the process.
+    remembered = (3, 3)
+    config = transformers.BeitConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=24,
+        patch_size=8,
+        out_indices=[1, 2],
+        use_relative_position_bias=True,
+    )
+    transformers.BeitModel(config).save_pretrained(tmp_path)
+    pixels = torch.randn((1, 3, 24, 24), generator=torch.Generator().manual_seed(1))
+
+    async def main() -> torch.Tensor:
+        budget = Budget(host="1GiB")
+        async with StreamedModel.open(
+            tmp_path, device="cpu", budget=budget, workload=SMALL, measure=False
+        ) as model:
+            output: torch.Tensor = (await model.forward(pixel_values=pixels)).last_hidden_state
+            return output
+
+    streamed = run(main())
+    kind = transformers.models.beit.modeling_beit.BeitRelativePositionBias
+    assert kind.generate_relative_position_index(remembered).device.type == "cpu"
+    with torch.no_grad():
+        expected = transformers.BeitModel.from_pretrained(tmp_path)(pixel_values=pixels)
+    assert bits_equal(streamed, expected.last_hidden_state)
+
+
+def test_other_threads_go_on_remembering() -> None:
+    calls: list[int] = []
+
+    @pytorch_utils.compile_compatible_method_lru_cache()
+    def remembers(number: int) -> torch.Tensor:
+        calls.append(number)
+        return torch.zeros(number)
+
+    def elsewhere() -> None:
+        assert remembers(2) is remembers(2)
+
+    with on_meta():
+        assert remembers(1).is_meta
+        assert remembers(1) is not remembers(1)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert calls == [1, 1, 1, 2]
+    assert not remembers(1).is_meta
+
+
+def test_an_error_in_a_pass_puts_back_what_was_replaced() -> None:
+    original = pytorch_utils.is_torchdynamo_compiling
+
+    def fails() -> None:
+        with on_meta():
+            assert pytorch_utils.is_torchdynamo_compiling()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert pytorch_utils.is_torchdynamo_compiling is original
+    assert not torch.zeros(1).is_meta
