@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ _SAMPLES = 5
 # Of a block so small that only the number of its operations counts.
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD = 64, 4, 2, 16
 _BLOCKS = 20
-# Of attention, as in the prompts for which its time matters.
+# Of attention, in prompts and over caches for which its time matters.
 _TOKENS, _ATTENTION_HEADS, _ATTENTION_HEAD = 1024, 8, 128
+_STEPS = 4
 
 
 def measure_blocks(device: Device, *, dtype: str) -> Mapping[str, Rate]:
@@ -32,28 +34,50 @@ def measure_blocks(device: Device, *, dtype: str) -> Mapping[str, Rate]:
     """
     options = {"dtype": getattr(torch, dtype), "device": device.torch_device}
     with torch.no_grad():
-        heads = (1, _ATTENTION_HEADS, _TOKENS, _ATTENTION_HEAD)
-        query, key, value = (torch.rand(heads, **options).sub_(0.5) for _ in range(3))
-        block = _Block().to(**options)
-        state = torch.ones((1, 1, _HIDDEN), **options)
-        angles = torch.ones((1, 1, _HEAD), **options)
-        cached = torch.ones((1, _KV_HEADS, 64, _HEAD), **options)
-
-        def attend() -> None:
-            functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-        def blocks() -> None:
-            for _ in range(_BLOCKS):
-                block(state, angles, cached)
-
-        # Counted without regard to causality, as in the prediction.
-        operations = 4 * _TOKENS * _TOKENS * _ATTENTION_HEADS * _ATTENTION_HEAD
-        found = {
-            "blocks_per_second": _rate(device, blocks, _BLOCKS),
-            "attention_flops_per_second": _rate(device, attend, operations),
-        }
+        found = {**_blocks(device, options), **_attention(device, options)}
     device.trim()
     return found
+
+
+def _blocks(device: Device, options: Mapping[str, Any]) -> dict[str, Rate]:
+    block = _Block().to(**options)
+    state = torch.ones((1, 1, _HIDDEN), **options)
+    angles = torch.ones((1, 1, _HEAD), **options)
+    cached = torch.ones((1, _KV_HEADS, 64, _HEAD), **options)
+
+    def compute() -> None:
+        for _ in range(_BLOCKS):
+            block(state, angles, cached)
+
+    return {"blocks_per_second": _rate(device, compute, _BLOCKS)}
+
+
+def _attention(device: Device, options: Mapping[str, Any]) -> dict[str, Rate]:
+    heads = (1, _ATTENTION_HEADS, _TOKENS, _ATTENTION_HEAD)
+    query, key, value = (torch.rand(heads, **options).sub_(0.5) for _ in range(3))
+    one = query[:, :, :1]
+    grown = key
+
+    def prompt() -> None:
+        functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def steps() -> None:
+        for _ in range(_STEPS):
+            functional.scaled_dot_product_attention(one, key, value)
+
+    def grow() -> None:
+        # As transformers' DynamicCache does. Each is larger than the one that was freed, so that malloc takes fresh pages.
+        nonlocal grown
+        for _ in range(_STEPS):
+            grown = torch.cat((grown, one), dim=-2)
+
+    # Counted without regard to causality, as in the prediction.
+    operations = 4 * _TOKENS * _ATTENTION_HEADS * _ATTENTION_HEAD
+    return {
+        "attention_flops_per_second": _rate(device, prompt, _TOKENS * operations),
+        "step_attention_flops_per_second": _rate(device, steps, _STEPS * operations),
+        "kv_growth_bytes_per_second": _rate(device, grow, _STEPS * key.nbytes),
+    }
 
 
 def _rate(device: Device, work: Callable[[], None], amount: int) -> Rate:

@@ -46,6 +46,8 @@ class Hardware:
         host_copy_bytes_per_second: from host memory to host memory, in one thread.
         compute: by ascending tokens.
         attention_flops_per_second: of a long prompt; 4 for each pair of tokens and each element of a head.
+        step_attention_flops_per_second: the same of one token over a long KV cache.
+        kv_growth_bytes_per_second: of appending to a KV cache, which transformers copies for each token.
         blocks_per_second: decoder blocks of next to no size, as far as Python and kernel launches allow.
         direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
         mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
@@ -68,6 +70,8 @@ class Hardware:
     host_copy_bytes_per_second: float | None = None
     compute: tuple[ComputeRate, ...] = ()
     attention_flops_per_second: float | None = None
+    step_attention_flops_per_second: float | None = None
+    kv_growth_bytes_per_second: float | None = None
     blocks_per_second: float | None = None
     direct_read_cpu_seconds_per_byte: float | None = None
     mmap_read_cpu_seconds_per_byte: float | None = None
@@ -187,6 +191,8 @@ _RATES = (
     "pageable_h2d_bytes_per_second",
     "host_copy_bytes_per_second",
     "attention_flops_per_second",
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
     "blocks_per_second",
 )
 _COSTS = (

@@ -15,6 +15,11 @@ __all__ = ["learn"]
 
 # Enough to show a rate, and not the latency of a few requests.
 _LEAST_BYTES = 64 << 20
+_OF_STEPS = (
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
+    "blocks_per_second",
+)
 # At least this share of computation's time counts as work, even if hand-offs were predicted to take more.
 _LEAST_WORK = 0.2
 
@@ -111,7 +116,7 @@ def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
             )
             for rate in known.compute
         ),
-        # Attention matters in long prompts, and Python in steps of few tokens.
+        # It matters in long prompts, the others in steps.
         "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],
-        "blocks_per_second": known.blocks_per_second * factors[min(factors)],
+        **{name: getattr(known, name) * factors[min(factors)] for name in _OF_STEPS},
     }

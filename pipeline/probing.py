@@ -45,7 +45,12 @@ _COPIES = (
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
 )
-_BLOCKS = ("attention_flops_per_second", "blocks_per_second")
+_BLOCKS = (
+    "attention_flops_per_second",
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
+    "blocks_per_second",
+)
 # Volumes with a smaller share of the checkpoint, such as one small file elsewhere, do not affect its rate.
 _LEAST_SHARE = 0.9
 # A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.

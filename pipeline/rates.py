@@ -31,6 +31,14 @@ _CPU_BLOCKS, _GPU_BLOCKS = (
     3000.0,
 )  # plain blocks per second, as fast as Python runs and kernels are launched
 _CPU_ATTENTION, _GPU_ATTENTION = 0.3, 0.5  # of the operations per second of matrix products
+_CPU_STEP, _GPU_STEP = (
+    0.5,
+    1.0,
+)  # operations of one token's attention per byte of weights that products go through
+_CPU_GROWTH, _GPU_GROWTH = (
+    0.2,
+    0.5,
+)  # of copies in host RAM, and of the GPU's weights: half is read, half is written
 # Computing with mapped weights took this much longer than with residents on huge pages: 0.24 s instead of 0.18 for
 # 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
 # errs on the slow side. Not measured again.
@@ -68,6 +76,8 @@ class Rates:
     compute: tuple[ComputeRate, ...]
     elementwise: float  # time of operations per element divided by that of multiplications
     attention_flops_per_second: float
+    step_attention_flops_per_second: float
+    kv_growth_bytes_per_second: float
     blocks_per_second: float  # plain ones, as far as Python and launches allow
     launches_ahead: bool  # computation goes on meanwhile: on a GPU
     mapped_seconds_per_byte: float  # additional time of computation with weights in the page cache
@@ -149,6 +159,10 @@ def rates_of(hardware: Hardware) -> Rates:
         "attention_flops_per_second",
         multiplied * (_CPU_ATTENTION if on_cpu else _GPU_ATTENTION),
     )
+    weights = compute[0].bytes_per_second
+    step_attention = rate(
+        "step_attention_flops_per_second", weights * (_CPU_STEP if on_cpu else _GPU_STEP)
+    )
     blocks = rate("blocks_per_second", _CPU_BLOCKS if on_cpu else _GPU_BLOCKS)
     direct_cpu = rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU)
     mmap_cpu = rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU)
@@ -156,6 +170,9 @@ def rates_of(hardware: Hardware) -> Rates:
     probed = figure is not None and figure.origin not in {Origin.GIVEN, Origin.ASSUMED}
     mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
     host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
+    growth = rate(
+        "kv_growth_bytes_per_second", host_copy * _CPU_GROWTH if on_cpu else weights * _GPU_GROWTH
+    )
     h2d = pageable = math.inf
     if not on_cpu:
         h2d = rate("h2d_bytes_per_second", _H2D)
@@ -169,6 +186,8 @@ def rates_of(hardware: Hardware) -> Rates:
         compute=compute,
         elementwise=_ELEMENTWISE,
         attention_flops_per_second=attention,
+        step_attention_flops_per_second=step_attention,
+        kv_growth_bytes_per_second=growth,
         blocks_per_second=blocks,
         launches_ahead=not on_cpu,
         mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,

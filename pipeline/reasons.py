@@ -178,6 +178,8 @@ _NAMES = {
     "mmap_bytes_per_second": "disk, mapped files",
     "host_copy_bytes_per_second": "copies in host RAM",
     "attention_flops_per_second": "attention in a long prompt",
+    "step_attention_flops_per_second": "attention of one token",
+    "kv_growth_bytes_per_second": "appending to KV caches",
     "blocks_per_second": "Python and launches of blocks",
     "h2d_bytes_per_second": "copies to the device",
     "pageable_h2d_bytes_per_second": "the same, not page-locked",

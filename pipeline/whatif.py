@@ -16,6 +16,8 @@ __all__ = ["WhatIf"]
 _OF_THE_PROCESSOR = (
     "host_copy_bytes_per_second",
     "attention_flops_per_second",
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
     "blocks_per_second",
     "direct_read_cpu_seconds_per_byte",
     "mmap_read_cpu_seconds_per_byte",

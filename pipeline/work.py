@@ -14,8 +14,8 @@ __all__ = ["Pass", "Work"]
 
 _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 _ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
-# Softmax and score of one pair of tokens cost about this many times a multiplication's share: assumed.
 _MATRIX_DIMENSIONS = 2
+_ITEM_BYTES = 2  # of a KV cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,10 @@ class Work:
     The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
     experts computes with the experts that tokens are routed to: of E experts, k for each token, a share of
     ``1 - (1 - k/E)^tokens`` is read if routing is even. Attention of ``q`` new tokens over a context of ``c`` takes
-    ``4 q c`` times the width of the heads in operations, and reads the keys and values. Operations per element take a
-    share of the time of multiplications. Running a block's Python and launching its kernels takes a constant time, during
-    which a GPU computes. The head computes the last token of each sequence, as in generation.
+    ``4 q c`` times the width of the heads in operations, at one rate for prompts and another for a single token. A step
+    copies the KV cache to append to it. Operations per element take a share of the time of multiplications. Running a
+    block's Python and launching its kernels takes a constant time, during which a GPU computes. The head computes the last
+    token of each sequence, as in generation.
     """
 
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
@@ -82,9 +83,14 @@ class Work:
 
     def _attention(self, forward: Pass) -> float:
         pairs = forward.sequences * forward.tokens * forward.context
-        operations = 4 * pairs * self._attention_width / self._rates.attention_flops_per_second
-        read = 2 * forward.sequences * forward.context * self._kv_width
-        return operations + read / self._rates.compute[0].bytes_per_second
+        rates = self._rates
+        one = forward.tokens == 1
+        rate = rates.step_attention_flops_per_second if one else rates.attention_flops_per_second
+        attending = 4 * pairs * self._attention_width / rate
+        if forward.prompt:
+            return attending
+        cached = _ITEM_BYTES * forward.sequences * forward.context * self._kv_width
+        return attending + cached / rates.kv_growth_bytes_per_second
 
 
 def _split(layer: PlannedLayer) -> tuple[int, int]:

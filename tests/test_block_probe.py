@@ -4,11 +4,24 @@ import pytest
 import torch
 from support.fake_device import FakeDevice
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerstream.pipeline import block_probe
 from layerstream.pipeline.block_probe import _Block, _rate, measure_blocks
 from layerstream.stages.devices import CpuDevice
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that concatenations make."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default:
+            self.nbytes += made.nbytes
+        return made
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +34,12 @@ def _quick(monkeypatch):
 @pytest.mark.parametrize("make_device", [CpuDevice, FakeDevice])
 def test_blocks_and_attention_are_measured_in_every_dtype_of_weights(make_device, dtype):
     rates = measure_blocks(make_device(), dtype=dtype)
-    assert rates.keys() == {"blocks_per_second", "attention_flops_per_second"}
+    assert rates.keys() == {
+        "blocks_per_second",
+        "attention_flops_per_second",
+        "step_attention_flops_per_second",
+        "kv_growth_bytes_per_second",
+    }
     for rate in rates.values():
         assert 0 < rate.least <= rate.median <= rate.most
         assert rate.samples == 5
@@ -38,17 +56,22 @@ def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
     assert (rate.least, rate.median, rate.most) == (20.0, 20.0, 20.0)
 
 
-def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch):
-    amounts = []
-    monkeypatch.setattr(
-        block_probe, "_rate", lambda _device, work, amount: amounts.append((work, amount))
-    )
-    measure_blocks(CpuDevice(), dtype="float32")
-    ((attend, counted),) = [each for each in amounts if each[1] != 2]
+@pytest.mark.parametrize("name", ["attention_flops_per_second", "step_attention_flops_per_second"])
+def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch, name):
+    monkeypatch.setattr(block_probe, "_rate", lambda _device, work, amount: (work, amount))
+    attend, counted = measure_blocks(CpuDevice(), dtype="float32")[name]
     # Other kernels are not counted, or leave out pairs that causality forbids.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         attend()
     assert flops.get_total_flops() == counted
+
+
+def test_a_cache_is_counted_once_each_time_it_grows(monkeypatch):
+    monkeypatch.setattr(block_probe, "_rate", lambda _device, work, amount: (work, amount))
+    grow, counted = measure_blocks(CpuDevice(), dtype="float32")["kv_growth_bytes_per_second"]
+    with Copied() as copied:
+        grow()
+    assert counted <= copied.nbytes < 1.1 * counted
 
 
 def test_the_block_is_one_that_computes_every_matrix_it_has():

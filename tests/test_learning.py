@@ -22,6 +22,8 @@ KNOWN = {
         for tokens, rate in ((1, 2e10), (16, 1.5e10), (256, 2e9))
     ),
     "attention_flops_per_second": 2e11,
+    "step_attention_flops_per_second": 5e9,
+    "kv_growth_bytes_per_second": 5e9,
     "blocks_per_second": 5000.0,
     "direct_read_cpu_seconds_per_byte": 0.0,
     "overhead_seconds_per_batch": OVERHEAD,

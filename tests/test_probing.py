@@ -162,6 +162,8 @@ def test_a_disk_that_fails_is_warned_of_and_all_else_is_measured(probe, monkeypa
         "cached_bytes",
         "host_copy_bytes_per_second",
         "attention_flops_per_second",
+        "step_attention_flops_per_second",
+        "kv_growth_bytes_per_second",
         "blocks_per_second",
         "compute",
     }

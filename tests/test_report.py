@@ -20,6 +20,8 @@ KNOWN = {
     "host_copy_bytes_per_second": 5e9,
     "h2d_bytes_per_second": 1e10,
     "attention_flops_per_second": 1e12,
+    "step_attention_flops_per_second": 1e11,
+    "kv_growth_bytes_per_second": 1e10,
     "blocks_per_second": 1e5,
     "compute": (ComputeRate(tokens=1, bytes_per_second=1e11),),
     "direct_read_cpu_seconds_per_byte": 0.0,

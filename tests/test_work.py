@@ -20,6 +20,8 @@ KNOWN = {
         ComputeRate(tokens=64, bytes_per_second=1e10),
     ),
     "attention_flops_per_second": 2e11,
+    "step_attention_flops_per_second": 5e9,
+    "kv_growth_bytes_per_second": 4e9,
     "blocks_per_second": 5000.0,
 }
 
@@ -61,6 +63,13 @@ def test_attention_grows_with_pairs_of_tokens_at_a_rate_of_its_own():
     other = seconds(256, tokens=1024, context=1024, attention_flops_per_second=1e11)
     pairs = 1024 * 1024
     assert other - one == pytest.approx(4 * pairs * 1024 / 2e11)
+
+
+def test_a_step_attends_with_one_token_and_copies_its_cache_to_append_to_it():
+    nothing = seconds(256, tokens=1)
+    attending = 4 * 1024 * 1024 / 5e9
+    copying = 2 * 1024 * 2 * 1024 / 4e9  # keys and values of 1024 elements in two bytes
+    assert seconds(256, tokens=1, context=1024) - nothing == pytest.approx(attending + copying)
 
 
 def test_operations_per_element_take_a_share_of_multiplying_and_none_of_reading_weights():
