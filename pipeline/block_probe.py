@@ -13,7 +13,9 @@ from layerstream.stages.devices import Device
 
 __all__ = ["measure_blocks"]
 
+# Of each rate: at least so many samples, for at least so long. Shorter ones would show what else runs at the moment.
 _SAMPLES = 5
+_SECONDS = 0.05
 # Of a block so small that only the number of its operations counts.
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD = 64, 4, 2, 16
 _BLOCKS = 20
@@ -81,14 +83,16 @@ def _attention(device: Device, options: Mapping[str, Any]) -> dict[str, Rate]:
 
 
 def _rate(device: Device, work: Callable[[], None], amount: int) -> Rate:
-    samples = []
-    for _ in range(_SAMPLES + 1):
+    work()  # chooses and loads kernels
+    samples: list[float] = []
+    ends = time.perf_counter() + _SECONDS
+    while len(samples) < _SAMPLES or time.perf_counter() < ends:
         device.record().synchronize()
         began = time.perf_counter()
         work()
         device.record().synchronize()
         samples.append(amount / (time.perf_counter() - began))
-    return Rate.of(samples[1:])  # the first one chooses and loads kernels
+    return Rate.of(samples)
 
 
 class _Block(nn.Module):

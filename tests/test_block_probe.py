@@ -28,6 +28,7 @@ class Copied(TorchDispatchMode):
 def _quick(monkeypatch):
     monkeypatch.setattr(block_probe, "_TOKENS", 64)
     monkeypatch.setattr(block_probe, "_BLOCKS", 2)
+    monkeypatch.setattr(block_probe, "_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -42,7 +43,7 @@ def test_blocks_and_attention_are_measured_in_every_dtype_of_weights(make_device
     }
     for rate in rates.values():
         assert 0 < rate.least <= rate.median <= rate.most
-        assert rate.samples == 5
+        assert rate.samples >= 5
 
 
 def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
