@@ -33,6 +33,9 @@ _WASTE = 2
 # Linear attention processes a prompt in pieces of this many tokens.
 _CHUNK_TOKENS = 64
 
+# Finding the bucket of each pair of positions that are apart by so much: six tensors of int64, and what holds of which.
+_BUCKET_BYTES = 50
+
 # A config.json with more of them is not credible.
 _MOST_LAYERS = 100_000
 
@@ -164,6 +167,8 @@ class _Sizes:
     state: int  # of all recurrent layers, per sequence
     scan: int  # of a recurrent layer, in float32 per token of the prompt
     piece: int  # tokens that it computes at once; a prompt is padded to a multiple
+    # How many tokens a bias on relative positions is computed for, per token; None: all. 0 if there is no such bias.
+    biased: int | None
     item_bytes: int
 
 
@@ -198,9 +203,15 @@ def _activation_bytes(sizes: _Sizes, batch: int, tokens: int, seen: int) -> int:
     masks = 0
     if batch > 1 or any(window is not None and tokens > window for window in sizes.windows):
         masks = tokens * seen * (2 + item) + seen * heads * (sizes.key + sizes.value) * item
+    bias = 0
+    if sizes.biased != 0:
+        # For all sequences, and with the mask added to it for each; if some are shorter, the mask as numbers, too.
+        pairs = tokens * min(seen, sizes.biased or seen)
+        added = (2 * batch if batch > 1 else 1) * heads * item
+        bias = pairs * max(_BUCKET_BYTES, heads * item + added)
     if tokens > 1:
         tokens = -(-tokens // sizes.piece) * sizes.piece
-    return batch * (tokens * per_token + max(scores, masks))
+    return batch * tokens * per_token + max(batch * max(scores, masks), bias)
 
 
 def _sizes(config: Config | None) -> _Sizes | None:
@@ -255,6 +266,7 @@ def _sizes(config: Config | None) -> _Sizes | None:
         state=recurrent * state,
         scan=scan,
         piece=_CHUNK_TOKENS if "linear_num_value_heads" in config else 1,
+        biased=_biased(config),
         item_bytes=_DTYPE_BYTES.get(
             str(config.get("dtype") or config.get("torch_dtype") or "float32"), _FLOAT32
         ),
@@ -315,6 +327,15 @@ def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
     width = _number(config, "state_size", "mamba_d_state") or 16
     state = inner * (2 * width + kernel) + 2 * _number(config, "n_groups") * width * kernel
     return state, 4 * inner * width
+
+
+def _biased(config: Config) -> int | None:
+    """How many tokens a bias on relative positions is computed for, per token; None: all that it sees."""
+    if not _number(config, "relative_attention_num_buckets"):
+        return 0
+    # Of attention in blocks, each to itself and its neighbours.
+    radius = _number(config, "local_radius")
+    return 3 * (radius + 1) if radius else None
 
 
 def _number(config: Config, *names: str) -> int:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from layerstream.stages.errors import DeviceError
+from layerstream.stages.libraries import Leftovers
 from layerstream.stages.memory import HostMemory
 
 __all__ = ["Copy", "CpuDevice", "CudaDevice", "Device", "Event", "missing_device", "open_device"]
@@ -77,7 +78,7 @@ class Device(Protocol):
         """Block until the device has done all that it was given: its memory is about to be freed."""
 
     def trim(self) -> None:
-        """Give back what torch's allocator keeps and nobody uses, after work that will not be repeated."""
+        """Give back what allocators keep and nobody uses: other things are about to need it, or nothing is."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
@@ -141,7 +142,8 @@ class CpuDevice:
         """Nothing to do: work is done when it returns."""
 
     def trim(self) -> None:
-        """Nothing to do: the system has its memory back already."""
+        """Return what the C library and MKL keep to the system."""
+        Leftovers().release()
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Copy now."""

@@ -12,7 +12,9 @@ from support.loop import happens, run
 from support.sweeping import recording
 
 from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
+from layerstream.stages.devices import CpuDevice
 from layerstream.stages.residents import Residents
+from layerstream.stages.usage import anonymous_bytes
 
 BLOCKS = 6
 BATCHES = BLOCKS + 2
@@ -219,6 +221,18 @@ def test_late_news_of_a_copy_does_not_make_other_memory_loaded(checkpoint):
         residents.close()
 
     run(main())
+
+
+def test_before_residents_come_the_heap_returns_what_it_keeps(checkpoint):
+    folder, _ = checkpoint
+    batches = with_residents(plan_for(folder, CPU), on_host=(1,)).batches
+    freed = [torch.ones(16_000) for _ in range(1000)]  # of 64 KB, which are not mapped one by one
+    last = freed.pop()  # under which the heap does not shrink by itself
+    freed.clear()
+    before = anonymous_bytes()
+    Residents(batches, CpuDevice()).close()
+    assert anonymous_bytes() < before - (48 << 20)
+    assert last.numel()
 
 
 def test_what_passes_a_ring_on_its_way_to_stay_has_to_fit_it(checkpoint):

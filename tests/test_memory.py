@@ -1,9 +1,11 @@
 """The memory that streaming adds stays within its budget, as the kernel counts it."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(
 
 # Many requests at once, of many lengths; prints the most that was ever added, looked at with every token.
 MANY = """
-import asyncio, gc, json, random, re, sys
+import asyncio, gc, json, re, sys
 import torch
 from layerstream.pipeline import Budget, StreamedModel, Workload
 from transformers import LlamaForCausalLM
@@ -110,9 +112,8 @@ import transformers.generation
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 
-folder, host, prompt = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-choose = random.Random(7)
-lengths = list(range(1, prompt)) + [choose.randrange(1, prompt) for _ in range(24)]
+folder, host, prompt, rows = sys.argv[1], *map(int, sys.argv[2:5])
+lengths = json.loads(sys.argv[5])
 
 async def main():
     gc.collect()
@@ -121,8 +122,9 @@ async def main():
         folder,
         device="cpu",
         budget=Budget(host=host),
-        workload=Workload(batch_size=2, prompt_tokens=prompt, new_tokens=4),
+        workload=Workload(batch_size=rows, prompt_tokens=prompt, new_tokens=4),
         reader="direct",
+        layer_batch_size=1,
         measure=False,
     ) as model:
         async def one(length):
@@ -133,10 +135,25 @@ async def main():
 
         await asyncio.gather(*map(one, lengths))
         print(json.dumps({"added": most - idle, "requests": model.stats().requests_completed,
-                          "streamed": model.plan.disk_bytes_per_sweep}))
+                          "streamed": model.plan.disk_bytes_per_sweep,
+                          "decode_residents": len(model.plan.decode_residents)}))
 
 asyncio.run(main())
 """
+
+
+def after_many(folder: Path, budget: int, prompt: int, rows: int, lengths: list[int]) -> Any:
+    """What ``MANY`` prints."""
+    given = [str(folder), *map(str, (budget, prompt, rows)), json.dumps(lengths)]
+    result = subprocess.run(
+        [sys.executable, "-c", MANY, *given],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -151,15 +168,21 @@ def test_many_requests_of_many_lengths_stay_within_the_budget(dtype: str, tmp_pa
         num_hidden_layers=4,
     )
     budget = 100 * MIB
-    result = subprocess.run(
-        [sys.executable, "-c", MANY, str(folder), str(budget), "64"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(result.stdout.splitlines()[-1])
+    choose = random.Random(7)
+    lengths = [*range(1, 64), *(choose.randrange(1, 64) for _ in range(24))]
+    report = after_many(folder, budget, 64, 2, lengths)
     assert report["requests"] == 63 + 24
+    assert report["streamed"] > 0
+    assert report["added"] <= 1.05 * budget
+
+
+def test_layers_that_stay_after_a_prompt_do_not_stay_beside_its_memory(tmp_path: Path) -> None:
+    """What its activations have left in the heap is returned before they come."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+    folder = save_model(tmp_path / "model", "mixtral", **sizes, **heads, num_hidden_layers=6)
+    budget = 190 * MIB
+    report = after_many(folder, budget, 1024, 1, [1024] * 3)
+    assert report["decode_residents"] > 2
     assert report["streamed"] > 0
     assert report["added"] <= 1.05 * budget

@@ -144,6 +144,26 @@ def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, i
     assert 0.9 <= estimated.peak_bytes / measured.peak_bytes <= 2
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_bias_on_relative_positions_is_estimated_for_every_pair(
+    dtype: torch.dtype, batch: int
+) -> None:
+    model = built("t5", on_meta=False, dtype=dtype, num_heads=12)
+    named = inputs(batch, 512, 512, padded=batch > 1)
+    with LiveBytes() as live:
+        model.encoder(input_ids=named["input_ids"], attention_mask=named["attention_mask"])
+    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    estimated = estimate_memory(config, Workload(batch_size=batch, prompt_tokens=512, new_tokens=1))
+    assert estimated is not None
+    assert 1 <= estimated.prefill_bytes / live.peak_bytes <= 1.5
+    # Attention in blocks has a bias for those near by alone.
+    near = estimate_memory(config | {"local_radius": 7}, Workload(prompt_tokens=512, new_tokens=1))
+    assert near is not None
+    assert near.prefill_bytes < estimated.prefill_bytes / 4
+
+
 @given(st.sampled_from(sorted(FAMILIES)), st.tuples(*[st.integers(1, 5000)] * 3), st.integers(0, 2))
 def test_more_of_anything_takes_no_less(family: str, sizes: tuple[int, ...], grown: int) -> None:
     names = ("batch_size", "prompt_tokens", "new_tokens")
