@@ -51,6 +51,9 @@ _SETTINGS = (
     _Setting(layer_batch_size=1, budget=0.0, prompt=16, reader="mmap"),
     _Setting(layer_batch_size=4, budget=0.0, prompt=512, reader="mmap"),
     _Setting(layer_batch_size=None, budget=0.4, prompt=16, reader="direct"),
+    _Setting(layer_batch_size=None, budget=0.0, prompt=16, reader="mmap"),
+    _Setting(layer_batch_size=None, budget=0.0, prompt=256, reader="mmap"),
+    _Setting(layer_batch_size=None, budget=0.0, prompt=1024, reader="mmap"),
 )
 
 
