@@ -55,11 +55,8 @@ _BLOCKS = (
 _LEAST_SHARE = 0.9
 # A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
 _DISTURBED = 2.0
-_DOUBT = (
-    Origin.MEASURED,
-    Origin.CACHED,
-    Origin.CONTENDED,
-)  # of several origins, the last one here counts
+# Of several origins, the last one here counts.
+_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

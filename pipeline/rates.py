@@ -26,19 +26,14 @@ _MMAP_CPU = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
 _ELEMENTWISE = 0.25
 # Blocks of transformers took 1.2 (gpt2) to 2.5 (Mixtral) times as long as the probe's plain block, and hooks come on top.
 _TRANSFORMERS = 2.0
-_CPU_BLOCKS, _GPU_BLOCKS = (
-    5000.0,
-    3000.0,
-)  # plain blocks per second, as fast as Python runs and kernels are launched
-_CPU_ATTENTION, _GPU_ATTENTION = 0.3, 0.5  # of the operations per second of matrix products
-_CPU_STEP, _GPU_STEP = (
-    0.5,
-    1.0,
-)  # operations of one token's attention per byte of weights that products go through
-_CPU_GROWTH, _GPU_GROWTH = (
-    0.2,
-    0.5,
-)  # of copies in host RAM, and of the GPU's weights: half is read, half is written
+# Plain blocks per second, as fast as Python runs and kernels are launched.
+_CPU_BLOCKS, _GPU_BLOCKS = 5000.0, 3000.0
+# Of the operations per second of matrix products.
+_CPU_ATTENTION, _GPU_ATTENTION = 0.3, 0.5
+# Operations of one token's attention, per byte of weights that products go through.
+_CPU_STEP, _GPU_STEP = 0.5, 1.0
+# Of copies in host RAM, and of the GPU's weights: half is read, half is written.
+_CPU_GROWTH, _GPU_GROWTH = 0.2, 0.5
 # Computing with mapped weights took this much longer than with residents on huge pages: 0.24 s instead of 0.18 for
 # 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
 # errs on the slow side. Not measured again.
@@ -70,9 +65,7 @@ class Rates:
     mmap: float  # faulting in files that are not in the page cache
     host_copy: float
     h2d: float
-    pageable_h2d: (
-        float  # from memory that is not page-locked; assumed to hold for the other direction too
-    )
+    pageable_h2d: float  # from memory that is not page-locked, and assumed for the way back
     compute: tuple[ComputeRate, ...]
     elementwise: float  # time of operations per element divided by that of multiplications
     attention_flops_per_second: float

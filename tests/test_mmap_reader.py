@@ -8,22 +8,18 @@ import os
 import pytest
 from support.leaks import mappings_of, nothing_left_behind
 from support.page_cache import cached_pages, drop_from_cache
+from support.random_files import SIZE, random_files
 
 from layerstream.stages.batch import Extent, LayerBatch, Read
 from layerstream.stages.errors import ReadError
 from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.readers import BLOCK_BYTES
 
-SIZE = 5 * BLOCK_BYTES + 100  # ends inside a block, as files do
-
 
 @pytest.fixture
 def files(tmp_path):
     """Two files of random bytes, on the disk."""
-    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
-    for path in paths:
-        path.write_bytes(os.urandom(SIZE))
-    return paths
+    return random_files(tmp_path)
 
 
 def test_a_file_that_cannot_be_mapped_is_named_and_the_others_are_closed_again(files):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.leaks import mappings_of, nothing_left_behind
 from support.page_cache import cached_pages, drop_from_cache
+from support.random_files import SIZE, random_files
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
@@ -19,7 +20,6 @@ from layerstream.stages.memory import HostMemory
 from layerstream.stages.mmap_reader import MmapReader
 from layerstream.stages.readers import BLOCK_BYTES, DirectReader, ThrottledReader
 
-SIZE = 5 * BLOCK_BYTES + 100  # ends inside a block, as files do
 BOUNDARIES = [
     pytest.param(0, BLOCK_BYTES, id="first block"),
     pytest.param(BLOCK_BYTES, 2 * BLOCK_BYTES, id="blocks in the middle"),
@@ -82,10 +82,7 @@ def open_reader(monkeypatch):
 @pytest.fixture
 def files(tmp_path):
     """Two files of random bytes, on the disk."""
-    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
-    for path in paths:
-        path.write_bytes(os.urandom(SIZE))
-    return paths
+    return random_files(tmp_path)
 
 
 def read(reader, offset, nbytes, file=0):

@@ -70,9 +70,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as own:
         bench = _prepared(args, accelerator, args.scratch or Path(own), result)
         for place, row in enumerate(ROWS):
-            if (
-                result["rows"][place]["why"] != _NOT_REACHED
-            ):  # before the row that did not come to its end
+            if result["rows"][place]["why"] != _NOT_REACHED:  # an earlier process has been here
                 continue
             late = time.monotonic() > ends
             with _bounded(row, place, result, args, ends):
