@@ -1,13 +1,13 @@
 """Run models that do not fit: plan how their weights are streamed, and stream them."""
 
-from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.dropin import load_streamed
-from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.model import StreamedModel
-from layerstream.pipeline.pipeline import Pipeline
-from layerstream.pipeline.plan import Budget, Plan, Workload
-from layerstream.pipeline.planner import make_plan
-from layerstream.pipeline.stats import StageUse, Stats
+from layerstream.pipeline.planning.plan import Budget, Plan, Workload
+from layerstream.pipeline.planning.planner import make_plan
+from layerstream.pipeline.scheduling.stats import StageUse, Stats
+from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.errors import (
     AdmissionError,
     BusyError,

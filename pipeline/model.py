@@ -9,19 +9,19 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from layerstream.pipeline.engine import Engine
-from layerstream.pipeline.hardware import Hardware
+from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import Options, open_model
-from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
-from layerstream.pipeline.prediction import Objective
-from layerstream.pipeline.replanning import hardware_without
-from layerstream.pipeline.room import room_of
-from layerstream.pipeline.runtime import start_model
-from layerstream.pipeline.stats import Stats
-from layerstream.pipeline.tokens import token_streamer
+from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
+from layerstream.pipeline.planning.prediction import Objective
+from layerstream.pipeline.planning.replan import hardware_without
+from layerstream.pipeline.scheduling.engine import Engine
+from layerstream.pipeline.scheduling.request_memory import room_of
+from layerstream.pipeline.scheduling.stats import Stats
+from layerstream.pipeline.scheduling.tokens import token_streamer
+from layerstream.pipeline.starting import start_model
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Once, finish_in_thread
-from layerstream.stages.timings import Timings
 
 __all__ = ["StreamedModel"]
 

@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.assembly import Assembly
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.conversion import (
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.hub import resolve_model_path_async
+from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.modeling.assembly import Assembly
+from layerstream.pipeline.modeling.tracing import (
     TracedModel,
     load_config,
     resolve_model_class,
     trace_model,
 )
-from layerstream.pipeline.hardware import Hardware
-from layerstream.pipeline.hub import resolve_model_path_async
-from layerstream.pipeline.plan import Budget, Plan, ReaderKind, Workload
-from layerstream.pipeline.planner import make_plan
-from layerstream.pipeline.prediction import Objective
-from layerstream.stages.devices import open_device
-from layerstream.stages.libraries import keep_little
-from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
+from layerstream.pipeline.planning.planner import make_plan
+from layerstream.pipeline.planning.prediction import Objective
+from layerstream.stages.devices.lookup import open_device
+from layerstream.stages.process.libraries import keep_little
+from layerstream.stages.process.usage import anonymous_bytes
+from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import finish_in_thread
-from layerstream.stages.usage import anonymous_bytes
 
 __all__ = ["Opening", "Options", "open_model"]
 

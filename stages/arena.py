@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from layerstream.stages.clock import Gauge
-from layerstream.stages.devices import Event
+from layerstream.stages.devices.protocol import Event
 from layerstream.stages.errors import PlanError
-from layerstream.stages.timings import SPANS_KEPT, Doing, Occupancy, Span
+from layerstream.stages.telemetry.clock import Gauge
+from layerstream.stages.telemetry.spans import SPANS_KEPT, Doing, Occupancy, Span
 
 __all__ = ["RingArena", "Slot", "ring_bytes"]
 

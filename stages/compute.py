@@ -11,11 +11,11 @@ import torch
 
 from layerstream.stages.batch import Place
 from layerstream.stages.channel import Channel
-from layerstream.stages.clock import Clock
-from layerstream.stages.devices import Device, Event
+from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.route import InFlight, Route
-from layerstream.stages.timings import Doing
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing
 
 __all__ = ["Batch", "Sweep"]
 

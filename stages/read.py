@@ -8,15 +8,16 @@ from typing import ParamSpec
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.channel import Channel
-from layerstream.stages.clock import Clock
 from layerstream.stages.errors import noting
 from layerstream.stages.memory import Image
-from layerstream.stages.mmap_reader import MmapReader
-from layerstream.stages.readers import BLOCK_BYTES, Reader
+from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.readers.mapped import MmapReader
+from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing
 from layerstream.stages.threads import Threads, settled
-from layerstream.stages.timings import Doing
 
 __all__ = ["read_stage"]
 

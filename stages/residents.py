@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from layerstream.stages.batch import LayerBatch
-from layerstream.stages.devices import Device
+from layerstream.stages.devices.protocol import Device
 from layerstream.stages.memory import HostMemory, Image
 
 __all__ = ["Residents"]

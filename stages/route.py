@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from layerstream.stages.arena import RingArena, Slot
 from layerstream.stages.batch import LayerBatch
-from layerstream.stages.devices import Event
+from layerstream.stages.devices.protocol import Event
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
 from layerstream.stages.threads import settled

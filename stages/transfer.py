@@ -9,14 +9,14 @@ import torch
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
-from layerstream.stages.clock import Clock
-from layerstream.stages.devices import Copy, Device, Event
+from layerstream.stages.devices.protocol import Copy, Device, Event
 from layerstream.stages.errors import noting
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing
 from layerstream.stages.threads import Threads, settled
-from layerstream.stages.timings import Doing
 
 __all__ = ["transfer_stage"]
 

@@ -15,10 +15,10 @@ from support.models import save_model
 from support.streaming import SMALL, open_streaming
 
 from layerstream.pipeline import AdmissionError, Budget, ClosedError, Workload, load_streamed
-from layerstream.pipeline.admission import Admission, Reservation
-from layerstream.pipeline.estimator import Estimator
-from layerstream.pipeline.room import Room
-from layerstream.pipeline.workload import workload_bytes
+from layerstream.pipeline.planning.workload_memory import workload_bytes
+from layerstream.pipeline.scheduling.admission import Admission, Reservation
+from layerstream.pipeline.scheduling.request_cost import Estimator
+from layerstream.pipeline.scheduling.request_memory import Room
 
 IDS = torch.arange(3, 10)[None]
 LONG = {"max_new_tokens": 8000, "do_sample": False}  # takes most of the room of a tiny model
@@ -255,7 +255,7 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
 def test_a_long_prompt_is_read_in_pieces_only_where_its_activations_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.room._SMALL_CHANGE_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.request_memory._SMALL_CHANGE_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama", intermediate_size=256)
     prompt = torch.arange(600)[None] % 97 + 3
     reference = transformers.LlamaForCausalLM.from_pretrained(folder)

@@ -12,9 +12,9 @@ from support.loop import happens, run
 from support.sweeping import recording
 
 from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
-from layerstream.stages.devices import CpuDevice
+from layerstream.stages.devices.cpu import CpuDevice
+from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.residents import Residents
-from layerstream.stages.usage import anonymous_bytes
 
 BLOCKS = 6
 BATCHES = BLOCKS + 2

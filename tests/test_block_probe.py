@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerstream.pipeline import block_probe
-from layerstream.pipeline.block_probe import _Block, _rate, measure_blocks
-from layerstream.stages.devices import CpuDevice
+from layerstream.pipeline.machine import probe_blocks
+from layerstream.pipeline.machine.probe_blocks import _Block, _rate, measure_blocks
+from layerstream.stages.devices.cpu import CpuDevice
 
 
 class Copied(TorchDispatchMode):
@@ -26,9 +26,9 @@ class Copied(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(block_probe, "_TOKENS", 64)
-    monkeypatch.setattr(block_probe, "_BLOCKS", 2)
-    monkeypatch.setattr(block_probe, "_SECONDS", 0.0)
+    monkeypatch.setattr(probe_blocks, "_TOKENS", 64)
+    monkeypatch.setattr(probe_blocks, "_BLOCKS", 2)
+    monkeypatch.setattr(probe_blocks, "_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -48,7 +48,7 @@ def test_blocks_and_attention_are_measured_in_every_dtype_of_weights(make_device
 
 def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
     now, took = [0.0], iter([100.0, *[0.5] * 5])
-    monkeypatch.setattr(block_probe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe_blocks.time, "perf_counter", lambda: now[0])
 
     def work():
         now[0] += next(took)
@@ -59,7 +59,7 @@ def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
 
 @pytest.mark.parametrize("name", ["attention_flops_per_second", "step_attention_flops_per_second"])
 def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch, name):
-    monkeypatch.setattr(block_probe, "_rate", lambda _device, work, amount: (work, amount))
+    monkeypatch.setattr(probe_blocks, "_rate", lambda _device, work, amount: (work, amount))
     attend, counted = measure_blocks(CpuDevice(), dtype="float32")[name]
     # Other kernels are not counted, or leave out pairs that causality forbids.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
@@ -68,7 +68,7 @@ def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch, n
 
 
 def test_a_cache_is_counted_once_each_time_it_grows(monkeypatch):
-    monkeypatch.setattr(block_probe, "_rate", lambda _device, work, amount: (work, amount))
+    monkeypatch.setattr(probe_blocks, "_rate", lambda _device, work, amount: (work, amount))
     grow, counted = measure_blocks(CpuDevice(), dtype="float32")["kv_growth_bytes_per_second"]
     with Copied() as copied:
         grow()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

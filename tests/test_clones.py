@@ -7,7 +7,7 @@ import torch
 import transformers
 from support.models import CASES, save_model
 
-from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.modeling.clone import clone_modules
 
 
 @pytest.fixture(params=["qwen3-moe", "whisper"])

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from support.checkpoints import write_checkpoint
 from support.fake_device import FakeDevice
 
-from layerstream.pipeline import Checkpoint, compute_probe
-from layerstream.pipeline.compute_probe import (
+from layerstream.pipeline import Checkpoint
+from layerstream.pipeline.machine import probe_compute
+from layerstream.pipeline.machine.probe_compute import (
     TOKENS,
     _cache_bytes,
     _cut,
@@ -19,16 +20,16 @@ from layerstream.pipeline.compute_probe import (
     measure_compute,
     measure_copies,
 )
-from layerstream.stages.devices import CpuDevice
+from layerstream.stages.devices.cpu import CpuDevice
 
 SHAPES = ((256, 512), (512, 256))
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(compute_probe, "_SECONDS", 0.05)
-    monkeypatch.setattr(compute_probe, "_SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(compute_probe, "_MOST_BYTES", 8 << 20)
+    monkeypatch.setattr(probe_compute, "_SECONDS", 0.05)
+    monkeypatch.setattr(probe_compute, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(probe_compute, "_MOST_BYTES", 8 << 20)
 
 
 @pytest.mark.parametrize("make_device", [CpuDevice, FakeDevice])
@@ -60,7 +61,7 @@ def clocked(monkeypatch, seconds_per_token):
         now[0] += seconds_per_token * len(x)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setattr(compute_probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(probe_compute, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return products
 
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import CASES, save_model
 
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.conversion import (
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.recipes import Tracer
+from layerstream.pipeline.modeling.tracing import (
     Recipe,
     TracedModel,
     load_config,
     resolve_model_class,
     trace_model,
 )
-from layerstream.pipeline.recipes import Tracer
 from layerstream.stages.errors import ModelError
 
 Save = Callable[..., Path]

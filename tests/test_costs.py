@@ -11,8 +11,8 @@ from support.checkpoints import CPU, GPU
 from support.plans import plan_of
 
 from layerstream.pipeline import PlanError, Workload
-from layerstream.pipeline.costs import BatchCost, _Ring, play
-from layerstream.pipeline.hardware import ComputeRate
+from layerstream.pipeline.machine.hardware import ComputeRate
+from layerstream.pipeline.planning.simulation import BatchCost, _Ring, play
 from layerstream.stages.arena import RingArena
 
 MIB = 1 << 20

@@ -32,10 +32,10 @@ from layerstream.pipeline import (
     load_streamed,
 )
 from layerstream.pipeline import opening as opening_module
-from layerstream.pipeline import runtime as runtime_module
+from layerstream.pipeline import starting as runtime_module
 from layerstream.stages.arena import RingArena
-from layerstream.stages.devices import CudaDevice
-from layerstream.stages.usage import anonymous_bytes
+from layerstream.stages.devices.cuda import CudaDevice
+from layerstream.stages.process.usage import anonymous_bytes
 
 # Some 10 ms of a GPU of 2 GHz: long beside the copy of a small layer, short beside a test.
 SLEEP_CYCLES = 20_000_000

@@ -12,7 +12,8 @@ from support.fake_cuda import POISON, FakeCuda, RunningCudaDevice
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
-from layerstream.stages.devices import CudaDevice, open_device
+from layerstream.stages.devices.cuda import CudaDevice
+from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.errors import DeviceError
 
 

@@ -12,8 +12,11 @@ from support.fake_device import POISON, FakeDevice, ScriptedClock, _FakeEvent
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
-from layerstream.stages import devices
-from layerstream.stages.devices import CpuDevice, CudaDevice, _CudaClock, open_device
+from layerstream.stages.devices import cuda_clock as clock_module
+from layerstream.stages.devices.cpu import CpuDevice
+from layerstream.stages.devices.cuda import CudaDevice
+from layerstream.stages.devices.cuda_clock import CudaClock
+from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
@@ -290,7 +293,7 @@ def test_a_gpu_tells_its_own_times_however_long_the_host_takes_to_ask(monkeypatc
     ended.synchronize()
     took = begun.elapsed_time(ended) / 1e3
     for age in (1e9, 0.0):  # with one anchor for both, and with one for each
-        monkeypatch.setattr(devices, "_ANCHOR_SECONDS", age)
+        monkeypatch.setattr(clock_module, "_ANCHOR_SECONDS", age)
         between = device.passed_at(ended) - device.passed_at(begun)
         assert between == pytest.approx(took, abs=CLOCKS_APART)
     assert took > 0.01
@@ -324,7 +327,7 @@ def cuda_clock(monkeypatch, clock):  # noqa: ARG001 - it is the host's
     """The clock of a GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: torch.Stream(device="cpu"))
     monkeypatch.setattr(torch.cuda, "Event", ScriptedEvent)
-    return _CudaClock(torch.device("cuda:0"))
+    return CudaClock(torch.device("cuda:0"))
 
 
 def test_times_of_a_gpu_are_told_by_the_hosts_clock_also_of_events_older_than_the_anchor(
@@ -337,7 +340,7 @@ def test_times_of_a_gpu_are_told_by_the_hosts_clock_also_of_events_older_than_th
     between = time.perf_counter()
     assert before <= cuda_clock.passed_at(first) <= between + apart
     second.record(None)
-    monkeypatch.setattr(devices, "_ANCHOR_SECONDS", 0.0)
+    monkeypatch.setattr(clock_module, "_ANCHOR_SECONDS", 0.0)
     drifted = ScriptedEvent.ahead + 5.0  # the clocks have drifted apart since the last anchor
     monkeypatch.setattr(ScriptedEvent, "ahead", drifted)
     third = ScriptedEvent()
@@ -359,7 +362,7 @@ def test_an_anchor_that_does_not_pass_at_once_is_not_waited_for(cuda_clock, monk
     event.record(None)
     told = cuda_clock.passed_at(event)
     monkeypatch.setattr(ScriptedEvent, "looks", itertools.repeat(False))
-    monkeypatch.setattr(devices, "_ANCHOR_SECONDS", 0.0)
+    monkeypatch.setattr(clock_module, "_ANCHOR_SECONDS", 0.0)
     assert cuda_clock.passed_at(event) == told  # by the anchor before
 
 
@@ -383,7 +386,7 @@ class Interrupted:
 
         self.event = Event
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(devices, "time", self)
+        monkeypatch.setattr(clock_module, "time", self)
 
     def perf_counter(self):
         self.now += 1e-7

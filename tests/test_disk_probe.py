@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from support.leaks import nothing_left_behind
 
-from layerstream.pipeline import disk_probe, volumes
-from layerstream.pipeline.disk_probe import (
+from layerstream.pipeline.machine import probe_disk, volumes
+from layerstream.pipeline.machine.probe_disk import (
     _Done,
     _rates,
     cached_bytes,
@@ -19,8 +19,8 @@ from layerstream.pipeline.disk_probe import (
 )
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
-from layerstream.stages.mmap_reader import MmapReader
-from layerstream.stages.readers import DirectReader
+from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.mapped import MmapReader
 
 MIB = 1 << 20
 SIZE = 96 * MIB
@@ -73,12 +73,12 @@ class Recorder:
 def recorder(monkeypatch):
     """The reader double that the direct measurement uses instead of the real one."""
     double = Recorder()
-    monkeypatch.setattr(disk_probe, "DirectReader", lambda _: double)
+    monkeypatch.setattr(probe_disk, "DirectReader", lambda _: double)
     return double
 
 
 def all_data(monkeypatch):
-    monkeypatch.setattr(disk_probe, "data_ranges", lambda path: [(0, path.stat().st_size)])
+    monkeypatch.setattr(probe_disk, "data_ranges", lambda path: [(0, path.stat().st_size)])
 
 
 # -- what is made of the requests -----------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_slow_disk_is_asked_for_little_and_left_when_the_time_is_up(
     all_data(monkeypatch)
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: 0.0)
-    monkeypatch.setattr(disk_probe, "time", clock)
+    monkeypatch.setattr(probe_disk, "time", clock)
     noted = recorder.read
 
     def read(extent, into):
@@ -196,7 +196,7 @@ def test_a_refusal_of_direct_reads_is_logged_with_the_rate(files, monkeypatch, c
             super().__init__(paths)
             self.falls_back = True
 
-    monkeypatch.setattr(disk_probe, "DirectReader", Buffered)
+    monkeypatch.setattr(probe_disk, "DirectReader", Buffered)
     caplog.set_level(logging.INFO, logger="layerstream")
     assert measure_direct(files, [0, 1])
     assert "that of buffered ones, as they will run here" in caplog.text
@@ -209,7 +209,7 @@ def test_a_disk_that_fails_says_so_and_leaves_nothing_open(files, monkeypatch):
                 raise ReadError(f"{extent.offset}: the disk has failed")
             super().read(extent, into)
 
-    monkeypatch.setattr(disk_probe, "DirectReader", Failing)
+    monkeypatch.setattr(probe_disk, "DirectReader", Failing)
     with nothing_left_behind(), pytest.raises(ReadError, match="the disk has failed"):
         measure_direct(files, [0, 1])
 
@@ -305,7 +305,7 @@ def test_windows_begin_and_end_on_blocks_and_leave_out_what_is_too_small():
 
 
 def test_a_large_checkpoint_is_looked_at_in_samples_and_not_just_at_its_headers():
-    looks = disk_probe._looks([4 << 30] * 200)
+    looks = probe_disk._looks([4 << 30] * 200)
     assert 1000 < len(looks) <= 2048
     assert {each.file for each in looks} == set(range(200))
     assert not any(each.offset < 64 << 10 for each in looks[:100])
@@ -314,11 +314,11 @@ def test_a_large_checkpoint_is_looked_at_in_samples_and_not_just_at_its_headers(
 
 def test_small_files_are_looked_at_in_full():
     sizes = [100_000, 1, 70_000]
-    looks = disk_probe._looks(sizes)
+    looks = probe_disk._looks(sizes)
     for file, size in enumerate(sizes):
         assert sum(each.nbytes for each in looks if each.file == file) == size
 
 
 def test_a_machine_too_busy_to_start_threads_in_time_still_shows_a_rate(files, monkeypatch):
-    monkeypatch.setattr(disk_probe, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(probe_disk, "_MOST_SECONDS", 0.0)
     assert measure_direct(files, [0, 1])["disk_bytes_per_second"].samples >= 1

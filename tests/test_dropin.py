@@ -106,7 +106,7 @@ def test_draining_waits_for_a_pass_of_no_request_and_takes_no_more(tmp_path: Pat
 def test_no_sweep_waits_for_a_pass_of_no_request_that_waits_for_its_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.sweeps._PATIENCE_SECONDS", 1000.0)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.scheduler._PATIENCE_SECONDS", 1000.0)
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:

@@ -13,9 +13,9 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerstream.pipeline import embedding
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.embedding import GatheredTable, TableSource
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling import gathered_table
+from layerstream.pipeline.modeling.gathered_table import GatheredTable, TableSource
 from layerstream.stages.errors import ClosedError, ModelError, ReadError
 
 ROWS, WIDTH, OFFSET = 50, 16, 13  # the offset is aligned to nothing, as in real files
@@ -66,7 +66,7 @@ def test_any_indices_in_any_order_are_found_with_any_scratch(
     table = write_table(path)
     indices = torch.tensor(wanted, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch, TableSource(path) as source:
-        patch.setattr(embedding, "_SCRATCH_BYTES", scratch_bytes)
+        patch.setattr(gathered_table, "_SCRATCH_BYTES", scratch_bytes)
         found = torch.nn.functional.embedding(indices, gathered(source))
     assert torch.equal(found, table[indices])
 
@@ -157,7 +157,7 @@ REFUSED: dict[str, Callable[[GatheredTable], Any]] = {
 def test_any_other_use_of_a_large_table_is_refused_aloud(
     source: TableSource, use: Callable[[GatheredTable], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(gathered_table, "WHOLE_BYTES", 0)
     with pytest.raises(ModelError, match=r"takes the whole table.*let the table stream"):
         use(gathered(source))
 
@@ -330,7 +330,7 @@ def test_models_compute_the_same_with_gathered_tables(
 def test_a_large_tied_head_is_refused_not_computed_with_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(gathered_table, "WHOLE_BYTES", 0)
     model: Any = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
     )

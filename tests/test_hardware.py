@@ -8,8 +8,8 @@ import pytest
 from support.checkpoints import GPU, write_checkpoint
 
 from layerstream.pipeline import Checkpoint, DeviceError, Hardware, PlanError
-from layerstream.pipeline.hardware import ComputeRate
-from layerstream.stages.headroom import host_available_bytes
+from layerstream.pipeline.machine.hardware import ComputeRate
+from layerstream.stages.process.headroom import host_available_bytes
 
 MIB = 1 << 20
 

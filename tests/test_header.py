@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from layerstream.pipeline.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import CheckpointError
 
 

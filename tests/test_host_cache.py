@@ -12,8 +12,9 @@ from support.leaks import nothing_left_behind
 from support.models import CASES, inputs_for, save_model
 from support.streaming import SMALL
 
-from layerstream.pipeline import Budget, host_cache, load_streamed, opening
-from layerstream.pipeline.host_cache import check_host_cache, with_host_cache
+from layerstream.pipeline import Budget, load_streamed, opening
+from layerstream.pipeline.modeling import host_kv_cache
+from layerstream.pipeline.modeling.host_kv_cache import check_host_cache, with_host_cache
 from layerstream.stages.errors import PlanError
 
 
@@ -31,7 +32,7 @@ def moved(monkeypatch):
         moves.append((id(layer), device.type))
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
-    monkeypatch.setattr(host_cache, "_move", move)
+    monkeypatch.setattr(host_kv_cache, "_move", move)
     return moves
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerstream.pipeline.hub import resolve_model_path, resolve_model_path_async
+from layerstream.pipeline.checkpoint.hub import resolve_model_path, resolve_model_path_async
 from layerstream.stages.errors import CheckpointError
 
 hub = pytest.importorskip("huggingface_hub")

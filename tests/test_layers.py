@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerstream.pipeline.checkpoint import Checkpoint, TensorInfo
-from layerstream.pipeline.layers import Layer, LayerKind, group_layers
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.pipeline.checkpoint.layers import Layer, LayerKind, group_layers
 
 transformers = pytest.importorskip("transformers")
 

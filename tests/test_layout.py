@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer, TensorSource, layout_batch
+from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource, layout_batch
 from layerstream.stages.batch import Extent, Place
 from layerstream.stages.memory import Image
 

@@ -6,9 +6,10 @@ import pytest
 from support.checkpoints import CPU, GPU
 
 from layerstream.pipeline import Checkpoint, Hardware, Plan, Workload, make_plan
-from layerstream.pipeline.figures import ComputeRate, Origin
-from layerstream.stages.clock import Clock
-from layerstream.stages.timings import Doing, SweepSpan, Timings
+from layerstream.pipeline.machine.measurement import ComputeRate, Origin
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing, SweepSpan
+from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.families import FAMILIES, scaled
 from layerstream.tools.synthetic import Recipe, make_checkpoint
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from layerstream.stages import libraries
+from layerstream.stages.process import libraries
 
 SAID = {
     "nothing": ({}, [(-8, 2)]),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from layerstream.stages.errors import CheckpointError
-from layerstream.stages.units import format_bytes, parse_bytes
+from layerstream.stages.text import format_bytes, parse_bytes
 from layerstream.tools import synthetic
 from layerstream.tools.cli import main
 from layerstream.tools.families import FAMILIES, scaled

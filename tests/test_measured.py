@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from layerstream.pipeline import measured
-from layerstream.pipeline.figures import Rate
-from layerstream.pipeline.measured import MeasuredCache, machine, processor
+from layerstream.pipeline.machine import probe_cache
+from layerstream.pipeline.machine.measurement import Rate
+from layerstream.pipeline.machine.probe_cache import MeasuredCache, machine, processor
 
 DISK = {**machine(), "of": "disk-direct", "volume": "ext4 /dev/vda on /"}
 NAMES = ["disk_bytes_per_second", "direct_read_cpu_seconds_per_byte"]
@@ -33,8 +33,8 @@ def the_file(cache):
 
 
 def test_what_was_measured_is_found_again_with_its_age(cache, monkeypatch):
-    now = measured.time.time()
-    monkeypatch.setattr(measured.time, "time", lambda: now + 3600)
+    now = probe_cache.time.time()
+    monkeypatch.setattr(probe_cache.time, "time", lambda: now + 3600)
     found = MeasuredCache(cache.folder).load(DISK, names=NAMES)
     assert found.rates == RATES
     assert found.age_seconds == pytest.approx(3600, abs=20)
@@ -42,8 +42,8 @@ def test_what_was_measured_is_found_again_with_its_age(cache, monkeypatch):
 
 def test_after_a_week_it_is_measured_again(cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="layerstream")
-    now = measured.time.time()
-    monkeypatch.setattr(measured.time, "time", lambda: now + 7 * 86400 + 60)
+    now = probe_cache.time.time()
+    monkeypatch.setattr(probe_cache.time, "time", lambda: now + 7 * 86400 + 60)
     assert cache.load(DISK, names=NAMES) is None
     assert "taken as not measured, since it is 7 d 0 h old" in caplog.text
 

@@ -12,8 +12,8 @@ from support.random_files import SIZE, random_files
 
 from layerstream.stages.batch import Extent, LayerBatch, Read
 from layerstream.stages.errors import ReadError
-from layerstream.stages.mmap_reader import MmapReader
-from layerstream.stages.readers import BLOCK_BYTES
+from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.readers.mapped import MmapReader
 
 
 @pytest.fixture

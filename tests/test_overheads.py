@@ -11,8 +11,8 @@ from support.plans import plan_of
 from support.streaming import SMALL
 
 from layerstream.pipeline import Plan, Workload
-from layerstream.pipeline.estimator import Estimator
-from layerstream.pipeline.room import Room, room_of
+from layerstream.pipeline.scheduling.request_cost import Estimator
+from layerstream.pipeline.scheduling.request_memory import Room, room_of
 
 WIDEST, VOCABULARY = 4096, 6000
 MODULE = 2200  # bytes of a clone of one

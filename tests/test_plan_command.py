@@ -13,10 +13,10 @@ import pytest
 from support.models import save_model
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, PlanError, StreamedModel
-from layerstream.pipeline.figures import ComputeRate, Figure, Origin
-from layerstream.pipeline.layers import group_layers
-from layerstream.pipeline.layout import planned_layers
-from layerstream.pipeline.whatif import WhatIf
+from layerstream.pipeline.checkpoint.layers import group_layers
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.planning.layout import planned_layers
+from layerstream.pipeline.planning.what_if import WhatIf
 from layerstream.tools.cli import main
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300}

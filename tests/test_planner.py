@@ -14,10 +14,10 @@ from support.checkpoints import CPU, GPU, write_checkpoint
 from support.plans import plan_of
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, PlanError, Workload, make_plan
-from layerstream.pipeline.figures import ComputeRate
-from layerstream.pipeline.report import report_plan
-from layerstream.pipeline.residence import evenly
-from layerstream.pipeline.workload import estimate_memory
+from layerstream.pipeline.machine.measurement import ComputeRate
+from layerstream.pipeline.planning.placement import evenly
+from layerstream.pipeline.planning.workload_memory import estimate_memory
+from layerstream.pipeline.report.plan_report import report_plan
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Place
 

@@ -17,13 +17,15 @@ from support.checkpoints import write_checkpoint
 from support.leaks import nothing_left_behind
 from support.loop import happens, run
 
-from layerstream.pipeline import Checkpoint, Hardware, compute_probe, probing
-from layerstream.pipeline.contention import Contention
-from layerstream.pipeline.figures import Origin, Rate
-from layerstream.pipeline.measured import Measured
-from layerstream.pipeline.probing import _combined, _Subject
+from layerstream.pipeline import Checkpoint, Hardware
+from layerstream.pipeline.machine import probe as probing
+from layerstream.pipeline.machine import probe_compute
+from layerstream.pipeline.machine.contention import Contention
+from layerstream.pipeline.machine.measurement import Origin, Rate
+from layerstream.pipeline.machine.probe import _combined, _Subject
+from layerstream.pipeline.machine.probe_cache import Measured
 from layerstream.stages.errors import ReadError
-from layerstream.stages.libraries import KERNELS_KEPT
+from layerstream.stages.process.libraries import KERNELS_KEPT
 
 DISK = {"disk_bytes_per_second", "direct_read_cpu_seconds_per_byte"}
 MMAP = {"mmap_bytes_per_second", "mmap_read_cpu_seconds_per_byte"}
@@ -42,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(compute_probe, "_SECONDS", 0.05)
+    monkeypatch.setattr(probe_compute, "_SECONDS", 0.05)
     # Tests share their machine: what they keep must not depend on how quiet it is.
     monkeypatch.setattr(probing, "_DISTURBED", 1e9)
     monkeypatch.setattr(probing, "Contention", partial(Contention, Path("no such file")))

@@ -12,8 +12,9 @@ import pytest
 from support.checkpoints import CPU, plan_for
 from support.models import save_model
 
-from layerstream.stages.clock import Clock
-from layerstream.stages.timings import Doing, Timings
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools import plot, progress
 from layerstream.tools.cli import main
 from layerstream.tools.profiling import profile_model

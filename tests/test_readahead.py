@@ -9,9 +9,9 @@ from support.checkpoints import write_checkpoint
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, make_plan
 from layerstream.stages.batch import Extent
-from layerstream.stages.headroom import host_available_bytes
-from layerstream.stages.mmap_reader import MmapReader
-from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.readers.mapped import MmapReader
+from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 
 MIB = 1 << 20
 

@@ -15,10 +15,11 @@ from support.random_files import SIZE, random_files
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
-from layerstream.stages.files import WeightFiles
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.mmap_reader import MmapReader
-from layerstream.stages.readers import BLOCK_BYTES, DirectReader, ThrottledReader
+from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
+from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.mapped import MmapReader
+from layerstream.stages.readers.throttled import ThrottledReader
 
 BOUNDARIES = [
     pytest.param(0, BLOCK_BYTES, id="first block"),

@@ -11,7 +11,7 @@ from support.streaming import SMALL, bits_equal
 from transformers import pytorch_utils
 
 from layerstream.pipeline import Budget, StreamedModel
-from layerstream.pipeline.rehearsal import on_meta
+from layerstream.pipeline.modeling.meta_pass import on_meta
 
 
 def test_opening_a_model_leaves_no_meta_tensors_in_what_transformers_remembers(

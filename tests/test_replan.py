@@ -23,7 +23,7 @@ from layerstream.pipeline import (
     StreamedModel,
     Workload,
 )
-from layerstream.pipeline.figures import Origin
+from layerstream.pipeline.machine.measurement import Origin
 from layerstream.stages.compute import Sweep
 
 MIB = 1 << 20
@@ -244,7 +244,9 @@ def test_what_a_model_was_given_it_may_keep_however_little_is_free_by_now(
 ) -> None:
     async def scenario() -> None:
         async with opening(folder, host=256 * MIB) as model:
-            monkeypatch.setattr("layerstream.pipeline.hardware.host_available_bytes", lambda: 0)
+            monkeypatch.setattr(
+                "layerstream.pipeline.machine.hardware.host_available_bytes", lambda: 0
+            )
             plan = await model.replan()
             assert plan.host_memory.budget_bytes == 256 * MIB
             with pytest.raises(PlanError, match="free"):

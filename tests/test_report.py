@@ -9,8 +9,8 @@ from support.checkpoints import CPU, GPU, write_checkpoint
 from support.plans import plan_of
 
 from layerstream.pipeline import Budget, Checkpoint, Plan, Workload, make_plan
-from layerstream.pipeline.figures import ComputeRate, Figure, Origin
-from layerstream.pipeline.report import report_plan, summarize_plan
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.report.plan_report import report_plan, summarize_plan
 
 MIB = 1 << 20
 SIZES = [MIB, *[4 * MIB] * 20, 2 * MIB]

@@ -13,9 +13,9 @@ from support.checkpoints import GPU
 from support.plans import plan_of
 
 from layerstream.pipeline import AdmissionError, Plan, Workload
-from layerstream.pipeline.estimator import Estimator, Need
-from layerstream.pipeline.host_cache import with_host_cache
-from layerstream.pipeline.room import Parts, Room, room_of
+from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
+from layerstream.pipeline.scheduling.request_cost import Estimator, Need
+from layerstream.pipeline.scheduling.request_memory import Parts, Room, room_of
 
 MIB = 1 << 20
 CONFIG = {

@@ -18,7 +18,7 @@ from support.streaming import open_streaming
 from transformers.generation.streamers import BaseStreamer
 
 from layerstream.pipeline import Budget, ClosedError, StreamedModel, Workload, load_streamed
-from layerstream.pipeline.clones import clone_modules
+from layerstream.pipeline.modeling.clone import clone_modules
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 PROMPTS = [torch.arange(3, 3 + length)[None] for length in (4, 12, 6, 20, 5, 9, 16, 7)]
@@ -45,7 +45,7 @@ ROPES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Departures wait as long as it takes for riders between two steps: what is counted depends on no clock."""
-    monkeypatch.setattr("layerstream.pipeline.sweeps._PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.scheduler._PATIENCE_SECONDS", 20.0)
 
 
 async def streaming(folder: Path) -> StreamedModel:
@@ -306,7 +306,7 @@ def test_what_a_request_had_is_freed_when_it_ends_not_when_the_collector_comes(
         clones.append(weakref.ref(clone))
         return clone
 
-    monkeypatch.setattr("layerstream.pipeline.engine.clone_modules", noted)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.engine.clone_modules", noted)
 
     async def scenario() -> list[bool]:
         async with await streaming(folder) as model:

@@ -13,10 +13,10 @@ from support.fake_device import FakeDevice, ScriptedClock
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
-from layerstream.stages.bottleneck import find_bottleneck
-from layerstream.stages.clock import Clock, Gauge
-from layerstream.stages.forecast import Forecasts, SweepPrediction
-from layerstream.stages.timings import Doing, StageTimings, Timings
+from layerstream.stages.telemetry.clock import Clock, Gauge
+from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
+from layerstream.stages.telemetry.spans import Doing, StageTimings
+from layerstream.stages.telemetry.timings import Timings
 
 BLOCKS = 6
 BATCHES = BLOCKS + 2
@@ -110,7 +110,7 @@ def test_with_a_slow_disk_reading_is_named_and_hides_all_else(tmp_path):
     read, _, compute = steady.stages
     assert read.bytes == pytest.approx(3 * plan.disk_bytes_per_sweep, rel=0.1)
     assert compute.items == 3 * BATCHES
-    assert find_bottleneck(steady).name == "read"
+    assert steady.bottleneck().name == "read"
     assert "read holds the sweeps back" in steady.summary()
     assert "faster disk" in steady.summary()
 
@@ -118,7 +118,7 @@ def test_with_a_slow_disk_reading_is_named_and_hides_all_else(tmp_path):
 def test_with_a_heavy_computation_computing_is_named(tmp_path):
     write_checkpoint(tmp_path, blocks=BLOCKS)
     _, steady = run(swept(arranged(plan_for(tmp_path, CPU)), toil))
-    assert find_bottleneck(steady).name == "compute"
+    assert steady.bottleneck().name == "compute"
     assert "faster device" in steady.summary()
 
 
@@ -148,7 +148,7 @@ SAID = {
 def test_the_bottleneck_says_what_to_change(case):
     (read, transfer, compute, waited), name, words = SAID[case]
     stages = (stage("read", read), stage("transfer", transfer), stage("compute", compute, waited))
-    found = find_bottleneck(Timings(sweeps=1, wall_seconds=10.0, stages=stages))
+    found = Timings(sweeps=1, wall_seconds=10.0, stages=stages).bottleneck()
     assert found.name == name
     assert words in found.sentence
     assert "What helps: " in found.sentence
@@ -156,7 +156,7 @@ def test_the_bottleneck_says_what_to_change(case):
 
 def test_before_any_work_there_is_no_bottleneck():
     timings = Timings(sweeps=0, wall_seconds=0.0, stages=(Clock("read").sums(),))
-    assert (timings.overlap_efficiency, find_bottleneck(timings).name) == (0.0, "nothing")
+    assert (timings.overlap_efficiency, timings.bottleneck().name) == (0.0, "nothing")
     assert "nothing has been streamed yet" in timings.summary()
 
 
@@ -259,7 +259,7 @@ def test_a_caller_who_keeps_a_batch_is_computing_however_fast_the_device_is(tmp_
             return began, time.perf_counter(), pipeline.timings()
 
     began, ended, timings = run(main())
-    assert find_bottleneck(timings.between(began, ended, sweeps=1)).name == "compute"
+    assert timings.between(began, ended, sweeps=1).bottleneck().name == "compute"
 
 
 SAID_OF_A_SWEEP = SweepPrediction(

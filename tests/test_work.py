@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 from support.checkpoints import CPU, GPU
 
-from layerstream.pipeline.figures import ComputeRate
-from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer, TensorSource
-from layerstream.pipeline.rates import rates_of
-from layerstream.pipeline.work import Pass, Work
+from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.machine.measurement import ComputeRate
+from layerstream.pipeline.planning.assumptions import rates_of
+from layerstream.pipeline.planning.compute_cost import Pass, Work
+from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 
 CONFIG = {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 1}

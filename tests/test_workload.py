@@ -13,13 +13,13 @@ from support.checkpoints import CPU
 from support.models import CASES, save_model
 
 from layerstream.pipeline import Checkpoint, Workload
-from layerstream.pipeline.activations import LiveBytes, measure_memory
-from layerstream.pipeline.assembly import Assembly
-from layerstream.pipeline.configs import load_config, resolve_model_class
-from layerstream.pipeline.conversion import trace_model
-from layerstream.pipeline.rates import rates_of
-from layerstream.pipeline.work import Work
-from layerstream.pipeline.workload import estimate_memory, kv_bytes
+from layerstream.pipeline.modeling.activation_memory import LiveBytes, measure_memory
+from layerstream.pipeline.modeling.assembly import Assembly
+from layerstream.pipeline.modeling.config import load_config, resolve_model_class
+from layerstream.pipeline.modeling.tracing import trace_model
+from layerstream.pipeline.planning.assumptions import rates_of
+from layerstream.pipeline.planning.compute_cost import Work
+from layerstream.pipeline.planning.workload_memory import estimate_memory, kv_bytes
 from layerstream.tools.families import FAMILIES
 
 PROMPT = 24

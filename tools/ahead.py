@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layerstream.stages.readahead import Readahead, fits_page_cache
+from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 
 __all__ = ["reading_ahead"]
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from layerstream.stages.units import parse_bytes, parse_rate, parse_size
+from layerstream.stages.text import parse_bytes, parse_rate, parse_size
 
 __all__ = [
     "add_generation_arguments",

@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; exit code 1 if we failed, or computed something else than transformers."""
-    from layerstream.pipeline.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     path = resolve_model_path(args.model).resolve()
     _check_files(args, path)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list[Row]]:
     """What there is to print, and the rows of the table."""
     from layerstream.pipeline import Checkpoint
-    from layerstream.stages.headroom import host_available_bytes
+    from layerstream.stages.process.headroom import host_available_bytes
 
     checkpoint = Checkpoint.open(path)
     found = line_up(

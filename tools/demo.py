@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.arguments import (
     add_generation_arguments,
     add_model_arguments,
@@ -116,7 +116,7 @@ def _demo_checkpoint(folder: Path) -> Path:
 
 
 def _resolved(model: str) -> Path:
-    from layerstream.pipeline.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
     return resolve_model_path(model)

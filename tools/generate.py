@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from layerstream.pipeline.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
     path = resolve_model_path(args.model)

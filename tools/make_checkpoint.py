@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.arguments import add_output_arguments, natural, positive, size
 from layerstream.tools.families import FAMILIES, scaled
 from layerstream.tools.progress import progress

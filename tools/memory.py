@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from layerstream.stages.usage import anonymous_bytes
+from layerstream.stages.process.usage import anonymous_bytes
 
 __all__ = ["AddedMemory", "added_memory"]
 

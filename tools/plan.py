@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.arguments import (
     add_model_arguments,
     add_output_arguments,
@@ -17,7 +17,7 @@ from layerstream.tools.arguments import (
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan
-    from layerstream.pipeline.whatif import WhatIf
+    from layerstream.pipeline.planning.what_if import WhatIf
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from layerstream.pipeline import Budget, Checkpoint
-    from layerstream.pipeline.hub import resolve_model_path
-    from layerstream.pipeline.report import report_plan, summarize_plan
-    from layerstream.pipeline.whatif import WhatIf
-    from layerstream.stages.devices import missing_device
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+    from layerstream.pipeline.planning.what_if import WhatIf
+    from layerstream.pipeline.report.plan_report import report_plan, summarize_plan
+    from layerstream.stages.devices.lookup import missing_device
 
     budget = Budget(vram=args.vram, host=args.host)
     asked = WhatIf(
@@ -112,8 +112,8 @@ def _plan(
     args: argparse.Namespace,
 ) -> "Plan":
     from layerstream.pipeline import Workload, make_plan
-    from layerstream.pipeline.layers import group_layers
-    from layerstream.pipeline.layout import planned_layers
+    from layerstream.pipeline.checkpoint.layers import group_layers
+    from layerstream.pipeline.planning.layout import planned_layers
 
     groups = group_layers(checkpoint)
     layers = planned_layers(checkpoint, groups, gathers_tables=True)

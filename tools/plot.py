@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.stages.timings import Doing, Timings
+from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["check_plot", "write_bars", "write_plot"]
 

@@ -7,9 +7,8 @@ import logging
 import statistics
 from pathlib import Path
 
-from layerstream.stages.bottleneck import find_bottleneck
-from layerstream.stages.timings import StageTimings
-from layerstream.stages.units import format_bytes, format_seconds
+from layerstream.stages.telemetry.spans import StageTimings
+from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.arguments import (
     add_model_arguments,
     add_output_arguments,
@@ -80,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     # What cannot be written is refused before the sweeps, not after.
     for path in (args.trace, args.plot):
@@ -146,7 +145,7 @@ def _lines(profile: Profile) -> list[str]:
         f"Time per sweep: median {median:.3f} s{spread}; the first {first:.3f} s",
         *(line.strip().capitalize() for line in profile.forecast.lines()),
         f"Overlap efficiency: {profile.steady.overlap_efficiency:.2f}",
-        f"Bottleneck: {find_bottleneck(profile.steady).sentence}",
+        f"Bottleneck: {profile.steady.bottleneck().sentence}",
     ]
     if ceiling is not None:
         how = "as given" if given else "measured with raw reads of a sample, after the run"

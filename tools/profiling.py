@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerstream.stages.bottleneck import find_bottleneck
 from layerstream.stages.errors import ModelError
-from layerstream.stages.forecast import Forecast, Forecasts, SweepPrediction
-from layerstream.stages.timings import StageTimings, Timings
+from layerstream.stages.telemetry.forecast import Forecast, Forecasts, SweepPrediction
+from layerstream.stages.telemetry.spans import StageTimings
+from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.progress import late_progress, waiting
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """The same for machines, units in the keys."""
-        steady, bottleneck = self.steady.to_dict(), find_bottleneck(self.steady)
+        steady, bottleneck = self.steady.to_dict(), self.steady.bottleneck()
         for stage, each in zip(self.steady.stages, steady["stages"], strict=True):
             each["bytes_per_second"] = stage.bytes_per_second
             each["ceiling_bytes_per_second"] = ceiling = self.ceiling(stage)
@@ -272,7 +272,7 @@ async def _watched(opened: _Opened, *, sweeps: int) -> AsyncIterator[None]:
 
 def _disk_ceiling(plan: "Plan") -> float | None:
     """The best rate of raw direct reads of a sample of the files; None where that says nothing."""
-    from layerstream.pipeline.plan import ReaderKind
+    from layerstream.pipeline.planning.plan import ReaderKind
     from layerstream.tools.benchmarks.raw_read import raw_read
 
     if plan.reader is not ReaderKind.DIRECT:  # mappings come out of the page cache, or not

@@ -86,7 +86,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     try:
         importlib.import_module("layerstream.tools.serving.app")

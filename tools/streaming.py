@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerstream.stages.errors import ModelError
-from layerstream.stages.timings import StageTimings, Timings
-from layerstream.stages.units import format_bytes
+from layerstream.stages.telemetry.spans import StageTimings
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.text import format_bytes
 from layerstream.tools.memory import added_memory
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import CheckpointError
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.byte_tokenizer import VOCAB_SIZE, tokenizer_files
 from layerstream.tools.families import Config
 from layerstream.tools.shapes import Tensor, tensors_of

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 
-from layerstream.stages.tables import format_table
+from layerstream.stages.text import format_table
 
 __all__ = ["print_table"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from layerstream.pipeline.checkpoint import Checkpoint
-from layerstream.pipeline.hardware import Hardware
-from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer, TensorSource
-from layerstream.pipeline.plan import Plan
-from layerstream.pipeline.planner import make_plan
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.planner import make_plan
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Extent, LayerBatch
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layerstream.stages.devices import CudaDevice
+from layerstream.stages.devices.cuda import CudaDevice
 
 __all__ = ["POISON", "FakeCuda", "RunningCudaDevice"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from layerstream.stages.devices import Copy
+from layerstream.stages.devices.protocol import Copy
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 

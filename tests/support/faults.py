@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 from layerstream.stages.batch import Extent
-from layerstream.stages.devices import Copy
-from layerstream.stages.readers import DirectReader
+from layerstream.stages.devices.protocol import Copy
+from layerstream.stages.readers.direct import DirectReader
 from support.fake_device import FakeDevice, _FakeEvent
 
 __all__ = ["Gate", "RecordingReader", "SteppedFakeDevice", "Steps", "failing_with"]

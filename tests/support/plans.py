@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from layerstream.pipeline import Budget, Checkpoint, make_plan
-from layerstream.pipeline.layers import LayerKind
-from layerstream.pipeline.layout import PlannedLayer, TensorSource
-from layerstream.pipeline.weightfiles import WeightFile
+from layerstream.pipeline.checkpoint.files import WeightFile
+from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 from support.checkpoints import CPU
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from layerstream.stages.readers import BLOCK_BYTES
+from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["SIZE", "random_files"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 
 __all__ = ["PEER_NAMES", "Contender", "LeftOut", "LineUp", "line_up"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream import tools
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.benching.cgroups import MemoryCgroup
 
 __all__ = ["ContenderError", "ContenderProcess", "started"]

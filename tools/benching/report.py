@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.benching.results import Row, Spread
 from layerstream.tools.plot import write_bars
 from layerstream.tools.tables import print_table

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, PlanError, StreamedModel, Workload
-from layerstream.pipeline.plan import Plan
+from layerstream.pipeline.planning.plan import Plan
 from layerstream.tools.arguments import positive, size
 from layerstream.tools.tables import print_table
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from layerstream.stages.devices import open_device
-from layerstream.stages.headroom import host_available_bytes
+from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.memory import HostMemory
+from layerstream.stages.process.headroom import host_available_bytes
 
 __all__ = ["Accelerator", "Peak", "Pinning", "copy_rate", "make_room", "pinning"]
 

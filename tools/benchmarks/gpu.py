@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from layerstream.stages.headroom import host_available_bytes
-from layerstream.stages.tables import format_table
-from layerstream.stages.units import format_bytes
+from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.text import format_bytes, format_table
 from layerstream.tools.arguments import positive
 from layerstream.tools.benchmarks.copying import Accelerator, make_room
 from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row

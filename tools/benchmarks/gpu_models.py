@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, StreamedModel, Workload
-from layerstream.stages.timings import Timings
+from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.benching.peers import PEERS, NotInstalledError
 from layerstream.tools.benchmarks.copying import Peak
 from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result

@@ -14,7 +14,7 @@ import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, Plan, make_plan
 from layerstream.stages.compute import Batch
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.benchmarks.copying import Peak, copy_rate, pinning
 from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
 from layerstream.tools.benchmarks.overlap import Lanes, overlap_of, picture, trace

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, StreamedModel, Workload
-from layerstream.pipeline.figures import Figure, Origin
-from layerstream.pipeline.plan import Plan
-from layerstream.stages.timings import SweepSpan
+from layerstream.pipeline.machine.measurement import Figure, Origin
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.stages.telemetry.spans import SweepSpan
 from layerstream.tools.arguments import positive, size
 from layerstream.tools.tables import print_table
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import BLOCK_BYTES
+from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["GRID", "best_raw_read", "raw_read"]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx2
 
-from layerstream.stages.units import format_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.arguments import positive, size
 
 __all__ = ["main"]
@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from layerstream.stages.usage import anonymous_bytes
+from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.tools.serving import app, server
 from layerstream.tools.text import load_tokenizer
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
 from layerstream.stages.compute import Batch
-from layerstream.stages.units import format_bytes
-from layerstream.stages.usage import anonymous_bytes
+from layerstream.stages.process.usage import anonymous_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.tools.arguments import positive, size
 from layerstream.tools.benchmarks.raw_read import best_raw_read
 

@@ -1,0 +1,153 @@
+"""A checkpoint as it was downloaded: its files, and the place of each tensor in them.
+
+Only headers, the index and config.json are read, never weights. The two ways of opening differ in
+who waits for the disk; both use the same functions to interpret the bytes.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiofiles
+
+from layerstream.pipeline.checkpoint.files import (
+    Selection,
+    WeightFile,
+    errors_naming,
+    list_files,
+    select_files,
+)
+from layerstream.pipeline.checkpoint.formats.safetensors import (
+    PREFIX_BYTES,
+    TensorInfo,
+    header_length,
+    parse_header,
+)
+from layerstream.stages.errors import CheckpointError
+
+__all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The weight files of a model and every tensor in them, validated.
+
+    Attributes:
+        path: The folder or file that was opened, absolute.
+        files: The weight files in natural order; `TensorInfo.file` counts along it.
+        tensors: Every tensor by name, in the order of files and offsets.
+        config: config.json, from the folder, also if a single file was opened; None without one.
+        ignored_files: Names of weight files in the folder that are not part of the model.
+    """
+
+    path: Path
+    files: tuple[WeightFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] | None
+    ignored_files: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together, without headers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the headers of a folder of safetensors shards, or of one safetensors file.
+
+        Raises:
+            CheckpointError: Files are missing, truncated, corrupt or contradict one another.
+        """
+        listing = list_files(Path(path))
+        documents = {path: _fetch(path) for path in listing.documents}
+        selection = select_files(listing, documents)
+        headers = [_fetch_header(file) for file in selection.files]
+        return cls._from_headers(selection, headers)
+
+    @classmethod
+    async def open_async(cls, path: str | os.PathLike[str]) -> Self:
+        """The same as `open`, without blocking the event loop."""
+        listing = await asyncio.to_thread(list_files, Path(path))
+        documents = {path: await _fetch_async(path) for path in listing.documents}
+        selection = await asyncio.to_thread(select_files, listing, documents)
+        headers = [await _fetch_header_async(file) for file in selection.files]
+        return await asyncio.to_thread(cls._from_headers, selection, headers)
+
+    @classmethod
+    def _from_headers(cls, selection: Selection, headers: Sequence[bytes]) -> Self:
+        tables = [
+            parse_header(header, path=file.path, size_bytes=file.size_bytes, file=number)
+            for number, (file, header) in enumerate(zip(selection.files, headers, strict=True))
+        ]
+        _settle_duplicates(selection, tables)
+        tensors = {name: info for table in tables for name, info in table.items()}
+        _check_weight_map(selection, tensors)
+        if not tensors:
+            raise CheckpointError(f"{selection.path} holds no tensors: download the model again.")
+        return cls(
+            path=selection.path,
+            files=selection.files,
+            tensors=tensors,
+            config=selection.config,
+            ignored_files=selection.ignored_files,
+        )
+
+
+def _settle_duplicates(selection: Selection, tables: list[dict[str, TensorInfo]]) -> None:
+    """If two files have a tensor of the same name, keep the one that the index names."""
+    holders: dict[str, int] = {}
+    for number, table in enumerate(tables):
+        for name in table.keys() & holders.keys():
+            first, second = (selection.files[n] for n in (holders[name], number))
+            keep = selection.weight_map.get(name)
+            if keep is None:
+                raise CheckpointError(
+                    f"{selection.path}: tensor {name!r} is in {first.name} and in {second.name}, "
+                    "and no index tells which one counts; open one of these files instead of the "
+                    "folder, or move the other one away."
+                )
+            if keep == second.name:
+                del tables[holders[name]][name]
+            else:
+                del table[name]
+        holders.update(dict.fromkeys(table, number))
+
+
+def _check_weight_map(selection: Selection, tensors: Mapping[str, TensorInfo]) -> None:
+    numbers = {file.name: number for number, file in enumerate(selection.files)}
+    for name, file in selection.weight_map.items():
+        info = tensors.get(name)
+        if info is None or info.file != numbers[file]:
+            found = f"; it is in {selection.files[info.file].name}" if info else ""
+            raise CheckpointError(
+                f"{selection.path}: the index places tensor {name!r} in {file}, which lacks it"
+                f"{found}; index and weights are of different versions, download both again."
+            )
+
+
+def _fetch(path: Path) -> bytes:
+    with errors_naming(path):
+        return path.read_bytes()
+
+
+async def _fetch_async(path: Path) -> bytes:
+    with errors_naming(path):
+        async with aiofiles.open(path, "rb") as stream:
+            return await stream.read()
+
+
+def _fetch_header(file: WeightFile) -> bytes:
+    with errors_naming(file.path), file.path.open("rb") as stream:
+        prefix = stream.read(PREFIX_BYTES)
+        return stream.read(header_length(prefix, path=file.path, size_bytes=file.size_bytes))
+
+
+async def _fetch_header_async(file: WeightFile) -> bytes:
+    with errors_naming(file.path):
+        async with aiofiles.open(file.path, "rb") as stream:
+            prefix = await stream.read(PREFIX_BYTES)
+            length = header_length(prefix, path=file.path, size_bytes=file.size_bytes)
+            return await stream.read(length)

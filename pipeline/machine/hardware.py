@@ -1,0 +1,203 @@
+"""What this machine has: its free memory, and its rates."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.machine.probe import Rates, probe_rates
+from layerstream.pipeline.machine.probe_cache import MeasuredCache
+from layerstream.pipeline.machine.probe_disk import cached_bytes
+from layerstream.stages.devices.lookup import open_device
+from layerstream.stages.devices.protocol import Device
+from layerstream.stages.errors import LayerstreamError, PlanError
+from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.process.libraries import Leftovers, keep_little
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.threads import finish_in_thread
+
+if TYPE_CHECKING:
+    from layerstream.pipeline.planning.plan import Plan
+
+__all__ = ["ComputeRate", "Figure", "Hardware", "Origin"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """The machine that a plan is made for. Made by hand, it is a what-if.
+
+    Unknown rates are None.
+
+    Attributes:
+        device: "cpu" or "cuda:0".
+        vram_free_bytes: None on a CPU device.
+        cores: that this process may use.
+        disk_bytes_per_second: of direct reads, as the pipeline makes them.
+        mmap_bytes_per_second: of faulting in mapped files that are not in the page cache.
+        cached_bytes: how much of the checkpoint's files is in the page cache now.
+        h2d_bytes_per_second: host to device, from page-locked memory.
+        pageable_h2d_bytes_per_second: host to device, from ordinary memory.
+        host_copy_bytes_per_second: from host memory to host memory, in one thread.
+        compute: by ascending tokens.
+        attention_flops_per_second: of a long prompt; 4 for each pair of tokens and each element of a head.
+        step_attention_flops_per_second: the same of one token over a long KV cache.
+        kv_growth_bytes_per_second: of appending to a KV cache, which transformers copies for each token.
+        blocks_per_second: decoder blocks of next to no size, as far as Python and kernel launches allow.
+        direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
+        mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
+        overhead_seconds_per_batch: of passing a layer batch through the stages.
+        figures: the origin of each rate, by the field's name; what is not in it was given by hand.
+
+    Raises:
+        PlanError: a rate that is not above zero, a negative size, or no cores.
+    """
+
+    device: str
+    host_available_bytes: int
+    vram_free_bytes: int | None
+    cores: int
+    disk_bytes_per_second: float | None = None
+    mmap_bytes_per_second: float | None = None
+    cached_bytes: int = 0
+    h2d_bytes_per_second: float | None = None
+    pageable_h2d_bytes_per_second: float | None = None
+    host_copy_bytes_per_second: float | None = None
+    compute: tuple[ComputeRate, ...] = ()
+    attention_flops_per_second: float | None = None
+    step_attention_flops_per_second: float | None = None
+    kv_growth_bytes_per_second: float | None = None
+    blocks_per_second: float | None = None
+    direct_read_cpu_seconds_per_byte: float | None = None
+    mmap_read_cpu_seconds_per_byte: float | None = None
+    overhead_seconds_per_batch: float | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            # Written so that NaN is refused too.
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise PlanError(f"hardware: {name} is {value!r}; give the bytes, from 0")
+        if not (_is_number(self.cores) and self.cores >= 1):
+            raise PlanError(f"hardware: cores is {self.cores!r}; give a whole number from 1")
+        for name in _RATES:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise PlanError(
+                    f"hardware: {name} is {value!r}; give a number above zero, or None for unknown"
+                )
+        for name in _COSTS:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise PlanError(
+                    f"hardware: {name} is {value!r}; give seconds, from 0, or None for unknown"
+                )
+        self._check_compute()
+
+    def _check_compute(self) -> None:
+        sizes = [rate.tokens for rate in self.compute]
+        if sizes != sorted({size for size in sizes if size >= 1}):
+            raise PlanError(
+                f"hardware: compute has rates for {sizes} tokens; give each size once, in ascending order, from 1"
+            )
+        for rate in self.compute:
+            if not (_is_number(rate.bytes_per_second) and 0 < rate.bytes_per_second < math.inf):
+                raise PlanError(
+                    f"hardware: compute at {rate.tokens} tokens has {rate.bytes_per_second!r} bytes per "
+                    "second; give a number above zero"
+                )
+
+    @classmethod
+    async def probe(
+        cls,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        *,
+        fresh: bool = False,
+        measure: bool = True,
+        cache_folder: Path | None = None,
+    ) -> Self:
+        """Look up free memory of this machine, and measure rates that are not known yet.
+
+        Args:
+            checkpoint: the files that will be read.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            fresh: measure again, even rates that are known.
+            measure: False measures nothing; rates that are not cached are None.
+            cache_folder: where measurements are kept; by default the user's cache folder.
+
+        Raises:
+            DeviceError: there is no such device.
+        """
+        opened = await finish_in_thread(lambda: open_device(device))
+        if measure and opened.reads_host_images:
+            keep_little()  # measuring multiplies matrices, and oneDNN reads its settings only before the first product
+        rates = await probe_rates(
+            checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
+        )
+        if measure and opened.reads_host_images:
+            await finish_in_thread(Leftovers().release)
+        # Last, after measurements have freed their own memory.
+        return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
+
+    def learn(self, plan: "Plan", timings: Timings) -> "Hardware":
+        """The same machine with the rates that the stages reached while ``plan`` was run, marked as learnt."""
+        from layerstream.pipeline.planning.learning import learn
+
+        return learn(self, plan, timings)
+
+    @classmethod
+    def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
+        vram = device.free_bytes()
+        sizes = [name for name in _SIZES if name != "vram_free_bytes" or vram is not None]
+        asked = dict.fromkeys(sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
+        return cls(
+            device=str(device.torch_device),
+            host_available_bytes=host_available_bytes(),
+            vram_free_bytes=vram,
+            cores=len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+            cached_bytes=_cached_bytes(checkpoint),
+            figures={**asked, **rates.figures},
+            **rates.fields,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cached_bytes(checkpoint: Checkpoint) -> int:
+    try:
+        return cached_bytes([file.path for file in checkpoint.files])
+    # A file has been removed since it was opened: reading it will report that.
+    except (LayerstreamError, OSError) as error:
+        logger.warning("what is in the page cache is not known: %s", error)
+        return 0
+
+
+_SIZES = ("host_available_bytes", "vram_free_bytes", "cached_bytes")
+_RATES = (
+    "disk_bytes_per_second",
+    "mmap_bytes_per_second",
+    "h2d_bytes_per_second",
+    "pageable_h2d_bytes_per_second",
+    "host_copy_bytes_per_second",
+    "attention_flops_per_second",
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
+    "blocks_per_second",
+)
+_COSTS = (
+    "direct_read_cpu_seconds_per_byte",
+    "mmap_read_cpu_seconds_per_byte",
+    "overhead_seconds_per_batch",
+)

@@ -1,0 +1,228 @@
+"""Prepares a traced model for streaming: which weights are in which layer, which are gathered, and the hooks."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.activation_memory import PromptPass
+from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers, source_name
+from layerstream.pipeline.modeling.execution_trace import record
+from layerstream.pipeline.modeling.gathered_table import (
+    WHOLE_BYTES,
+    GatheredTable,
+    TableSource,
+    congruent,
+)
+from layerstream.pipeline.modeling.model_layers import (
+    ModelLayer,
+    gathered_uses,
+    model_layers,
+    uses_of,
+)
+from layerstream.pipeline.modeling.tracing import Recipe, TracedModel
+from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.planning.plan import Plan, Workload
+from layerstream.pipeline.planning.workload_memory import WorkloadMemory
+from layerstream.pipeline.scheduling.thread_passes import Riders
+from layerstream.stages.batch import Extent
+
+__all__ = ["Assembly", "move_buffers"]
+
+
+class Assembly:
+    """A traced model, prepared for streaming: which weights are in which layer, and which are gathered.
+
+    Attributes:
+        memory: of ``workload`` besides the weights, measured in a pass on the meta device; None without a workload,
+            or if it could not be measured.
+    """
+
+    memory: WorkloadMemory | None
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        checkpoint: Checkpoint,
+        workload: Workload | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.traced = traced
+        self._checkpoint = checkpoint
+        uses = uses_of(traced)
+        prompt = None if workload is None else PromptPass.of(traced.module, workload, device)
+        recordings = record(traced.module, prompt)
+        self.memory = prompt.memory() if prompt else None
+        self._gathered = gathered_uses(traced, uses, recordings)
+        self._uses = {
+            name: rest
+            for name, places in uses.items()
+            if (rest := [use for use in places if use not in self._gathered.get(name, ())])
+        }
+        self.layers = model_layers(traced, checkpoint, self._uses, recordings)
+
+    def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
+        """The layers for the planner."""
+        return tuple(self._planned(layer, checkpoint) for layer in self.layers)
+
+    def _planned(self, layer: ModelLayer, checkpoint: Checkpoint) -> PlannedLayer:
+        recipes = [self.traced.recipes[name] for name in layer.recipes]
+        return PlannedLayer(
+            name=layer.name,
+            kind=layer.kind,
+            tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
+            scratch_bytes=sum(r.scratch_bytes for r in recipes if r.pieces is None),
+            pinned=layer.pinned,
+        )
+
+    def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
+        """Put placeholders everywhere, and return a binding for each layer batch."""
+        layers = {layer.name: layer for layer in self.layers}
+        bindings = []
+        for batch in plan.batches:
+            names = [recipe for layer in batch.layers for recipe in layers[layer].recipes]
+            binding = Binding(
+                self.traced.module,
+                device,
+                [(self.traced.recipes[name], self._uses[name]) for name in names],
+                lambda recipe: _fetcher(recipe, self._checkpoint, device),
+            )
+            binding.unbind()
+            put_buffers(self.traced.module, binding.absent_buffers())
+            bindings.append(binding)
+        return bindings
+
+    def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
+        """Put tables that gather rows from the files into the embeddings; returns their open files."""
+        files: dict[int, TableSource] = {}
+        with ExitStack() as opened:
+            for name, uses in self._gathered.items():
+                recipe = self.traced.recipes[name]
+                extent = _extents(recipe, checkpoint)[0]
+                if extent.file not in files:
+                    path = checkpoint.files[extent.file].path
+                    files[extent.file] = opened.enter_context(TableSource(path))
+                table = GatheredTable(
+                    files[extent.file],
+                    offset=extent.offset,
+                    shape=recipe.shape,
+                    dtype=getattr(torch, recipe.dtype),
+                    device=device,
+                )
+                for use in uses:
+                    self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
+            opened.pop_all()  # the caller closes them from here on
+        return list(files.values())
+
+    def hook(self, riders: Riders, plan: Plan) -> None:
+        """Add hooks to modules: they tell riders which layer batch is needed, and when a pass begins and ends."""
+        index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
+        needs = {
+            path: index_of[layer.name]
+            for layer in self.layers
+            if not layer.pinned
+            for path in layer.modules
+        }
+        around = {""}
+        for path in needs:
+            while path:
+                path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
+                around.add(path)
+        for path in (around | needs.keys()) - {""} | {""}:
+            index = needs.get(path)
+            exits = index is not None and (not path or needs.get(path.rpartition(".")[0]) != index)
+            _hook(riders, self.traced.module.get_submodule(path), path, index, exits=exits)
+
+
+def _hook(riders: Riders, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
+    def before(module: nn.Module, inputs: Any, named: Any) -> Any:
+        rider = riders.rider()
+        given = rider.enter(module, path, inputs, named)
+        if index is not None:
+            rider.hold(index)
+        return None if given is named else (inputs, given)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        # With always_call, this is called after an exception too, without an output; even after one that kept the
+        # thread from getting a rider.
+        rider = riders.current()
+        if rider is None:
+            return None
+        detached = rider.detached(output) if exits and output is not None else None
+        rider.leave(completed=output is not None)
+        return detached
+
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(after, always_call=True)
+
+
+def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
+    """The pieces of files that the recipe's tensor consists of."""
+    extents = []
+    for piece in recipe.pieces or ():
+        info = checkpoint.tensors[piece.source]
+        offset = info.offset + piece.source_offset
+        extents.append(Extent(file=info.file, offset=offset, nbytes=piece.nbytes))
+    return tuple(extents) or (Extent(file=0, offset=0, nbytes=0),)
+
+
+def _fetcher(
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device
+) -> Callable[[], torch.Tensor] | None:
+    """A function that reads a small parameter from its files; None for a large one."""
+    extents = _extents(recipe, checkpoint)
+    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > WHOLE_BYTES:
+        return None
+
+    def fetch() -> torch.Tensor:
+        offset = 0 if recipe.scratch_bytes else extents[0].offset
+        found = congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
+        octets: Any = found.view(-1).view(torch.uint8).numpy()
+        buffer = memoryview(octets).cast("B")
+        begin = 0
+        for extent in extents:
+            with TableSource(checkpoint.files[extent.file].path) as source:
+                source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
+            begin += extent.nbytes
+        return found.to(device)
+
+    return fetch
+
+
+def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
+    """What has to be read for a recipe: its pieces, or the tensors that it is computed from."""
+    if recipe.pieces is not None:
+        return [
+            TensorSource(
+                name=recipe.name,
+                dtype=recipe.dtype,
+                shape=recipe.shape,
+                extents=_extents(recipe, checkpoint),
+                copied=recipe.scratch_bytes > 0,
+            )
+        ]
+    infos = [checkpoint.tensors[name] for name in recipe.sources]
+    return [
+        TensorSource(
+            name=source_name(info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            extents=(Extent(file=info.file, offset=info.offset, nbytes=info.nbytes),),
+        )
+        for info in infos
+    ]
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move buffers that do not stream to the device."""
+    for part in module.modules():
+        for table in (part._buffers, part._parameters):  # noqa: SLF001
+            for name, tensor in table.items():
+                if tensor is not None and not isinstance(tensor, (Absent, GatheredTable)):
+                    moved: Any = tensor.detach().to(device)
+                    if isinstance(tensor, nn.Parameter):
+                        moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+                    table[name] = moved

@@ -1,0 +1,298 @@
+"""A transformers model on the meta device, and what each of its weights is made from.
+
+transformers' own `from_pretrained` is run with `Tracer`s in place of the checkpoint's tensors. So the module tree, the
+renames and conversions of the checkpoint, the ties between parameters and the values that are no weights (rotary
+frequencies, position ids) are exactly those of transformers, for every architecture, and no weights are read.
+"""
+
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.config import gist, load_config, resolve_model_class
+from layerstream.pipeline.modeling.recipes import Piece, Recipe, Tracer
+from layerstream.stages.errors import ModelError
+
+__all__ = ["Piece", "Recipe", "TracedModel", "load_config", "resolve_model_class", "trace_model"]
+
+# While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
+# at once might restore each other's replacements, for good.
+_ONE_AT_A_TIME = threading.Lock()
+
+# Arguments that decide where or how weights are loaded, which is decided here.
+_PLACEMENT = frozenset(
+    {
+        "device_map",
+        "device_mesh",
+        "distributed_config",
+        "gguf_file",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "output_loading_info",
+        "quantization_config",
+        "state_dict",
+        "torch_dtype",
+        "tp_plan",
+        "tp_size",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedModel:
+    """A model without weights, and how to make them."""
+
+    module: Any
+    """The `PreTrainedModel`, in eval mode. What has a recipe is on the meta device; everything else
+    (buffers that are never stored, parameters that transformers computes) has its values, on the
+    CPU."""
+    recipes: Mapping[str, Recipe]
+    """For each parameter and persistent buffer, under the first of its names in the module."""
+    aliases: Mapping[str, str]
+    """Further names of tied parameters, and the name in `recipes` that each stands for."""
+    unused: tuple[str, ...]
+    """The checkpoint's tensors that the model has no use for."""
+
+
+def trace_model(
+    checkpoint: Checkpoint,
+    *,
+    config: Any,
+    model_class: type[Any],
+    dtype: torch.dtype | str = "auto",
+    **kwargs: Any,
+) -> TracedModel:
+    """Build a model as `model_class.from_pretrained(folder)` would, without its weights.
+
+    Args:
+        checkpoint: The weight files; only their headers are needed.
+        config: The model's config, from `load_config`. It is not changed.
+        model_class: From `resolve_model_class`.
+        dtype: As in from_pretrained; "auto" is the config's, or else the checkpoint's.
+        kwargs: Other arguments of from_pretrained, such as attn_implementation.
+
+    Raises:
+        ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes;
+            or the model is quantised, or cannot be built.
+    """
+    if refused := sorted(_PLACEMENT & kwargs.keys()):
+        raise ModelError(
+            f"{', '.join(refused)} cannot be set for a streamed model: where its weights are is up "
+            "to its plan, and their precision to dtype=."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{checkpoint.path} is quantised (quantization_config in its config.json), which is "
+            "not supported yet; use the checkpoint that it was made from."
+        )
+    # In a caller's inference mode the parameters would be inference tensors for good; under a caller's default
+    # device transformers would require accelerate.
+    with torch.inference_mode(mode=False), torch.device("cpu"):
+        module = _load_tracers(checkpoint, model_class, config=config, dtype=dtype, **kwargs)
+        recipes, aliases = _take_recipes(module)
+    used = {source for recipe in recipes.values() for source in recipe.sources}
+    return TracedModel(
+        module=module,
+        recipes=MappingProxyType(recipes),
+        aliases=MappingProxyType(aliases),
+        unused=tuple(name for name in checkpoint.tensors if name not in used),
+    )
+
+
+def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any) -> Any:
+    """Let transformers load a model whose parameters are tracers."""
+    # If the config names no dtype, the first tensor's counts; transformers goes file by file.
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.name))
+    tracers = {
+        info.name: Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
+        for info in infos
+    }
+    with _ONE_AT_A_TIME, _without_progress_bar():
+        loader = _loader(model_class, checkpoint)
+        try:
+            module = loader.from_pretrained(None, state_dict=tracers, **kwargs)
+            _finish(module, checkpoint.path)
+        except ModelError:
+            raise
+        except Exception as exc:
+            raise ModelError(
+                f"transformers cannot build {model_class.__name__} for {checkpoint.path}: "
+                f"{gist(exc)}."
+            ) from exc
+    module.__class__ = model_class
+    return module
+
+
+def _loader(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
+    """A throw-away subclass that refuses a wrong checkpoint before it costs anything.
+
+    from_pretrained calls `_finalize_model_loading` between matching names and allocating,
+    initialising and tying what the checkpoint lacks; an override is the only place where a wrong
+    checkpoint of 140 GB can be refused before 140 GB are allocated. transformers knows classes by
+    name and module (conversions, recorded outputs, custom code), so the subclass has those of the real
+    class; afterwards the model becomes an instance of the real class.
+    """
+    original = getattr(model_class, "_finalize_model_loading", None)
+    if original is None:
+        raise ModelError(
+            "This version of transformers loads models in a way that layerstream does not know; "
+            "install one that layerstream's constraints name."
+        )
+
+    def checked(model: Any, load_config: Any, found: Any) -> Any:
+        _refuse_conversion_errors(found, checkpoint, model)
+        _refuse_mismatches(found, checkpoint, model)
+        _refuse_missing(found, checkpoint, model)
+        # Tied here first, a parameter stored under the other of its names only is not allocated.
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        # transformers would log a table of what is in TracedModel.unused.
+        found.unexpected_keys.clear()
+        return original(model, load_config, found)
+
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {**names, "_finalize_model_loading": staticmethod(checked)},
+    )
+
+
+def _refuse_conversion_errors(found: Any, checkpoint: Checkpoint, model: Any) -> None:
+    for name, report in found.conversion_errors.items():
+        # A traceback, the exception once more, and a line that begins with "Error".
+        cause = report.rpartition("\nError")[0].strip().rpartition("\n")[2]
+        raise ModelError(
+            f"The tensors of {checkpoint.path} for {name} of {type(model).__name__} do not fit "
+            f"together ({cause}); check that config.json belongs to these weights."
+        )
+
+
+def _refuse_mismatches(found: Any, checkpoint: Checkpoint, model: Any) -> None:
+    for name, stored, expected in sorted(found.mismatched_keys):
+        shape = tuple(stored)
+        alike = (
+            info
+            for info in checkpoint.tensors.values()
+            if tuple(info.shape) == shape and (info.name.endswith(name) or name.endswith(info.name))
+        )
+        info = next(alike, None)
+        where = (
+            f"in {checkpoint.files[info.file].path} it is {info.name}, "
+            if info
+            else f"in {checkpoint.path} it is "
+        )
+        raise ModelError(
+            f"{name} of {type(model).__name__} has shape {tuple(expected)}, but {where}{shape}; "
+            "check that config.json belongs to these weights "
+            f"({len(found.mismatched_keys)} shapes disagree)."
+        )
+
+
+def _refuse_missing(found: Any, checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse missing weights, which transformers would fill with random numbers and a warning."""
+    ties: defaultdict[str, set[str]] = defaultdict(set)
+    for target, source in model.all_tied_weights_keys.items():
+        ties[source] |= {target, source}
+    stored = (names for names in ties.values() if names - found.missing_keys)
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")  # noqa: SLF001
+    missing = [
+        name
+        for name in sorted(found.missing_keys.difference(*stored))
+        if not optional.search(name)
+        # A module that the model holds twice has been loaded under its other name.
+        and not getattr(model.get_parameter_or_buffer(name), "_is_hf_initialized", False)
+    ]
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004
+        raise ModelError(
+            f"{checkpoint.path} lacks {len(missing)} of the {len(model.state_dict())} tensors that "
+            f"{type(model).__name__} needs ({some}); fetch the missing files, or pass a "
+            "model_class= that these weights are for."
+        )
+
+
+def _finish(module: Any, path: Path) -> None:
+    """Do what from_pretrained does only if it is given a folder."""
+    folder = path if path.is_dir() else path.parent
+    unnamed = module.name_or_path
+    for part in module.modules():
+        if getattr(part, "name_or_path", None) == unnamed:
+            part.name_or_path = part.config.name_or_path = str(folder)
+    described = any((folder / f"{kind}config.json").is_file() for kind in ("", "generation_"))
+    if module.can_generate() and described:
+        module.adjust_generation_fn(
+            generation_config=None,
+            from_auto_class=False,
+            from_pipeline=None,
+            pretrained_model_name_or_path=str(folder),
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision="main",
+            subfolder="",
+            trust_remote_code=False,
+        )
+
+
+def _take_recipes(module: torch.nn.Module) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """Put plain meta tensors where loading left tracers."""
+    recipes: dict[str, Recipe] = {}
+    aliases: dict[str, str] = {}
+    placed: dict[int, tuple[str, torch.Tensor]] = {}
+    named = chain(
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in list(named):
+        if not isinstance(tensor, Tracer):
+            if tensor.is_meta:
+                raise ModelError(
+                    f"transformers left {name} of {type(module).__name__} without values"
+                )
+            continue
+        if id(tensor) in placed:
+            aliases[name], empty = placed[id(tensor)]
+        else:
+            recipes[name] = Recipe.of(name, tensor)
+            empty = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            if isinstance(tensor, torch.nn.Parameter):
+                empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            placed[id(tensor)] = name, empty
+        owner, _, leaf = name.rpartition(".")
+        # Not owner._parameters[leaf]: recurrent modules keep a list of their parameters besides.
+        setattr(module.get_submodule(owner), leaf, empty)
+    return recipes, aliases
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Show no progress bar while this thread loads; other threads keep theirs."""
+    from transformers.utils import logging
+
+    thread = threading.get_ident()
+
+    def draw(factory: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            return logging.EmptyTqdm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return previous(factory, args, kwargs) if previous else factory(*args, **kwargs)
+
+    previous = logging.set_tqdm_hook(draw)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)

@@ -1,0 +1,280 @@
+"""One layer batch -> coalesced reads and places in its two images. Pure: no file is touched."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
+from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
+from layerstream.stages.readers.direct import BLOCK_BYTES
+
+__all__ = ["PlannedLayer", "TensorSource", "layout_batch", "planned_layers"]
+
+# Reading a gap is cheaper than a second request if it takes less time than the latency of a request:
+# 100 microseconds at 2.5 GB/s.
+_READ_GAP_BYTES = 256 << 10
+
+# A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
+_COPY_GAP_BYTES = 16 << 10
+
+# Names of modules whose rows are looked up.
+_TABLE = re.compile("emb|wte|wpe|shared")
+_MATRIX_DIMENSIONS = 2
+
+# Matrices begin at multiples of this in a GPU's images: cuBLASLt chooses kernels by the alignment of its operands, up to
+# this, and transformers' own tensors have at least as much. Another kernel may round otherwise.
+_DEVICE_ALIGNMENT = 256
+# Sufficient for every vector load: within one copy, vectors, and on a CPU all tensors, may follow one another so.
+_LEAST_ALIGNMENT = 16
+# The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
+_VECTOR_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSource:
+    """A tensor as computation needs it, and the extents of files that it consists of, in order."""
+
+    name: str
+    dtype: str  # torch's name, e.g. "bfloat16"
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]  # one, unless the tensor is fused from several
+    # transformers computes with a copy of it, which needs an aligned place of its own.
+    copied: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return sum(extent.nbytes for extent in self.extents)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayer:
+    """A layer with everything that is needed to place it."""
+
+    name: str
+    kind: LayerKind
+    tensors: tuple[TensorSource, ...]
+    scratch_bytes: int = 0  # tensors that computation makes from them before use
+    # It must be resident: computation uses it more than once, or at an unknown time.
+    pinned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def planned_layers(
+    checkpoint: Checkpoint, layers: Sequence[Layer], *, gathers_tables: bool = False
+) -> tuple[PlannedLayer, ...]:
+    """``layers`` with the files, offsets, dtypes and shapes of their tensors.
+
+    Args:
+        checkpoint: where the tensors are.
+        layers: in execution order.
+        gathers_tables: leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
+            looked up. A table that is also the head's matrix stays in the head.
+    """
+
+    def streams(layer: Layer, name: str) -> bool:
+        if not gathers_tables or layer.kind is not LayerKind.EMBEDDING:
+            return True
+        is_matrix = len(checkpoint.tensors[name].shape) == _MATRIX_DIMENSIONS
+        return not (is_matrix and _TABLE.search(name))
+
+    def source(name: str) -> TensorSource:
+        info = checkpoint.tensors[name]
+        extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
+        return TensorSource(name=name, dtype=info.dtype, shape=info.shape, extents=(extent,))
+
+    planned = [
+        PlannedLayer(
+            name=layer.name,
+            kind=layer.kind,
+            tensors=tuple(source(name) for name in layer.tensors if streams(layer, name)),
+        )
+        for layer in layers
+    ]
+    return tuple(layer for layer in planned if layer.tensors)
+
+
+class _Piece(NamedTuple):
+    """An extent of a tensor, found in the host image."""
+
+    host_offset: int
+    read: int  # index of the read that contains it
+    nbytes: int
+
+
+def layout_batch(
+    layers: Sequence[PlannedLayer],
+    *,
+    index: int,
+    file_bytes: Sequence[int],
+    reads_host_images: bool,
+) -> LayerBatch:
+    """Lay out the batch made of ``layers``.
+
+    Args:
+        layers: those of the batch, in execution order.
+        index: the batch's place in execution order.
+        file_bytes: size of each file of the checkpoint.
+        reads_host_images: computation runs on the CPU. A tensor that has the right form in the file is then used
+            where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
+            another alignment, some float32 kernels give other bits.)
+    """
+    sources = _distinct(layers)
+    reads = _coalesce([extent for source in sources for extent in source.extents], file_bytes)
+    find = _Finder(reads)
+    places = [(source, [find(extent) for extent in source.extents]) for source in sources]
+    copied = [
+        (source, pieces)
+        for source, pieces in places
+        if not (reads_host_images and _usable_in_place(source))
+    ]
+    if reads_host_images and 2 * _bytes_of(copied) >= _bytes_of(places):
+        # Most has to be copied for fusing, so copy the rest too: then the host slot is free after the copy.
+        copied = places
+    segments, at, device_bytes = _device_image(copied, congruent=reads_host_images)
+    views = tuple(
+        TensorView(
+            name=source.name,
+            dtype=source.dtype,
+            shape=source.shape,
+            place=Place.DEVICE if source.name in at else Place.HOST,
+            offset=at[source.name] if source.name in at else pieces[0].host_offset,
+            nbytes=source.nbytes,
+        )
+        for source, pieces in places
+    )
+    return LayerBatch(
+        index=index,
+        layers=tuple(layer.name for layer in layers),
+        reads=reads,
+        segments=segments,
+        tensors=views,
+        host_bytes=sum(_up(read.nbytes, BLOCK_BYTES) for read in reads),
+        device_bytes=device_bytes,
+        scratch_bytes=sum(layer.scratch_bytes for layer in layers),
+    )
+
+
+def _distinct(layers: Sequence[PlannedLayer]) -> list[TensorSource]:
+    return list({tensor.name: tensor for layer in layers for tensor in layer.tensors}.values())
+
+
+def _usable_in_place(source: TensorSource) -> bool:
+    aligned = source.extents[0].offset % source.item_bytes == 0
+    return len(source.extents) == 1 and aligned and not source.copied
+
+
+def _bytes_of(places: Sequence[tuple[TensorSource, list[_Piece]]]) -> int:
+    return sum(source.nbytes for source, _ in places)
+
+
+def _coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Read, ...]:
+    """A few large reads that cover ``extents``, on block boundaries, sorted by file and offset."""
+    spans: list[list[int]] = []  # [file, start, stop]
+    for extent in sorted(extents, key=lambda e: (e.file, e.offset)):
+        if not extent.nbytes:
+            continue
+        start = extent.offset // BLOCK_BYTES * BLOCK_BYTES
+        stop = min(_up(extent.offset + extent.nbytes, BLOCK_BYTES), file_bytes[extent.file])
+        if spans and spans[-1][0] == extent.file and start <= spans[-1][2] + _READ_GAP_BYTES:
+            spans[-1][2] = max(spans[-1][2], stop)
+        else:
+            spans.append([extent.file, start, stop])
+    reads, host_offset = [], 0
+    for file, start, stop in spans:
+        reads.append(
+            Read(file=file, file_offset=start, host_offset=host_offset, nbytes=stop - start)
+        )
+        host_offset += _up(stop - start, BLOCK_BYTES)
+    return tuple(reads)
+
+
+class _Finder:
+    """Finds extents in the host image."""
+
+    def __init__(self, reads: Sequence[Read]) -> None:
+        self._reads = reads
+        self._starts = [(read.file, read.file_offset) for read in reads]
+
+    def __call__(self, extent: Extent) -> _Piece:
+        if not extent.nbytes:
+            return _Piece(0, 0, 0)
+        which = bisect_right(self._starts, (extent.file, extent.offset)) - 1
+        read = self._reads[which]
+        return _Piece(read.host_offset + extent.offset - read.file_offset, which, extent.nbytes)
+
+
+def _device_image(
+    places: Sequence[tuple[TensorSource, list[_Piece]]], *, congruent: bool
+) -> tuple[tuple[Segment, ...], Mapping[str, int], int]:
+    """Places in the device image: segments, the offset of each tensor by name, and the image's size.
+
+    Tensors have the order of the host image, so that neighbours stay neighbours and one segment copies them all.
+    With ``congruent``, whole tensors keep their host offset modulo ``_VECTOR_BYTES``, unless their offset in the
+    file is not aligned for their dtype.
+    """
+    segments: list[list[int]] = []  # [host_offset, device_offset, nbytes]
+    last_read = -1
+    at: dict[str, int] = {}
+    end = 0
+    for source, pieces in sorted(places, key=lambda place: place[1][0]):
+        first = pieces[0]
+        fused = len(pieces) > 1 or source.copied
+        offset = None
+        if segments and not fused and first.read == last_read:
+            vector = len(source.shape) < _MATRIX_DIMENSIONS
+            multiple = _LEAST_ALIGNMENT if congruent or vector else _DEVICE_ALIGNMENT
+            offset = _follows(segments[-1], first.host_offset, max(multiple, source.item_bytes))
+            if offset and congruent and (offset - first.host_offset) % _VECTOR_BYTES:
+                offset = None
+        if offset is None:
+            keeps = congruent and not fused and first.host_offset % source.item_bytes == 0
+            shift = first.host_offset % _DEVICE_ALIGNMENT if keeps else 0
+            offset = _up(end, _DEVICE_ALIGNMENT) + shift
+        at[source.name] = offset
+        for piece in pieces:
+            if not piece.nbytes:
+                continue
+            last = segments[-1] if segments and piece.read == last_read else None
+            if last and piece.host_offset - last[0] == offset - last[1] >= 0:
+                last[2] = max(last[2], offset + piece.nbytes - last[1])
+            else:
+                segments.append([piece.host_offset, offset, piece.nbytes])
+                last_read = piece.read
+            offset += piece.nbytes
+            end = max(end, offset)
+    return (
+        tuple(Segment(host_offset=h, device_offset=d, nbytes=n) for h, d, n in segments),
+        at,
+        _up(end, _DEVICE_ALIGNMENT),
+    )
+
+
+def _follows(segment: Sequence[int], host_offset: int, multiple: int) -> int | None:
+    """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it.
+
+    None if the gap is too large, or the offset not a multiple of ``multiple``.
+    """
+    host, device, nbytes = segment
+    gap = host_offset - (host + nbytes)
+    offset = device + host_offset - host
+    return offset if 0 <= gap <= _COPY_GAP_BYTES and offset % multiple == 0 else None
+
+
+def _up(nbytes: int, multiple: int) -> int:
+    return -(-nbytes // multiple) * multiple

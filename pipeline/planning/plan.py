@@ -1,0 +1,295 @@
+"""The plan and its parts: frozen data, written to JSON and read back."""
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from enum import StrEnum
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+from layerstream.pipeline.planning.assumptions import Input
+from layerstream.pipeline.planning.prediction import Advice, Candidate, Prediction
+from layerstream.stages.batch import LayerBatch
+from layerstream.stages.errors import PlanError
+from layerstream.stages.text import parse_size
+
+__all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
+
+# Raised when the meaning of a field changes, so that an old plan is refused instead of misread.
+_VERSION = 3
+
+# An arbitrary amount of free memory, to check whether a share such as "80%" can be parsed.
+_MUCH_BYTES = 1 << 40
+
+
+class ReaderKind(StrEnum):
+    """How weights are read."""
+
+    DIRECT = "direct"  # O_DIRECT, past the page cache
+    MMAP = "mmap"  # a mapping of the files, through the page cache
+    THROTTLED = "throttled"  # direct, at a given rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The memory that a pipeline may use: bytes, "4GiB", or "80%" of what is free.
+
+    None: what is free, less a tenth.
+
+    The host budget counts what the pipeline adds in anonymous and page-locked memory: slots, residents, and
+    on a CPU device the KV cache and activations of the workload. The page cache does not count.
+
+    Raises:
+        PlanError: not a size.
+    """
+
+    vram: int | str | None = None
+    host: int | str | None = None
+
+    def vram_bytes(self, free_bytes: int) -> int | None:
+        """The VRAM budget in bytes, given how much is free."""
+        return _budget_bytes(self.vram, "VRAM", free_bytes)
+
+    def host_bytes(self, free_bytes: int) -> int | None:
+        """The host budget in bytes, given how much is free."""
+        return _budget_bytes(self.host, "host", free_bytes)
+
+    def __post_init__(self) -> None:
+        # Raise here, where the mistake was made.
+        self.vram_bytes(_MUCH_BYTES)
+        self.host_bytes(_MUCH_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The expected requests; the plan reserves memory for their KV cache and activations."""
+
+    batch_size: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(
+                    f"workload: {field.name} is {value!r}, but must be a whole number from 1"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """A weight file as it was when the plan was made."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """What a plan uses of one side's budget, in bytes."""
+
+    budget_bytes: int
+    arena_bytes: int  # the ring of slots
+    resident_bytes: int  # layer batches that stay
+    reserved_bytes: int  # KV cache, activations and scratch of the workload
+
+    @property
+    def taken_bytes(self) -> int:
+        """What a running pipeline holds even without requests."""
+        return self.arena_bytes + self.resident_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """All of it."""
+        return self.arena_bytes + self.resident_bytes + self.reserved_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which layers form a batch, what is resident where, and the memory for that. Running it decides nothing more.
+
+    Raises:
+        PlanError: its parts contradict one another.
+    """
+
+    checkpoint: str  # the folder or file that was opened
+    files: tuple[PlannedFile, ...]
+    device: str  # "cpu" or "cuda:0"
+    reader: ReaderKind
+    throttle_bytes_per_second: float | None  # of a throttled reader
+    read_request_bytes: int
+    reads_in_flight: int
+    layer_batch_size: int
+    host_slots: int
+    device_slots: int
+    host_arena_bytes: int
+    device_arena_bytes: int
+    host_memory: MemoryUse
+    device_memory: MemoryUse | None  # None on a CPU device, where all memory is the host's
+    batches: tuple[LayerBatch, ...]
+    workload: Workload | None
+    workload_bytes: int  # the part of the reserved memory for KV cache and activations of requests
+    kv_cache_bytes: int  # of that, the KV cache
+    beside_bytes: int  # host memory not counted above: code that was loaded, and what requests take besides tensors
+    # The KV cache is in host RAM, and is copied to the device layer by layer.
+    kv_cache_on_host: bool
+    pinned: tuple[int, ...]  # batches that must be resident
+    decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
+    prediction: Prediction
+    inputs: tuple[Input, ...]  # the figures that it was made with, and their origin
+    candidates: tuple[Candidate, ...]  # the alternatives, the fastest first
+    advice: tuple[Advice, ...]  # changes that would make it faster
+    notes: tuple[str, ...]  # assumptions and explanations
+
+    def __post_init__(self) -> None:
+        for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):
+            if memory is not None and memory.used_bytes > memory.budget_bytes:
+                raise PlanError(
+                    f"the plan uses {memory.used_bytes} bytes of a {side} budget of "
+                    f"{memory.budget_bytes}; make it anew"
+                )
+        if [batch.index for batch in self.batches] != list(range(len(self.batches))):
+            raise PlanError("the plan's layer batches are not numbered in order; make it anew")
+
+    @property
+    def disk_bytes_per_sweep(self) -> int:
+        """Bytes that every sweep but the first reads from disk."""
+        return sum(batch.read_bytes for batch in self.batches if batch.streamed)
+
+    @property
+    def predicted_sweep_seconds(self) -> float:
+        """The time of a sweep while decoding."""
+        return self.prediction.decode.seconds
+
+    @property
+    def first_sweep_bytes(self) -> int:
+        """Bytes that the first sweep reads from disk, including residents."""
+        return sum(batch.read_bytes for batch in self.batches)
+
+    def at_first(self) -> Self:
+        """The plan for the first sweep on a CPU: with as few residents as its rings allow.
+
+        The system needs up to two seconds per GiB to provide new memory, besides the time to read into it. So that the
+        first token does not wait for that, the second sweep loads the residents. On a GPU, their memory has been
+        provided and pinned when the pipeline is open.
+        """
+        if self.device_memory is not None or self.reader is ReaderKind.MMAP:
+            return self
+        pinned = set(self.pinned)
+
+        def passing(batch: LayerBatch) -> LayerBatch:
+            fits = (
+                batch.host_bytes <= self.host_arena_bytes
+                and batch.device_bytes <= self.device_arena_bytes
+            )
+            if batch.index in pinned or not fits:
+                return batch
+            return replace(batch, host_resident=False, device_resident=False)
+
+        return replace(self, batches=tuple(map(passing, self.batches)))
+
+    def while_decoding(self) -> Self:
+        """The plan while no prompt is processed: with its decode residents."""
+        staying = set(self.decode_residents)
+        on_cpu = self.device_memory is None
+        # A mapped host image is in the page cache, and takes no memory of ours.
+        on_host = on_cpu and self.reader is not ReaderKind.MMAP
+
+        def kept(batch: LayerBatch) -> LayerBatch:
+            if batch.index not in staying:
+                return batch
+            return replace(
+                batch,
+                host_resident=on_host and batch.uses_host_image,
+                device_resident=not on_cpu or batch.device_bytes > 0,
+            )
+
+        return replace(self, batches=tuple(kept(batch) for batch in self.batches))
+
+    def describe(self) -> str:
+        """The plan as text."""
+        from layerstream.pipeline.report.plan_report import describe_plan
+
+        return describe_plan(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON. Each key carries its unit."""
+        return json.dumps({"version": _VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            PlanError: the text is not a plan, or was written by another version.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"this is not a plan: it is not JSON ({error})") from error
+        if not isinstance(raw, dict) or "version" not in raw:
+            raise PlanError("this is not a plan: it has no version")
+        if repr(raw.pop("version")) != repr(_VERSION):  # True and 1.0 equal 1 too
+            raise PlanError(
+                f"the plan was written by another version; this one reads version {_VERSION}"
+            )
+        try:
+            plan: Self = _decode(cls, raw)
+        except (TypeError, ValueError, KeyError) as error:
+            raise PlanError(f"this is not a plan: {error}") from error
+        return plan
+
+
+def _budget_bytes(given: int | str | None, side: str, free_bytes: int) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        try:
+            return parse_size(given, of_bytes=free_bytes)
+        except ValueError as error:
+            raise PlanError(f"{side} budget: {error}") from error
+    if not isinstance(given, int) or isinstance(given, bool) or given <= 0:
+        raise PlanError(
+            f'{side} budget {given!r} is not a size above nothing; write it like "4GiB" or "80%"'
+        )
+    return given
+
+
+def _decode(kind: Any, raw: Any) -> Any:
+    """``raw`` JSON as a value of type ``kind``: the types that plans are made of, checked."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return _decode_union(get_args(kind), raw)
+    if get_origin(kind) is tuple:
+        if not isinstance(raw, list):
+            raise TypeError(f"expected a list, got {raw!r}")
+        return tuple(_decode(get_args(kind)[0], each) for each in raw)
+    if is_dataclass(kind):
+        return _decode_dataclass(kind, raw)
+    if issubclass(kind, StrEnum):
+        return kind(raw)
+    if kind is float and type(raw) is int:
+        return float(raw)
+    if type(raw) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {raw!r}")
+    return raw
+
+
+def _decode_union(kinds: tuple[Any, ...], raw: Any) -> Any:
+    if raw is None and type(None) in kinds:
+        return None
+    rest = [kind for kind in kinds if kind is not type(None)]
+    if len(rest) == 1:
+        return _decode(rest[0], raw)
+    if type(raw) not in rest:
+        raise TypeError(f"{raw!r} is not one of {rest}")
+    return raw
+
+
+def _decode_dataclass(kind: Any, raw: Any) -> Any:
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"expected {kind.__name__}, got {raw!r}")
+    hints = get_type_hints(kind)
+    if unknown := raw.keys() - hints.keys():
+        raise KeyError(f"unknown {', '.join(sorted(unknown))} in {kind.__name__}")
+    return kind(**{name: _decode(hints[name], value) for name, value in raw.items()})

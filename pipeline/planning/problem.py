@@ -1,0 +1,129 @@
+"""The arguments of ``make_plan``, checked, and what follows from them. Pure."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.planning.assumptions import Rates, rates_of
+from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.overheads import overheads
+from layerstream.pipeline.planning.placement import Arenas
+from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
+from layerstream.pipeline.planning.prediction import Objective
+from layerstream.pipeline.planning.workload_memory import WorkloadMemory
+from layerstream.stages.errors import PlanError
+from layerstream.stages.process.headroom import MARGIN
+from layerstream.stages.text import format_bytes
+
+__all__ = ["LEAST_SLOTS", "SLOTS", "Asked"]
+
+# More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. Of equally
+# fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
+LEAST_SLOTS = 1
+SLOTS = (3, 2, 4, LEAST_SLOTS)
+# The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were seen
+# after loading torch's libraries. That is no reason to refuse a budget.
+_HOST_UNCERTAIN_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The arguments of ``make_plan``, checked."""
+
+    checkpoint: Checkpoint
+    hardware: Hardware
+    budget: Budget
+    workload: Workload | None
+    objective: Objective
+    layers: tuple[PlannedLayer, ...]
+    memory: WorkloadMemory | None
+    reader: ReaderKind | None
+    throttle_bytes_per_second: float | None
+    layer_batch_size: int | None
+    slots: int | None
+    held_bytes: int
+    # Of a running pipeline; they cannot change.
+    rings: Arenas | None = None
+    kv_on_host: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PlanError(f"{self.checkpoint.path}: holds no tensors to stream")
+        vram = self.hardware.vram_free_bytes
+        if (vram is None) != (self.hardware.device == "cpu"):
+            raise PlanError(
+                f"hardware: vram_free_bytes is {vram}, but the device is {self.hardware.device}; "
+                "give the free VRAM of a GPU, and None for the CPU"
+            )
+        if self.budget.vram is not None and self.on_cpu:
+            raise PlanError(
+                "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
+            )
+        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
+            raise PlanError(
+                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
+            )
+        if self.slots is not None and not (_is_whole(self.slots) and self.slots in SLOTS):
+            raise PlanError(f"slots is {self.slots!r}, but must be {LEAST_SLOTS} to {max(SLOTS)}")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether computation runs on the host's own processor."""
+        return self.hardware.device == "cpu"
+
+    @property
+    def workload_bytes(self) -> int:
+        """Memory of requests besides weights."""
+        return 0 if self.memory is None else self.memory.reserved_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """Memory of this process besides the plan: code that was loaded, and what requests take besides tensors."""
+        return self.held_bytes + self.overhead_bytes
+
+    @cached_property
+    def overhead_bytes(self) -> int:
+        """Memory of the workload's requests on a CPU besides tensors."""
+        if not self.on_cpu or self.workload is None:
+            return 0
+        w = self.workload
+        # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in the
+        # files are one module: counted separately, those of a large mixture would come to 200 MB for each request.
+        modules = sum(len(layer.tensors) for layer in self.layers)
+        found = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
+        return found.of(w.batch_size)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """The rates of the machine."""
+        return rates_of(self.hardware)
+
+    @cached_property
+    def host_budget_bytes(self) -> int:
+        """Host memory that may be used."""
+        # Memory that this model has taken already is not free any more, but in its budget.
+        free = self.hardware.host_available_bytes + self.held_bytes
+        given = self.budget.host_bytes(free)
+        return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)
+
+    @cached_property
+    def vram_budget_bytes(self) -> int | None:
+        """VRAM that may be used; None on the CPU."""
+        free = self.hardware.vram_free_bytes
+        return None if free is None else _budget(self.budget.vram_bytes(free), free, "VRAM")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _budget(given: int | None, free: int, what: str, *, uncertain: int = 0) -> int:
+    if given is None:
+        return int(free * (1 - MARGIN))
+    if given > free + uncertain:
+        raise PlanError(
+            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
+            "free; lower it or free memory"
+        )
+    return given

@@ -1,0 +1,105 @@
+"""A report as data, and its rendering: plain text for a terminal, or Markdown."""
+
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from layerstream.stages.text import format_table
+
+__all__ = ["Block", "Drawing", "Facts", "Section", "Sentences", "Table", "as_markdown", "as_text"]
+
+_COLUMNS = 96  # of a sentence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Pairs of a label and a value, one per line."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table: the first column names a row, the others are figures, except those that are flush ``left``."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Collection[int] = (0,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """Preformatted lines, whose characters are aligned."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentences:
+    """Sentences, each a paragraph."""
+
+    lines: Sequence[str]
+
+
+Block = Facts | Table | Drawing | Sentences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Blocks under a heading."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def as_text(sections: Sequence[Section]) -> str:
+    """``sections`` for a terminal of a hundred columns."""
+    return "\n\n".join("\n".join(_text(section)) for section in sections)
+
+
+def _text(section: Section) -> Iterator[str]:
+    yield section.title
+    for number, block in enumerate(section.blocks):
+        if number and not isinstance(block, Sentences):
+            yield ""
+        match block:
+            case Facts(pairs=pairs):
+                width = max(len(name) for name, _ in pairs)
+                lines = [f"{name:{width}}  {value}" for name, value in pairs]
+            case Table(columns=columns, rows=rows, left=left):
+                lines = format_table(columns, rows, left=left).splitlines()
+            case Drawing(lines=drawn):
+                lines = list(drawn)
+            case Sentences(lines=said):
+                lines = [part for line in said for part in textwrap.wrap(line, _COLUMNS)]
+        yield from (f"  {line}".rstrip() for line in lines)
+
+
+def as_markdown(sections: Sequence[Section]) -> str:
+    """``sections`` as GitHub's Markdown."""
+    return "\n\n".join("\n\n".join(_markdown(section)) for section in sections)
+
+
+def _markdown(section: Section) -> Iterator[str]:
+    yield f"## {section.title}"
+    for block in section.blocks:
+        match block:
+            case Facts(pairs=pairs):
+                yield "\n".join(f"- **{name}**: {_escaped(value)}" for name, value in pairs)
+            case Table(columns=columns, rows=rows, left=left):
+                ruler = [":---" if place in left else "---:" for place in range(len(columns))]
+                yield "\n".join(map(_row, (columns, ruler, *rows)))
+            case Drawing(lines=lines):
+                yield "\n".join(("```", *lines, "```"))
+            case Sentences(lines=lines):
+                yield "\n".join(f"- {_escaped(line)}" for line in lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text: str) -> str:
+    for special in "\\|*_`<":
+        text = text.replace(special, f"\\{special}")
+    return text

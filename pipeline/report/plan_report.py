@@ -1,0 +1,236 @@
+"""Plans -> text: the decision and the predicted speed. ``reasons`` has the reasons.
+
+For timings see ``Timings.summary``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from layerstream.pipeline.machine.measurement import Origin
+from layerstream.pipeline.planning.plan import MemoryUse, Plan, ReaderKind
+from layerstream.pipeline.planning.prediction import Objective, SweepPrediction
+from layerstream.pipeline.report.document import (
+    Block,
+    Drawing,
+    Facts,
+    Section,
+    Table,
+    as_markdown,
+    as_text,
+)
+from layerstream.pipeline.report.plan_reasons import reasons
+from layerstream.stages.batch import LayerBatch
+from layerstream.stages.text import format_bytes, format_seconds
+
+__all__ = ["describe_plan", "report_plan", "summarize_plan"]
+
+_BAR = 10  # characters
+_MAP_COLUMNS = 76
+
+_LEGEND = {
+    ".": "read in every sweep",
+    "+": "in VRAM while decoding",
+    "*": "in RAM while decoding",
+    "h": "stays in host RAM",
+    "d": "stays in VRAM",
+}
+
+
+def describe_plan(plan: Plan) -> str:
+    """The decision as text, on one screen."""
+    return as_text([_decision(plan)])
+
+
+def report_plan(plan: Plan, *, markdown: bool = False) -> str:
+    """The decision and its reasons, with everything that is needed to check it by hand."""
+    sections = [_decision(plan), *reasons(plan)]
+    return as_markdown(sections) if markdown else as_text(sections)
+
+
+def summarize_plan(plan: Plan) -> dict[str, Any]:
+    """The decision as plain data for JSON; each key carries its unit."""
+    predicted, host, device = plan.prediction, plan.host_memory, plan.device_memory
+    stays = [batch for batch in plan.batches if not batch.streamed]
+    on_device = [batch for batch in stays if _letter(plan, batch) == "d"]
+    return {
+        "checkpoint": plan.checkpoint,
+        "device": plan.device,
+        "objective": predicted.objective,
+        "workload": None if plan.workload is None else asdict(plan.workload),
+        "layer_batch_size": plan.layer_batch_size,
+        "layer_batches": len(plan.batches),
+        "host_slots": plan.host_slots,
+        "device_slots": plan.device_slots,
+        "reader": plan.reader,
+        "host_resident_layer_batches": len(stays) - len(on_device),
+        "vram_resident_layer_batches": len(on_device),
+        "decode_resident_layer_batches": len(plan.decode_residents),
+        "kv_cache_on_host": plan.kv_cache_on_host,
+        "beside_bytes": plan.beside_bytes,
+        "host_used_bytes": host.used_bytes,
+        "host_budget_bytes": host.budget_bytes,
+        "vram_used_bytes": device and device.used_bytes,
+        "vram_budget_bytes": device and device.budget_bytes,
+        "disk_bytes_per_sweep": plan.disk_bytes_per_sweep,
+        "predicted_first_sweep_seconds": predicted.first.seconds,
+        "predicted_prefill_seconds": predicted.prefill.seconds,
+        "predicted_sweep_seconds": predicted.decode.seconds,
+        "predicted_request_seconds": predicted.request_seconds,
+        "predicted_tokens_per_second": predicted.tokens_per_second,
+        "bottleneck": predicted.decode.bottleneck,
+        "ceiling_ratio": predicted.decode.ceiling,
+        "assumed": [each.name for each in plan.inputs if each.origin is Origin.ASSUMED],
+    }
+
+
+def _decision(plan: Plan) -> Section:
+    asked = "weights alone"
+    if plan.workload is not None:
+        w = plan.workload
+        asked = f"{w.batch_size} x ({w.prompt_tokens} prompt + {w.new_tokens} new) tokens"
+    size = format_bytes(plan.first_sweep_bytes)
+    blocks: list[Block] = [
+        Facts(pairs=list(_facts(plan))),
+        Facts(pairs=list(_memories(plan))),
+        Drawing(lines=list(_map(plan))),
+        Table(columns=_TIMES, rows=list(_times(plan)), left=(0, len(_TIMES) - 1)),
+        Facts(pairs=list(_speeds(plan))),
+    ]
+    return Section(
+        title=f"{plan.checkpoint}: {size} of weights on {plan.device}, {asked}", blocks=blocks
+    )
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    letters = [_letter(plan, batch) for batch in plan.batches]
+    yield (
+        "layer batch size",
+        f"{plan.layer_batch_size}: {len(plan.batches)} layer batches, {_slots(plan)}",
+    )
+    how = f"{plan.reads_in_flight} requests of {format_bytes(plan.read_request_bytes)} in flight"
+    yield "reader", plan.reader if plan.reader is ReaderKind.MMAP else f"{plan.reader}, {how}"
+    streamed = sum(batch.streamed for batch in plan.batches)
+    where = {"h": "in host RAM", "d": "in VRAM"}
+    stay = ", ".join(f"{letters.count(a)} stay {b}" for a, b in where.items() if a in letters)
+    yield (
+        "every sweep",
+        (
+            f"reads {format_bytes(plan.disk_bytes_per_sweep)} in {streamed} layer batches; "
+            f"{stay or 'none stays'}"
+        ),
+    )
+    if plan.decode_residents:
+        grown = "VRAM" if plan.device_memory else "host RAM"
+        yield "while decoding", f"{len(plan.decode_residents)} more stay in {grown}"
+    if plan.kv_cache_on_host:
+        yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
+
+
+def _memories(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.device_memory is not None:
+        yield "VRAM", _memory(plan.device_memory)
+    yield "host RAM", _memory(plan.host_memory)
+    if plan.beside_bytes:
+        size = format_bytes(plan.beside_bytes)
+        yield (
+            "beside that",
+            f"{size} of loaded code, compiled kernels and the like, for which room is left",
+        )
+
+
+def _slots(plan: Plan) -> str:
+    if not plan.host_arena_bytes and not plan.device_arena_bytes:
+        return "no slots"
+    return f"{plan.host_slots} slot{'s' if plan.host_slots > 1 else ''}" + (
+        " on either side" if plan.device_memory is not None else ""
+    )
+
+
+def _memory(memory: MemoryUse) -> str:
+    parts = {
+        "slots": memory.arena_bytes,
+        "residents": memory.resident_bytes,
+        "workload": memory.reserved_bytes,
+    }
+    bar, reached = "", 0
+    for name, nbytes in parts.items():
+        reached += nbytes
+        bar = bar.ljust(round(_BAR * reached / memory.budget_bytes), name[0])
+    told = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
+    used, budget = format_bytes(memory.used_bytes), format_bytes(memory.budget_bytes)
+    return f"[{bar:.<{_BAR}}] {used} of {budget}: {told}"
+
+
+def _map(plan: Plan) -> Iterator[str]:
+    letters = [_letter(plan, batch) * len(batch.layers) for batch in plan.batches]
+    apart = " " if any(len(group) > 1 for group in letters) else ""
+    row = ""
+    for group in letters:
+        if row and len(row) + len(apart) + len(group) > _MAP_COLUMNS:
+            yield row
+            row = ""
+        row += (apart if row else "") + group
+    while len(row) > _MAP_COLUMNS:
+        yield row[:_MAP_COLUMNS]
+        row = row[_MAP_COLUMNS:]
+    yield row
+    together = ", layer batches apart" if apart else ""
+    drawn = {letter for group in letters for letter in group}
+    yield f"one mark per layer{together}"
+    yield "; ".join(f"{mark} {means}" for mark, means in _LEGEND.items() if mark in drawn)
+
+
+def _letter(plan: Plan, batch: LayerBatch) -> str:
+    on_cpu = plan.device_memory is None
+    if batch.streamed:
+        grows = batch.index in plan.decode_residents
+        return ("*" if on_cpu else "+") if grows else "."
+    return "d" if batch.device_resident and not on_cpu else "h"
+
+
+_TIMES = ("predicted", "time", "read", "transfer", "compute", "hand-offs", "held back by")
+
+
+def _times(plan: Plan) -> Iterator[Sequence[str]]:
+    predicted = plan.prediction
+    late = plan.workload is not None and plan.at_first() != plan
+    yield _time("first sweep" if late else "first sweep (loads what stays)", predicted.first)
+    if late:
+        yield _time("second sweep (loads what stays)", predicted.second)
+    if plan.workload is None:
+        yield _time("every further sweep", predicted.decode)
+        return
+    yield _time("prompt of a later request", predicted.prefill)
+    yield _time("every further token", predicted.decode)
+
+
+def _time(name: str, sweep: SweepPrediction) -> Sequence[str]:
+    parts = (
+        sweep.seconds,
+        sweep.read_seconds,
+        sweep.transfer_seconds,
+        sweep.compute_seconds,
+        sweep.overhead_seconds,
+    )
+    return (name, *map(format_seconds, parts), sweep.bottleneck)
+
+
+def _speeds(plan: Plan) -> Iterator[tuple[str, str]]:
+    predicted, sweep = plan.prediction, plan.prediction.decode
+    if plan.workload is not None:
+        first = predicted.objective is Objective.LATENCY
+        yield (
+            "speed",
+            f"{predicted.tokens_per_second:.3g} tokens/s while decoding; "
+            f"{format_seconds(predicted.request_seconds)} for a whole request"
+            + (", loading included" if first else ""),
+        )
+    apart = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
+    yield (
+        "bottleneck",
+        (
+            f"{sweep.bottleneck}; one stage after another {format_seconds(apart)}, "
+            f"overlapped at best {sweep.ceiling:.2f} times faster"
+        ),
+    )

@@ -1,0 +1,188 @@
+"""A rider: one forward pass at a time over a clone of the module tree, and the layer batch that it holds."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from layerstream.pipeline.modeling.binding import Bound, put_buffers
+from layerstream.pipeline.scheduling.request_cost import Need
+from layerstream.pipeline.scheduling.stats import Outcome
+from layerstream.stages.devices.protocol import Event
+from layerstream.stages.errors import noting
+
+if TYPE_CHECKING:  # both import this module
+    from layerstream.pipeline.scheduling.scheduler import Sweeps
+    from layerstream.pipeline.scheduling.thread_passes import Gate
+
+__all__ = ["PassCancelled", "Rider"]
+
+
+class PassCancelled(Exception):  # noqa: N818 - it reports no error
+    """Unwinds a forward pass whose request was cancelled; never reaches the caller."""
+
+
+class Rider:
+    """Forward passes, one after the other, of one clone of the module tree. Used by one thread at a time.
+
+    A rider holds at most one layer batch: from the first call of a module in it until a module in another one is
+    called, or the pass ends. It gives that batch back before it waits for the next.
+
+    Args:
+        sweeps: they bring the layer batches.
+        gate: passed before each pass that belongs to no request; None if the rider belongs to one.
+    """
+
+    root: torch.nn.Module  # the clone whose hooks call this rider
+
+    def __init__(self, sweeps: "Sweeps", *, gate: "Gate | None" = None) -> None:
+        self._sweeps = sweeps
+        self.gate = gate
+        self._modules: list[
+            int
+        ] = []  # ids of the hooked modules that are being called, outermost first
+        self._held: Bound | None = None
+        self._entry = ""
+        self._gradients = False
+        self._visited: list[int] = []
+        self.cancelled = False
+        self.passes = 0  # begun so far
+        self.tokens: int | None = None  # of the pass under way; None if its inputs do not tell
+        self.need: Need | None = None  # of its request; None if it belongs to none
+
+    @property
+    def demand_bytes(self) -> int | None:
+        """Memory that its request takes beside the layers during this pass; None if unknown."""
+        if self.need is None:
+            return None
+        steps = self.passes and self.tokens is not None and self.tokens <= self.need.step_tokens
+        return self.need.step_bytes if steps else self.need.nbytes
+
+    def enter(
+        self,
+        module: torch.nn.Module,
+        entry: str,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        """Before the call of a hooked module, whose path is ``entry``. The outermost call begins a pass.
+
+        Returns:
+            The keyword arguments to call it with.
+
+        Raises:
+            AdmissionError: the pass belongs to no request, and needs more memory than there is.
+            ClosedError: the pass belongs to no request, and no more are taken.
+            PassCancelled: the request was cancelled.
+        """
+        if id(module) in self._modules:
+            # No module calls itself, so an interrupt kept the last pass from leaving it.
+            self.abandon()
+        if not self._modules:
+            if self.gate is not None:
+                named = self.gate.enter(self, entry, inputs, named)
+            self._entry = entry
+            self.passes += 1
+            self.tokens = _tokens(inputs, named)
+            # By the time of a backward pass the weights would be gone.
+            self._gradients = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+        self._modules.append(id(module))
+        if self.cancelled:
+            raise PassCancelled
+        return named
+
+    def leave(self, *, completed: bool) -> None:
+        """After the call of a hooked module. The end of the outermost call ends the pass."""
+        if self._modules:
+            self._modules.pop()
+            if not self._modules:
+                self._end_pass("completed" if completed else "failed")
+
+    def hold(self, index: int) -> None:
+        """Give back the batch that is held, and wait until layer batch ``index`` is there and bound.
+
+        Raises:
+            PassCancelled: the request was cancelled.
+            LayerstreamError: the pipeline failed or was closed.
+        """
+        if self._held is not None and self._held.index == index:
+            return
+        released = self._release()
+        if self.cancelled:
+            self._sweeps.tell(self._sweeps.released, self, released)
+            raise PassCancelled
+        ticket: Future[Bound] = Future()
+        first = not self._visited
+        self._sweeps.tell(
+            self._sweeps.wanted, self, released, index, self._entry if first else None, ticket
+        )
+        try:
+            self._held = bound = ticket.result()
+        except BaseException:  # an interrupt may come after the batch was handed to us
+            self._sweeps.tell(self._sweeps.gave_up, self)
+            raise
+        self._visited.append(index)
+        with noting("compute", bound):
+            put_buffers(self.root, bound.bind())
+
+    def detached(self, output: Any) -> Any:
+        """The output of a module with views of weights replaced by copies; None if there are none.
+
+        A weight that a module returns (learned queries, positions) may be used after its layer batch is gone.
+        """
+        if self._held is None:
+            return None
+        memory = self._held.memory
+
+        def is_weight(leaf: Any) -> bool:
+            return (
+                isinstance(leaf, torch.Tensor)
+                and not leaf.is_meta
+                and type(leaf) in (torch.Tensor, torch.nn.Parameter)
+                and leaf.untyped_storage().data_ptr() in memory
+            )
+
+        if not any(is_weight(leaf) for leaf in pytree.tree_leaves(output)):
+            return None
+        return pytree.tree_map(lambda leaf: leaf.clone() if is_weight(leaf) else leaf, output)
+
+    def abandon(self) -> None:
+        """End the pass that an interrupt left unfinished, if there is one."""
+        if self._modules:
+            self._end_pass("cancelled")
+        elif self.gate is not None:
+            self.gate.leave("cancelled")
+
+    def _release(self) -> Event | None:
+        """Let go of the batch that is held; returns the event behind the work that reads it, for ``Sweeps``."""
+        if self._held is None:
+            return None
+        event = self._sweeps.device.record()
+        put_buffers(self.root, self._sweeps.absent_buffers(self._held.index))
+        self._held = None
+        return event
+
+    def _end_pass(self, outcome: Outcome) -> None:
+        self._modules.clear()
+        torch.set_grad_enabled(self._gradients)
+        visited, self._visited = tuple(self._visited), []
+        released = None
+        try:
+            released = self._release()
+        finally:  # also on a device that has failed: other riders must not wait for this one
+            self._held = None
+            route = visited if outcome == "completed" else None
+            self._sweeps.tell(self._sweeps.left, self, released, self._entry, route)
+            if self.gate is not None:
+                self.gate.leave(outcome)
+
+
+def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
+    ids = named.get("input_ids", inputs[0] if inputs else None)
+    if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+        return ids.numel()
+    embeds = named.get("inputs_embeds")
+    return embeds.shape[:-1].numel() if isinstance(embeds, torch.Tensor) else None

@@ -1,0 +1,161 @@
+"""The requests of one model, from when they ask until they have ended: queued, counted and logged."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.scheduling.admission import Admission, Reservation
+from layerstream.pipeline.scheduling.passes import Rider
+from layerstream.pipeline.scheduling.request_cost import Need
+from layerstream.pipeline.scheduling.scheduler import Sweeps
+from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.telemetry.timings import Timings
+
+__all__ = ["CLOSED", "Call", "Request", "Requests"]
+
+logger = logging.getLogger(__name__)
+
+# Given a clone of the module tree, returns what to call with the inputs.
+Call = Callable[[Any], Callable[..., Any]]
+
+CLOSED = "the model was closed before this request's turn came"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One call of ``forward`` or ``generate``, or of the module itself."""
+
+    number: int
+    what: str  # "forward" or "generate"
+    need: Need
+    call: Call
+    inputs: Sequence[Any]
+    named: dict[str, Any]
+    rider: Rider
+    reservation: Reservation
+    generator: torch.Generator | None  # what it samples from, instead of torch's default one
+    passes_before: int  # that its rider has made for earlier requests
+    tokens: int = 0  # generated so far; written in the rider's thread alone
+    end_level: int = logging.INFO  # at which its end is logged
+    asked_seconds: float = field(default_factory=time.perf_counter)
+
+
+class Requests:
+    """The requests that wait or run. For the event loop only, except ``check_open``.
+
+    Args:
+        sweeps: what they ride.
+        room_bytes: memory for all of them together.
+        places: how many may run at once in threads of ours.
+    """
+
+    def __init__(self, sweeps: Sweeps, *, room_bytes: int, places: int) -> None:
+        self._sweeps = sweeps
+        self._admission = Admission(room_bytes=room_bytes, places=places)
+        self._counters = Counters()
+        self._active: set[Request] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusing: str | None = None  # why no more requests are taken
+
+    def check_open(self) -> None:
+        """Refuse a new request if the model is being closed. May be called in any thread.
+
+        Raises:
+            ClosedError: it is.
+        """
+        if self._refusing is not None:
+            self._sweeps.tell(self.refused)
+            raise ClosedError(self._refusing)
+
+    def refused(self) -> None:
+        """Count a request that was refused."""
+        self._counters.refused += 1
+
+    def ask(self, request: Request, reservation: Reservation) -> None:
+        """Queue ``request``; ``reservation``, its own, is done when it may begin, or has the error."""
+        self._active.add(request)
+        self._idle.clear()
+        if reservation.done():  # the model was closed meanwhile
+            return
+        if self._refusing is None:
+            self._admission.ask(reservation)
+        else:
+            reservation.set_exception(ClosedError(self._refusing))
+
+    def started(self, request: Request) -> None:
+        """``request`` was admitted and begins."""
+        self._counters.started += 1
+        self._sweeps.began(request.rider)
+        extra = {"request_id": request.number, "reserved_bytes": request.need.nbytes}
+        logger.debug("request %d (%s) admitted", request.number, request.what, extra=extra)
+        if request.need.chunk_tokens is not None:
+            self._counters.chunked += 1
+            logger.info(
+                "request %d: the activations of its prompt would not fit; it is read %d tokens at a time",
+                request.number,
+                request.need.chunk_tokens,
+                extra=extra,
+            )
+
+    def ended(self, request: Request, outcome: Outcome) -> None:
+        """``request`` is over, whether it had begun or not: release what it has reserved, count it, log it."""
+        self._sweeps.ended(request.rider)
+        self._admission.give_back(request.reservation)
+        self._active.discard(request)
+        self._counters.ended(outcome, tokens=request.tokens)
+        passes = request.rider.passes - request.passes_before
+        seconds = time.perf_counter() - request.asked_seconds
+        logger.log(
+            request.end_level,
+            "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
+            request.number,
+            request.what,
+            outcome,
+            request.tokens,
+            passes,
+            seconds,
+            extra={
+                "request_id": request.number,
+                "outcome": outcome,
+                "tokens": request.tokens,
+                "passes": passes,
+                "seconds": seconds,
+            },
+        )
+        if not self._active:
+            self._idle.set()
+
+    def resize(self, room_bytes: int) -> None:
+        """Change the memory for all requests together; those that run keep what they have."""
+        self._admission.resize(room_bytes)
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until all earlier ones have ended."""
+        self._refusing = "the model is being closed and takes no more requests"
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Refuse new requests, and fail those that wait for their memory."""
+        self._refusing = "the model is not open; use it inside `async with`"
+        self._admission.close(CLOSED)
+
+    def stats(self, timings: Timings) -> Stats:
+        """What requests have done, and are doing now."""
+        return self._counters.stats(
+            timings,
+            tokens=self._counters.tokens + sum(request.tokens for request in self._active),
+            sweeps=self._sweeps.departures,
+            passes=self._sweeps.passes,
+            waiting=self._admission.waiting,
+            riding=sum(request.reservation.done() for request in self._active),
+            aboard=self._sweeps.aboard,
+            reserved_bytes=self._admission.reserved_bytes,
+            reservable_bytes=self._admission.room_bytes,
+        )

@@ -1,0 +1,272 @@
+"""The memory that a request needs, estimated from its inputs before it begins.
+
+KV caches and activations are estimated by the formula of the plan's reservation; see ``estimate_memory``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.modeling.call_arguments import (
+    Settings,
+    Shape,
+    by_name,
+    is_encoder_decoder,
+    shape_of,
+    takes_criteria,
+)
+from layerstream.pipeline.planning.overheads import overheads
+from layerstream.pipeline.planning.plan import Plan, Workload
+from layerstream.pipeline.planning.workload_memory import estimate_memory, workload_bytes
+from layerstream.pipeline.scheduling.request_memory import Parts, Room
+
+__all__ = ["Estimator", "Need"]
+
+# In smaller pieces, a prompt would take too many sweeps.
+_SMALLEST_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a request takes."""
+
+    nbytes: int  # of the room for all requests
+    sequences: int  # rows in the caller's batch
+    prompt_tokens: int  # ids in each row, before the generated ones
+    new_tokens: int
+    chunk_tokens: int | None = None  # if the prompt has to be processed in pieces: tokens in each
+    step_tokens: int = 0  # of a pass after the prompt, over all rows
+    step_bytes: int = 0  # that it takes beside the layers during such a pass
+
+
+class Estimator:
+    """Estimates the memory of the requests of one model.
+
+    Args:
+        module: the transformers model.
+        config: config.json; without one, nothing is known and nothing reserved.
+        workload: what the plan reserves for.
+        room: memory for all requests together.
+        on_cpu: activations are in host memory, where libraries take memory for a request besides tensors.
+        reserved: the plan; if it has measured what ``workload`` takes, estimates are scaled to that.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        config: Mapping[str, Any] | None,
+        *,
+        workload: Workload,
+        room: Room,
+        on_cpu: bool = False,
+        reserved: Plan | None = None,
+    ) -> None:
+        self._module = module
+        self._config = config
+        self._workload = workload
+        self._room = room
+        self._scales = (1.0, 1.0)
+        if reserved is not None:
+            estimated, whole = self._estimated(workload), reserved.workload_bytes
+            cache = reserved.kv_cache_bytes
+            both = _ratio(whole, sum(estimated))
+            self._scales = (both, both)
+            if room.is_two:
+                self._scales = (
+                    _ratio(cache, estimated.cache),
+                    _ratio(whole - cache, estimated.other),
+                )
+        self._on_cpu = on_cpu
+        self._modules = sum(1 for _ in module.modules())
+        text = module.config.get_text_config() if hasattr(module, "config") else None
+        has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
+        self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
+        self._item = getattr(module, "dtype", torch.float32).itemsize
+        self._encoder_decoder = is_encoder_decoder(module)
+
+    def resize(self, room: Room) -> None:
+        """Change the memory for all requests together."""
+        self._room = room
+
+    def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
+        """What one forward pass takes: its cache, its activations, and logits for all positions.
+
+        Raises:
+            AdmissionError: more than there is for all requests together.
+        """
+        named = by_name(getattr(self._module, "forward", None), inputs, named)
+        shape = shape_of(self._module, "forward", named)
+        kept = named.get("logits_to_keep")
+        positions = kept if isinstance(kept, int) and kept > 0 else shape.length
+        # A loss is computed from logits in float32.
+        item = self._item + (8 if named.get("labels") is not None else 0)
+        logits = shape.rows * (positions - 1) * self._vocabulary * item
+        beside = self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
+        parts = self._parts(
+            shape,
+            rows=shape.rows,
+            at_once=shape.length,
+            tokens=shape.length + shape.past + shape.decoder,
+        ).plus(logits + beside)
+        return self._checked(
+            f"a forward pass over {shape.rows} x {shape.length} tokens",
+            shape,
+            parts,
+            Need(
+                nbytes=self._room.taken_by(parts),
+                sequences=shape.rows,
+                prompt_tokens=0,
+                new_tokens=0,
+            ),
+        )
+
+    def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
+        """What a generation takes at its end, when its cache is full.
+
+        A prompt whose activations do not fit in one piece gets a chunk size, if the generation strategy
+        allows that.
+
+        Raises:
+            AdmissionError: more than there is for all requests together.
+        """
+        named = by_name(getattr(self._module, "generate", None), inputs, named)
+        shape = shape_of(self._module, "generate", named)
+        setting = Settings(self._module, named)
+        # Ids that come with a cache usually include the tokens in the cache.
+        prompt = shape.length if shape.length > shape.past else shape.length + shape.past
+        new = setting.new_tokens(shape.decoder if self._encoder_decoder else shape.length)
+        branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
+        rows = shape.rows * branches
+        candidates = setting.candidates()
+        guided = setting.get("guidance_scale") not in (None, 1)
+        if guided:
+            rows *= 2  # a second pass without the prompt, with its own cache
+        other = rows * candidates * self._vocabulary * 12  # logits, scores, softmax in float32
+        scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
+        other += scores * rows * new * self._vocabulary * 4
+        other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
+        # What libraries keep after the pass over the prompt stays to the end.
+        other += self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
+
+        def at_once(tokens: int) -> Parts:
+            return self._parts(
+                shape,
+                rows=rows,
+                at_once=tokens,
+                tokens=prompt + shape.decoder + new,
+                halved=guided,
+            ).plus(other)
+
+        cached = setting.get("use_cache") is not False
+        chunk = setting.get("prefill_chunk_size")
+        first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
+        parts = at_once(max(first, candidates) if cached else prompt + new)
+        smaller = None
+        if not self._fits(parts) and chunk is None and self._may_chunk(setting, named, shape):
+            smaller = self._chunk(shape.length, at_once)
+            parts = parts if smaller is None else at_once(smaller)
+        step = at_once(1 + candidates) if cached else parts
+        return self._checked(
+            f"generating {shape.rows} x ({prompt} + {new}) tokens",
+            shape,
+            parts,
+            Need(
+                nbytes=self._room.taken_by(parts),
+                sequences=shape.rows,
+                prompt_tokens=shape.prefix,
+                new_tokens=new,
+                chunk_tokens=smaller,
+                step_tokens=rows * (1 + candidates) if cached else 0,
+                step_bytes=min(map(self._beside_layers, (parts, step))),
+            ),
+        )
+
+    def _parts(
+        self, shape: Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
+    ) -> Parts:
+        """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
+
+        ``halved``: half of the rows have another cache, which the call makes itself on the device.
+        """
+        at_once = max(at_once, 1)
+        asked = Workload(
+            batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
+        )
+        cache, other = self._estimated(asked)
+        if not shape.told:
+            of_one, batch = self._estimated(self._workload), self._workload.batch_size
+            cache = max(cache, rows * of_one.cache // batch)
+            other = max(other, rows * of_one.other // batch)
+        if not self._room.is_two:
+            return Parts(cache, other)
+        hosted = cache // (2 if halved else 1) if shape.on_host else 0
+        return Parts(hosted, other + (cache - hosted if shape.cached else 0))
+
+    def _estimated(self, workload: Workload) -> Parts:
+        """KV cache and activations of ``workload``."""
+        memory = estimate_memory(self._config, workload)
+        if memory is None:
+            return Parts(0, 0)
+        cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes
+        return Parts(int(self._scales[0] * cache), int(self._scales[1] * other))
+
+    def _fits(self, parts: Parts) -> bool:
+        return self._room.taken_by(parts) <= self._room.nbytes
+
+    def _beside_layers(self, parts: Parts) -> int:
+        return parts.other if self._room.is_two else sum(parts)
+
+    def _beside_bytes(self, rows: int, *, logits: int) -> int:
+        """Memory of a request that libraries take besides tensors."""
+        if not self._on_cpu:
+            return 0
+        beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
+        return beside.rider_bytes
+
+    @staticmethod
+    def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
+        """The assistant's own KV cache and activations; its weights are the caller's."""
+        config = getattr(named.get("assistant_model"), "config", None)
+        if config is None:
+            return 0
+        asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
+        return workload_bytes(config.to_dict(), asked)[0]
+
+    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: Shape) -> bool:
+        return (
+            shape.told
+            and takes_criteria(self._module)
+            and not self._encoder_decoder
+            and setting.get("use_cache") is not False
+            and not setting.candidates()
+            and not {"inputs_embeds", "custom_generate"} & named.keys()
+            and ("past_key_values" not in named or (shape.on_host and not shape.past))
+        )
+
+    def _chunk(self, length: int, at_once: Any) -> int | None:
+        """The size of the largest piece of a prompt that fits: a half, a quarter and so on; None if none does."""
+        pieces = 2
+        while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
+            if self._fits(at_once(chunk)):
+                return chunk
+            pieces *= 2
+        return None
+
+    def _checked(self, words: str, shape: Shape, parts: Parts, need: Need) -> Need:
+        if self._fits(parts):
+            return need
+        if not shape.told:
+            # Inputs of unknown size: refuse nothing on a guess, but run it alone.
+            return Need(
+                nbytes=self._room.nbytes,
+                sequences=need.sequences,
+                prompt_tokens=need.prompt_tokens,
+                new_tokens=need.new_tokens,
+            )
+        raise self._room.refusal(words, parts)
+
+
+def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:
+    return reserved_bytes / estimated_bytes if reserved_bytes and estimated_bytes else 1.0

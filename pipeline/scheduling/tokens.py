@@ -1,0 +1,69 @@
+"""The tokens of a generation as they are made: counted, and passed to the event loop."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.modeling.call_arguments import by_name, takes_criteria
+from layerstream.pipeline.scheduling.request import Request
+from layerstream.stages.errors import ModelError
+
+__all__ = ["counted", "token_streamer"]
+
+
+def counted(
+    module: Any, inputs: Sequence[Any], named: Mapping[str, Any], request: Request
+) -> dict[str, Any]:
+    """The keyword arguments of ``generate`` with one more stopping criterion, which counts ``request``'s tokens.
+
+    Tokens are not counted where criteria cannot be added by name: if the model has a ``generate`` of its own that
+    takes none, if the caller passes them by position, or with ``custom_generate``.
+    """
+    given = by_name(getattr(module, "generate", None), inputs, named)
+    by_place = "stopping_criteria" in given.keys() - named.keys()
+    if not takes_criteria(module) or by_place or given.get("custom_generate") is not None:
+        return dict(named)
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Count(StoppingCriteria):
+        """Stops nothing. Called after each step with all tokens so far in each row."""
+
+        length = request.need.prompt_tokens
+
+        def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            rows, length = input_ids.shape
+            # Shorter than before: models that generate in pieces begin another one.
+            request.tokens += request.need.sequences * max(length - self.length, 1)
+            self.length = length
+            return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+
+    criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), Count()])
+    return {**named, "stopping_criteria": criteria}
+
+
+def token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:
+    """A streamer that puts the id of each new token of one sequence into ``tokens``, a queue of ``loop``."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class TokenStreamer(BaseStreamer):
+        """Passes each new token to the event loop; the first call has the prompt."""
+
+        prompt_seen = False
+
+        def put(self, value: torch.Tensor) -> None:
+            if not self.prompt_seen:
+                self.prompt_seen = True
+                if value.dim() > 1 and value.shape[0] > 1:
+                    raise ModelError(
+                        f"stream() yields the tokens of one sequence, but {value.shape[0]} were given; use generate()"
+                    )
+                return
+            for token in value.flatten().tolist():
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        def end(self) -> None:
+            """Nothing to do: the end is known from the generation's task."""
+
+    return TokenStreamer()

@@ -1,0 +1,316 @@
+"""Connects the three stages for one plan, and owns their tasks.
+
+```
+disk ──> [read] ──queue──> [transfer] ──queue──> [compute] ──> the caller
+           │ host slots       │ device slots        │
+           └───── free <──────┴───── free <─────────┘
+```
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.streaming.resources import Resources
+from layerstream.pipeline.streaming.supervision import run_stages
+from layerstream.pipeline.streaming.sweep_log import SweepRecord
+from layerstream.pipeline.streaming.switching import check_alike, without_residents
+from layerstream.stages.channel import Channel
+from layerstream.stages.compute import Batch, Sweep
+from layerstream.stages.devices.protocol import Device, Event
+from layerstream.stages.errors import BusyError, ClosedError, PlanError, noting
+from layerstream.stages.read import read_stage
+from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.route import InFlight, Route
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.threads import Once, finish_in_thread
+from layerstream.stages.transfer import transfer_stage
+
+__all__ = ["Pipeline"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# One batch ready behind each stage absorbs jitter. The number under way is bounded by the arenas, not here.
+_QUEUE_SIZE = 1
+
+
+class Pipeline:
+    """Streams the layer batches of a plan past a computation, sweep after sweep.
+
+    Reading, copying and computing overlap. At the end of a sweep the first batches of the next one are already
+    being read; if no sweep is asked for, the queues fill and the stages wait.
+
+    Args:
+        plan: what to stream, and how.
+        device: instead of the one that the plan names (for tests).
+        reader: instead of the one that the plan names (for tests). The pipeline closes it.
+
+    An error in any stage ends the pipeline: the sweep under way raises it, and so does every later one.
+    """
+
+    def __init__(
+        self, plan: Plan, *, device: Device | None = None, reader: Reader | None = None
+    ) -> None:
+        self.plan = plan
+        self._device_given = device
+        self._reader_given = reader
+        self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
+        self._record = SweepRecord(on_gpu=plan.device_memory is not None)
+        self._current: weakref.ref[Sweep] | None = None
+        self._stages: asyncio.Task[None] | None = None
+        self._resources = Resources()
+        self._closed = False
+        self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
+        self._closing = Once()
+        self._opened_at = time.perf_counter()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def open(self) -> None:
+        """Open the files, take the memory, start the stages.
+
+        Raises:
+            CheckpointError: the files are not those of the plan.
+            DeviceError: the device is not there, or does not have the memory.
+        """
+        if self._stages is not None or self._closed:
+            raise ClosedError("a pipeline is opened once; make a new one from the same plan")
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        try:
+            # Page-locking memory takes seconds: off the loop, and to its end even if we are cancelled.
+            await finish_in_thread(
+                lambda: self._resources.acquire(
+                    self.plan, device=self._device_given, reader=self._reader_given
+                )
+            )
+        except BaseException:
+            await finish_in_thread(self._resources.close)
+            raise
+        self._start_stages()
+        self._opened_at = time.perf_counter()
+        logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
+
+    def _start_stages(self) -> None:
+        held = self._resources
+        host_arena, device_arena = held.arenas
+        read_clock, transfer_clock, self._compute_clock = self._clocks
+        self._route = Route(self.plan.batches, held.residents)
+        arrived: Channel[InFlight] = Channel(_QUEUE_SIZE)
+        self._ready: Channel[InFlight] = Channel(_QUEUE_SIZE)
+        reading = read_stage(
+            route=self._route,
+            reader=held.reader,
+            mapped=held.mapped,
+            arena=host_arena,
+            residents=held.residents,
+            threads=held.read_threads,
+            request_bytes=self.plan.read_request_bytes,
+            out=arrived,
+            clock=read_clock,
+        )
+        transferring = transfer_stage(
+            route=self._route,
+            source=arrived,
+            device=held.device,
+            arena=device_arena,
+            residents=held.residents,
+            threads=held.transfer_threads,
+            out=self._ready,
+            clock=transfer_clock,
+        )
+        self._stages = asyncio.create_task(
+            run_stages(reading, transferring, ready=self._ready, interrupt=held.reader.interrupt),
+            name="layerstream-stages",
+        )
+
+    async def aclose(self) -> None:
+        """Stop the stages and give everything back, after the calls that cannot be stopped have returned.
+
+        May be called again, and by several tasks.
+        """
+        self._closed = True
+        await self._closing.run(self._close)
+
+    async def _close(self) -> None:
+        if self._stages is not None:
+            self._resources.reader.interrupt()
+            self._stages.cancel()
+            await asyncio.wait([self._stages])
+            if (sweep := self._current_sweep()) is not None:
+                sweep.end()
+            async with self._adopting:  # an ``adopt`` under way fails by now, and lets go of it
+                await self._route.empty()
+        await finish_in_thread(self._resources.close)
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def sweep(self, route: Sequence[int] | None = None) -> Sweep:
+        """One pass over the layer batches: ``async for batch in pipeline.sweep()``.
+
+        Args:
+            route: indices of the batches to visit, in order; by default all of them.
+
+        Raises:
+            BusyError: another sweep is under way.
+            ClosedError: the pipeline is not open.
+            PlanError: the plan has no such batches.
+        """
+        self._check_idle()
+        order = tuple(route) if route is not None else tuple(range(len(self.plan.batches)))
+        if not order or not all(0 <= index < len(self.plan.batches) for index in order):
+            raise PlanError(
+                f"route {order} does not lie within the plan's {len(self.plan.batches)} batches"
+            )
+        self._route.redirect(order)
+        self._record.loading = not self._resources.residents.complete
+        sweep = Sweep(
+            order=order,
+            route=self._route,
+            source=self._ready,
+            device=self._resources.device,
+            clock=self._compute_clock,
+            on_end=self._ended,
+            on_drop=self._dropped,
+        )
+        self._current = weakref.ref(sweep)
+        return sweep
+
+    def _check_idle(self) -> None:
+        if self._stages is None or self._closed:
+            raise ClosedError("the pipeline is not open; use it inside `async with`")
+        if self._adopting.locked() or self._current_sweep() is not None:
+            raise BusyError(
+                "a sweep is under way on this pipeline; finish or close it first, or share sweeps "
+                "through StreamedModel"
+            )
+
+    def _current_sweep(self) -> Sweep | None:
+        """The sweep under way. A weak reference, so that one that is dropped without being closed is noticed."""
+        return self._current() if self._current is not None else None
+
+    async def run(
+        self,
+        compute: Callable[[Batch, T], T],
+        state: T,
+        *,
+        route: Sequence[int] | None = None,
+    ) -> T:
+        """Fold ``compute(batch, state) -> state`` over one sweep, in the compute thread.
+
+        If the waiting task is cancelled, the computation with the current batch is finished first.
+        """
+        after: list[Event] = []
+
+        def step(batch: Batch, state: T) -> T:
+            try:
+                with noting("compute", self.plan.batches[batch.index]):
+                    return compute(batch, state)
+            finally:
+                # In this thread, on its stream; also after an error, since the work that was queued on the
+                # device before it still reads the tensors.
+                after[:] = batch.record()
+
+        async with self.sweep(route) as sweep:
+            while (batch := await sweep.receive()) is not None:
+                try:
+                    state = await self._resources.compute_threads.run(step, batch, state)
+                finally:
+                    sweep.give_back(after)
+        return state
+
+    async def adopt(self, plan: Plan) -> None:
+        """Replace the plan by one that differs from it only in its residents.
+
+        For use between two sweeps. New residents are kept when the next sweep loads them. The memory of former
+        residents is given back before this returns; then what was read ahead is read again.
+
+        Raises:
+            BusyError: a sweep is under way.
+            ClosedError: the pipeline is not open.
+            DeviceError: there is no memory for the new residents: none was added, the former ones are gone.
+            PlanError: the plans differ in more than residents.
+        """
+        self._check_idle()
+        check_alike(self.plan, plan)
+        async with self._adopting:
+            await self._swap_residents(plan)
+
+    async def _swap_residents(self, plan: Plan) -> None:
+        residents = self._resources.residents
+        # Not by comparing the plans: an earlier change that failed half-way may have left other residents.
+        gone = residents.superseded(plan.batches)
+        if gone:
+            # True from here on, even if the rest fails.
+            self.plan = without_residents(self.plan, gone)
+            self._route.replace(self.plan.batches)
+            self._route.recall()
+            # Wait until the recalled batches have passed the stages, whose threads may be copying from this memory.
+            while not (await self._ready.peek()).wanted:
+                self._route.drop(await self._ready.get())
+            await finish_in_thread(self._resources.device.drain)
+            await finish_in_thread(lambda: residents.remove(gone))
+        added = False
+
+        def add() -> None:
+            nonlocal added
+            residents.add(plan.batches)
+            added = True
+
+        try:
+            await finish_in_thread(add)
+        finally:
+            if added:  # also if the waiting task was cancelled meanwhile
+                self._route.replace(plan.batches)
+                self.plan = plan
+
+    def timings(self) -> Timings:
+        """What the stages have done since the pipeline was opened; a GPU's work counts once it is finished."""
+        arenas = zip(("host slots", "device slots"), self._resources.arenas, strict=False)
+        occupancy = (arena.occupancy(name) for name, arena in arenas)
+        return self._record.timings(
+            self._clocks,
+            opened_seconds=self._opened_at,
+            labels=tuple(batch.label for batch in self.plan.batches),
+            occupancy=tuple(each for each in occupancy if each.capacity_bytes),
+        )
+
+    def _ended(self, sweep: Sweep) -> None:
+        if self._current_sweep() not in (None, sweep):
+            return  # it was dropped in another thread, and the next sweep began before this was called
+        self._current = None
+        if sweep.complete:
+            self._record.count(sweep, self.plan.prediction)
+        else:
+            # The next sweep most likely begins at the first batch, so drop the rest of this one.
+            self._route.restart()
+
+    def _dropped(self, sweep: Sweep) -> None:
+        """End a sweep that was left without being closed. Its finalizer runs in the thread that dropped it."""
+        if self._loop.is_closed():
+            return
+        if threading.get_ident() == self._thread:
+            sweep.end()
+        else:
+            self._loop.call_soon_threadsafe(sweep.end)

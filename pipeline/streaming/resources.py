@@ -1,0 +1,80 @@
+"""What a pipeline holds while it is open: files, threads and memory."""
+
+from contextlib import ExitStack
+
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.streaming.open_reader import open_reader
+from layerstream.stages.arena import RingArena
+from layerstream.stages.devices.lookup import open_device
+from layerstream.stages.devices.protocol import Device
+from layerstream.stages.readers.mapped import MmapReader
+from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.residents import Residents
+from layerstream.stages.threads import Threads
+
+__all__ = ["Resources"]
+
+
+class Resources:
+    """The files, threads and memory of one plan. ``acquire`` and ``close`` block for as long as the system takes.
+
+    Attributes:
+        device: where batches are copied to and computed with.
+        reader: the plan's files, open.
+        mapped: the same reader, if computation uses its mapping of the files instead of host slots.
+        residents: the memory of resident batches.
+        arenas: the rings of host slots and of device slots; empty before ``acquire``.
+        read_threads: one for each request in flight.
+        transfer_threads: one starts copies, one waits for their end.
+        compute_threads: one, for ``Pipeline.run``.
+    """
+
+    device: Device
+    reader: Reader
+    mapped: MmapReader | None
+    residents: Residents
+    read_threads: Threads
+    transfer_threads: Threads
+    compute_threads: Threads
+
+    def __init__(self) -> None:
+        self.arenas: tuple[RingArena, ...] = ()
+        self._stack = ExitStack()
+
+    def acquire(self, plan: Plan, *, device: Device | None, reader: Reader | None) -> None:
+        """Take what ``plan`` needs; what was taken before an error is given back by ``close``.
+
+        Args:
+            plan: sizes and files.
+            device: instead of the one that the plan names.
+            reader: instead of the one that the plan names; closed with the rest.
+        """
+        release = self._stack.callback
+        self.device = device or open_device(plan.device)
+        # Released last, so first here: it returns to other processes what closing the rest has freed.
+        release(self.device.trim)
+        self.reader = reader or open_reader(plan)
+        release(self.reader.close)
+        self.mapped = None
+        if isinstance(self.reader, MmapReader) and self.device.reads_host_images:
+            self.mapped = self.reader
+        self.residents = Residents(plan.batches, self.device)
+        release(self.residents.close)
+        host_ring = self.device.host_memory(plan.host_arena_bytes)
+        release(self.device.release_host_memory, host_ring)
+        device_ring = self.device.device_memory(plan.device_arena_bytes)
+        self.arenas = (RingArena(host_ring.tensor), RingArena(device_ring))
+        for arena in self.arenas:
+            release(arena.close)
+        # Work that is queued on the device may still read the memory above.
+        release(self.device.drain)
+        self.read_threads = Threads("read", plan.reads_in_flight)
+        release(self.read_threads.close)
+        self.transfer_threads = Threads("transfer", 2)
+        release(self.transfer_threads.close)
+        self.compute_threads = Threads("compute", 1)
+        release(self.compute_threads.close)
+
+    def close(self) -> None:
+        """Give everything back, in reverse order."""
+        self._stack.close()

@@ -1,0 +1,79 @@
+"""The completed sweeps of a pipeline: how many, how long each took, and what was predicted."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from layerstream.pipeline.planning.prediction import Prediction
+from layerstream.stages.compute import Sweep
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
+from layerstream.stages.telemetry.spans import Occupancy, SweepSpan
+from layerstream.stages.telemetry.timings import Timings
+
+__all__ = ["SweepRecord"]
+
+# The latest sweeps that timings list one by one: enough to learn rates from.
+_SWEEPS_KEPT = 64
+
+
+class SweepRecord:
+    """Counts the completed sweeps of a pipeline.
+
+    Args:
+        on_gpu: computation goes on while batches are handed over.
+
+    Attributes:
+        loading: the sweep under way loads residents.
+    """
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.loading = False
+        self._completed = 0
+        self._forecasts = Forecasts(on_gpu=on_gpu)
+        self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
+
+    def count(self, sweep: Sweep, prediction: Prediction) -> None:
+        """Count ``sweep``, which is complete."""
+        now = time.perf_counter()
+        predicted = self._prediction_of(prediction, prompt=sweep.prompt)
+        self._forecasts.count(predicted, now - sweep.began_seconds)
+        self._latest.append(
+            SweepSpan(
+                start_seconds=sweep.began_seconds,
+                stop_seconds=now,
+                tokens=sweep.tokens,
+                steady=self._completed > 0 and not self.loading,
+            )
+        )
+        self._completed += 1
+
+    def _prediction_of(self, prediction: Prediction, *, prompt: bool) -> SweepPrediction:
+        if not self._completed:
+            return prediction.first
+        if self.loading:
+            return prediction.second
+        return prediction.prefill if prompt else prediction.decode
+
+    def timings(
+        self,
+        clocks: Sequence[Clock],
+        *,
+        opened_seconds: float,
+        labels: tuple[str, ...],
+        occupancy: tuple[Occupancy, ...],
+    ) -> Timings:
+        """What the stages of ``clocks`` did in these sweeps, since ``opened_seconds``."""
+        stages = tuple(clock.sums() for clock in clocks)
+        last = max(clock.stopped for clock in clocks)
+        busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
+        return Timings(
+            sweeps=self._completed,
+            wall_seconds=max(0.0, last - opened_seconds),
+            stages=stages,
+            start_seconds=opened_seconds,
+            latest=tuple(self._latest),
+            forecast=self._forecasts.sums(**busy),
+            labels=labels,
+            occupancy=occupancy,
+        )

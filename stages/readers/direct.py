@@ -1,0 +1,111 @@
+"""Direct reads: from the disk into slots, past the page cache."""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerstream.stages.batch import Extent
+from layerstream.stages.errors import ReadError
+from layerstream.stages.readers.files import WeightFiles
+
+__all__ = ["BLOCK_BYTES", "DirectReader"]
+
+logger = logging.getLogger(__name__)
+
+# O_DIRECT needs offsets, lengths and addresses aligned. 4096 satisfies every filesystem that has it, and where
+# 512 would do, it costs a few KiB per read.
+BLOCK_BYTES = 4096
+
+# The errors by which filesystems refuse O_DIRECT.
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class DirectReader:
+    """O_DIRECT reads: past the page cache, straight into the slot, at almost no processor time.
+
+    Where a filesystem refuses O_DIRECT (tmpfs, some overlay and network filesystems), reads are buffered and
+    the pages that they leave in the page cache are dropped at once.
+
+    Attributes:
+        falls_back: reads are buffered.
+
+    Raises:
+        ReadError: a file cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._buffered = WeightFiles(paths)
+        self._direct: WeightFiles | None = None
+        self.falls_back = not hasattr(os, "O_DIRECT")
+        if self.falls_back:
+            return
+        try:
+            self._direct = WeightFiles(paths, os.O_DIRECT)
+        except ReadError as error:
+            if getattr(error.__cause__, "errno", None) not in _REFUSED:
+                self._buffered.close()
+                raise
+            self._fall_back(error)
+
+    def _fall_back(self, error: BaseException) -> None:
+        self.falls_back = True
+        logger.warning(
+            "direct reads are refused here (%s); reading through the page cache and dropping it behind",
+            # Not the error itself: its frames would keep the slot alive as long as the log record.
+            str(error),
+        )
+
+    def read(self, extent: Extent, into: memoryview) -> None:
+        """Read with ``preadv``, directly where the filesystem allows it."""
+        try:
+            if not self.falls_back and self._read_direct(extent, into):
+                return
+            self._read_buffered(extent, into)
+        except OSError as error:
+            raise WeightFiles.error(
+                self._buffered.paths[extent.file], extent.offset, error
+            ) from error
+
+    def _read_direct(self, extent: Extent, into: memoryview) -> bool:
+        """Whether ``extent`` could be read directly; if not, a buffered read has to try."""
+        assert self._direct is not None  # noqa: S101
+        descriptor, done = self._direct.descriptors[extent.file], 0
+        while done < extent.nbytes:
+            try:
+                got = os.preadv(descriptor, [into[done:]], extent.offset + done)
+            except OSError as error:
+                # Some filesystems refuse only at the first read, not when the file is opened.
+                if error.errno in _REFUSED and done == 0:
+                    self._fall_back(error)
+                    return False
+                raise
+            if done + got >= extent.nbytes:
+                break
+            # A short read may end inside a block; the next one has to begin on a block again.
+            whole = (done + got) // BLOCK_BYTES * BLOCK_BYTES
+            # Less than a block: the file shrank, or its filesystem returns small pieces. A buffered read tells which.
+            if whole <= done:
+                return False
+            done = whole
+        return True
+
+    def _read_buffered(self, extent: Extent, into: memoryview) -> None:
+        descriptor, done = self._buffered.descriptors[extent.file], 0
+        while done < extent.nbytes:
+            got = os.preadv(descriptor, [into[done : extent.nbytes]], extent.offset + done)
+            if got == 0:
+                raise self._buffered.shrank(extent.file, extent.offset + extent.nbytes)
+            done += got
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def interrupt(self) -> None:
+        """Nothing to do: a read in progress is over soon."""
+
+    def close(self) -> None:
+        """Close the files."""
+        self._buffered.close()
+        if self._direct is not None:
+            self._direct.close()

@@ -1,0 +1,114 @@
+"""What the pipeline did with its time: the sums of each stage, and what holds the sweeps back. Plain data."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from layerstream.stages.telemetry.bottleneck import (
+    Bottleneck,
+    find_bottleneck,
+    overlap_efficiency,
+)
+from layerstream.stages.telemetry.forecast import Forecast
+from layerstream.stages.telemetry.spans import (
+    SPANS_KEPT,
+    Occupancy,
+    StageTimings,
+    SweepSpan,
+)
+from layerstream.stages.telemetry.trace import lanes, write_trace
+from layerstream.stages.text import format_bytes
+
+__all__ = ["Timings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """What the three stages did, and so which of them holds a sweep back."""
+
+    sweeps: int  # sweeps that were completed
+    wall_seconds: float  # from when the pipeline was opened to the end of the last span
+    stages: tuple[StageTimings, ...]
+    start_seconds: float = 0.0  # when it was opened, by ``time.perf_counter``
+    labels: tuple[str, ...] = ()  # the layers of each layer batch
+    occupancy: tuple[Occupancy, ...] = ()
+    latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
+    # The plan's predictions for the same sweeps; None for a part of a run.
+    forecast: Forecast | None = None
+
+    @property
+    def overlap_efficiency(self) -> float:
+        """The busiest stage's busy time divided by the time that passed: 1.0 if all else is hidden behind it."""
+        return overlap_efficiency(self.stages, wall_seconds=self.wall_seconds)
+
+    @property
+    def complete_since_seconds(self) -> float:
+        """When the oldest span begins that is kept of every stage: of a long run only the latest are."""
+        full = [stage.spans[0] for stage in self.stages if len(stage.spans) >= SPANS_KEPT]
+        return max((span.start_seconds for span in full), default=self.start_seconds)
+
+    def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
+        """The same for a part of the time, in which the caller has counted ``sweeps``.
+
+        Times are ``time.perf_counter``'s. Occupancy stays that of the whole run, and there is no forecast.
+        """
+        return replace(
+            self,
+            forecast=None,
+            sweeps=sweeps,
+            start_seconds=start_seconds,
+            wall_seconds=stop_seconds - start_seconds,
+            stages=tuple(stage.between(start_seconds, stop_seconds) for stage in self.stages),
+        )
+
+    def bottleneck(self) -> Bottleneck:
+        """What takes the largest part of the time, and what to change."""
+        return find_bottleneck(self.stages, wall_seconds=self.wall_seconds)
+
+    def summary(self) -> str:
+        """In words: a line for each stage, how well they overlap, how full the slots were, and the bottleneck."""
+        lines = [f"{self.sweeps} sweeps in {self.wall_seconds:.2f} s"]
+        lines += [_stage_line(stage) for stage in self.stages]
+        lines += [
+            f"{each.name}: {format_bytes(each.mean_bytes)} of {format_bytes(each.capacity_bytes)} "
+            f"in use on average, {format_bytes(each.peak_bytes)} at most"
+            for each in self.occupancy
+        ]
+        if self.forecast is not None and self.forecast.sweeps:
+            lines += self.forecast.lines()
+        lines.append(f"overlap efficiency {self.overlap_efficiency:.2f}")
+        return "\n".join([*lines, f"bottleneck: {self.bottleneck().sentence}"])
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the spans as Chrome trace events, which https://ui.perfetto.dev opens.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        tracks = [(stage.name, stage.spans) for stage in self.stages]
+        for ring in self.occupancy:
+            tracks += [(f"{ring.name} {n}", lane) for n, lane in enumerate(lanes(ring.spans), 1)]
+        write_trace(path, tracks, labels=self.labels, start_seconds=self.start_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as plain data for JSON; each key carries its unit. The spans are for ``write_trace``."""
+        stages = [asdict(replace(stage, spans=())) for stage in self.stages]
+        occupancy = [asdict(replace(ring, spans=())) for ring in self.occupancy]
+        for each in (*stages, *occupancy):
+            del each["spans"]
+        return {
+            "sweeps": self.sweeps,
+            "wall_seconds": self.wall_seconds,
+            "overlap_efficiency": self.overlap_efficiency,
+            "stages": stages,
+            "occupancy": occupancy,
+            "forecast": self.forecast.to_dict() if self.forecast is not None else None,
+        }
+
+
+def _stage_line(stage: StageTimings) -> str:
+    return (
+        f"{stage.name:>8}: busy {stage.busy_seconds:.2f} s, waited in {stage.waited_in_seconds:.2f} s, "
+        f"waited out {stage.waited_out_seconds:.2f} s, {stage.items} batches, "
+        f"{format_bytes(stage.bytes)}, {format_bytes(stage.bytes_per_second)}/s"
+    )

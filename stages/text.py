@@ -1,0 +1,127 @@
+"""Text for people: numbers with units, and aligned columns."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+__all__ = [
+    "format_bytes",
+    "format_decimal",
+    "format_seconds",
+    "format_table",
+    "parse_bytes",
+    "parse_rate",
+    "parse_size",
+]
+
+_ROUNDS_UP = 999.5  # what would print as 1000
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+_ABSURD_BYTES = 1 << 63  # more than any machine can address
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that ``text`` says, such as "4GiB", "900 MB" or "4096".
+
+    Raises:
+        ValueError: it says nothing of the kind, or nothing above zero.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    count = float(match[1]) * unit if match and unit else 0
+    if not 1 <= count < _ABSURD_BYTES:
+        raise ValueError(f"not a size: {text!r}; write it like 4GiB or 900MB")
+    return int(count)
+
+
+def parse_size(text: str, *, of_bytes: int) -> int:
+    """As ``parse_bytes``, or a share of ``of_bytes`` such as "80%".
+
+    Raises:
+        ValueError: it is neither, or a share of nothing, or of more than all.
+    """
+    number = text.strip().removesuffix("%")
+    if number == text.strip():
+        return parse_bytes(text)
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"not a share: {text!r}; write it like 80%, above 0% and up to 100%")
+    return int(share * of_bytes)
+
+
+def parse_rate(text: str) -> float:
+    """The bytes per second that ``text`` says, such as "7GB/s" or "25 GiB/s".
+
+    Raises:
+        ValueError: it says nothing of the kind, or nothing above zero.
+    """
+    size = text.strip().removesuffix("/s")
+    try:
+        return float(parse_bytes(size))
+    except ValueError:
+        raise ValueError(f"not a rate: {text!r}; write it like 7GB/s") from None
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes with three digits and a binary unit, e.g. "1.07 GiB"."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < _ROUNDS_UP:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def format_decimal(count: float) -> str:
+    """``count`` bytes with four digits and a decimal unit, e.g. "690.6 GB": bandwidths are given in such."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(value) < _ROUNDS_UP:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.4g} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``seconds`` as people say it, e.g. "1.25 ms", "98.99 s", "3 h 31 min"."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 10 * _MINUTE:
+        return f"{seconds:.4g} s"
+    whole = round(seconds)
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
+    if whole < 2 * _DAY:
+        return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
+    return f"{whole // _DAY} d {whole % _DAY // _HOUR} h"
+
+
+def format_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)
+) -> str:
+    """The table as plain text, without a title.
+
+    Args:
+        columns: their names.
+        rows: of cells.
+        left: numbers of the columns that are flush left; figures are flush right.
+    """
+    lines = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
