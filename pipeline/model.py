@@ -13,9 +13,9 @@ from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import Options, open_model
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
-from layerstream.pipeline.planning.replan import hardware_without
+from layerstream.pipeline.planning.replan import hardware_without, learn
 from layerstream.pipeline.scheduling.engine import Engine
-from layerstream.pipeline.scheduling.request_memory import room_of
+from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.stats import Stats
 from layerstream.pipeline.scheduling.tokens import token_streamer
 from layerstream.pipeline.starting import start_model
@@ -137,7 +137,7 @@ class StreamedModel:
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
         self._budget = self._options.budget
         running = await start_model(opening, self._options, self._resources)
-        self._pipeline, self._sweeps = running.pipeline, running.sweeps
+        self._pipeline, self._scheduler = running.pipeline, running.scheduler
         self._engine = running.engine
 
     async def __aexit__(
@@ -159,9 +159,9 @@ class StreamedModel:
 
     def abandon_pass(self) -> None:
         """End the pass of the calling thread if an interrupt has left it unfinished. For the drop-in."""
-        rider = self._engine.riders.current() if self._engine is not None else None
-        if rider is not None:
-            rider.abandon()
+        runner = self._engine.passes.current() if self._engine is not None else None
+        if runner is not None:
+            runner.abandon()
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -232,21 +232,21 @@ class StreamedModel:
             ClosedError: the model is not open.
         """
         engine = self._open_engine()
-        hardware = self.hardware.learn(self.plan, self._pipeline.timings())
+        hardware = learn(self.hardware, self.plan, self._pipeline.timings())
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
-            await finish_in_thread(self._sweeps.device.trim)  # for other processes
-            room = room_of(plan, self.module, self._opening.checkpoint.config)
-            self._sweeps.phases.replace(plan, room_bytes=room.beside_layers_bytes)
-            engine.resize(room)
+            await finish_in_thread(self._scheduler.device.trim)  # for other processes
+            memory = request_memory_of(plan, self.module, self._opening.checkpoint.config)
+            self._scheduler.residency.replace(plan, request_bytes=memory.beside_residents_bytes)
+            engine.resize(memory)
             self.plan, self.hardware = plan, hardware
             self._budget = budget or self._budget
 
-        await self._sweeps.between(adopt)
+        await self._scheduler.between(adopt)
         return plan
 
     def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
@@ -273,7 +273,7 @@ class StreamedModel:
 
     def in_request(self) -> bool:
         """Whether the calling thread runs a request, whose memory is reserved."""
-        return self._engine is not None and self._engine.riders.in_request()
+        return self._engine is not None and self._engine.passes.in_request()
 
     def generate_here(
         self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any

@@ -1,4 +1,4 @@
-"""Starts a planned model: from its plan to the pipeline, the sweeps and the engine that run it."""
+"""Starts a planned model: from its plan to the pipeline, the scheduler and the engine that run it."""
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -11,10 +11,11 @@ from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
 from layerstream.pipeline.opening import Opening, Options
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
+from layerstream.pipeline.scheduling.hooks import hook_modules
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import room_of
-from layerstream.pipeline.scheduling.residency import Phases
-from layerstream.pipeline.scheduling.scheduler import Sweeps
+from layerstream.pipeline.scheduling.request_memory import request_memory_of
+from layerstream.pipeline.scheduling.residency import Residency
+from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
@@ -28,7 +29,7 @@ class Runtime:
     """What runs an open model."""
 
     pipeline: Pipeline
-    sweeps: Sweeps
+    scheduler: SweepScheduler
     engine: Engine
 
 
@@ -48,42 +49,44 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         resources.callback(table.close)
     move_buffers(module, device.torch_device)
     config = opening.checkpoint.config
-    room = room_of(plan, module, config)
-    phases = Phases(plan, room_bytes=room.beside_layers_bytes)
-    pipeline = await resources.enter_async_context(Pipeline(phases.first, device=device))
-    kept = _pinned(layout, plan)
-    await _load(kept, pipeline, bindings, module=module, device=device, resources=resources)
-    sweeps = Sweeps(pipeline, bindings, device=device, kept=kept, phases=phases)
-    resources.push_async_callback(sweeps.aclose)
+    memory = request_memory_of(plan, module, config)
+    residency = Residency(plan, request_bytes=memory.beside_residents_bytes)
+    pipeline = await resources.enter_async_context(Pipeline(residency.first, device=device))
+    always_bound = _always_bound(layout, plan)
+    await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
+    scheduler = SweepScheduler(
+        pipeline, bindings, device=device, always_bound=always_bound, residency=residency
+    )
+    resources.push_async_callback(scheduler.aclose)
     estimator = Estimator(
         module,
         config,
         workload=options.workload,
-        room=room,
+        memory=memory,
         on_cpu=plan.device_memory is None,
         reserved=plan,
     )
     engine = Engine(
         module,
-        sweeps,
+        scheduler,
         device=device,
         estimator=estimator,
-        room=room,
+        memory=memory,
         places=options.max_requests,
         cache_on_host=plan.kv_cache_on_host,
     )
-    layout.hook(engine.riders, plan)
+    hook_modules(module, layout.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
-    resources.push_async_callback(sweeps.aclose)
+    resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
-    return Runtime(pipeline=pipeline, sweeps=sweeps, engine=engine)
+    return Runtime(pipeline=pipeline, scheduler=scheduler, engine=engine)
 
 
-def _pinned(layout: Assembly, plan: Plan) -> list[int]:
+def _always_bound(layout: Assembly, plan: Plan) -> list[int]:
     """Indices of the layer batches that have to be bound all the time."""
-    pinned = {layer.name for layer in layout.layers if layer.pinned}
-    return [batch.index for batch in plan.batches if pinned.intersection(batch.layers)]
+    always_resident = {layer.name for layer in layout.layers if layer.always_resident}
+    return [batch.index for batch in plan.batches if always_resident.intersection(batch.layers)]
 
 
 async def _load(

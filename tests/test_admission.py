@@ -18,7 +18,7 @@ from layerstream.pipeline import AdmissionError, Budget, ClosedError, Workload, 
 from layerstream.pipeline.planning.workload_memory import workload_bytes
 from layerstream.pipeline.scheduling.admission import Admission, Reservation
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import Room
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 IDS = torch.arange(3, 10)[None]
 LONG = {"max_new_tokens": 8000, "do_sample": False}  # takes most of the room of a tiny model
@@ -36,7 +36,7 @@ def asked(admission: Admission, nbytes: int, *, places: int = 1) -> Reservation:
 
 
 def test_a_small_request_does_not_overtake_a_large_one_that_waits() -> None:
-    admission = Admission(room_bytes=10, places=9)
+    admission = Admission(memory_bytes=10, places=9)
     first = asked(admission, 6)
     large, small = asked(admission, 8), asked(admission, 1)
     assert (first.done(), large.done(), small.done()) == (True, False, False)
@@ -46,7 +46,7 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits() -> None:
 
 
 def test_who_leaves_the_queue_lets_those_behind_in() -> None:
-    admission = Admission(room_bytes=10, places=9)
+    admission = Admission(memory_bytes=10, places=9)
     asked(admission, 6)
     large, small = asked(admission, 8), asked(admission, 1)
     admission.give_back(large)
@@ -56,7 +56,7 @@ def test_who_leaves_the_queue_lets_those_behind_in() -> None:
 
 
 def test_when_there_is_less_who_has_some_keeps_it_and_who_can_never_fit_hears_of_it() -> None:
-    admission = Admission(room_bytes=10, places=9)
+    admission = Admission(memory_bytes=10, places=9)
     first = asked(admission, 6)
     large, small = asked(admission, 8), asked(admission, 5)
     admission.resize(7)
@@ -70,7 +70,7 @@ def test_when_there_is_less_who_has_some_keeps_it_and_who_can_never_fit_hears_of
 
 
 def test_places_are_waited_for_too() -> None:
-    admission = Admission(room_bytes=10, places=1)
+    admission = Admission(memory_bytes=10, places=1)
     first, second = asked(admission, 1), asked(admission, 1)
     assert (first.done(), second.done()) == (True, False)
     admission.give_back(first)
@@ -78,7 +78,7 @@ def test_places_are_waited_for_too() -> None:
 
 
 def test_closing_fails_those_who_wait_and_those_who_come() -> None:
-    admission = Admission(room_bytes=10, places=1)
+    admission = Admission(memory_bytes=10, places=1)
     asked(admission, 10)
     waiting = asked(admission, 1)
     admission.close("closed")
@@ -91,7 +91,7 @@ def test_closing_fails_those_who_wait_and_those_who_come() -> None:
 def test_memory_and_places_never_exceed_what_there_is_and_all_come_back(
     steps: list[tuple[int, int, bool]],
 ) -> None:
-    admission = Admission(room_bytes=10, places=3)
+    admission = Admission(memory_bytes=10, places=3)
     alive: list[Reservation] = []
     for nbytes, places, leaves in steps:
         alive.append(asked(admission, nbytes, places=places))
@@ -195,11 +195,13 @@ def test_what_can_never_fit_is_refused_at_once_with_need_have_and_remedy(
         run(main())
 
 
-def prices(folder: Path, room_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
+def prices(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
     """What prices the requests of the model in ``folder``, and what the plan reserves by."""
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = module.config.to_dict()
-    return Estimator(module, config, workload=SMALL, room=Room(nbytes=room_bytes)), config
+    return Estimator(
+        module, config, workload=SMALL, memory=RequestMemory(nbytes=memory_bytes)
+    ), config
 
 
 def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
     module = transformers.ViTForImageClassification.from_pretrained(folder)
     config = module.config.to_dict()
     reserved = workload_bytes(config, SMALL)[0]
-    estimator = Estimator(module, config, workload=SMALL, room=Room(nbytes=reserved))
+    estimator = Estimator(module, config, workload=SMALL, memory=RequestMemory(nbytes=reserved))
     for images in (1, 5):
         need = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
         assert need.nbytes == reserved

@@ -111,7 +111,7 @@ def test_no_sweep_waits_for_a_pass_of_no_request_that_waits_for_its_turn(
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            with model._open_engine().riders.turn:  # as if another thread were in a long pass
+            with model._open_engine().passes.turn:  # as if another thread were in a long pass
                 calling = asyncio.create_task(asyncio.to_thread(model.module, IDS))
                 while not model.stats().requests_started:
                     await turns()

@@ -7,6 +7,7 @@ from support.checkpoints import CPU, GPU
 
 from layerstream.pipeline import Checkpoint, Hardware, Plan, Workload, make_plan
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin
+from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import Doing, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
@@ -86,7 +87,7 @@ def test_planned_again_the_computation_is_predicted_as_it_was_measured(checkpoin
         },
         overhead_seconds=OVERHEAD if machine is CPU else 0.0,
     )
-    learnt = hardware.learn(plan, timings)
+    learnt = learn(hardware, plan, timings)
     after = planned(checkpoint, learnt).prediction
     assert after.decode.compute_seconds == pytest.approx(times * before.decode.compute_seconds)
     assert after.prefill.compute_seconds == pytest.approx(times * before.prefill.compute_seconds)
@@ -100,7 +101,7 @@ def test_a_prompt_shows_how_fast_prompts_are_and_a_step_how_fast_steps(checkpoin
     before = plan.prediction
     took = {1: 0.5 * before.decode.compute_seconds, PROMPT: 3 * before.prefill.compute_seconds}
     timings = swept(plan, times=took, overhead_seconds=OVERHEAD)
-    after = planned(checkpoint, hardware.learn(plan, timings)).prediction
+    after = planned(checkpoint, learn(hardware, plan, timings)).prediction
     # Attention is taken to be as fast in steps as it was in the prompt.
     assert after.decode.compute_seconds == pytest.approx(took[1], rel=0.06)
     assert after.prefill.compute_seconds == pytest.approx(took[PROMPT], rel=0.05)
@@ -114,7 +115,7 @@ def test_passes_of_other_sizes_are_compared_with_what_lies_between_a_step_and_a_
     )
     middle = step + (prompt - step) * (100 - 1) / (PROMPT - 1)
     timings = swept(plan, times={100: 2 * middle}, overhead_seconds=OVERHEAD)
-    rates = {each.tokens: each.bytes_per_second for each in hardware.learn(plan, timings).compute}
+    rates = {each.tokens: each.bytes_per_second for each in learn(hardware, plan, timings).compute}
     assert rates == {
         each.tokens: pytest.approx(each.bytes_per_second / 2) for each in KNOWN["compute"]
     }
@@ -125,5 +126,5 @@ def test_sweeps_of_several_passes_teach_nothing_of_computation(checkpoint):
     plan = planned(checkpoint, hardware)
     timings = swept(plan, times={1: 5.0}, overhead_seconds=OVERHEAD)
     shared = dataclasses.replace(timings.latest[0], tokens=None)
-    learnt = hardware.learn(plan, dataclasses.replace(timings, latest=(shared,)))
+    learnt = learn(hardware, plan, dataclasses.replace(timings, latest=(shared,)))
     assert learnt.compute == hardware.compute

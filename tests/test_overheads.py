@@ -12,7 +12,7 @@ from support.streaming import SMALL
 
 from layerstream.pipeline import Plan, Workload
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import Room, room_of
+from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 
 WIDEST, VOCABULARY = 4096, 6000
 MODULE = 2200  # bytes of a clone of one
@@ -46,7 +46,9 @@ def beside(module: Any, dtype: str, call: str, *shape: int, **options: Any) -> i
     """What a request with ids of ``shape`` is priced at on a CPU more than on a GPU."""
     config = module.config.to_dict() | {"dtype": dtype}
     on_cpu, on_gpu = (
-        Estimator(module, config, workload=SMALL, room=Room(nbytes=1 << 50), on_cpu=on_cpu)
+        Estimator(
+            module, config, workload=SMALL, memory=RequestMemory(nbytes=1 << 50), on_cpu=on_cpu
+        )
         for on_cpu in (True, False)
     )
     named = {"input_ids": torch.ones(shape, dtype=torch.long), **options}
@@ -97,7 +99,7 @@ def planned(module: Any, hardware: Any, **budget: int) -> Plan:
 
 
 def room(plan: Plan, module: Any) -> int:
-    return room_of(plan, module, module.config.to_dict() | {"dtype": "bfloat16"}).nbytes
+    return request_memory_of(plan, module, module.config.to_dict() | {"dtype": "bfloat16"}).nbytes
 
 
 def with_free(plan: Plan, side: str, free: int) -> Plan:
@@ -112,10 +114,10 @@ def test_on_a_cpu_there_is_what_is_reserved_and_free_and_what_each_takes_beside(
     plan = planned(module, CPU)
     assert plan.workload_bytes > 4 * MIB
     each = tree(module) + SCRATCH
-    plan = with_free(plan, "host_memory", plan.beside_bytes + 5 * MIB)
+    plan = with_free(plan, "host_memory", plan.overhead_bytes + 5 * MIB)
     assert room(plan, module) == plan.workload_bytes + 5 * MIB + 3 * each
     # What requests take beside is in the plan already: it is not free a second time.
-    plan = with_free(plan, "host_memory", plan.beside_bytes - MIB)
+    plan = with_free(plan, "host_memory", plan.overhead_bytes - MIB)
     assert room(plan, module) == plan.workload_bytes + 4 * MIB + 3 * each
     assert room(replace(plan, workload=None), module) == plan.workload_bytes + 4 * MIB
 

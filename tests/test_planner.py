@@ -36,7 +36,7 @@ def requests(draw):
     return {
         "sizes": sizes,
         "hardware": hardware,
-        "pinned": draw(some),
+        "always_resident": draw(some),
         "fused": draw(st.just(()) | st.just(range(len(sizes))) | some),
         "host": draw(st.integers(1, 3 * total + 20 * MIB)),
         "vram": None if hardware is CPU else draw(st.integers(1, 2 * total)),
@@ -88,13 +88,13 @@ def test_every_layer_is_in_one_batch_in_order_and_every_batch_finds_room(request
 
 
 @given(requests())
-def test_pinned_layers_are_resident_where_computation_reads_them(request):
+def test_always_resident_layers_are_resident_where_computation_reads_them(request):
     try:
         plan = plan_of(**request)
     except PlanError:
         return
     for batch in plan.batches:
-        if {f"layer{i}" for i in request["pinned"]}.isdisjoint(batch.layers):
+        if {f"layer{i}" for i in request["always_resident"]}.isdisjoint(batch.layers):
             continue
         for view in batch.tensors:
             if view.place is Place.DEVICE:
@@ -156,7 +156,7 @@ def anything(draw):
         "sizes": sizes,
         "hardware": hardware,
         "config": draw(st.none() | st.just(sizes_told)),
-        "pinned": draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2)),
+        "always_resident": draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2)),
         "fused": draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2)),
         "host": draw(budgets),
         "vram": None if hardware.device == "cpu" else draw(budgets),
@@ -375,8 +375,8 @@ def test_what_requests_take_beside_tensors_grows_with_modules_and_not_with_their
     whole = plan_of([2 * MIB] * 6, **asked)
     pieces = plan_of([2 * MIB] * 6, fused=range(6), **asked)
     more = plan_of([2 * MIB] * 12, **asked)
-    assert 0 < whole.beside_bytes == pieces.beside_bytes
-    assert more.beside_bytes - whole.beside_bytes == 3 * 6 * 2200
+    assert 0 < whole.overhead_bytes == pieces.overhead_bytes
+    assert more.overhead_bytes - whole.overhead_bytes == 3 * 6 * 2200
 
 
 def test_a_gpu_written_by_hand_is_planned_for_on_a_machine_without_one():

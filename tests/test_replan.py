@@ -24,6 +24,7 @@ from layerstream.pipeline import (
     Workload,
 )
 from layerstream.pipeline.machine.measurement import Origin
+from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.compute import Sweep
 
 MIB = 1 << 20
@@ -156,15 +157,16 @@ def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_i
 
     async def scenario() -> None:
         async with opening(folder, host=await smallest(folder)) as model:
-            sweeps, pipeline = model._sweeps, model._pipeline
+            scheduler, pipeline = model._scheduler, model._pipeline
             sweep, allowed = pipeline.sweep, []
 
-            def departing(route: Sequence[int]) -> Sweep:
-                riders = {*sweeps._running, *sweeps._waiting}
-                allowed.append(sweeps.phases.allows(pipeline.plan, riders))
+            def starting(route: Sequence[int]) -> Sweep:
+                runners = {*scheduler._running, *scheduler._waiting}
+                demands = [runner.demand_bytes for runner in runners]
+                allowed.append(scheduler.residency.allows(pipeline.plan, demands))
                 return sweep(route)
 
-            pipeline.sweep = departing  # type: ignore[assignment, method-assign]
+            pipeline.sweep = starting  # type: ignore[assignment, method-assign]
             short = asyncio.create_task(
                 model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
             )
@@ -172,7 +174,7 @@ def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_i
                 prompt = asyncio.create_task(
                     model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
                 )
-                await sweeps._until(lambda: len(sweeps._waiting) == 2)
+                await scheduler._until(lambda: len(scheduler._waiting) == 2)
             await asyncio.gather(short, prompt)
             assert len(allowed) > 2
             assert all(allowed)
@@ -302,7 +304,8 @@ def test_forecasts_stand_beside_what_was_measured(folder: Path) -> None:
             assert "sweep: predicted" in text
             (first, *steps) = [sweep.tokens for sweep in model.timings().latest]
             assert (first, steps) == (24, [1, 1, 1])
-            learnt = model.hardware.learn(
+            learnt = learn(
+                model.hardware,
                 model.plan,
                 dataclasses.replace(model.timings()),
             )

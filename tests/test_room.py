@@ -14,8 +14,8 @@ from support.plans import plan_of
 
 from layerstream.pipeline import AdmissionError, Plan, Workload
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
-from layerstream.pipeline.scheduling.request_cost import Estimator, Need
-from layerstream.pipeline.scheduling.request_memory import Parts, Room, room_of
+from layerstream.pipeline.scheduling.request_cost import Estimator, RequestCost
+from layerstream.pipeline.scheduling.request_memory import Parts, RequestMemory, request_memory_of
 
 MIB = 1 << 20
 CONFIG = {
@@ -50,17 +50,23 @@ def module() -> Any:
 def estimator(plan: Plan, module: Any) -> Estimator:
     config = module.config.to_dict() | CONFIG
     return Estimator(
-        module, config, workload=ASKED, room=room_of(plan, module, config), reserved=plan
+        module,
+        config,
+        workload=ASKED,
+        memory=request_memory_of(plan, module, config),
+        reserved=plan,
     )
 
 
 def price(
     estimator: Estimator, module: Any, what: str, tokens: int, rows: int = 1, **named: Any
-) -> Need:
+) -> RequestCost:
     """What such a call is priced at when it has the cache that it would get."""
     named = with_host_cache(module, what, (torch.ones((rows, tokens)).long(),), named)
     ids = torch.ones((rows, tokens)).long()
-    found: Need = (estimator.generation if what == "generate" else estimator.forward)((ids,), named)
+    found: RequestCost = (estimator.generation if what == "generate" else estimator.forward)(
+        (ids,), named
+    )
     return found
 
 
@@ -71,7 +77,7 @@ PARTS = st.builds(Parts, st.integers(0, 120), st.integers(0, 120))
 def test_what_fits_as_one_number_fits_both_memories(
     cache: int, other: int, asked: list[Parts]
 ) -> None:
-    room = Room(nbytes=cache + other, cache_bytes=cache)
+    room = RequestMemory(nbytes=cache + other, cache_bytes=cache)
     admitted = Parts(0, 0)
     left = room.nbytes
     for parts in asked:
@@ -87,7 +93,7 @@ def test_what_fits_as_one_number_fits_both_memories(
 def test_a_workload_fits_and_takes_all_that_is_reserved_for_it(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    room = room_of(plan, module, CONFIG)
+    room = request_memory_of(plan, module, CONFIG)
     assert room.nbytes == plan.workload_bytes
     need = price(estimator, module, "generate", 64, rows=16, **ONE)
     assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)
@@ -155,9 +161,9 @@ def test_layers_may_stay_beside_requests_by_what_those_take_of_vram(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
     need = price(estimator, module, "generate", 64, **ONE | {"max_new_tokens": 16 * 1064 - 64})
-    room = room_of(plan, module, CONFIG)
+    room = request_memory_of(plan, module, CONFIG)
     assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)  # its cache is as large as may be
-    assert need.step_bytes < room.beside_layers_bytes / 2
+    assert need.step_bytes < room.beside_residents_bytes / 2
 
 
 def test_planning_anew_leaves_the_room_as_it_is(plan: Plan, module: Any) -> None:
@@ -168,4 +174,4 @@ def test_planning_anew_leaves_the_room_as_it_is(plan: Plan, module: Any) -> None
             plan.device_memory, budget_bytes=plan.device_memory.budget_bytes + 100 * MIB
         ),
     )
-    assert room_of(larger, module, CONFIG) == room_of(plan, module, CONFIG)
+    assert request_memory_of(larger, module, CONFIG) == request_memory_of(plan, module, CONFIG)

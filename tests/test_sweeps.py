@@ -44,7 +44,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Departures wait as long as it takes for riders between two steps: what is counted depends on no clock."""
+    """Sweeps wait to start as long as it takes for requests between two steps: what is counted depends on no clock."""
     monkeypatch.setattr("layerstream.pipeline.scheduling.scheduler._PATIENCE_SECONDS", 20.0)
 
 

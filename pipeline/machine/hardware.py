@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
@@ -18,11 +18,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.process.libraries import Leftovers, keep_little
-from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import finish_in_thread
-
-if TYPE_CHECKING:
-    from layerstream.pipeline.planning.plan import Plan
 
 __all__ = ["ComputeRate", "Figure", "Hardware", "Origin"]
 
@@ -146,12 +142,6 @@ class Hardware:
             await finish_in_thread(Leftovers().release)
         # Last, after measurements have freed their own memory.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
-
-    def learn(self, plan: "Plan", timings: Timings) -> "Hardware":
-        """The same machine with the rates that the stages reached while ``plan`` was run, marked as learnt."""
-        from layerstream.pipeline.planning.learning import learn
-
-        return learn(self, plan, timings)
 
     @classmethod
     def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:

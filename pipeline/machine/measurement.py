@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["ComputeRate", "Figure", "Origin", "Rate"]
+__all__ = ["ComputeRate", "Figure", "Input", "Origin", "Rate"]
 
 
 class Origin(StrEnum):
@@ -60,3 +60,15 @@ class Rate:
             most=max(samples),
             samples=len(samples),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """A figure that a plan was made with, and its origin."""
+
+    name: str  # of the field of Hardware
+    value: float
+    origin: Origin
+    least: float | None = None  # of the samples
+    most: float | None = None
+    age_seconds: float | None = None

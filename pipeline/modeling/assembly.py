@@ -1,4 +1,4 @@
-"""Prepares a traced model for streaming: which weights are in which layer, which are gathered, and the hooks."""
+"""Prepares a traced model for streaming: which weights are in which layer, and which are gathered."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,7 +27,6 @@ from layerstream.pipeline.modeling.tracing import Recipe, TracedModel
 from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
-from layerstream.pipeline.scheduling.thread_passes import Riders
 from layerstream.stages.batch import Extent
 
 __all__ = ["Assembly", "move_buffers"]
@@ -75,7 +74,7 @@ class Assembly:
             kind=layer.kind,
             tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
             scratch_bytes=sum(r.scratch_bytes for r in recipes if r.pieces is None),
-            pinned=layer.pinned,
+            always_resident=layer.always_resident,
         )
 
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
@@ -117,46 +116,15 @@ class Assembly:
             opened.pop_all()  # the caller closes them from here on
         return list(files.values())
 
-    def hook(self, riders: Riders, plan: Plan) -> None:
-        """Add hooks to modules: they tell riders which layer batch is needed, and when a pass begins and ends."""
+    def batch_of_module(self, plan: Plan) -> dict[str, int]:
+        """The index of the layer batch that each module needs, by the module's path; batches that are always bound apart."""
         index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
-        needs = {
+        return {
             path: index_of[layer.name]
             for layer in self.layers
-            if not layer.pinned
+            if not layer.always_resident
             for path in layer.modules
         }
-        around = {""}
-        for path in needs:
-            while path:
-                path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
-                around.add(path)
-        for path in (around | needs.keys()) - {""} | {""}:
-            index = needs.get(path)
-            exits = index is not None and (not path or needs.get(path.rpartition(".")[0]) != index)
-            _hook(riders, self.traced.module.get_submodule(path), path, index, exits=exits)
-
-
-def _hook(riders: Riders, module: nn.Module, path: str, index: int | None, *, exits: bool) -> None:
-    def before(module: nn.Module, inputs: Any, named: Any) -> Any:
-        rider = riders.rider()
-        given = rider.enter(module, path, inputs, named)
-        if index is not None:
-            rider.hold(index)
-        return None if given is named else (inputs, given)
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        # With always_call, this is called after an exception too, without an output; even after one that kept the
-        # thread from getting a rider.
-        rider = riders.current()
-        if rider is None:
-            return None
-        detached = rider.detached(output) if exits and output is not None else None
-        rider.leave(completed=output is not None)
-        return detached
-
-    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    module.register_forward_hook(after, always_call=True)
 
 
 def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:

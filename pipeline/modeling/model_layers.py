@@ -39,7 +39,9 @@ class ModelLayer:
     kind: LayerKind
     recipes: tuple[str, ...]  # names in TracedModel.recipes
     modules: tuple[str, ...]  # paths of the modules whose calls need the layer
-    pinned: bool  # must be resident: used more than once in a pass, or by no module of its own
+    always_resident: (
+        bool  # must be resident: used more than once in a pass, or by no module of its own
+    )
 
 
 def uses_of(traced: TracedModel) -> dict[str, list[Use]]:
@@ -146,14 +148,16 @@ def model_layers(
                     modules=tuple(
                         path for path in pure if path in telling and pure[path] == layer.name
                     ),
-                    pinned=layer.name in repeated,
+                    always_resident=layer.name in repeated,
                 )
             )
     kept = (*shared, *(single[path] for path in sorted(homeless)))
     if kept:
         layers.insert(
             0,
-            ModelLayer(name="shared", kind=LayerKind.OTHER, recipes=kept, modules=(), pinned=True),
+            ModelLayer(
+                name="shared", kind=LayerKind.OTHER, recipes=kept, modules=(), always_resident=True
+            ),
         )
     return tuple(layers)
 

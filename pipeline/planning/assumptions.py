@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Input, Origin
 
-__all__ = ["Input", "Rates", "rates_of", "sizes_of"]
+__all__ = ["Rates", "rates_of", "sizes_of"]
 
 # Assumptions for rates that were neither measured nor given; each is marked as assumed wherever it is shown.
 _DISK = 1.5e9  # an ordinary, older NVMe disk
@@ -43,18 +43,6 @@ _OVERHEAD = 0.5e-3
 
 _ASSUMED_AT = (1, 16, 256, 4096)  # tokens
 _ITEM_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Input:
-    """A figure that a plan was made with, and its origin."""
-
-    name: str  # of the field of Hardware
-    value: float
-    origin: Origin
-    least: float | None = None  # of the samples
-    most: float | None = None
-    age_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

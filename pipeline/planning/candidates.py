@@ -144,12 +144,12 @@ class _Search:
             host_reserved=_FIXED_BYTES + (requests if self._asked.on_cpu else kv),
             vram_reserved=0 if self._asked.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
             kv_on_host_bytes=kv,
-            held_bytes=self._asked.beside_bytes,
+            held_bytes=self._asked.overhead_bytes,
         )
 
     def _of_frame(self, frame: Frame, *, leaves_room: bool) -> Iterator[Choice]:
         prices = self._prices()
-        spare = Need(-self._asked.overhead_bytes if leaves_room else 0, 0)
+        spare = Need(-self._asked.request_overhead_bytes if leaves_room else 0, 0)
         for size in self._sizes():
             batches = frame.batches(size, passing=self._asked.rings)
             for slots in self._slots(frame):

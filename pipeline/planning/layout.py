@@ -67,7 +67,7 @@ class PlannedLayer:
     tensors: tuple[TensorSource, ...]
     scratch_bytes: int = 0  # tensors that computation makes from them before use
     # It must be resident: computation uses it more than once, or at an unknown time.
-    pinned: bool = False
+    always_resident: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -30,11 +30,11 @@ class Overheads:
 
     shared_bytes: int = 0  # that math libraries keep for the whole process
     # Of a request, until it has ended: what libraries keep for its thread, and its module tree.
-    rider_bytes: int = 0
+    per_request_bytes: int = 0
 
-    def of(self, riders: int) -> int:
+    def of(self, requests: int) -> int:
         """The sum while that many requests run."""
-        return self.shared_bytes + riders * self.rider_bytes
+        return self.shared_bytes + requests * self.per_request_bytes
 
 
 def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1) -> Overheads:
@@ -50,10 +50,10 @@ def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1
     widths = widths_of(config)
     if widths is not None and widths.item_bytes == _HALF:
         return Overheads(
-            shared_bytes=KERNELS_KEPT * _KERNEL_BYTES, rider_bytes=tree + _SCRATCH_BYTES
+            shared_bytes=KERNELS_KEPT * _KERNEL_BYTES, per_request_bytes=tree + _SCRATCH_BYTES
         )
     if widths is None or widths.item_bytes != _SINGLE or rows < _FEWEST_ROWS:
-        return Overheads(rider_bytes=tree)
+        return Overheads(per_request_bytes=tree)
     columns = max(widths.widest, widths.vocabulary if logits >= _FEWEST_ROWS else 0)
     packed = min(columns, _PANEL_COLUMNS) + min(rows, _PANEL_ROWS)
-    return Overheads(rider_bytes=tree + 2 * _PANEL_DEPTH * _SINGLE * packed)
+    return Overheads(per_request_bytes=tree + 2 * _PANEL_DEPTH * _SINGLE * packed)

@@ -59,9 +59,9 @@ class Frame:
         return self.on_cpu and self.reader is ReaderKind.MMAP
 
     @property
-    def pinned(self) -> frozenset[str]:
+    def always_resident(self) -> frozenset[str]:
         """Names of layers that must be resident."""
-        return frozenset(layer.name for layer in self.layers if layer.pinned)
+        return frozenset(layer.name for layer in self.layers if layer.always_resident)
 
     def batches(self, size: int, *, passing: Arenas | None = None) -> list[LayerBatch]:
         """All layers in batches of ``size`` blocks; those that must be resident are.
@@ -70,14 +70,14 @@ class Frame:
             size: blocks in a batch.
             passing: rings that exist already; batches that are too large for them become resident.
         """
-        pinned = self.pinned
+        always_resident = self.always_resident
 
         def stays(batch: LayerBatch) -> bool:
             large = passing is not None and (
                 (batch.host_bytes > passing.host and not self.maps)
                 or batch.device_bytes > passing.device
             )
-            return large or not pinned.isdisjoint(batch.layers)
+            return large or not always_resident.isdisjoint(batch.layers)
 
         return [self._resident(batch) if stays(batch) else batch for batch in self._laid_out(size)]
 
@@ -87,7 +87,7 @@ class Frame:
             joins = (
                 groups
                 and layer.kind is groups[-1][0].kind is LayerKind.BLOCK
-                and layer.pinned == groups[-1][0].pinned
+                and layer.always_resident == groups[-1][0].always_resident
                 and len(groups[-1]) < size
             )
             if joins:
@@ -160,10 +160,10 @@ class Frame:
         )
 
     def _scratch(self, batches: Sequence[LayerBatch]) -> int:
-        """Tensors that computation makes from weights: of pinned batches for good, else of one batch at a time."""
-        pinned = self.pinned
-        for_good = [b.scratch_bytes for b in batches if pinned.intersection(b.layers)]
-        for_now = [b.scratch_bytes for b in batches if not pinned.intersection(b.layers)]
+        """Tensors that computation makes from weights: of batches that are always resident for good, else of one batch at a time."""
+        always_resident = self.always_resident
+        for_good = [b.scratch_bytes for b in batches if always_resident.intersection(b.layers)]
+        for_now = [b.scratch_bytes for b in batches if not always_resident.intersection(b.layers)]
         return sum(for_good) + max(for_now, default=0)
 
     def need(self, batches: Sequence[LayerBatch], arenas: Arenas) -> Need:

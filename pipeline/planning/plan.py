@@ -1,13 +1,11 @@
-"""The plan and its parts: frozen data, written to JSON and read back."""
+"""The plan and its parts: frozen data."""
 
-import json
-import types
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Self
 
-from layerstream.pipeline.planning.assumptions import Input
+from layerstream.pipeline.machine.measurement import Input
+from layerstream.pipeline.planning.plan_json import dump, load
 from layerstream.pipeline.planning.prediction import Advice, Candidate, Prediction
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
@@ -131,10 +129,10 @@ class Plan:
     workload: Workload | None
     workload_bytes: int  # the part of the reserved memory for KV cache and activations of requests
     kv_cache_bytes: int  # of that, the KV cache
-    beside_bytes: int  # host memory not counted above: code that was loaded, and what requests take besides tensors
+    overhead_bytes: int  # host memory not counted above: code that was loaded, and what requests take besides tensors
     # The KV cache is in host RAM, and is copied to the device layer by layer.
     kv_cache_on_host: bool
-    pinned: tuple[int, ...]  # batches that must be resident
+    always_resident: tuple[int, ...]  # batches that must be resident
     decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
     prediction: Prediction
     inputs: tuple[Input, ...]  # the figures that it was made with, and their origin
@@ -172,18 +170,18 @@ class Plan:
 
         The system needs up to two seconds per GiB to provide new memory, besides the time to read into it. So that the
         first token does not wait for that, the second sweep loads the residents. On a GPU, their memory has been
-        provided and pinned when the pipeline is open.
+        provided and always_resident when the pipeline is open.
         """
         if self.device_memory is not None or self.reader is ReaderKind.MMAP:
             return self
-        pinned = set(self.pinned)
+        always_resident = set(self.always_resident)
 
         def passing(batch: LayerBatch) -> LayerBatch:
             fits = (
                 batch.host_bytes <= self.host_arena_bytes
                 and batch.device_bytes <= self.device_arena_bytes
             )
-            if batch.index in pinned or not fits:
+            if batch.index in always_resident or not fits:
                 return batch
             return replace(batch, host_resident=False, device_resident=False)
 
@@ -215,7 +213,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON. Each key carries its unit."""
-        return json.dumps({"version": _VERSION, **asdict(self)})
+        return dump(self, version=_VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -224,21 +222,7 @@ class Plan:
         Raises:
             PlanError: the text is not a plan, or was written by another version.
         """
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"this is not a plan: it is not JSON ({error})") from error
-        if not isinstance(raw, dict) or "version" not in raw:
-            raise PlanError("this is not a plan: it has no version")
-        if repr(raw.pop("version")) != repr(_VERSION):  # True and 1.0 equal 1 too
-            raise PlanError(
-                f"the plan was written by another version; this one reads version {_VERSION}"
-            )
-        try:
-            plan: Self = _decode(cls, raw)
-        except (TypeError, ValueError, KeyError) as error:
-            raise PlanError(f"this is not a plan: {error}") from error
-        return plan
+        return load(cls, text, version=_VERSION)
 
 
 def _budget_bytes(given: int | str | None, side: str, free_bytes: int) -> int | None:
@@ -254,42 +238,3 @@ def _budget_bytes(given: int | str | None, side: str, free_bytes: int) -> int | 
             f'{side} budget {given!r} is not a size above nothing; write it like "4GiB" or "80%"'
         )
     return given
-
-
-def _decode(kind: Any, raw: Any) -> Any:
-    """``raw`` JSON as a value of type ``kind``: the types that plans are made of, checked."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return _decode_union(get_args(kind), raw)
-    if get_origin(kind) is tuple:
-        if not isinstance(raw, list):
-            raise TypeError(f"expected a list, got {raw!r}")
-        return tuple(_decode(get_args(kind)[0], each) for each in raw)
-    if is_dataclass(kind):
-        return _decode_dataclass(kind, raw)
-    if issubclass(kind, StrEnum):
-        return kind(raw)
-    if kind is float and type(raw) is int:
-        return float(raw)
-    if type(raw) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {raw!r}")
-    return raw
-
-
-def _decode_union(kinds: tuple[Any, ...], raw: Any) -> Any:
-    if raw is None and type(None) in kinds:
-        return None
-    rest = [kind for kind in kinds if kind is not type(None)]
-    if len(rest) == 1:
-        return _decode(rest[0], raw)
-    if type(raw) not in rest:
-        raise TypeError(f"{raw!r} is not one of {rest}")
-    return raw
-
-
-def _decode_dataclass(kind: Any, raw: Any) -> Any:
-    if not isinstance(raw, Mapping):
-        raise TypeError(f"expected {kind.__name__}, got {raw!r}")
-    hints = get_type_hints(kind)
-    if unknown := raw.keys() - hints.keys():
-        raise KeyError(f"unknown {', '.join(sorted(unknown))} in {kind.__name__}")
-    return kind(**{name: _decode(hints[name], value) for name, value in raw.items()})

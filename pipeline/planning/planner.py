@@ -123,12 +123,12 @@ def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
         workload=asked.workload,
         workload_bytes=asked.workload_bytes,
         kv_cache_bytes=0 if asked.memory is None else asked.memory.kv_bytes,
-        beside_bytes=best.frame.held_bytes,
+        overhead_bytes=best.frame.held_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
-        pinned=tuple(
+        always_resident=tuple(
             batch.index
             for batch in placement.batches
-            if not best.frame.pinned.isdisjoint(batch.layers)
+            if not best.frame.always_resident.isdisjoint(batch.layers)
         ),
         decode_residents=tuple(
             then.index

@@ -78,12 +78,12 @@ class Asked:
         return 0 if self.memory is None else self.memory.reserved_bytes
 
     @property
-    def beside_bytes(self) -> int:
+    def overhead_bytes(self) -> int:
         """Memory of this process besides the plan: code that was loaded, and what requests take besides tensors."""
-        return self.held_bytes + self.overhead_bytes
+        return self.held_bytes + self.request_overhead_bytes
 
     @cached_property
-    def overhead_bytes(self) -> int:
+    def request_overhead_bytes(self) -> int:
         """Memory of the workload's requests on a CPU besides tensors."""
         if not self.on_cpu or self.workload is None:
             return 0

@@ -1,11 +1,59 @@
-"""The machine as it would be without the model that runs on it, for which the next plan is made. Pure."""
+"""The machine for the next plan: with rates learnt from completed sweeps, and without the model that runs on it. Pure."""
 
+import statistics
+from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.planning.assumptions import Rates, rates_of
+from layerstream.pipeline.planning.plan import Plan, ReaderKind
+from layerstream.stages.telemetry.spans import StageTimings, SweepSpan
+from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["hardware_without"]
+__all__ = ["hardware_without", "learn"]
+
+# Enough to show a rate, and not the latency of a few requests.
+_LEAST_BYTES = 64 << 20
+_OF_STEPS = (
+    "step_attention_flops_per_second",
+    "kv_growth_bytes_per_second",
+    "blocks_per_second",
+)
+# At least this share of computation's time counts as work, even if hand-offs were predicted to take more.
+_LEAST_WORK = 0.2
+
+
+def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
+    """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
+
+    The rate of the disk is learnt from direct reads, and that of the link from copies to a GPU. The rates of
+    computation are scaled by what the plan predicted of sweeps with a single forward pass, divided by what they took;
+    those for other numbers of tokens are scaled like the nearest. What ``timings`` do not show stays as it was.
+
+    Args:
+        hardware: that ``plan`` was made with.
+        plan: the one that was run.
+        timings: of the pipeline that ran it.
+    """
+    fields: dict[str, Any] = {}
+    if plan.reader is ReaderKind.DIRECT and (rate := _link(timings, stage=0)):
+        fields["disk_bytes_per_second"] = rate
+    if plan.device_memory is not None and (rate := _link(timings, stage=1)):
+        fields["h2d_bytes_per_second"] = rate
+    known = rates_of(hardware)
+    # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
+    on_cpu = plan.device_memory is None
+    overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
+    if factors := _factors(plan, timings, overhead_seconds=overhead):
+        fields |= _scaled(known, factors)
+    figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)
+    return replace(
+        hardware,
+        **fields,
+        figures={**hardware.figures, **dict.fromkeys(fields, figure)},
+    )
 
 
 def hardware_without(
@@ -31,3 +79,70 @@ def hardware_without(
     return replace(
         hardware, cached_bytes=now.cached_bytes, host_available_bytes=host, vram_free_bytes=vram
     )
+
+
+def _steady(timings: Timings) -> list[SweepSpan]:
+    """The sweeps that are typical of later ones, and of which all spans were kept."""
+    since = timings.complete_since_seconds
+    return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
+
+
+def _link(timings: Timings, *, stage: int) -> float | None:
+    """Bytes per second that a stage reached; None if it had too few bytes."""
+    passed = [
+        timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
+        for sweep in _steady(timings)
+    ]
+    nbytes, seconds = sum(each.bytes for each in passed), sum(each.busy_seconds for each in passed)
+    return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
+
+
+def _factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
+    """How many times as fast as predicted passes were computed, by their number of tokens."""
+    found = defaultdict(list)
+    for sweep in _steady(timings):
+        if sweep.tokens is None:
+            continue
+        predicted = _predicted_seconds(plan, sweep.tokens)
+        stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
+        if stage.bytes >= _LEAST_BYTES and predicted > 0:
+            found[sweep.tokens].append(predicted / _seconds(stage, overhead_seconds))
+    return {tokens: statistics.median(factors) for tokens, factors in found.items()}
+
+
+def _predicted_seconds(plan: Plan, tokens: int) -> float:
+    """Computation in a sweep of ``tokens``: between a decoding step and a prompt, interpolated linearly."""
+    if plan.workload is None:
+        return 0.0
+    few = plan.workload.batch_size
+    many = few * plan.workload.prompt_tokens
+    step, prompt = (
+        sweep.compute_seconds for sweep in (plan.prediction.decode, plan.prediction.prefill)
+    )
+    if tokens <= few or many == few:
+        return step
+    return step + (prompt - step) * (tokens - few) / (many - few)
+
+
+def _seconds(stage: StageTimings, overhead_seconds: float) -> float:
+    handed_over = stage.items * overhead_seconds
+    return max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
+
+
+def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
+    """The rates of computation, by the names of Hardware's fields."""
+
+    def nearest(tokens: int) -> float:
+        return factors[min(factors, key=lambda size: abs(size - tokens))]
+
+    return {
+        "compute": tuple(
+            ComputeRate(
+                tokens=rate.tokens, bytes_per_second=rate.bytes_per_second * nearest(rate.tokens)
+            )
+            for rate in known.compute
+        ),
+        # It matters in long prompts, the others in steps.
+        "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],
+        **{name: getattr(known, name) * factors[min(factors)] for name in _OF_STEPS},
+    }

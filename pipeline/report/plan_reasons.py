@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from layerstream.pipeline.machine.measurement import Origin
-from layerstream.pipeline.planning.assumptions import Input
+from layerstream.pipeline.machine.measurement import Input, Origin
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.pipeline.planning.prediction import Advice, Candidate
 from layerstream.pipeline.report.document import Block, Section, Sentences, Table

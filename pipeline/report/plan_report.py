@@ -67,7 +67,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "vram_resident_layer_batches": len(on_device),
         "decode_resident_layer_batches": len(plan.decode_residents),
         "kv_cache_on_host": plan.kv_cache_on_host,
-        "beside_bytes": plan.beside_bytes,
+        "beside_bytes": plan.overhead_bytes,
         "host_used_bytes": host.used_bytes,
         "host_budget_bytes": host.budget_bytes,
         "vram_used_bytes": device and device.used_bytes,
@@ -131,8 +131,8 @@ def _memories(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.device_memory is not None:
         yield "VRAM", _memory(plan.device_memory)
     yield "host RAM", _memory(plan.host_memory)
-    if plan.beside_bytes:
-        size = format_bytes(plan.beside_bytes)
+    if plan.overhead_bytes:
+        size = format_bytes(plan.overhead_bytes)
         yield (
             "beside that",
             f"{size} of loaded code, compiled kernels and the like, for which room is left",

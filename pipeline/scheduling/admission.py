@@ -27,18 +27,18 @@ class Reservation(Future[None]):
 
 
 class Admission:
-    """Grants memory for requests, and places in the riders' threads. For the event loop only.
+    """Grants memory for requests, and places in the threads of passes. For the event loop only.
 
     A request has all of its memory from its beginning to its end, so that none fails half-way. Grants are made in
     the order of asking: a small request that would fit does not overtake a large one that waits.
 
     Args:
-        room_bytes: memory for KV caches and activations of all requests together.
+        memory_bytes: memory for KV caches and activations of all requests together.
         places: how many threads there are.
     """
 
-    def __init__(self, *, room_bytes: int, places: int) -> None:
-        self.room_bytes = room_bytes
+    def __init__(self, *, memory_bytes: int, places: int) -> None:
+        self.memory_bytes = memory_bytes
         self.reserved_bytes = 0
         self._places = places
         self._queue: deque[Reservation] = deque()
@@ -51,7 +51,7 @@ class Admission:
         return len(self._queue)
 
     def ask(self, reservation: Reservation) -> None:
-        """Grant ``reservation`` when its turn comes; at once if there is room and nobody waits."""
+        """Grant ``reservation`` when its turn comes; at once if there is memory and nobody waits."""
         if self._closed is not None:
             reservation.set_exception(ClosedError(self._closed))
             return
@@ -69,13 +69,13 @@ class Admission:
             reservation.cancel()
         self._grant()
 
-    def resize(self, room_bytes: int) -> None:
+    def resize(self, memory_bytes: int) -> None:
         """Change the memory for all. What is granted stays; reservations that can never be granted fail."""
-        self.room_bytes = room_bytes
-        for waiting in [each for each in self._queue if each.nbytes > room_bytes]:
+        self.memory_bytes = memory_bytes
+        for waiting in [each for each in self._queue if each.nbytes > memory_bytes]:
             self._queue.remove(waiting)  # otherwise all behind it would wait for ever
             error = refusal(
-                what="a request that waits", need_bytes=waiting.nbytes, room_bytes=room_bytes
+                what="a request that waits", need_bytes=waiting.nbytes, memory_bytes=memory_bytes
             )
             with suppress(InvalidStateError):  # the caller cancelled it
                 waiting.set_exception(error)
@@ -91,7 +91,10 @@ class Admission:
     def _grant(self) -> None:
         while self._queue:
             first = self._queue[0]
-            if first.nbytes > self.room_bytes - self.reserved_bytes or first.places > self._places:
+            if (
+                first.nbytes > self.memory_bytes - self.reserved_bytes
+                or first.places > self._places
+            ):
                 return
             self._queue.popleft()
             if not first.set_running_or_notify_cancel():

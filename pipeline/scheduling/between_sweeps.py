@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 
 from layerstream.stages.errors import echo_of
 
-__all__ = ["Errands"]
+__all__ = ["BetweenSweeps"]
 
 
-class Errands:
+class BetweenSweeps:
     """Coroutines that wait for the end of a sweep, and run in the order in which they were added."""
 
     def __init__(self) -> None:
@@ -19,24 +19,24 @@ class Errands:
         """How many wait."""
         return len(self._queue)
 
-    def add(self, errand: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
-        """Queue ``errand``. The future is done when it has been run, or has its error."""
+    def add(self, task: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
+        """Queue ``task``. The future is done when it has been run, or has its error."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append((errand, done))
+        self._queue.append((task, done))
         return done
 
     async def run(self) -> None:
         """Run all that wait, except those whose future was cancelled."""
         while self._queue:
-            errand, done = self._queue.popleft()
+            task, done = self._queue.popleft()
             if done.cancelled():
                 continue
             try:
-                await errand()
+                await task()
             except asyncio.CancelledError:
-                self._queue.appendleft((errand, done))  # ``fail`` will say why
+                self._queue.appendleft((task, done))  # ``fail`` will say why
                 raise
-            except Exception as error:  # noqa: BLE001 - of whatever kind, it is for the one who added the errand
+            except Exception as error:  # noqa: BLE001 - of whatever kind, it is for the one who added the task
                 if not done.cancelled():
                     done.set_exception(error)
             else:

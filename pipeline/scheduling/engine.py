@@ -11,14 +11,14 @@ import torch
 from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
-from layerstream.pipeline.scheduling.passes import Rider
+from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request import CLOSED, Call, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import Room
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.sampling_rng import drawing_from
-from layerstream.pipeline.scheduling.scheduler import Sweeps
+from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Outcome
-from layerstream.pipeline.scheduling.thread_passes import Riders
+from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.pipeline.scheduling.tokens import counted
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
@@ -35,11 +35,11 @@ class Engine:
     does so in a thread of its own, where its requests then run: they take memory, but no place.
 
     Args:
-        module: the transformers model; its hooks ask ``riders`` for the rider of their thread.
-        sweeps: what requests ride.
+        module: the transformers model; its hooks ask ``passes`` for the pass runner of their thread.
+        scheduler: makes the sweeps that requests take part in.
         device: where computation runs.
         estimator: prices requests.
-        room: memory for all requests together.
+        memory: for all requests together.
         places: how many requests of tasks run at once.
         cache_on_host: requests that bring no KV cache get one in host RAM.
     """
@@ -47,22 +47,22 @@ class Engine:
     def __init__(
         self,
         module: Any,
-        sweeps: Sweeps,
+        scheduler: SweepScheduler,
         *,
         device: Device,
         estimator: Estimator,
-        room: Room,
+        memory: RequestMemory,
         places: int,
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
         self._cache_on_host = cache_on_host
-        self._sweeps = sweeps
+        self._scheduler = scheduler
         self._device = device
         self._estimator = estimator
-        self.requests = Requests(sweeps, room_bytes=room.nbytes, places=places)
-        self.riders = Riders(sweeps, module, begin_pass=self._begin_pass)
-        self.threads = Threads("rider", places)
+        self.requests = Requests(scheduler, memory_bytes=memory.nbytes, places=places)
+        self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
+        self.threads = Threads("pass", places)
         self._leftovers = Leftovers()
         self._numbers = itertools.count(1)
 
@@ -90,15 +90,15 @@ class Engine:
         try:
             self.requests.ask(request, request.reservation)
             await asyncio.wrap_future(request.reservation)
-            result = await self._ride(request, stream)
+            result = await self._run_admitted(request, stream)
         except BaseException as error:
             self.requests.ended(request, _outcome(error))
             raise
         self.requests.ended(request, "completed")
         return result
 
-    async def _ride(self, request: Request, stream: Hashable) -> Any:
-        """Run an admitted request in a rider's thread, to its end even if the waiting task is cancelled."""
+    async def _run_admitted(self, request: Request, stream: Hashable) -> Any:
+        """Run an admitted request in a thread of ours, to its end even if the waiting task is cancelled."""
         self.requests.started(request)
 
         def work() -> Any:
@@ -116,29 +116,29 @@ class Engine:
             if waiting.cancelled():
                 raise ClosedError(CLOSED) from None
             if not future.cancel():
-                self._sweeps.cancel(request.rider)
+                self._scheduler.cancel(request.runner)
                 await settled([future])
                 # Mark an error as retrieved: the task that was cancelled does not want it.
                 waiting.cancelled() or waiting.exception()
             raise
         finally:
-            self._sweeps.ended(request.rider)
+            self._scheduler.request_ended(request.runner)
             del future, waiting  # an error that they hold would hold this frame, and so itself
 
     def _work(self, request: Request) -> Any:
         """Run ``request`` in the calling thread."""
-        rider = request.rider
-        rider.root = clone = clone_modules(self._module)
+        runner = request.runner
+        runner.root = clone = clone_modules(self._module)
         try:
-            with self.riders.riding(rider), drawing_from(request.generator):
+            with self.passes.running(runner), drawing_from(request.generator):
                 torch_device = self._device.torch_device
                 here = [_moved(each, torch_device) for each in request.inputs]
                 named = {name: _moved(each, torch_device) for name, each in request.named.items()}
                 return request.call(clone)(*here, **named)
         finally:
-            self._sweeps.tell(self._sweeps.ended, rider)
+            self._scheduler.call_on_loop(self._scheduler.request_ended, runner)
             # Some arguments refer to the request, and it to them: without this they would live until garbage collection.
-            del rider.root, clone
+            del runner.root, clone
             request.inputs, request.named = (), {}
             self._leftovers.release()
 
@@ -155,7 +155,7 @@ class Engine:
         Raises:
             ModelError: this is the thread of the event loop.
         """
-        self.riders.refuse_on_loop()
+        self.passes.refuse_on_loop()
         request = self._request("generate", call, inputs, named, places=0)
         try:
             self._admit_here(request)
@@ -163,18 +163,18 @@ class Engine:
             with self._device.computing_on(self._device.stream()):
                 result = self._work(request)
         except BaseException as error:
-            self._sweeps.tell(self.requests.ended, request, _outcome(error))
+            self._scheduler.call_on_loop(self.requests.ended, request, _outcome(error))
             raise
-        self._sweeps.tell(self.requests.ended, request, "completed")
+        self._scheduler.call_on_loop(self.requests.ended, request, "completed")
         return result
 
     def _begin_pass(
-        self, rider: Rider, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+        self, runner: PassRunner, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Callable[[Outcome], None]]:
         """Make a request of a forward pass that belongs to none, and wait until it is admitted.
 
         Args:
-            rider: of the calling thread.
+            runner: of the calling thread.
             entry: path of the module that is called.
             inputs: its positional arguments.
             named: its keyword arguments.
@@ -183,7 +183,7 @@ class Engine:
             The keyword arguments to call it with, and what to call when the pass has ended.
         """
         request = self._request(
-            "forward", lambda model: model, inputs, named, places=0, rider=rider, whole=not entry
+            "forward", lambda model: model, inputs, named, places=0, runner=runner, whole=not entry
         )
         given = request.named
         request.inputs, request.named = (), {}  # the call is made by the caller
@@ -193,7 +193,7 @@ class Engine:
             try:
                 self._leftovers.release()
             finally:  # also after an interrupt: ``drain`` waits for it
-                self._sweeps.tell(self.requests.ended, request, outcome)
+                self._scheduler.call_on_loop(self.requests.ended, request, outcome)
 
         try:
             self._admit_here(request)
@@ -204,14 +204,14 @@ class Engine:
 
     def _admit_here(self, request: Request) -> None:
         """Wait in the calling thread until ``request`` may begin. An interrupt may come before or after that."""
-        self._sweeps.tell(self.requests.ask, request, request.reservation)
+        self._scheduler.call_on_loop(self.requests.ask, request, request.reservation)
         request.reservation.result()
-        self._sweeps.tell(self.requests.started, request)
+        self._scheduler.call_on_loop(self.requests.started, request)
 
-    def resize(self, room: Room) -> None:
+    def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests together; those that run keep what they have."""
-        self._estimator.resize(room)
-        self.requests.resize(room.nbytes)
+        self._estimator.resize(memory)
+        self.requests.resize(memory.nbytes)
 
     # -- a new request ---------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Engine:
         named: Mapping[str, Any],
         *,
         places: int,
-        rider: Rider | None = None,
+        runner: PassRunner | None = None,
         whole: bool = True,  # of the model, not of a module in it
     ) -> Request:
         self.requests.check_open()
@@ -233,26 +233,26 @@ class Engine:
             named = with_host_cache(self._module, what, inputs, named)
         price = self._estimator.generation if what == "generate" else self._estimator.forward
         try:
-            need = price(inputs, named)
+            cost = price(inputs, named)
         except AdmissionError:
-            self._sweeps.tell(self.requests.refused)
+            self._scheduler.call_on_loop(self.requests.refused)
             raise
-        rider = rider or Rider(self._sweeps)
-        rider.need = need
+        runner = runner or PassRunner(self._scheduler)
+        runner.cost = cost
         request = Request(
             number=next(self._numbers),
             what=what,
-            need=need,
+            cost=cost,
             call=call,
             inputs=inputs,
             named=named,
             generator=generator,
-            rider=rider,
-            passes_before=rider.passes,
-            reservation=Reservation(need.nbytes, places=places),
+            runner=runner,
+            passes_before=runner.passes,
+            reservation=Reservation(cost.nbytes, places=places),
         )
-        if need.chunk_tokens is not None:
-            request.named["prefill_chunk_size"] = need.chunk_tokens
+        if cost.chunk_tokens is not None:
+            request.named["prefill_chunk_size"] = cost.chunk_tokens
         if what == "generate":
             request.named = counted(self._module, inputs, request.named, request)
         return request

@@ -1,64 +1,118 @@
-"""A rider: one forward pass at a time over a clone of the module tree, and the layer batch that it holds."""
+"""The forward passes of one request, one at a time, over a clone of the module tree; and the layer batch that each holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
-from layerstream.pipeline.scheduling.request_cost import Need
+from layerstream.pipeline.modeling.model_layers import Use
+from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.stats import Outcome
-from layerstream.stages.devices.protocol import Event
+from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import noting
 
-if TYPE_CHECKING:  # both import this module
-    from layerstream.pipeline.scheduling.scheduler import Sweeps
-    from layerstream.pipeline.scheduling.thread_passes import Gate
-
-__all__ = ["PassCancelled", "Rider"]
+__all__ = ["PassCancelled", "PassRunner", "Scheduler", "Turn"]
 
 
 class PassCancelled(Exception):  # noqa: N818 - it reports no error
     """Unwinds a forward pass whose request was cancelled; never reaches the caller."""
 
 
-class Rider:
-    """Forward passes, one after the other, of one clone of the module tree. Used by one thread at a time.
+class Scheduler(Protocol):
+    """What passes ask of the scheduler of sweeps; all but the first three is called through ``call_on_loop``."""
 
-    A rider holds at most one layer batch: from the first call of a module in it until a module in another one is
+    @property
+    def device(self) -> Device:
+        """Where computation runs."""
+
+    def call_on_loop(self, what: Callable[..., None], *args: Any) -> None:
+        """Have ``what(*args)`` called on the event loop. If it may not be any more, Futures in ``args`` fail."""
+
+    def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
+        """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
+
+    def batch_wanted(
+        self,
+        runner: "PassRunner",
+        released: Event | None,
+        index: int,
+        entry: str | None,
+        future: Future[Bound],
+    ) -> None:
+        """The pass gives back the batch that it held, and waits for batch ``index``, which ``future`` gets."""
+
+    def batch_released(self, runner: "PassRunner", released: Event | None) -> None:
+        """The pass has given back the batch that it held, if any; ``released`` is the event behind its work."""
+
+    def wait_given_up(self, runner: "PassRunner") -> None:
+        """The pass neither waits for a batch nor holds one, and wants no more in this sweep."""
+
+    def pass_ended(
+        self,
+        runner: "PassRunner",
+        released: Event | None,
+        entry: str,
+        visited: tuple[int, ...] | None,
+    ) -> None:
+        """The pass has ended. ``visited``: its batches, in order; None if it did not complete."""
+
+
+class Turn(Protocol):
+    """What a pass that belongs to no request waits for before it begins."""
+
+    def enter(
+        self, runner: "PassRunner", entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Wait until the pass may begin; returns the keyword arguments to make it with."""
+
+    def leave(self, outcome: Outcome) -> None:
+        """The pass has ended, if one was under way."""
+
+
+class PassRunner:
+    """Runs forward passes, one after the other, over one clone of the module tree. Used by one thread at a time.
+
+    A pass holds at most one layer batch: from the first call of a module in it until a module in another one is
     called, or the pass ends. It gives that batch back before it waits for the next.
 
     Args:
-        sweeps: they bring the layer batches.
-        gate: passed before each pass that belongs to no request; None if the rider belongs to one.
+        scheduler: brings the layer batches.
+        turn: waited for before each pass that belongs to no request; None if the passes belong to one.
+
+    Attributes:
+        root: the clone whose hooks call this object.
+        cancelled: the request was cancelled: its pass is unwound when it next wants a batch.
+        passes: begun so far.
+        tokens: of the pass under way; None if its inputs do not tell.
+        cost: of its request; None if it belongs to none.
     """
 
-    root: torch.nn.Module  # the clone whose hooks call this rider
+    root: torch.nn.Module
 
-    def __init__(self, sweeps: "Sweeps", *, gate: "Gate | None" = None) -> None:
-        self._sweeps = sweeps
-        self.gate = gate
-        self._modules: list[
-            int
-        ] = []  # ids of the hooked modules that are being called, outermost first
+    def __init__(self, scheduler: Scheduler, *, turn: Turn | None = None) -> None:
+        self._scheduler = scheduler
+        self.turn = turn
+        # Ids of the hooked modules that are being called, outermost first.
+        self._modules: list[int] = []
         self._held: Bound | None = None
         self._entry = ""
         self._gradients = False
         self._visited: list[int] = []
         self.cancelled = False
-        self.passes = 0  # begun so far
-        self.tokens: int | None = None  # of the pass under way; None if its inputs do not tell
-        self.need: Need | None = None  # of its request; None if it belongs to none
+        self.passes = 0
+        self.tokens: int | None = None
+        self.cost: RequestCost | None = None
 
     @property
     def demand_bytes(self) -> int | None:
         """Memory that its request takes beside the layers during this pass; None if unknown."""
-        if self.need is None:
+        if self.cost is None:
             return None
-        steps = self.passes and self.tokens is not None and self.tokens <= self.need.step_tokens
-        return self.need.step_bytes if steps else self.need.nbytes
+        steps = self.passes and self.tokens is not None and self.tokens <= self.cost.step_tokens
+        return self.cost.step_bytes if steps else self.cost.nbytes
 
     def enter(
         self,
@@ -81,8 +135,8 @@ class Rider:
             # No module calls itself, so an interrupt kept the last pass from leaving it.
             self.abandon()
         if not self._modules:
-            if self.gate is not None:
-                named = self.gate.enter(self, entry, inputs, named)
+            if self.turn is not None:
+                named = self.turn.enter(self, entry, inputs, named)
             self._entry = entry
             self.passes += 1
             self.tokens = _tokens(inputs, named)
@@ -112,17 +166,22 @@ class Rider:
             return
         released = self._release()
         if self.cancelled:
-            self._sweeps.tell(self._sweeps.released, self, released)
+            self._scheduler.call_on_loop(self._scheduler.batch_released, self, released)
             raise PassCancelled
-        ticket: Future[Bound] = Future()
+        future: Future[Bound] = Future()
         first = not self._visited
-        self._sweeps.tell(
-            self._sweeps.wanted, self, released, index, self._entry if first else None, ticket
+        self._scheduler.call_on_loop(
+            self._scheduler.batch_wanted,
+            self,
+            released,
+            index,
+            self._entry if first else None,
+            future,
         )
         try:
-            self._held = bound = ticket.result()
+            self._held = bound = future.result()
         except BaseException:  # an interrupt may come after the batch was handed to us
-            self._sweeps.tell(self._sweeps.gave_up, self)
+            self._scheduler.call_on_loop(self._scheduler.wait_given_up, self)
             raise
         self._visited.append(index)
         with noting("compute", bound):
@@ -153,15 +212,15 @@ class Rider:
         """End the pass that an interrupt left unfinished, if there is one."""
         if self._modules:
             self._end_pass("cancelled")
-        elif self.gate is not None:
-            self.gate.leave("cancelled")
+        elif self.turn is not None:
+            self.turn.leave("cancelled")
 
     def _release(self) -> Event | None:
-        """Let go of the batch that is held; returns the event behind the work that reads it, for ``Sweeps``."""
+        """Let go of the batch that is held; returns the event behind the work that reads it, for the scheduler."""
         if self._held is None:
             return None
-        event = self._sweeps.device.record()
-        put_buffers(self.root, self._sweeps.absent_buffers(self._held.index))
+        event = self._scheduler.device.record()
+        put_buffers(self.root, self._scheduler.absent_buffers(self._held.index))
         self._held = None
         return event
 
@@ -172,12 +231,14 @@ class Rider:
         released = None
         try:
             released = self._release()
-        finally:  # also on a device that has failed: other riders must not wait for this one
+        finally:  # also on a device that has failed: other passes must not wait for this one
             self._held = None
             route = visited if outcome == "completed" else None
-            self._sweeps.tell(self._sweeps.left, self, released, self._entry, route)
-            if self.gate is not None:
-                self.gate.leave(outcome)
+            self._scheduler.call_on_loop(
+                self._scheduler.pass_ended, self, released, self._entry, route
+            )
+            if self.turn is not None:
+                self.turn.leave(outcome)
 
 
 def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:

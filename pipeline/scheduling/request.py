@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.scheduling.admission import Admission, Reservation
-from layerstream.pipeline.scheduling.passes import Rider
-from layerstream.pipeline.scheduling.request_cost import Need
-from layerstream.pipeline.scheduling.scheduler import Sweeps
+from layerstream.pipeline.scheduling.passes import PassRunner
+from layerstream.pipeline.scheduling.request_cost import RequestCost
+from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.telemetry.timings import Timings
@@ -33,15 +33,15 @@ class Request:
 
     number: int
     what: str  # "forward" or "generate"
-    need: Need
+    cost: RequestCost
     call: Call
     inputs: Sequence[Any]
     named: dict[str, Any]
-    rider: Rider
+    runner: PassRunner
     reservation: Reservation
     generator: torch.Generator | None  # what it samples from, instead of torch's default one
-    passes_before: int  # that its rider has made for earlier requests
-    tokens: int = 0  # generated so far; written in the rider's thread alone
+    passes_before: int  # that its runner has made for earlier requests
+    tokens: int = 0  # generated so far; written in the thread of its passes alone
     end_level: int = logging.INFO  # at which its end is logged
     asked_seconds: float = field(default_factory=time.perf_counter)
 
@@ -50,14 +50,14 @@ class Requests:
     """The requests that wait or run. For the event loop only, except ``check_open``.
 
     Args:
-        sweeps: what they ride.
-        room_bytes: memory for all of them together.
+        scheduler: makes the sweeps that they take part in.
+        memory_bytes: memory for all of them together.
         places: how many may run at once in threads of ours.
     """
 
-    def __init__(self, sweeps: Sweeps, *, room_bytes: int, places: int) -> None:
-        self._sweeps = sweeps
-        self._admission = Admission(room_bytes=room_bytes, places=places)
+    def __init__(self, scheduler: SweepScheduler, *, memory_bytes: int, places: int) -> None:
+        self._scheduler = scheduler
+        self._admission = Admission(memory_bytes=memory_bytes, places=places)
         self._counters = Counters()
         self._active: set[Request] = set()
         self._idle = asyncio.Event()
@@ -71,7 +71,7 @@ class Requests:
             ClosedError: it is.
         """
         if self._refusing is not None:
-            self._sweeps.tell(self.refused)
+            self._scheduler.call_on_loop(self.refused)
             raise ClosedError(self._refusing)
 
     def refused(self) -> None:
@@ -92,25 +92,25 @@ class Requests:
     def started(self, request: Request) -> None:
         """``request`` was admitted and begins."""
         self._counters.started += 1
-        self._sweeps.began(request.rider)
-        extra = {"request_id": request.number, "reserved_bytes": request.need.nbytes}
+        self._scheduler.request_began(request.runner)
+        extra = {"request_id": request.number, "reserved_bytes": request.cost.nbytes}
         logger.debug("request %d (%s) admitted", request.number, request.what, extra=extra)
-        if request.need.chunk_tokens is not None:
+        if request.cost.chunk_tokens is not None:
             self._counters.chunked += 1
             logger.info(
                 "request %d: the activations of its prompt would not fit; it is read %d tokens at a time",
                 request.number,
-                request.need.chunk_tokens,
+                request.cost.chunk_tokens,
                 extra=extra,
             )
 
     def ended(self, request: Request, outcome: Outcome) -> None:
         """``request`` is over, whether it had begun or not: release what it has reserved, count it, log it."""
-        self._sweeps.ended(request.rider)
+        self._scheduler.request_ended(request.runner)
         self._admission.give_back(request.reservation)
         self._active.discard(request)
         self._counters.ended(outcome, tokens=request.tokens)
-        passes = request.rider.passes - request.passes_before
+        passes = request.runner.passes - request.passes_before
         seconds = time.perf_counter() - request.asked_seconds
         logger.log(
             request.end_level,
@@ -132,9 +132,9 @@ class Requests:
         if not self._active:
             self._idle.set()
 
-    def resize(self, room_bytes: int) -> None:
+    def resize(self, memory_bytes: int) -> None:
         """Change the memory for all requests together; those that run keep what they have."""
-        self._admission.resize(room_bytes)
+        self._admission.resize(memory_bytes)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until all earlier ones have ended."""
@@ -151,11 +151,11 @@ class Requests:
         return self._counters.stats(
             timings,
             tokens=self._counters.tokens + sum(request.tokens for request in self._active),
-            sweeps=self._sweeps.departures,
-            passes=self._sweeps.passes,
+            sweeps=self._scheduler.sweeps_begun,
+            passes=self._scheduler.passes_begun,
             waiting=self._admission.waiting,
             riding=sum(request.reservation.done() for request in self._active),
-            aboard=self._sweeps.aboard,
+            aboard=self._scheduler.passes_in_sweep,
             reserved_bytes=self._admission.reserved_bytes,
-            reservable_bytes=self._admission.room_bytes,
+            reservable_bytes=self._admission.memory_bytes,
         )

@@ -20,19 +20,19 @@ from layerstream.pipeline.modeling.call_arguments import (
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import estimate_memory, workload_bytes
-from layerstream.pipeline.scheduling.request_memory import Parts, Room
+from layerstream.pipeline.scheduling.request_memory import Parts, RequestMemory
 
-__all__ = ["Estimator", "Need"]
+__all__ = ["Estimator", "RequestCost"]
 
 # In smaller pieces, a prompt would take too many sweeps.
 _SMALLEST_CHUNK = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class RequestCost:
     """What a request takes."""
 
-    nbytes: int  # of the room for all requests
+    nbytes: int  # of the memory for all requests
     sequences: int  # rows in the caller's batch
     prompt_tokens: int  # ids in each row, before the generated ones
     new_tokens: int
@@ -48,7 +48,7 @@ class Estimator:
         module: the transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
         workload: what the plan reserves for.
-        room: memory for all requests together.
+        memory: for all requests together.
         on_cpu: activations are in host memory, where libraries take memory for a request besides tensors.
         reserved: the plan; if it has measured what ``workload`` takes, estimates are scaled to that.
     """
@@ -59,21 +59,21 @@ class Estimator:
         config: Mapping[str, Any] | None,
         *,
         workload: Workload,
-        room: Room,
+        memory: RequestMemory,
         on_cpu: bool = False,
         reserved: Plan | None = None,
     ) -> None:
         self._module = module
         self._config = config
         self._workload = workload
-        self._room = room
+        self._memory = memory
         self._scales = (1.0, 1.0)
         if reserved is not None:
             estimated, whole = self._estimated(workload), reserved.workload_bytes
             cache = reserved.kv_cache_bytes
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
-            if room.is_two:
+            if memory.is_two:
                 self._scales = (
                     _ratio(cache, estimated.cache),
                     _ratio(whole - cache, estimated.other),
@@ -86,11 +86,11 @@ class Estimator:
         self._item = getattr(module, "dtype", torch.float32).itemsize
         self._encoder_decoder = is_encoder_decoder(module)
 
-    def resize(self, room: Room) -> None:
+    def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests together."""
-        self._room = room
+        self._memory = memory
 
-    def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
+    def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> RequestCost:
         """What one forward pass takes: its cache, its activations, and logits for all positions.
 
         Raises:
@@ -103,7 +103,7 @@ class Estimator:
         # A loss is computed from logits in float32.
         item = self._item + (8 if named.get("labels") is not None else 0)
         logits = shape.rows * (positions - 1) * self._vocabulary * item
-        beside = self._beside_bytes(shape.rows * shape.length, logits=shape.rows * positions)
+        beside = self._overhead_bytes(shape.rows * shape.length, logits=shape.rows * positions)
         parts = self._parts(
             shape,
             rows=shape.rows,
@@ -114,15 +114,15 @@ class Estimator:
             f"a forward pass over {shape.rows} x {shape.length} tokens",
             shape,
             parts,
-            Need(
-                nbytes=self._room.taken_by(parts),
+            RequestCost(
+                nbytes=self._memory.taken_by(parts),
                 sequences=shape.rows,
                 prompt_tokens=0,
                 new_tokens=0,
             ),
         )
 
-    def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Need:
+    def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> RequestCost:
         """What a generation takes at its end, when its cache is full.
 
         A prompt whose activations do not fit in one piece gets a chunk size, if the generation strategy
@@ -148,7 +148,7 @@ class Estimator:
         other += scores * rows * new * self._vocabulary * 4
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
         # What libraries keep after the pass over the prompt stays to the end.
-        other += self._beside_bytes(rows * shape.length, logits=rows * (1 + candidates))
+        other += self._overhead_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
         def at_once(tokens: int) -> Parts:
             return self._parts(
@@ -172,14 +172,14 @@ class Estimator:
             f"generating {shape.rows} x ({prompt} + {new}) tokens",
             shape,
             parts,
-            Need(
-                nbytes=self._room.taken_by(parts),
+            RequestCost(
+                nbytes=self._memory.taken_by(parts),
                 sequences=shape.rows,
                 prompt_tokens=shape.prefix,
                 new_tokens=new,
                 chunk_tokens=smaller,
                 step_tokens=rows * (1 + candidates) if cached else 0,
-                step_bytes=min(map(self._beside_layers, (parts, step))),
+                step_bytes=min(map(self._beside_residents, (parts, step))),
             ),
         )
 
@@ -199,7 +199,7 @@ class Estimator:
             of_one, batch = self._estimated(self._workload), self._workload.batch_size
             cache = max(cache, rows * of_one.cache // batch)
             other = max(other, rows * of_one.other // batch)
-        if not self._room.is_two:
+        if not self._memory.is_two:
             return Parts(cache, other)
         hosted = cache // (2 if halved else 1) if shape.on_host else 0
         return Parts(hosted, other + (cache - hosted if shape.cached else 0))
@@ -213,17 +213,17 @@ class Estimator:
         return Parts(int(self._scales[0] * cache), int(self._scales[1] * other))
 
     def _fits(self, parts: Parts) -> bool:
-        return self._room.taken_by(parts) <= self._room.nbytes
+        return self._memory.taken_by(parts) <= self._memory.nbytes
 
-    def _beside_layers(self, parts: Parts) -> int:
-        return parts.other if self._room.is_two else sum(parts)
+    def _beside_residents(self, parts: Parts) -> int:
+        return parts.other if self._memory.is_two else sum(parts)
 
-    def _beside_bytes(self, rows: int, *, logits: int) -> int:
+    def _overhead_bytes(self, rows: int, *, logits: int) -> int:
         """Memory of a request that libraries take besides tensors."""
         if not self._on_cpu:
             return 0
         beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
-        return beside.rider_bytes
+        return beside.per_request_bytes
 
     @staticmethod
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
@@ -254,18 +254,18 @@ class Estimator:
             pieces *= 2
         return None
 
-    def _checked(self, words: str, shape: Shape, parts: Parts, need: Need) -> Need:
+    def _checked(self, words: str, shape: Shape, parts: Parts, cost: RequestCost) -> RequestCost:
         if self._fits(parts):
-            return need
+            return cost
         if not shape.told:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
-            return Need(
-                nbytes=self._room.nbytes,
-                sequences=need.sequences,
-                prompt_tokens=need.prompt_tokens,
-                new_tokens=need.new_tokens,
+            return RequestCost(
+                nbytes=self._memory.nbytes,
+                sequences=cost.sequences,
+                prompt_tokens=cost.prompt_tokens,
+                new_tokens=cost.new_tokens,
             )
-        raise self._room.refusal(words, parts)
+        raise self._memory.refusal(words, parts)
 
 
 def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:

@@ -9,7 +9,7 @@ from layerstream.pipeline.planning.plan import Plan
 from layerstream.stages.errors import AdmissionError
 from layerstream.stages.text import format_bytes
 
-__all__ = ["Parts", "Room", "refusal", "room_of"]
+__all__ = ["Parts", "RequestMemory", "refusal", "request_memory_of"]
 
 # The least that requests get of each memory: a few KiB more or less are not worth a refusal.
 _SMALL_CHANGE_BYTES = 4 << 20
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class RequestMemory:
     """Memory for KV caches and activations of all requests together.
 
     Counted as one number even if it is two memories. A request then takes the larger one of its shares of either, so
@@ -45,7 +45,7 @@ class Room:
         return self.cache_bytes > 0
 
     @property
-    def beside_layers_bytes(self) -> int:
+    def beside_residents_bytes(self) -> int:
         """The part that is in the same memory as resident layers."""
         return self.nbytes - self.cache_bytes
 
@@ -55,37 +55,37 @@ class Room:
             return sum(parts)
         return max(
             -(-self.nbytes * parts.cache // self.cache_bytes),
-            -(-self.nbytes * parts.other // self.beside_layers_bytes),
+            -(-self.nbytes * parts.other // self.beside_residents_bytes),
         )
 
     def refusal(self, what: str, parts: Parts) -> AdmissionError:
         """The error of a request that needs more than there is, which says of which memory."""
         if not self.is_two:
-            return refusal(what=what, need_bytes=sum(parts), room_bytes=self.nbytes)
-        if parts.other > self.beside_layers_bytes:
+            return refusal(what=what, need_bytes=sum(parts), memory_bytes=self.nbytes)
+        if parts.other > self.beside_residents_bytes:
             where = "VRAM for its activations and what else is there"
-            need, room = parts.other, self.beside_layers_bytes
+            need, there = parts.other, self.beside_residents_bytes
         else:
             where = "host RAM for its KV cache"
-            need, room = parts.cache, self.cache_bytes
-        return refusal(what=what, need_bytes=need, room_bytes=room, where=where)
+            need, there = parts.cache, self.cache_bytes
+        return refusal(what=what, need_bytes=need, memory_bytes=there, where=where)
 
 
 def refusal(
     *,
     what: str,
     need_bytes: int,
-    room_bytes: int,
+    memory_bytes: int,
     where: str = "memory for its KV cache and activations",
 ) -> AdmissionError:
     """The error of a request that would not fit even if it were alone."""
     return AdmissionError(
-        f"{what} needs {format_bytes(need_bytes)} of {where}, but there are {format_bytes(room_bytes)} for "
+        f"{what} needs {format_bytes(need_bytes)} of {where}, but there are {format_bytes(memory_bytes)} for "
         "requests; open the model with a larger workload or budget, or ask for fewer tokens or sequences at a time"
     )
 
 
-def room_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> Room:
+def request_memory_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> RequestMemory:
     """The memory for requests: what the plan reserves for its workload, and what it leaves of the budget.
 
     With KV caches in host RAM only the former, which planning anew does not change: running requests have reserved
@@ -94,16 +94,16 @@ def room_of(plan: Plan, module: Any, config: Mapping[str, Any] | None) -> Room:
     if plan.kv_cache_on_host:
         cache = max(plan.kv_cache_bytes, _SMALL_CHANGE_BYTES)
         other = max(plan.workload_bytes - plan.kv_cache_bytes, _SMALL_CHANGE_BYTES)
-        return Room(nbytes=cache + other, cache_bytes=cache)
-    beside = 0
+        return RequestMemory(nbytes=cache + other, cache_bytes=cache)
+    overhead = 0
     if plan.device_memory is not None:
         free = plan.device_memory.budget_bytes - plan.device_memory.used_bytes
     else:
-        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.beside_bytes
+        free = plan.host_memory.budget_bytes - plan.host_memory.used_bytes - plan.overhead_bytes
         if (w := plan.workload) is not None:
             modules = sum(1 for _ in module.modules())
             # For a forward pass, which has logits of all tokens, more buffers are packed than for a generation.
             rows = w.prompt_tokens
-            each = overheads(config, modules=modules, rows=rows, logits=rows).rider_bytes
-            beside = w.batch_size * each
-    return Room(nbytes=beside + plan.workload_bytes + max(free, _SMALL_CHANGE_BYTES))
+            each = overheads(config, modules=modules, rows=rows, logits=rows).per_request_bytes
+            overhead = w.batch_size * each
+    return RequestMemory(nbytes=overhead + plan.workload_bytes + max(free, _SMALL_CHANGE_BYTES))

@@ -1,4 +1,4 @@
-"""The rider of each thread: that of its request, or one of its own."""
+"""Who runs the passes of each thread: its request, or the thread itself, one after the other."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,32 +7,33 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.scheduling.passes import Rider
-from layerstream.pipeline.scheduling.scheduler import Sweeps
+from layerstream.pipeline.scheduling.passes import PassRunner, Scheduler
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.errors import ModelError
 
-__all__ = ["BeginPass", "Gate", "Riders"]
+__all__ = ["BeginPass", "ThreadPasses", "ThreadTurn"]
 
-# Makes a request of a pass that belongs to none; see ``Engine``. Takes the rider, the path of the module that is
+# Makes a request of a pass that belongs to none; see ``Engine``. Takes the runner of the pass, the path of the module that is
 # called, and its inputs; returns the keyword arguments to call it with, and what to call when the pass has ended.
 BeginPass = Callable[
-    [Rider, str, Sequence[Any], Mapping[str, Any]],
+    [PassRunner, str, Sequence[Any], Mapping[str, Any]],
     tuple[Mapping[str, Any], Callable[[Outcome], None]],
 ]
 
 
-class Riders:
-    """The riders of all threads that call modules of one tree, or of its clones.
+class ThreadPasses:
+    """The pass runners of all threads that call modules of one tree, or of its clones.
 
     Args:
-        sweeps: they bring the layer batches.
+        scheduler: brings the layer batches.
         root: the module tree itself.
         begin_pass: makes a request of a pass that belongs to none, and waits until it is admitted.
     """
 
-    def __init__(self, sweeps: Sweeps, root: torch.nn.Module, *, begin_pass: BeginPass) -> None:
-        self._sweeps = sweeps
+    def __init__(
+        self, scheduler: Scheduler, root: torch.nn.Module, *, begin_pass: BeginPass
+    ) -> None:
+        self._scheduler = scheduler
         self._root = root
         self.begin_pass = begin_pass
         self._local = threading.local()
@@ -40,39 +41,39 @@ class Riders:
         self.turn = threading.Lock()  # held by the thread that computes with the module tree itself
 
     @contextmanager
-    def riding(self, rider: Rider) -> Iterator[None]:
-        """Make ``rider`` the rider of the calling thread."""
+    def running(self, runner: PassRunner) -> Iterator[None]:
+        """Let ``runner`` run the passes of the calling thread."""
         before = self.current()
         if before is not None:
             before.abandon()  # an interrupt may have left its pass open
-        self._local.rider = rider
+        self._local.runner = runner
         try:
             yield
         finally:
-            rider.abandon()
-            self._local.rider = before
+            runner.abandon()
+            self._local.runner = before
 
-    def current(self) -> Rider | None:
-        """The rider of the calling thread, if it has one."""
-        return getattr(self._local, "rider", None)
+    def current(self) -> PassRunner | None:
+        """The pass runner of the calling thread, if it has one."""
+        return getattr(self._local, "runner", None)
 
     def in_request(self) -> bool:
         """Whether the calling thread belongs to a request, whose memory is reserved."""
-        rider = self.current()
-        return rider is not None and rider.gate is None
+        runner = self.current()
+        return runner is not None and runner.turn is None
 
-    def rider(self) -> Rider:
-        """The rider of the calling thread; made if it has none.
+    def runner(self) -> PassRunner:
+        """The pass runner of the calling thread; made if it has none.
 
         A thread without a request calls the module tree itself, not a clone: all such threads share its buffers,
         so their passes go one after the other.
         """
-        rider = self.current()
-        if rider is None:
+        runner = self.current()
+        if runner is None:
             self.refuse_on_loop()
-            rider = self._local.rider = Rider(self._sweeps, gate=Gate(self))
-            rider.root = self._root
-        return rider
+            runner = self._local.runner = PassRunner(self._scheduler, turn=ThreadTurn(self))
+            runner.root = self._root
+        return runner
 
     def refuse_on_loop(self) -> None:
         """Raise a ModelError in the thread of the event loop, which would wait for itself."""
@@ -83,23 +84,23 @@ class Riders:
             )
 
 
-class Gate:
+class ThreadTurn:
     """What a pass that belongs to no request waits for: to be admitted as one, then for its turn.
 
     In this order: the thread that has the turn must not wait for memory of one that waits for the turn.
     """
 
-    def __init__(self, riders: Riders) -> None:
-        self._riders = riders
+    def __init__(self, passes: ThreadPasses) -> None:
+        self._passes = passes
         self._end: Callable[[Outcome], None] | None = None  # of the pass under way
 
     def enter(
-        self, rider: Rider, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
+        self, runner: PassRunner, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Wait until a pass of ``rider`` may begin; returns the keyword arguments to make it with."""
-        given, end = self._riders.begin_pass(rider, entry, inputs, named)
+        """Wait until a pass of ``runner`` may begin; returns the keyword arguments to make it with."""
+        given, end = self._passes.begin_pass(runner, entry, inputs, named)
         try:
-            self._riders.turn.acquire()
+            self._passes.turn.acquire()
         except BaseException:  # an interrupt
             end("cancelled")
             raise
@@ -110,5 +111,5 @@ class Gate:
         """Note that the pass has ended, and let the next thread begin."""
         end, self._end = self._end, None
         if end is not None:
-            self._riders.turn.release()
+            self._passes.turn.release()
             end(outcome)

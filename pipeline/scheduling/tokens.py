@@ -30,12 +30,12 @@ def counted(
     class Count(StoppingCriteria):
         """Stops nothing. Called after each step with all tokens so far in each row."""
 
-        length = request.need.prompt_tokens
+        length = request.cost.prompt_tokens
 
         def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             rows, length = input_ids.shape
             # Shorter than before: models that generate in pieces begin another one.
-            request.tokens += request.need.sequences * max(length - self.length, 1)
+            request.tokens += request.cost.sequences * max(length - self.length, 1)
             self.length = length
             return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 

@@ -1,14 +1,17 @@
 """What a pipeline holds while it is open: files, threads and memory."""
 
 from contextlib import ExitStack
+from pathlib import Path
 
-from layerstream.pipeline.planning.plan import Plan
-from layerstream.pipeline.streaming.open_reader import open_reader
+from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
+from layerstream.stages.errors import CheckpointError, PlanError
+from layerstream.stages.readers.direct import DirectReader
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.readers.throttled import ThrottledReader
 from layerstream.stages.residents import Residents
 from layerstream.stages.threads import Threads
 
@@ -53,7 +56,7 @@ class Resources:
         self.device = device or open_device(plan.device)
         # Released last, so first here: it returns to other processes what closing the rest has freed.
         release(self.device.trim)
-        self.reader = reader or open_reader(plan)
+        self.reader = reader or _open_reader(plan)
         release(self.reader.close)
         self.mapped = None
         if isinstance(self.reader, MmapReader) and self.device.reads_host_images:
@@ -78,3 +81,30 @@ class Resources:
     def close(self) -> None:
         """Give everything back, in reverse order."""
         self._stack.close()
+
+
+def _open_reader(plan: Plan) -> Reader:
+    """The reader that ``plan`` asks for, with the plan's files open.
+
+    Raises:
+        CheckpointError: a file is missing, or has another size than when the plan was made.
+    """
+    paths = [Path(file.path) for file in plan.files]
+    for path, file in zip(paths, plan.files, strict=True):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be opened ({error.strerror}); restore it"
+            ) from error
+        if size != file.nbytes:
+            raise CheckpointError(
+                f"{path}: has {size} bytes, but had {file.nbytes} when the plan was made; plan anew"
+            )
+    if plan.reader is ReaderKind.MMAP:
+        return MmapReader(paths)
+    if plan.reader is ReaderKind.THROTTLED:
+        if plan.throttle_bytes_per_second is None:
+            raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
+        return ThrottledReader(paths, plan.throttle_bytes_per_second)
+    return DirectReader(paths)

@@ -12,7 +12,7 @@ from support.checkpoints import CPU
 __all__ = ["model", "plan_of"]
 
 
-def model(sizes, *, pinned=(), fused=(), config=None):
+def model(sizes, *, always_resident=(), fused=(), config=None):
     """A checkpoint and its layers, ``sizes`` in bytes: blocks, but for the first and the last."""
     layers, offset = [], 0
     for i, nbytes in enumerate(sizes):
@@ -29,7 +29,9 @@ def model(sizes, *, pinned=(), fused=(), config=None):
         last = i == len(sizes) - 1
         kind = LayerKind.EMBEDDING if i == 0 else LayerKind.HEAD if last else LayerKind.BLOCK
         layers.append(
-            PlannedLayer(name=f"layer{i}", kind=kind, tensors=(tensor,), pinned=i in pinned)
+            PlannedLayer(
+                name=f"layer{i}", kind=kind, tensors=(tensor,), always_resident=i in always_resident
+            )
         )
         offset += nbytes
     file = WeightFile(name="m.safetensors", path=Path("/nowhere/m.safetensors"), size_bytes=offset)
@@ -38,9 +40,17 @@ def model(sizes, *, pinned=(), fused=(), config=None):
 
 
 def plan_of(
-    sizes, hardware=CPU, *, host=None, vram=None, pinned=(), fused=(), config=None, **arguments
+    sizes,
+    hardware=CPU,
+    *,
+    host=None,
+    vram=None,
+    always_resident=(),
+    fused=(),
+    config=None,
+    **arguments,
 ):
-    checkpoint, layers = model(sizes, pinned=pinned, fused=fused, config=config)
+    checkpoint, layers = model(sizes, always_resident=always_resident, fused=fused, config=config)
     budget = Budget(host=host, vram=vram)
     arguments.setdefault("reader", "direct")
     return make_plan(checkpoint, hardware, budget=budget, layers=layers, **arguments)

@@ -21,6 +21,7 @@ import torch
 from layerstream.pipeline import Budget, Checkpoint, Hardware, StreamedModel, Workload
 from layerstream.pipeline.machine.measurement import Figure, Origin
 from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.telemetry.spans import SweepSpan
 from layerstream.tools.arguments import positive, size
 from layerstream.tools.tables import print_table
@@ -95,7 +96,7 @@ async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(_REQUESTS):  # the first loads residents
             await model.generate(input_ids=ids, do_sample=False, **options)
         timings, plan = model.timings(), model.plan
-        learnt = model.hardware.learn(plan, timings)
+        learnt = learn(model.hardware, plan, timings)
         probed = model.hardware
         after = await _disk(checkpoint) if before is not None else None
         if before is not None and after is not None:

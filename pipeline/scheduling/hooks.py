@@ -1,0 +1,53 @@
+"""Hooks on the modules of a streamed model: they tell passes which layer batch is needed, and when a pass begins and ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
+
+__all__ = ["hook_modules"]
+
+
+def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPasses) -> None:
+    """Add hooks to the modules of ``root`` that need a layer batch, and to those around them.
+
+    Args:
+        root: the module tree.
+        batches: the index of the layer batch that each module needs, by the module's path.
+        passes: the pass runners of the threads that call modules.
+    """
+    around = {""}
+    for path in batches:
+        while path:
+            path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
+            around.add(path)
+    for path in (around | batches.keys()) - {""} | {""}:
+        index = batches.get(path)
+        exits = index is not None and (not path or batches.get(path.rpartition(".")[0]) != index)
+        _hook(passes, root.get_submodule(path), path, index, exits=exits)
+
+
+def _hook(
+    passes: ThreadPasses, module: nn.Module, path: str, index: int | None, *, exits: bool
+) -> None:
+    def before(module: nn.Module, inputs: Any, named: Any) -> Any:
+        runner = passes.runner()
+        given = runner.enter(module, path, inputs, named)
+        if index is not None:
+            runner.hold(index)
+        return None if given is named else (inputs, given)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        # With always_call, this is called after an exception too, without an output; even after one that kept the
+        # thread from getting a pass runner.
+        runner = passes.current()
+        if runner is None:
+            return None
+        detached = runner.detached(output) if exits and output is not None else None
+        runner.leave(completed=output is not None)
+        return detached
+
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(after, always_call=True)

@@ -1,0 +1,1 @@
+"""Devices: where computation runs, and how bytes get there."""

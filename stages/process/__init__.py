@@ -1,0 +1,1 @@
+"""What this process takes of the host, as the kernel counts it."""

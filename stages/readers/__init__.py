@@ -1,0 +1,1 @@
+"""Readers: how bytes get from the weight files into slots."""

@@ -1,0 +1,1 @@
+"""What the stages did with their time: spans, their sums, and what they tell."""

@@ -1,0 +1,99 @@
+"""Spans of work and waiting of the stages, and their sums. Plain data."""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+__all__ = ["SPANS_KEPT", "Doing", "Occupancy", "Span", "StageTimings", "SweepSpan"]
+
+# Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
+SPANS_KEPT = 8192
+
+
+class Doing(StrEnum):
+    """What a stage, or a slot, spends its time on."""
+
+    WAITING_IN = "waiting in"  # for the stage before it: this stage is faster
+    WORKING = "working"
+    WAITING_OUT = "waiting out"  # for room, or for the stage after it: this stage is ahead
+    HOLDING = "holding"  # what a slot does
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one stage, or a slot, did for some time, by ``time.perf_counter``. Spans of a stage do not overlap."""
+
+    doing: Doing
+    batch: int  # index of the layer batch; -1 if unknown
+    start_seconds: float
+    stop_seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimings:
+    """Sums over all spans of one stage since the pipeline was opened, and the latest spans themselves.
+
+    Work of a GPU counts once it is finished, and with the time that the GPU took.
+    """
+
+    name: str
+    items: int  # layer batches on which the stage had work to do
+    bytes: int  # read from disk, copied, or handed to computation
+    busy_seconds: float
+    waited_in_seconds: float  # high: the stage before this one holds things back
+    waited_out_seconds: float  # high: the stage after this one, or memory, holds things back
+    spans: tuple[Span, ...] = field(default=(), repr=False)  # oldest first
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes per second of work; 0 before any."""
+        return self.bytes / self.busy_seconds if self.busy_seconds else 0.0
+
+    def between(self, start_seconds: float, stop_seconds: float) -> "StageTimings":
+        """The same for a part of the time, from the spans that are kept; a span's bytes count in proportion."""
+        seconds, nbytes, items, kept = dict.fromkeys(Doing, 0.0), 0.0, 0, []
+        for span in self.spans:
+            start = max(span.start_seconds, start_seconds)
+            stop = min(span.stop_seconds, stop_seconds)
+            whole = span.stop_seconds - span.start_seconds
+            if start > stop or (start == stop and whole):
+                continue
+            seconds[span.doing] += stop - start
+            share = span.nbytes * ((stop - start) / whole if whole else 1.0)
+            nbytes += share
+            items += span.doing is Doing.WORKING and stop == span.stop_seconds
+            kept.append(replace(span, start_seconds=start, stop_seconds=stop, nbytes=round(share)))
+        return StageTimings(
+            name=self.name,
+            items=items,
+            bytes=round(nbytes),
+            busy_seconds=seconds[Doing.WORKING],
+            waited_in_seconds=seconds[Doing.WAITING_IN],
+            waited_out_seconds=seconds[Doing.WAITING_OUT],
+            spans=tuple(kept),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepSpan:
+    """A sweep that was completed. Times are ``time.perf_counter``'s."""
+
+    start_seconds: float
+    stop_seconds: float
+    tokens: int | None  # of the forward pass in it; None if there were several, or if it is unknown
+    steady: bool  # it was not the first and loaded no residents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupancy:
+    """How full a ring of slots has been since the pipeline was opened.
+
+    A full host ring while computation waits means that reading is ahead of the copies. An almost empty one
+    means that each batch is computed with as soon as it is there.
+    """
+
+    name: str
+    capacity_bytes: int
+    mean_bytes: float  # over time
+    peak_bytes: int
+    spans: tuple[Span, ...] = field(default=(), repr=False)  # the latest slots that were given back
