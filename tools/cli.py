@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools import bench, demo, generate, make_checkpoint, plan, profile, serve
+from layerstream.tools.commands import bench, demo, generate, make_checkpoint, plan, profile, serve
 
 __all__ = ["main"]
 

@@ -69,7 +69,7 @@ faulthandler_timeout = 75
 INI
 timeout -k 5 200 "$python" -m pytest -c "$work/pytest.ini" --rootdir "$root" -p no:cacheprovider -q -rsfE \
     --basetemp "$work/scratch/tests" --junitxml "$work/tests.xml" "${tests[@]}" \
-    "$root/tests/test_cuda.py" "$root/tests/test_devices.py" 2>&1 | tee -- "$out/gpu_tests.log"
+    "$root/tests/stages/test_cuda.py" "$root/tests/stages/test_devices.py" 2>&1 | tee -- "$out/gpu_tests.log"
 tested=${PIPESTATUS[0]}
 rm -rf -- "$work/scratch/tests"
 wait "$making"

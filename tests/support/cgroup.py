@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from layerstream.tools.benching import cgroups
-from layerstream.tools.benching.cgroups import CgroupError, MemoryCgroup
+from layerstream.tools.compare import cgroups
+from layerstream.tools.compare.cgroups import CgroupError, MemoryCgroup
 
 __all__ = ["memory_cgroup", "run_in"]
 

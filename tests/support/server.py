@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerstream.tools.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, tokenizer_files
+from layerstream.tools.synthetic.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, tokenizer_files
 from support.models import save_model
 
 __all__ = ["CONTEXT_TOKENS", "Server", "save_speaking_model", "serving", "until"]

@@ -17,8 +17,8 @@ import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, PlanError, StreamedModel, Workload
 from layerstream.pipeline.planning.plan import Plan
-from layerstream.tools.arguments import positive, size
-from layerstream.tools.tables import print_table
+from layerstream.tools.console.arguments import positive, size
+from layerstream.tools.console.tables import print_table
 
 __all__ = ["main"]
 

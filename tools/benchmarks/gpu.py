@@ -25,12 +25,12 @@ import torch
 
 from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.text import format_bytes, format_table
-from layerstream.tools.arguments import positive
 from layerstream.tools.benchmarks.copying import Accelerator, make_room
 from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row
 from layerstream.tools.benchmarks.gpu_rows import ROWS
-from layerstream.tools.families import FAMILIES, scaled
-from layerstream.tools.synthetic import Recipe, make_checkpoint
+from layerstream.tools.console.arguments import positive
+from layerstream.tools.synthetic.checkpoints import Recipe, make_checkpoint
+from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 __all__ = ["main"]
 

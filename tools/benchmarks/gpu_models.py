@@ -14,7 +14,6 @@ import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, StreamedModel, Workload
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.tools.benching.peers import PEERS, NotInstalledError
 from layerstream.tools.benchmarks.copying import Peak
 from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
 from layerstream.tools.benchmarks.gpu_streaming import (
@@ -23,6 +22,7 @@ from layerstream.tools.benchmarks.gpu_streaming import (
     streaming_plan,
     within_budget,
 )
+from layerstream.tools.compare.peers import PEERS, NotInstalledError
 
 __all__ = ["against", "decode"]
 

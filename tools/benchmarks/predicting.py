@@ -23,8 +23,8 @@ from layerstream.pipeline.machine.measurement import Figure, Origin
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.telemetry.spans import SweepSpan
-from layerstream.tools.arguments import positive, size
-from layerstream.tools.tables import print_table
+from layerstream.tools.console.arguments import positive, size
+from layerstream.tools.console.tables import print_table
 
 __all__ = ["main"]
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from layerstream.pipeline import Checkpoint, Hardware, Pipeline, Plan, make_plan
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.compute import Batch
-from layerstream.tools.arguments import positive, size
+from layerstream.tools.console.arguments import positive, size
 
 __all__ = ["main"]
 

@@ -24,7 +24,7 @@ from typing import Any
 import httpx2
 
 from layerstream.stages.text import format_bytes
-from layerstream.tools.arguments import positive, size
+from layerstream.tools.console.arguments import positive, size
 
 __all__ = ["main"]
 

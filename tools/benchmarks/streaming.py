@@ -18,8 +18,8 @@ from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_pl
 from layerstream.stages.compute import Batch
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.text import format_bytes
-from layerstream.tools.arguments import positive, size
 from layerstream.tools.benchmarks.raw_read import best_raw_read
+from layerstream.tools.console.arguments import positive, size
 
 __all__ = ["main"]
 

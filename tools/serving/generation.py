@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 
 from layerstream.pipeline import StreamedModel
+from layerstream.tools.console.text import TokenText
 from layerstream.tools.serving.stops import StopStrings
-from layerstream.tools.text import TokenText
 
 __all__ = ["Choice", "Piece", "generate_text"]
 

@@ -1,0 +1,130 @@
+"""What is learnt of a machine from completed sweeps: planned again with it, they would have been predicted."""
+
+import dataclasses
+
+import pytest
+from support.checkpoints import CPU, GPU
+
+from layerstream.pipeline import Checkpoint, Hardware, Plan, Workload, make_plan
+from layerstream.pipeline.machine.measurement import ComputeRate, Origin
+from layerstream.pipeline.planning.replan import learn
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing, SweepSpan
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.tools.synthetic.checkpoints import Recipe, make_checkpoint
+from layerstream.tools.synthetic.families import FAMILIES, scaled
+
+PROMPT = 256
+OVERHEAD = 1e-3
+KNOWN = {
+    "disk_bytes_per_second": 1e9,
+    "h2d_bytes_per_second": 1e10,
+    "compute": tuple(
+        ComputeRate(tokens=tokens, bytes_per_second=rate)
+        for tokens, rate in ((1, 2e10), (16, 1.5e10), (256, 2e9))
+    ),
+    "attention_flops_per_second": 2e11,
+    "step_attention_flops_per_second": 5e9,
+    "kv_growth_bytes_per_second": 5e9,
+    "blocks_per_second": 5000.0,
+    "direct_read_cpu_seconds_per_byte": 0.0,
+    "overhead_seconds_per_batch": OVERHEAD,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The headers of a model of 240 MB."""
+    family = FAMILIES["llama-3.1-8b"]
+    recipe = Recipe(
+        family="llama-3.1-8b",
+        config=scaled(family.config, layers=8, hidden=1024, vocab=4096),
+        dtype="bfloat16",
+        max_shard_bytes=1 << 30,
+        seed=0,
+        sparse=True,
+    )
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("model"), recipe).folder)
+
+
+def planned(checkpoint: Checkpoint, hardware: Hardware) -> Plan:
+    workload = Workload(prompt_tokens=PROMPT, new_tokens=8)
+    return make_plan(checkpoint, hardware, workload=workload, reader="direct", layer_batch_size=1)
+
+
+def swept(plan: Plan, *, times: dict[int, float], overhead_seconds: float) -> Timings:
+    """Timings of a sweep for each number of tokens, whose computation took so many seconds."""
+    clocks = [Clock(name) for name in ("read", "transfer", "compute")]
+    now, sweeps = 0.0, []
+    batches = len(plan.batches)
+    for tokens, seconds in times.items():
+        each = seconds / batches + overhead_seconds
+        start = now
+        for batch in plan.batches:
+            stop = now + each
+            clocks[2].add(Doing.WORKING, now, stop, batch=batch.index, nbytes=batch.tensor_bytes)
+            now = stop
+        sweeps.append(SweepSpan(start_seconds=start, stop_seconds=now, tokens=tokens, steady=True))
+    return Timings(
+        sweeps=len(sweeps),
+        wall_seconds=now,
+        stages=tuple(clock.sums() for clock in clocks),
+        latest=tuple(sweeps),
+    )
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_planned_again_the_computation_is_predicted_as_it_was_measured(checkpoint, machine, times):
+    hardware = dataclasses.replace(machine, **KNOWN)
+    plan = planned(checkpoint, hardware)
+    before = plan.prediction
+    timings = swept(
+        plan,
+        times={
+            1: times * before.decode.compute_seconds,
+            PROMPT: times * before.prefill.compute_seconds,
+        },
+        overhead_seconds=OVERHEAD if machine is CPU else 0.0,
+    )
+    learnt = learn(hardware, plan, timings)
+    after = planned(checkpoint, learnt).prediction
+    assert after.decode.compute_seconds == pytest.approx(times * before.decode.compute_seconds)
+    assert after.prefill.compute_seconds == pytest.approx(times * before.prefill.compute_seconds)
+    for name in ("compute", "attention_flops_per_second", "blocks_per_second"):
+        assert learnt.figures[name].origin is Origin.LEARNT
+
+
+def test_a_prompt_shows_how_fast_prompts_are_and_a_step_how_fast_steps(checkpoint):
+    hardware = dataclasses.replace(CPU, **KNOWN)
+    plan = planned(checkpoint, hardware)
+    before = plan.prediction
+    took = {1: 0.5 * before.decode.compute_seconds, PROMPT: 3 * before.prefill.compute_seconds}
+    timings = swept(plan, times=took, overhead_seconds=OVERHEAD)
+    after = planned(checkpoint, learn(hardware, plan, timings)).prediction
+    # Attention is taken to be as fast in steps as it was in the prompt.
+    assert after.decode.compute_seconds == pytest.approx(took[1], rel=0.06)
+    assert after.prefill.compute_seconds == pytest.approx(took[PROMPT], rel=0.05)
+
+
+def test_passes_of_other_sizes_are_compared_with_what_lies_between_a_step_and_a_prompt(checkpoint):
+    hardware = dataclasses.replace(CPU, **KNOWN)
+    plan = planned(checkpoint, hardware)
+    step, prompt = (
+        each.compute_seconds for each in (plan.prediction.decode, plan.prediction.prefill)
+    )
+    middle = step + (prompt - step) * (100 - 1) / (PROMPT - 1)
+    timings = swept(plan, times={100: 2 * middle}, overhead_seconds=OVERHEAD)
+    rates = {each.tokens: each.bytes_per_second for each in learn(hardware, plan, timings).compute}
+    assert rates == {
+        each.tokens: pytest.approx(each.bytes_per_second / 2) for each in KNOWN["compute"]
+    }
+
+
+def test_sweeps_of_several_passes_teach_nothing_of_computation(checkpoint):
+    hardware = dataclasses.replace(CPU, **KNOWN)
+    plan = planned(checkpoint, hardware)
+    timings = swept(plan, times={1: 5.0}, overhead_seconds=OVERHEAD)
+    shared = dataclasses.replace(timings.latest[0], tokens=None)
+    learnt = learn(hardware, plan, dataclasses.replace(timings, latest=(shared,)))
+    assert learnt.compute == hardware.compute

@@ -1,0 +1,236 @@
+"""What a workload takes beside the weights: counted on the meta device as on the real one, or estimated above it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import CPU
+from support.models import CASES, save_model
+
+from layerstream.pipeline import Checkpoint, Workload
+from layerstream.pipeline.modeling.activation_memory import LiveBytes, measure_memory
+from layerstream.pipeline.modeling.assembly import Assembly
+from layerstream.pipeline.modeling.config import load_config, resolve_model_class
+from layerstream.pipeline.modeling.tracing import trace_model
+from layerstream.pipeline.planning.assumptions import rates_of
+from layerstream.pipeline.planning.compute_cost import Work
+from layerstream.pipeline.planning.workload_memory import estimate_memory, kv_bytes
+from layerstream.tools.synthetic.families import FAMILIES
+
+PROMPT = 24
+GENERATING = [
+    "llama", "qwen3", "qwen3-moe", "mixtral", "phimoe", "gpt-oss", "deepseek-v3", "jamba", "gemma3", "gpt2",
+    "falcon", "bloom", "opt", "mamba", "mamba2", "qwen3-next", "llava",
+]  # fmt: skip
+ROUTING = ["qwen3-moe", "mixtral", "gpt-oss", "deepseek-v3"]
+CACHING = ["llama", "qwen3", "mixtral", "deepseek-v3", "gemma3", "gpt2", "falcon", "bloom", "opt"]
+
+
+def built(case: str, *, on_meta: bool, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    """The tiny model of ``case``."""
+    name, config, defaults = CASES[case]
+    made = getattr(transformers, config)(**{**defaults, **settings})
+    with torch.device("meta" if on_meta else "cpu"):
+        model = getattr(transformers, name)._from_config(made, dtype=dtype)
+    return model.eval()
+
+
+def inputs(batch: int, tokens: int, seen: int, *, padded: bool) -> dict[str, Any]:
+    mask = torch.ones((batch, seen), dtype=torch.long)
+    if padded:
+        mask[0, 0] = 0
+    ids = torch.ones((batch, tokens), dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+
+
+def sampled(logits: torch.Tensor) -> None:
+    """What transformers does with the logits of a step when it samples by top-p."""
+    scores = logits[:, -1].to(copy=True, dtype=torch.float32)
+    sorted_scores, _order = torch.sort(scores)
+    sorted_scores.softmax(dim=-1).cumsum(dim=-1)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache of transformers keeps alive."""
+    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    return sum(state.untyped_storage().nbytes() for state in states)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in GENERATING),
+        *((case, dtype) for case in ROUTING for dtype in (torch.float32, torch.float16)),
+    ],
+)
+@torch.no_grad()
+def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
+    case: str, dtype: torch.dtype, batch: int
+) -> None:
+    memory = measure_memory(
+        built(case, on_meta=True, dtype=dtype),
+        Workload(batch_size=batch, prompt_tokens=PROMPT, new_tokens=1),
+    )
+    assert memory is not None
+    assert memory.measured
+    model = built(case, on_meta=False, dtype=dtype)
+    prompt = inputs(batch, PROMPT, PROMPT, padded=batch > 1)
+    step = inputs(batch, 1, PROMPT + 1, padded=batch > 1)
+    with LiveBytes() as live:
+        output = model(**prompt)
+        sampled(output.logits)
+    held = output.get("past_key_values", output.get("cache_params"))
+    name = "past_key_values" if "past_key_values" in output else "cache_params"
+    del output
+    prefill, held_bytes = live.peak_bytes, live.now_bytes
+    live.peak_bytes = live.now_bytes
+    with live:
+        output = model(**step, **{name: held})
+        sampled(output.logits)
+    del output
+    counters = 8 * len(held.layers)  # a sliding window keeps its size in a tensor
+    assert 0 <= live.now_bytes - memory.kv_bytes <= counters
+    assert 0 <= live.peak_bytes - memory.kv_bytes - memory.decode_bytes <= counters
+    assert 0 <= prefill - min(held_bytes, memory.kv_bytes) - memory.prefill_bytes <= counters
+
+
+@pytest.mark.parametrize("case", CACHING)
+@torch.no_grad()
+def test_the_cache_is_priced_to_the_byte(case: str, tmp_path: Path) -> None:
+    settings = {"sliding_window": 8} if case in {"mixtral", "gemma3"} else {}
+    folder = save_model(tmp_path, case, torch.bfloat16, **settings)
+    config = json.loads((folder / "config.json").read_text())
+    workload = Workload(batch_size=2, prompt_tokens=PROMPT, new_tokens=6)
+    memory = measure_memory(built(case, on_meta=True, **settings), workload)
+    model = built(case, on_meta=False, **settings)
+    cache = model(**inputs(2, PROMPT, PROMPT, padded=False)).past_key_values
+    for step in range(6):
+        more = inputs(2, 1, PROMPT + step + 1, padded=False)
+        cache = model(**more, past_key_values=cache).past_key_values
+    assert memory is not None
+    assert memory.kv_bytes == cache_bytes(cache)
+    assert kv_bytes(config, batch_size=2, tokens=PROMPT + 6) == cache_bytes(cache)
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path: Path) -> None:
+    config = json.loads((save_model(tmp_path, case, torch.bfloat16) / "config.json").read_text())
+    workload = Workload(batch_size=2, prompt_tokens=40, new_tokens=9)
+    measured = measure_memory(built(case, on_meta=True), workload)
+    estimated = estimate_memory(config, workload)
+    assert measured is not None
+    assert estimated is not None
+    assert not estimated.measured
+    assert estimated.kv_bytes >= measured.kv_bytes
+
+
+@pytest.mark.parametrize("tokens", [(1, 16), (1, 512), (1, 4096), (8, 128)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
+    settings = {**FAMILIES[family].config, "num_hidden_layers": 6, "dtype": "bfloat16"}
+    config = transformers.AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    workload = Workload(batch_size=tokens[0], prompt_tokens=tokens[1], new_tokens=16)
+    measured, estimated = measure_memory(model, workload), estimate_memory(settings, workload)
+    assert measured is not None
+    assert estimated is not None
+    assert 0.9 <= estimated.peak_bytes / measured.peak_bytes <= 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_bias_on_relative_positions_is_estimated_for_every_pair(
+    dtype: torch.dtype, batch: int
+) -> None:
+    model = built("t5", on_meta=False, dtype=dtype, num_heads=12)
+    named = inputs(batch, 512, 512, padded=batch > 1)
+    with LiveBytes() as live:
+        model.encoder(input_ids=named["input_ids"], attention_mask=named["attention_mask"])
+    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    estimated = estimate_memory(config, Workload(batch_size=batch, prompt_tokens=512, new_tokens=1))
+    assert estimated is not None
+    assert 1 <= estimated.prefill_bytes / live.peak_bytes <= 1.5
+    # Attention in blocks has a bias for those near by alone.
+    near = estimate_memory(config | {"local_radius": 7}, Workload(prompt_tokens=512, new_tokens=1))
+    assert near is not None
+    assert near.prefill_bytes < estimated.prefill_bytes / 4
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.tuples(*[st.integers(1, 5000)] * 3), st.integers(0, 2))
+def test_more_of_anything_takes_no_less(family: str, sizes: tuple[int, ...], grown: int) -> None:
+    names = ("batch_size", "prompt_tokens", "new_tokens")
+    less = dict(zip(names, sizes, strict=True))
+    more = {**less, names[grown]: less[names[grown]] + 1}
+    one, other = (
+        estimate_memory(FAMILIES[family].config, Workload(**each)) for each in (less, more)
+    )
+    assert one is not None
+    assert other is not None
+    assert one.kv_bytes <= other.kv_bytes
+    assert one.peak_bytes <= other.peak_bytes
+    assert one.decode_bytes <= other.decode_bytes
+
+
+@pytest.mark.parametrize("case", ["bert", "t5", "vit", "whisper", "resnet"])
+def test_a_model_that_does_not_go_on_from_text_is_not_measured(case: str) -> None:
+    assert measure_memory(built(case, on_meta=True), Workload()) is None
+
+
+def test_a_model_that_loops_over_its_tokens_is_given_up_early() -> None:
+    assert measure_memory(built("mamba", on_meta=True), Workload(prompt_tokens=100_000)) is None
+
+
+def test_a_config_without_sizes_gives_no_estimate() -> None:
+    assert estimate_memory({}, Workload()) is None
+    assert estimate_memory(None, Workload()) is None
+
+
+@pytest.mark.parametrize("case", [*GENERATING, "t5", "vit", "clip"])
+def test_opening_a_model_for_a_workload_measures_it_and_finds_the_same_layers(
+    case: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path, case, torch.bfloat16)
+    checkpoint = Checkpoint.open(folder)
+    config = load_config(folder)
+    workload = Workload(batch_size=2, prompt_tokens=40, new_tokens=9)
+
+    def assembled(workload: Workload | None) -> Assembly:
+        model_class = resolve_model_class(config)
+        traced = trace_model(checkpoint, config=config, model_class=model_class)
+        return Assembly(traced, checkpoint, workload)
+
+    assert assembled(workload).layers == assembled(None).layers
+    assert assembled(None).memory is None
+    measured = measure_memory(
+        trace_model(checkpoint, config=config, model_class=resolve_model_class(config)).module,
+        workload,
+    )
+    assert assembled(workload).memory == measured
+    assert (measured is None) == (case not in GENERATING)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"text_config": [1]},
+        {"text_config": "gpt"},
+        {"layer_types": [["full_attention"], {}, None]},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": -64},
+        {"vocab_size": -9},
+    ],
+    ids=json.dumps,
+)
+def test_a_config_of_nonsense_makes_no_trouble(odd: dict[str, Any]) -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **odd}
+    memory = estimate_memory(config, Workload())
+    assert memory is None or memory.reserved_bytes > 0
+    Work(config, rates_of(CPU))

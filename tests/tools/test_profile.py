@@ -1,0 +1,208 @@
+"""``layerstream profile``: its report, its files, and one line for whatever goes wrong."""
+
+import argparse
+import asyncio
+import importlib.util
+import io
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from support.checkpoints import CPU, plan_for
+from support.models import save_model
+
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.tools.cli import main
+from layerstream.tools.console import plot, progress
+from layerstream.tools.running.sweeps import profile_model
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return save_model(tmp_path_factory.mktemp("profile") / "model", "llama", **SMALL)
+
+
+def test_it_reports_to_machines_with_units_in_the_keys(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    asked = ("--sweeps", "4", "--layer-batch-size", "1", "--reader", "direct", "--json")
+    assert main(["profile", str(model), *asked, "--trace", str(trace)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["prompt_tokens"], report["measured_sweeps"]) == (16, 3)
+    assert len(report["sweep_seconds"]) == 4
+    assert report["least_sweep_seconds"] <= report["median_sweep_seconds"]
+    assert report["predicted_sweep_seconds"] > 0
+    forecast = report["forecast"]
+    assert forecast["sweeps"] == 3
+    assert forecast["predicted"]["seconds"] == pytest.approx(3 * report["predicted_sweep_seconds"])
+    assert forecast["measured"]["seconds"] == pytest.approx(sum(report["sweep_seconds"][1:]))
+    said, took = forecast["predicted"]["seconds"], forecast["measured"]["seconds"]
+    assert forecast["errors"]["sweep"] == pytest.approx(said / took - 1)
+    assert 0 < report["overlap_efficiency"] <= 1
+    assert report["bottleneck"]["sentence"]
+    assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
+    keys = {"busy_seconds", "waited_in_seconds", "waited_out_seconds", "bytes_per_second"}
+    assert keys < report["stages"][0].keys()
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_it_prints_a_table_and_the_bottleneck_of_a_throttled_disk(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_for(model, CPU, reader="throttled")
+    room = 3 * max(batch.host_bytes for batch in plan.batches)  # for slots, not for residents
+    asked = ("--no-compute", "--sweeps", "3", "--throttle", "1MB", "--layer-batch-size", "1")
+    budget = str(plan.host_memory.reserved_bytes + room)
+    assert main(["profile", str(model), *asked, "--host", budget]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "weights alone",
+        "waiting out",
+        "of the link",
+        "Time per sweep: median",
+        "Sweep: predicted",
+        "Read: predicted",
+        "as given",
+        "Bottleneck: read",
+    ):
+        assert words in text
+
+
+def test_weights_without_a_config_are_swept_past_no_computation(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").hardlink_to(model / "model.safetensors")
+    assert main(["profile", str(tmp_path), "--sweeps", "1", "--no-ceiling", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompt_tokens"] is None
+    assert report["measured_sweeps"] == 1
+
+
+def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        device="cpu",
+        vram=None,
+        host=None,
+        reader=None,
+        throttle=None,
+        layer_batch_size=1,
+        no_compute=False,
+        no_ceiling=True,
+        prompt_tokens=3,
+        sweeps=2,
+    )
+    profile = asyncio.run(profile_model(save_model(tmp_path / "t5", "t5"), args=args))
+    assert len(profile.sweep_seconds) == 2
+    assert profile.steady.stages[2].items == len(profile.plan.batches)
+
+
+class Listener(io.StringIO):
+    """A terminal, or not, that says when it was written to."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.written = threading.Event()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        self.written.set()
+        return count
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="needs rich")
+def test_a_terminal_is_told_what_takes_long_while_it_lasts_and_not_what_is_quick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = Listener(terminal=True)
+    monkeypatch.setattr("sys.stderr", heard)
+    with progress.waiting("blinking"):
+        pass
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    with progress.waiting("opening"):
+        assert heard.written.wait(20)
+    assert "opening" in heard.getvalue()
+    assert "blinking" not in heard.getvalue()
+
+
+def test_where_there_is_no_terminal_stderr_is_for_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Listener(terminal=False)
+    monkeypatch.setattr("sys.stderr", heard)
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+    with progress.waiting("opening"):
+        pass
+    assert heard.getvalue() == ""
+
+
+BAD = {
+    "a missing folder": (["nowhere/at/all"], "nowhere"),
+    "too small a budget": (["--host", "1MiB"], "raise the budget"),
+    "a rate for a reader without one": (["--reader", "mmap", "--throttle", "1MB"], "throttled"),
+    "a trace in a missing folder": (["--trace", "no/such/folder/trace.json"], "no folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_line_and_exit_code_1(
+    case: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options, says = BAD[case]
+    source = [] if options[0] == "nowhere/at/all" else [str(model)]
+    assert main(["profile", *source, *options]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert says in errors[0]
+
+
+def test_a_model_that_takes_no_tokens_is_told_what_to_do_instead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", str(save_model(tmp_path / "vit", "vit"))]) == 1
+    assert "--no-compute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--sweeps", "0"], ["--plot", "x.bmp"], ["--throttle", "no"]])
+def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["profile", "x", *options])
+
+
+def some_timings() -> Timings:
+    clock = Clock("read")
+    clock.add(Doing.WORKING, 0.0, 2.0, batch=0, nbytes=100)
+    clock.add(Doing.WAITING_OUT, 2.0, 3.0, batch=1)
+    return Timings(sweeps=1, wall_seconds=3.0, stages=(clock.sums(), Clock("compute").sums()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+def test_the_timeline_is_drawn_as_its_suffix_says(name: str, begins: bytes, tmp_path: Path) -> None:
+    plot.write_plot(some_timings(), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(plot.importlib, "import_module", missing)
+    assert main(["profile", str(model), "--plot", str(tmp_path / "stages.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "layerstream[plot]" in line

@@ -1,0 +1,1 @@
+"""The subcommands of ``layerstream``: one file each."""

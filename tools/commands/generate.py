@@ -1,0 +1,83 @@
+"""``layerstream generate``: text from a model whose weights stream."""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from contextlib import ExitStack
+
+from layerstream.tools.console.arguments import (
+    add_generation_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    token_ids,
+)
+from layerstream.tools.console.progress import waiting
+from layerstream.tools.console.text import TerminalText, load_tokenizer, prompt_ids
+from layerstream.tools.running.generation import stream_tokens
+from layerstream.tools.running.read_ahead import reading_ahead
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+logger = logging.getLogger(__name__)
+
+HELP = "generate text from a model whose weights stream"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
+    prompt.add_argument(
+        "--prompt-ids", type=token_ids, metavar="1,2,3", help="the same as token ids"
+    )
+    add_generation_arguments(parser, max_new_tokens=64)
+    add_model_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    with reading_ahead(args):
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+
+    # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
+    path = resolve_model_path(args.model)
+    tokenizer = load_tokenizer(path)
+    prompt = args.prompt_ids or prompt_ids(tokenizer, args.prompt, path)
+    text = TerminalText(tokenizer)
+    pieces: list[str] = []
+
+    with ExitStack() as until_first:
+        until_first.enter_context(waiting("on the way to the first token"))
+
+        def show(piece: str) -> None:
+            until_first.close()
+            pieces.append(piece)
+            if not args.json:
+                print(piece, end="", flush=True)
+
+        generated = asyncio.run(
+            stream_tokens(
+                path,
+                prompt,
+                args=args,
+                on_plan=lambda plan: logger.info(plan.describe()),
+                on_token=lambda token: show(text.add(token)),
+            )
+        )
+    show(text.finish())
+    logger.info(generated.timings.summary())
+    if args.json:
+        report = {"model": str(path), "text": "".join(pieces), **generated.to_json()}
+        print(json.dumps(report, indent=2))
+    else:
+        print()
+        print(generated.summary(), file=sys.stderr)
+    return 0

@@ -1,0 +1,96 @@
+"""``layerstream make-checkpoint``: a checkpoint in the true shapes of a named family."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from layerstream.stages.text import format_bytes
+from layerstream.tools.console.arguments import add_output_arguments, natural, positive, size
+from layerstream.tools.console.progress import progress
+from layerstream.tools.synthetic.checkpoints import Made, Recipe, make_checkpoint
+from layerstream.tools.synthetic.families import FAMILIES, scaled
+from layerstream.tools.synthetic.shapes import tensors_of
+from layerstream.tools.synthetic.weights import DTYPES, data_bytes
+
+__all__ = ["HELP", "add_arguments", "make_with_progress", "run"]
+
+HELP = "write a checkpoint with random weights, or only its headers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    parser.add_argument(
+        "--like",
+        metavar="FAMILY",
+        required=True,
+        type=str.lower,
+        choices=FAMILIES,
+        help=f"whose shapes: {', '.join(FAMILIES)}",
+    )
+    parser.add_argument(
+        "--sparse", action="store_true", help="true headers, holes for weights: takes no disk"
+    )
+    parser.add_argument("--layers", type=positive, metavar="N", help="another number of blocks")
+    parser.add_argument(
+        "--hidden", type=_hidden, metavar="N", help="another hidden size; the rest follows it"
+    )
+    parser.add_argument("--vocab", type=positive, metavar="N", help="another vocabulary size")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the weights")
+    parser.add_argument(
+        "--max-shard-size", type=size, metavar="SIZE", help="of one file (default: by family)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of the random weights")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    family = FAMILIES[args.like]
+    recipe = Recipe(
+        family=args.like,
+        config=scaled(family.config, layers=args.layers, hidden=args.hidden, vocab=args.vocab),
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_size or family.max_shard_bytes,
+        seed=args.seed,
+        sparse=args.sparse,
+    )
+    began = time.monotonic()
+    made = make_with_progress(args.folder, recipe)
+    seconds = time.monotonic() - began
+    if args.json:
+        report = {
+            "folder": str(made.folder),
+            "family": recipe.family,
+            "dtype": recipe.dtype,
+            "sparse": recipe.sparse,
+            "tensors": made.tensors,
+            "shards": made.shards,
+            "total_bytes": made.total_bytes,
+            "reused": made.reused,
+            "seconds": seconds,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        how = "was there already" if made.reused else f"made in {seconds:.1f} s"
+        print(
+            f"{made.folder}: {recipe.family}, {made.tensors} tensors in {made.shards} "
+            f"{'file' if made.shards == 1 else 'files'}, {format_bytes(made.total_bytes)}"
+            f"{' with holes for weights' if recipe.sparse else ''}; {how}"
+        )
+    return 0
+
+
+def make_with_progress(folder: Path, recipe: Recipe) -> Made:
+    """Write the checkpoint of ``recipe``, showing how far it is."""
+    total = data_bytes(tensors_of(recipe.config), recipe.dtype)
+    with progress(f"Writing {folder}", total, is_bytes=True) as advance:
+        return make_checkpoint(folder, recipe, advance=advance)
+
+
+def _hidden(text: str) -> int:
+    hidden = positive(text)
+    if hidden % 8:
+        raise argparse.ArgumentTypeError(f"not a multiple of 8: {text}")
+    return hidden

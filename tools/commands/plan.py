@@ -1,0 +1,141 @@
+"""``layerstream plan``: the dry run. No weights are read, and neither a GPU nor transformers is needed."""
+
+import argparse
+import asyncio
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from layerstream.stages.text import format_bytes
+from layerstream.tools.console.arguments import (
+    add_model_arguments,
+    add_output_arguments,
+    positive,
+    rate,
+    size,
+)
+
+if TYPE_CHECKING:
+    from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan
+    from layerstream.pipeline.planning.what_if import WhatIf
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "say how a model would be streamed, how fast that is, and why, before anything runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    add_model_arguments(parser)
+    what_if = parser.add_argument_group(
+        "what if", "plan for another machine: also with a --device that is not here"
+    )
+    what_if.add_argument("--ram", type=size, metavar="SIZE", help="host RAM that is free")
+    what_if.add_argument(
+        "--disk-bandwidth", type=rate, metavar="RATE", help="of direct reads, such as 7GB/s"
+    )
+    what_if.add_argument(
+        "--h2d-bandwidth", type=rate, metavar="RATE", help="host to device, such as 25GB/s"
+    )
+    asked = parser.add_argument_group("what the model is asked for")
+    for name, default, what in (
+        ("--batch-size", 1, "sequences at a time"),
+        ("--prompt-tokens", 512, "of each sequence"),
+        ("--new-tokens", 128, "of each sequence"),
+    ):
+        asked.add_argument(
+            name, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+        )
+    asked.add_argument(
+        "--objective",
+        choices=["latency", "throughput"],
+        default="latency",
+        help="latency: one request, loading what stays included; throughput: what repeats (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-batch-size", type=positive, metavar="N", help="blocks that travel together"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure this machine again, whatever is known of it"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from layerstream.pipeline import Budget, Checkpoint
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+    from layerstream.pipeline.planning.what_if import WhatIf
+    from layerstream.pipeline.report.plan_report import report_plan, summarize_plan
+    from layerstream.stages.devices.lookup import missing_device
+
+    budget = Budget(vram=args.vram, host=args.host)
+    asked = WhatIf(
+        missing_device=missing_device(args.device),
+        ram_bytes=args.ram,
+        disk_bytes_per_second=args.disk_bandwidth,
+        h2d_bytes_per_second=args.h2d_bandwidth,
+    )
+    checkpoint = Checkpoint.open(resolve_model_path(args.model))
+    hardware = asyncio.run(_hardware(checkpoint, budget, asked, args=args))
+    plan = _plan(checkpoint, hardware, budget, asked, args=args)
+    if args.json:
+        print(json.dumps({"summary": summarize_plan(plan), "plan": json.loads(plan.to_json())}))
+    else:
+        print(report_plan(plan, markdown=args.markdown))
+    return 0
+
+
+async def _hardware(
+    checkpoint: "Checkpoint", budget: "Budget", asked: "WhatIf", *, args: argparse.Namespace
+) -> "Hardware":
+    from layerstream.pipeline import Hardware
+
+    # A what-if asks about another machine: what is known of this one stands in for what is not given.
+    here = await Hardware.probe(
+        checkpoint,
+        "cpu" if asked.missing_device else args.device,
+        fresh=args.fresh,
+        measure=args.fresh or not asked.asked,
+    )
+    return asked.complete(here, budget)
+
+
+def _plan(
+    checkpoint: "Checkpoint",
+    hardware: "Hardware",
+    budget: "Budget",
+    asked: "WhatIf",
+    *,
+    args: argparse.Namespace,
+) -> "Plan":
+    from layerstream.pipeline import Workload, make_plan
+    from layerstream.pipeline.checkpoint.layers import group_layers
+    from layerstream.pipeline.planning.layout import planned_layers
+
+    groups = group_layers(checkpoint)
+    layers = planned_layers(checkpoint, groups, gathers_tables=True)
+    plan = make_plan(
+        checkpoint,
+        hardware,
+        budget=budget,
+        workload=Workload(
+            batch_size=args.batch_size,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+        ),
+        objective=args.objective,
+        layers=layers,
+        reader=args.reader,
+        layer_batch_size=args.layer_batch_size,
+    )
+    all_bytes = sum(layer.nbytes for layer in planned_layers(checkpoint, groups))
+    left_out = all_bytes - sum(layer.nbytes for layer in layers)
+    notes = list(plan.notes)
+    if left_out:
+        notes.append(
+            f"embedding tables of {format_bytes(left_out)} stay in their files: the rows that are looked up are read"
+        )
+    return replace(plan, notes=(*notes, *asked.notes(hardware)))

@@ -1,0 +1,187 @@
+"""``layerstream serve``: an OpenAI-compatible HTTP service on a model whose weights stream."""
+
+import argparse
+import asyncio
+import gc
+import importlib
+import logging
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+from layerstream.stages.errors import LayerstreamError, ModelError
+from layerstream.tools.console.arguments import add_model_arguments, natural, positive, size
+from layerstream.tools.console.text import load_tokenizer
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+logger = logging.getLogger(__name__)
+
+HELP = "serve a model whose weights stream, over HTTP as OpenAI does"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    parser.add_argument(
+        "--bind",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s, this machine only); --host is memory",
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="0: any that is free (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("LAYERSTREAM_API_KEY"),
+        metavar="KEY",
+        help="that clients must send; better in LAYERSTREAM_API_KEY, which `ps` does not show",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="by which clients ask (default: PATH's last part)",
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's"
+    )
+    _add_limits(parser)
+    add_model_arguments(parser)
+    parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
+    parser.add_argument("--verbose", action="store_true", help="log more of what happens")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    for name, default, meaning in (
+        ("--concurrent", 4, "answers whose memory is reserved, each with:"),
+        ("--prompt-tokens", 512, "tokens of its prompt"),
+        ("--new-tokens", 256, "tokens after it; also a chat's limit where the client sets none"),
+        ("--max-answers", 64, "under way or waiting; more are told to come back later (429)"),
+    ):
+        parser.add_argument(
+            name,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
+    parser.add_argument(
+        "--max-body",
+        type=size,
+        default=1 << 20,
+        metavar="SIZE",
+        help="of a request (default: 1MiB)",
+    )
+    parser.add_argument(
+        "--shutdown-seconds",
+        type=natural,
+        default=30,
+        metavar="N",
+        help="on SIGTERM, let what runs finish for so long (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+
+    try:
+        importlib.import_module("layerstream.tools.serving.app")
+    except ImportError as error:
+        raise LayerstreamError(
+            f"serve needs {error.name}, which is not installed: pip install 'layerstream[serve]'."
+        ) from error
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        raise LayerstreamError(
+            "The API key is empty, or has blanks or other than ASCII characters, which no header can hold; "
+            "give another one, or unset LAYERSTREAM_API_KEY."
+        )
+    template = None if args.chat_template is None else args.chat_template.read_text("utf-8")
+    path = resolve_model_path(args.model)
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ModelError(f"{path} has no tokenizer, which a service needs to read and write text.")
+    if args.bind not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
+        logger.warning("without --api-key, whoever reaches %s may use this service", args.bind)
+    for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    asyncio.run(_serve(path, tokenizer, template, args))
+    return 0
+
+
+async def _serve(
+    path: Path, tokenizer: Any, template: str | None, args: argparse.Namespace
+) -> None:
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+    from layerstream.tools.serving.app import make_app
+    from layerstream.tools.serving.server import Server
+    from layerstream.tools.serving.settings import Settings
+
+    settings = Settings(
+        model_name=args.served_model_name or _name(args.model),
+        api_key=args.api_key,
+        chat_template=template,
+        new_tokens=args.new_tokens,
+        max_answers=args.max_answers,
+        max_body_bytes=args.max_body,
+    )
+    opening = StreamedModel.open(
+        path,
+        device=args.device,
+        budget=Budget(vram=args.vram, host=args.host),
+        workload=Workload(
+            batch_size=args.concurrent,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+        ),
+        reader=args.reader,
+    )
+    # An address that is taken is told before the model is opened, which takes seconds; until the socket
+    # listens, connections are refused.
+    with _bound(args.bind, args.port) as listener:
+        async with opening as model:
+            logger.info(model.plan.describe())
+            app = make_app(model, tokenizer, settings)
+            # What is there by now stays. To look through it for garbage again and again, as a collection of
+            # everything does, holds the event loop for some hundred milliseconds each time.
+            gc.collect()
+            gc.freeze()
+            await Server(app, listener, args).serve(sockets=[listener])
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    """A socket with an address, which does not listen yet."""
+    try:
+        family, kind, protocol, _, at = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(at)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise LayerstreamError(
+            f"Cannot listen on {address}, port {port}: {error.strerror}; choose another --bind or --port."
+        ) from error
+    return listener
+
+
+def _name(model: str) -> str:
+    """What a model is called if nobody says: a hub id as it is, files by their folder."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    path = path.resolve()
+    return path.name if path.is_dir() else path.parent.name
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:  # noqa: PLR2004
+        raise argparse.ArgumentTypeError(f"not a port: {text!r}")
+    return int(text)

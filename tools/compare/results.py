@@ -1,0 +1,192 @@
+"""What a comparison found: medians, ratios with their spread, and whether all computed the same."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from layerstream.tools.compare.contenders import Contender
+from layerstream.tools.compare.rounds import Course, Outcome, Turn
+
+__all__ = ["OURS", "Agreement", "Kind", "Row", "Spread", "rows_of"]
+
+OURS = "layerstream"
+Kind = Literal["cold", "warm"]
+
+# Whose logits are the measure of the others', where they are there.
+_REFERENCES = (
+    "transformers, all in memory",
+    "transformers, mapped",
+    "accelerate, all on disk",
+    "AirLLM",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A median and what it is the median of."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """None where there are no values."""
+        known = list(values)
+        if not known:
+            return None
+        return cls(median=statistics.median(known), least=min(known), most=max(known))
+
+    def text(self) -> str:
+        """With three digits, least and most in brackets."""
+        return f"{self.median:.3g} ({self.least:.3g}-{self.most:.3g})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """One contender's logits beside another's.
+
+    Attributes:
+        reference: the other.
+        equal: bit for bit.
+        max_abs_difference: None where one has numbers and the other has none.
+        same_argmax_share: of the positions of the prompt.
+    """
+
+    reference: str
+    equal: bool
+    max_abs_difference: float | None
+    same_argmax_share: float
+
+    def text(self) -> str:
+        """For a cell of a table."""
+        if self.equal:
+            return "equal"
+        if self.max_abs_difference is None:
+            return "not comparable"
+        return f"off by {self.max_abs_difference:.2g}, argmax {self.same_argmax_share:.0%}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one contender's turns gave, and how that compares with ours in the same rounds."""
+
+    name: str
+    turns: Sequence[Turn]
+    ours: Sequence[Turn]
+    agreement: Agreement | None
+
+    def seconds(self, kind: Kind) -> Spread | None:
+        """Of its passes."""
+        return Spread.of(
+            each.seconds for turn in self.turns if (each := getattr(turn, kind)) is not None
+        )
+
+    def ratio(self, kind: Kind) -> Spread | None:
+        """Its seconds to ours, round by round: above 1, we are faster."""
+        ours = {turn.round: getattr(turn, kind) for turn in self.ours}
+        return Spread.of(
+            each.seconds / own.seconds
+            for turn in self.turns
+            if (each := getattr(turn, kind)) is not None
+            and (own := ours.get(turn.round)) is not None
+        )
+
+    def read_bytes(self, kind: Kind) -> float | None:
+        """The median of what a pass read from disk."""
+        known = [
+            each.read_bytes
+            for turn in self.turns
+            if (each := getattr(turn, kind)) is not None and each.read_bytes is not None
+        ]
+        return statistics.median(known) if known else None
+
+    @property
+    def peak_anonymous_bytes(self) -> int:
+        """Of all its turns."""
+        return max(turn.peak_anonymous_bytes for turn in self.turns)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines, units in the keys."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "rounds": [turn.round for turn in self.turns],
+            "mapped_weights_stayed_cached": not all(turn.all_was_dropped for turn in self.turns),
+            "open_seconds": [turn.open_seconds for turn in self.turns],
+        }
+        for kind in ("cold", "warm"):
+            passes = [each for turn in self.turns if (each := getattr(turn, kind)) is not None]
+            seconds, ratio = self.seconds(kind), self.ratio(kind)
+            found |= {
+                f"{kind}_seconds": [each.seconds for each in passes],
+                f"{kind}_median_seconds": seconds and seconds.median,
+                f"{kind}_read_bytes": [each.read_bytes for each in passes],
+                f"{kind}_ratio_to_layerstream": ratio
+                and {"median": ratio.median, "least": ratio.least, "most": ratio.most},
+            }
+        agreement = self.agreement
+        return found | {
+            "peak_anonymous_bytes": self.peak_anonymous_bytes,
+            "peak_cgroup_bytes": max(turn.peak_bytes or 0 for turn in self.turns) or None,
+            "logits": agreement
+            and {
+                "compared_with": agreement.reference,
+                "equal": agreement.equal,
+                "max_abs_difference": agreement.max_abs_difference,
+                "same_argmax_share": agreement.same_argmax_share,
+            },
+            "notes": dict(self.turns[-1].notes),
+            "versions": dict(self.turns[-1].versions),
+        }
+
+
+def rows_of(outcome: Outcome, course: Course) -> list[Row]:
+    """A row for each contender that had a turn."""
+    took_part = {contender: turns for contender, turns in outcome.turns.items() if turns}
+    logits = {
+        contender.name: _logits(course, contender, turns[-1])
+        for contender, turns in took_part.items()
+        if turns[-1].logits_shape is not None
+    }
+    reference = next((name for name in _REFERENCES if name in logits), None)
+    ours = next((turns for each, turns in took_part.items() if each.name == OURS), [])
+    return [
+        Row(
+            name=contender.name,
+            turns=turns,
+            ours=ours,
+            agreement=None
+            if reference in {None, contender.name} or contender.name not in logits
+            else _agreement(str(reference), logits[contender.name], logits[str(reference)]),
+        )
+        for contender, turns in took_part.items()
+    ]
+
+
+def _logits(
+    course: Course, contender: Contender, turn: Turn
+) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    return np.fromfile(course.logits_file(contender), np.float32).reshape(turn.logits_shape or (0,))
+
+
+def _agreement(
+    reference: str,
+    these: "np.ndarray[Any, np.dtype[np.float32]]",
+    those: "np.ndarray[Any, np.dtype[np.float32]]",
+) -> Agreement:
+    if these.shape != those.shape:
+        return Agreement(
+            reference=reference, equal=False, max_abs_difference=None, same_argmax_share=0.0
+        )
+    most = (
+        float(np.abs(these - those).max(initial=0)) if these.tobytes() != those.tobytes() else 0.0
+    )
+    return Agreement(
+        reference=reference,
+        equal=these.tobytes() == those.tobytes(),
+        max_abs_difference=most if np.isfinite(most) else None,
+        same_argmax_share=float((these.argmax(-1) == those.argmax(-1)).mean()),
+    )

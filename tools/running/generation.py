@@ -1,0 +1,168 @@
+"""One generation on a streamed model, measured: what ``generate`` and ``demo`` both do."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerstream.stages.errors import ModelError
+from layerstream.stages.telemetry.spans import StageTimings
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.text import format_bytes
+from layerstream.tools.running.added_memory import added_memory
+
+if TYPE_CHECKING:
+    from layerstream.pipeline import Plan
+
+__all__ = ["STAGE_COLUMNS", "Generated", "stage_rows", "stream_tokens"]
+
+STAGE_COLUMNS = ("stage", "batches", "bytes", "busy", "while busy", "waited for input", "for room")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """The tokens of one generation and what they took.
+
+    Attributes:
+        token_ids: the new tokens.
+        prompt_tokens: how many tokens they go on from.
+        open_seconds: from the call until the model was ready.
+        first_token_seconds: from the prompt to the first token.
+        seconds: from the prompt to the last token.
+        timings: sweeps over the weights and what each stage did, as the pipeline counts it.
+        host_budget_bytes: host memory that the plan kept to.
+        peak_added_bytes: anonymous memory on top of what was there before the model was opened.
+    """
+
+    token_ids: list[int]
+    prompt_tokens: int
+    open_seconds: float
+    first_token_seconds: float
+    seconds: float
+    timings: Timings
+    host_budget_bytes: int
+    peak_added_bytes: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second, the prompt's own sweep included."""
+        return len(self.token_ids) / self.seconds if self.seconds > 0 else 0.0
+
+    def summary(self) -> str:
+        """Tokens, seconds and speed in one line."""
+        return (
+            f"{len(self.token_ids)} tokens in {self.seconds:.2f} s, the first after "
+            f"{self.first_token_seconds:.2f} s: {self.tokens_per_second:.2f} tokens/s, "
+            f"{self.timings.sweeps} sweeps"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines, units in the keys."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "token_ids": self.token_ids,
+            "open_seconds": self.open_seconds,
+            "first_token_seconds": self.first_token_seconds,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "host_budget_bytes": self.host_budget_bytes,
+            "peak_added_bytes": self.peak_added_bytes,
+            **self.timings.to_dict(),
+        }
+
+
+async def stream_tokens(
+    path: Path,
+    prompt: Sequence[int],
+    *,
+    args: argparse.Namespace,
+    on_plan: Callable[["Plan"], object],
+    on_token: Callable[[int], object],
+) -> Generated:
+    """Open the model at ``path`` and generate from the ids of ``prompt``.
+
+    Args:
+        path: the model's folder or file.
+        prompt: token ids.
+        args: what ``add_model_arguments`` and ``add_generation_arguments`` ask for.
+        on_plan: is given the plan, before anything runs.
+        on_token: is given each new token as it comes.
+    """
+    import torch
+
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature is not None:
+        sampling = {"do_sample": True, "temperature": args.temperature}
+        torch.manual_seed(args.seed)
+    input_ids = torch.tensor([prompt])
+    began = time.monotonic()
+    async with (
+        added_memory() as memory,
+        StreamedModel.open(
+            path,
+            device=args.device,
+            budget=Budget(vram=args.vram, host=args.host),
+            workload=Workload(
+                batch_size=1, prompt_tokens=len(prompt), new_tokens=args.max_new_tokens
+            ),
+            reader=args.reader,
+            # The first token counts here; `layerstream plan` measures, and what it has measured is used.
+            measure=False,
+        ) as model,
+    ):
+        plan = model.plan
+        _check_prompt(prompt, model.module)
+        on_plan(plan)
+        tokens: list[int] = []
+        first = prompted = time.monotonic()
+        async for token in model.stream(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=args.max_new_tokens,
+            **sampling,
+        ):
+            if not tokens:
+                first = time.monotonic()
+            tokens.append(token)
+            on_token(token)
+        ended = time.monotonic()
+        timings = model.timings()
+    return Generated(
+        token_ids=tokens,
+        prompt_tokens=len(prompt),
+        open_seconds=prompted - began,
+        first_token_seconds=first - prompted,
+        seconds=ended - prompted,
+        timings=timings,
+        host_budget_bytes=plan.host_memory.budget_bytes,
+        peak_added_bytes=memory.peak_bytes,
+    )
+
+
+def _check_prompt(prompt: Sequence[int], model: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(prompt)) >= rows:
+        raise ModelError(
+            f"token {largest} of the prompt is none of the model's, which has {rows}: 0 to {rows - 1}"
+        )
+
+
+def stage_rows(stages: Sequence[StageTimings]) -> list[tuple[str, ...]]:
+    """A row for each stage, under ``STAGE_COLUMNS``."""
+    return [
+        (
+            stage.name,
+            str(stage.items),
+            format_bytes(stage.bytes),
+            f"{stage.busy_seconds:.2f} s",
+            f"{format_bytes(stage.bytes_per_second)}/s",
+            f"{stage.waited_in_seconds:.2f} s",
+            f"{stage.waited_out_seconds:.2f} s",
+        )
+        for stage in stages
+    ]

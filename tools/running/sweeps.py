@@ -1,0 +1,295 @@
+"""Sweeps over a model's weights, measured: what ``layerstream profile`` does before it prints."""
+
+import argparse
+import asyncio
+import importlib.util
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerstream.stages.errors import ModelError
+from layerstream.stages.telemetry.forecast import Forecast, Forecasts, SweepPrediction
+from layerstream.stages.telemetry.spans import StageTimings
+from layerstream.stages.telemetry.timings import Timings
+from layerstream.tools.console.progress import late_progress, waiting
+
+if TYPE_CHECKING:
+    from layerstream.pipeline import Hardware, Plan
+    from layerstream.stages.compute import Batch
+
+__all__ = ["Profile", "profile_model"]
+
+_LOOK_SECONDS = 0.5
+# Enough for a disk to show its rate, and a fraction of a second on most.
+_SAMPLE_BYTES = 128 << 20
+_SAMPLE_BLOCK_BYTES = 8 << 20
+_SAMPLE_THREADS = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What a few sweeps took, and where the time went.
+
+    Attributes:
+        plan: how the weights streamed.
+        prompt_tokens: tokens of each forward pass; None where weights were swept past no computation.
+        sweep_seconds: of each sweep, the first one included.
+        timings: of the whole run, as the pipeline counts it.
+        steady: of the sweeps after the first, or of the first where there is no other. Of a long run only
+            the latest, as far as its spans were kept.
+        disk_ceiling_bytes_per_second: what the disk could give; None where nobody knows.
+        link_ceiling_bytes_per_second: what the link to the device could carry, as probed before the run;
+            None where there is no link, or nobody knows.
+    """
+
+    plan: "Plan"
+    prompt_tokens: int | None
+    sweep_seconds: tuple[float, ...]
+    timings: Timings
+    steady: Timings
+    disk_ceiling_bytes_per_second: float | None
+    link_ceiling_bytes_per_second: float | None
+
+    @property
+    def steady_seconds(self) -> tuple[float, ...]:
+        """Of each sweep after the first, or of the first where there is no other."""
+        return self.sweep_seconds[1:] or self.sweep_seconds
+
+    @property
+    def predicted(self) -> SweepPrediction:
+        """What the plan said beforehand of a sweep like those that were run: each is a prompt's."""
+        prediction = self.plan.prediction
+        if len(self.sweep_seconds) == 1:
+            return prediction.first
+        return prediction.decode if self.prompt_tokens is None else prediction.prefill
+
+    @property
+    def forecast(self) -> Forecast:
+        """The steady sweeps beside what the plan said of them."""
+        forecasts = Forecasts(on_gpu=self.plan.device_memory is not None)
+        for seconds in self.steady_seconds:
+            forecasts.count(self.predicted, seconds)
+        # Of a long run the latest sweeps alone are told stage by stage.
+        shown = len(self.steady_seconds) / max(self.steady.sweeps, 1)
+        busy = {f"{each.name}_seconds": each.busy_seconds * shown for each in self.steady.stages}
+        return forecasts.sums(**busy)
+
+    def ceiling(self, stage: StageTimings) -> float | None:
+        """The bytes per second that the link of ``stage`` could carry, where that is known."""
+        return {
+            "read": self.disk_ceiling_bytes_per_second,
+            "transfer": self.link_ceiling_bytes_per_second,
+        }.get(stage.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for machines, units in the keys."""
+        steady, bottleneck = self.steady.to_dict(), self.steady.bottleneck()
+        for stage, each in zip(self.steady.stages, steady["stages"], strict=True):
+            each["bytes_per_second"] = stage.bytes_per_second
+            each["ceiling_bytes_per_second"] = ceiling = self.ceiling(stage)
+            each["share_of_ceiling"] = stage.bytes_per_second / ceiling if ceiling else None
+        return {
+            "device": self.plan.device,
+            "reader": str(self.plan.reader),
+            "layer_batches": len(self.plan.batches),
+            "layer_batch_size": self.plan.layer_batch_size,
+            "disk_bytes_per_sweep": self.plan.disk_bytes_per_sweep,
+            "prompt_tokens": self.prompt_tokens,
+            "first_sweep_seconds": self.sweep_seconds[0],
+            "sweep_seconds": list(self.sweep_seconds),
+            "median_sweep_seconds": statistics.median(self.steady_seconds),
+            "least_sweep_seconds": min(self.steady_seconds),
+            "most_sweep_seconds": max(self.steady_seconds),
+            "predicted_sweep_seconds": self.predicted.seconds,
+            "bottleneck": {
+                "name": bottleneck.name,
+                "share_of_time": bottleneck.share,
+                "sentence": bottleneck.sentence,
+            },
+            "measured_sweeps": steady.pop("sweeps"),
+            **steady,
+            "forecast": self.forecast.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A pipeline, with or without a model around it."""
+
+    plan: "Plan"
+    hardware: "Hardware"
+    prompt_tokens: int | None
+    timings: Callable[[], Timings]
+    sweep: Callable[[], Awaitable[object]]
+
+
+async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
+    """Stream the model at ``path`` past as many sweeps as ``args`` asks for."""
+    opened_as = _model if _computes(path, args) else _weights
+    times: list[tuple[float, float]] = []
+    async with AsyncExitStack() as stack:
+        with waiting("opening the model"):
+            opened = await stack.enter_async_context(opened_as(path, args))
+        async with _watched(opened, sweeps=args.sweeps):
+            for _ in range(args.sweeps):
+                began = time.perf_counter()
+                await opened.sweep()
+                times.append((began, time.perf_counter()))
+        timings = opened.timings()
+    plan = opened.plan
+    return Profile(
+        plan=plan,
+        prompt_tokens=opened.prompt_tokens,
+        sweep_seconds=tuple(stop - start for start, stop in times),
+        timings=timings,
+        steady=_steady(timings, times),
+        disk_ceiling_bytes_per_second=plan.throttle_bytes_per_second
+        or (None if args.no_ceiling else await asyncio.to_thread(_disk_ceiling, plan)),
+        link_ceiling_bytes_per_second=opened.hardware.h2d_bytes_per_second,
+    )
+
+
+def _computes(path: Path, args: argparse.Namespace) -> bool:
+    folder = path if path.is_dir() else path.parent
+    return (
+        not args.no_compute
+        and (folder / "config.json").is_file()
+        and importlib.util.find_spec("transformers") is not None
+    )
+
+
+def _steady(timings: Timings, times: list[tuple[float, float]]) -> Timings:
+    """The latest sweeps of which every span was kept, without the first, which fills the pipeline."""
+    since = timings.complete_since_seconds
+    chosen = [each for each in times[1:] if each[0] >= since] or times[-1:]
+    return timings.between(chosen[0][0], chosen[-1][1], sweeps=len(chosen))
+
+
+# -- what is swept ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]:
+    from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
+
+    checkpoint = await Checkpoint.open_async(path)
+    hardware = await Hardware.probe(checkpoint, device=args.device)
+    plan = make_plan(
+        checkpoint,
+        hardware,
+        budget=Budget(vram=args.vram, host=args.host),
+        reader=args.reader,
+        throttle_bytes_per_second=args.throttle,
+        layer_batch_size=args.layer_batch_size,
+    )
+
+    def look(batch: "Batch", seen: int) -> int:
+        return seen + len(batch.tensors)
+
+    async with Pipeline(plan) as pipeline:
+        yield _Opened(
+            plan=plan,
+            hardware=hardware,
+            prompt_tokens=None,
+            timings=pipeline.timings,
+            sweep=lambda: pipeline.run(look, 0),
+        )
+
+
+@asynccontextmanager
+async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]:
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+
+    async with StreamedModel.open(
+        path,
+        device=args.device,
+        budget=Budget(vram=args.vram, host=args.host),
+        workload=Workload(batch_size=1, prompt_tokens=args.prompt_tokens, new_tokens=1),
+        reader=args.reader,
+        throttle_bytes_per_second=args.throttle,
+        layer_batch_size=args.layer_batch_size,
+    ) as model:
+        inputs = _inputs(model.module, args.prompt_tokens)
+
+        async def sweep() -> None:
+            output = await model.forward(**inputs)
+            # A GPU is through with it when somebody has seen of the result, as whoever decodes must.
+            await asyncio.to_thread(output[0].flatten()[-1].item)
+
+        yield _Opened(
+            plan=model.plan,
+            hardware=model.hardware,
+            prompt_tokens=args.prompt_tokens,
+            timings=model.timings,
+            sweep=sweep,
+        )
+
+
+def _inputs(module: Any, tokens: int) -> dict[str, Any]:
+    """Token ids for one forward pass: which ones, makes no difference to the weights that stream."""
+    import torch
+
+    if module.main_input_name != "input_ids":
+        raise ModelError(
+            f"the model takes {module.main_input_name}, not tokens; sweep its weights with --no-compute"
+        )
+    ids = (torch.arange(tokens) % module.get_input_embeddings().weight.shape[0]).unsqueeze(0)
+    return {"input_ids": ids} | (
+        {"decoder_input_ids": ids[:, :1]} if module.config.is_encoder_decoder else {}
+    )
+
+
+# -- progress, and the ceiling ---------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _watched(opened: _Opened, *, sweeps: int) -> AsyncIterator[None]:
+    """Show how far the sweeps are while the block runs."""
+
+    def batches() -> int:
+        return next(each.items for each in opened.timings().stages if each.name == "compute")
+
+    before = batches()
+
+    async def watch(reach: Callable[[int], None]) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            reach(batches() - before)
+
+    with late_progress("sweeping, layer batches", sweeps * len(opened.plan.batches)) as reach:
+        task = asyncio.create_task(watch(reach))
+        try:
+            yield
+            reach(batches() - before)
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+def _disk_ceiling(plan: "Plan") -> float | None:
+    """The best rate of raw direct reads of a sample of the files; None where that says nothing."""
+    from layerstream.pipeline.planning.plan import ReaderKind
+    from layerstream.tools.benchmarks.raw_read import raw_read
+
+    if plan.reader is not ReaderKind.DIRECT:  # mappings come out of the page cache, or not
+        return None
+    paths = [Path(file.path) for file in plan.files]
+    best = 0.0
+    with late_progress("measuring the disk", len(_SAMPLE_THREADS)) as reach:
+        for number, threads in enumerate(_SAMPLE_THREADS, start=1):
+            try:
+                rate = raw_read(
+                    paths,
+                    block_bytes=_SAMPLE_BLOCK_BYTES,
+                    threads=threads,
+                    limit_bytes=_SAMPLE_BYTES,
+                )
+            except OSError:  # a filesystem without direct reads
+                return None
+            best = max(best, rate)
+            reach(number)
+    return best or None
