@@ -24,7 +24,7 @@ from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workloa
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.stages.devices.lookup import open_device
-from layerstream.stages.process.libraries import keep_little
+from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import finish_in_thread
@@ -80,7 +80,7 @@ async def open_model(
     before = anonymous_bytes()
     on_cpu = await finish_in_thread(options.on_cpu)  # the first look at a GPU takes seconds
     if on_cpu:
-        keep_little()  # before threads of ours have their own heaps
+        limit_library_memory()  # before threads of ours have their own heaps
     path = await resolve_model_path_async(source, revision=options.revision)
     checkpoint = await Checkpoint.open_async(path)
     ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))

@@ -9,7 +9,7 @@ import torch
 from layerstream.stages.devices.protocol import Event
 from layerstream.stages.errors import PlanError
 from layerstream.stages.telemetry.clock import Gauge
-from layerstream.stages.telemetry.spans import SPANS_KEPT, Doing, Occupancy, Span
+from layerstream.stages.telemetry.spans import SPANS_KEPT, Activity, Occupancy, Span
 
 __all__ = ["RingArena", "Slot", "ring_bytes"]
 
@@ -117,7 +117,7 @@ class RingArena:
             raise AssertionError(f"slot at {slot.offset} was given back twice")
         slot._freed = True  # noqa: SLF001
         now = self.gauge.change(-slot.nbytes)
-        self.spans.append(Span(Doing.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
+        self.spans.append(Span(Activity.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
         slot.tensor = torch.empty(0, dtype=torch.uint8)
         # No later slot overlaps an empty one, so its events would be kept for ever.
         if slot.nbytes:

@@ -15,7 +15,7 @@ from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.spans import Activity
 
 __all__ = ["Batch", "Sweep"]
 
@@ -100,9 +100,9 @@ class _Turn:
                 times.append(passed)
         # Count no moment twice: two batches may be computed with at once, on different streams.
         waiting = max(self.asked_seconds, clock.stopped)
-        working = clock.add(Doing.WAITING_IN, waiting, max(waiting, *begun), batch=self.batch)
+        working = clock.add(Activity.WAITING_IN, waiting, max(waiting, *begun), batch=self.batch)
         stop = max(working, *ended)
-        clock.add(Doing.WORKING, working, stop, batch=self.batch, nbytes=self.nbytes)
+        clock.add(Activity.WORKING, working, stop, batch=self.batch, nbytes=self.nbytes)
         return True
 
 

@@ -88,7 +88,7 @@ class _Numbered(Protocol):
 
 
 @contextmanager
-def noting(stage: str, batch: _Numbered) -> Iterator[None]:
+def annotated(stage: str, batch: _Numbered) -> Iterator[None]:
     """Add to an error raised in the body a note of where in the pipeline it arose."""
     try:
         yield

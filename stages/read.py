@@ -8,7 +8,7 @@ from typing import ParamSpec
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.channel import Channel
-from layerstream.stages.errors import noting
+from layerstream.stages.errors import annotated
 from layerstream.stages.memory import Image
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.mapped import MmapReader
@@ -16,8 +16,8 @@ from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.spans import Doing
-from layerstream.stages.threads import Threads, settled
+from layerstream.stages.telemetry.spans import Activity
+from layerstream.stages.threads import Threads, wait_all
 
 __all__ = ["read_stage"]
 
@@ -58,7 +58,7 @@ async def read_stage(
     async def start() -> None:
         while True:
             item = route.next()
-            with noting("read", item.batch):
+            with annotated("read", item.batch):
                 await _start_reads(
                     item,
                     reader=reader,
@@ -74,11 +74,11 @@ async def read_stage(
         idle_since = time.perf_counter()
         while True:
             item = await started.get()
-            await settled(item.reads, droppable=True)
+            await wait_all(item.reads, droppable=True)
             if not item.wanted:
                 route.drop(item)
                 continue
-            with noting("read", item.batch):
+            with annotated("read", item.batch):
                 times = [read.result() for read in item.reads]
                 if mapped is not None:
                     item.host = mapped.image(item.batch)
@@ -150,8 +150,8 @@ def _count(
     begin = max(idle_since, min(start for start, _ in times))
     # Small requests may have ended before the last ones of the batch before.
     end = max(begin, *(stop for _, stop in times))
-    clock.add(Doing.WAITING_OUT, idle_since, begin, batch=batch.index)
-    return clock.add(Doing.WORKING, begin, end, batch=batch.index, nbytes=batch.read_bytes)
+    clock.add(Activity.WAITING_OUT, idle_since, begin, batch=batch.index)
+    return clock.add(Activity.WORKING, begin, end, batch=batch.index, nbytes=batch.read_bytes)
 
 
 def _timed(call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> tuple[float, float]:

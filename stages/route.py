@@ -10,7 +10,7 @@ from layerstream.stages.batch import LayerBatch
 from layerstream.stages.devices.protocol import Event
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
-from layerstream.stages.threads import settled
+from layerstream.stages.threads import wait_all
 
 __all__ = ["HeldSlot", "InFlight", "Route"]
 
@@ -131,5 +131,5 @@ class Route:
         for item in tuple(self.under_way):
             item.cancel()
         for item in tuple(self.under_way):
-            await settled(item.reads)
+            await wait_all(item.reads)
             self.drop(item)

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError
 
-__all__ = ["Once", "Threads", "finish_in_thread", "settled"]
+__all__ = ["Once", "Threads", "finish_in_thread", "wait_all"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Threads:
         """
         future = self.submit(call, *args, **kwargs)
         try:
-            await settled([future])
+            await wait_all([future])
             if future.cancelled():  # closed before a thread had taken it up
                 raise ClosedError("the pipeline was closed")
             return future.result()
@@ -46,7 +46,7 @@ class Threads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-async def settled(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
+async def wait_all(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
     """Wait until every future is done, whatever its outcome, even if the waiting task is cancelled.
 
     A thread that fills a buffer cannot be stopped, and the buffer must not be used again before it has ended.

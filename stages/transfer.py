@@ -10,13 +10,13 @@ from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.devices.protocol import Copy, Device, Event
-from layerstream.stages.errors import noting
+from layerstream.stages.errors import annotated
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
 from layerstream.stages.route import HeldSlot, InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.spans import Doing
-from layerstream.stages.threads import Threads, settled
+from layerstream.stages.telemetry.spans import Activity
+from layerstream.stages.threads import Threads, wait_all
 
 __all__ = ["transfer_stage"]
 
@@ -59,11 +59,11 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
         while True:
             waiting = time.perf_counter()
             item = await source.get()
-            waiting = copies.waited(Doing.WAITING_IN, waiting, item.batch.index)
+            waiting = copies.waited(Activity.WAITING_IN, waiting, item.batch.index)
             if item.wanted and item.needs_copy:
-                with noting("transfer", item.batch):
+                with annotated("transfer", item.batch):
                     destination, after = await _room(item, arena=arena, residents=residents)
-                    asked = copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
+                    asked = copies.waited(Activity.WAITING_OUT, waiting, item.batch.index)
                     copies.under_way += 1
                     begun = await _begin(
                         item, destination, device=device, threads=threads, after=after
@@ -81,12 +81,12 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
                 continue
             waiting = time.perf_counter()
             await out.put(item)
-            copies.waited(Doing.WAITING_OUT, waiting, item.batch.index)
+            copies.waited(Activity.WAITING_OUT, waiting, item.batch.index)
 
     async def finish() -> None:
         while True:
             item, slot, asked, begun = await copying.get()
-            with noting("transfer", item.batch):
+            with annotated("transfer", item.batch):
                 assert item.copied is not None  # noqa: S101
                 times = await threads.run(_times_when_done, device, begun, item.copied)
             copies.end(asked, *times, item.batch)
@@ -102,7 +102,7 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
             tasks.create_task(finish(), name="layerstream-transfer-finish")
     finally:
         # The memory of both sides goes back after this: no copy may be under way, seen to its end or not.
-        await settled([threads.submit(_drain, device)])
+        await wait_all([threads.submit(_drain, device)])
         for slot in sources:
             slot.give_back()
 
@@ -115,19 +115,19 @@ class _Copies:
         self._finished = 0.0  # when the last copy was
         self.under_way = 0  # begun, and not seen to their end
 
-    def waited(self, doing: Doing, since: float, batch: int) -> float:
+    def waited(self, activity: Activity, since: float, batch: int) -> float:
         """Count what of the time since ``since`` was spent on nothing but waiting; returns the present."""
         now = time.perf_counter()
         if not self.under_way:
-            self._clock.add(doing, max(since, self._finished), now, batch=batch)
+            self._clock.add(activity, max(since, self._finished), now, batch=batch)
         return now
 
     def end(self, asked: float, begun: float, ended: float, batch: LayerBatch) -> None:
         """Count a copy that was asked for at ``asked``, and queued behind those before it."""
         asked, index = max(asked, self._finished), batch.index
-        begun = self._clock.add(Doing.WAITING_OUT, asked, max(asked, begun), batch=index)
+        begun = self._clock.add(Activity.WAITING_OUT, asked, max(asked, begun), batch=index)
         self._finished = self._clock.add(
-            Doing.WORKING, begun, max(begun, ended), batch=index, nbytes=batch.copied_bytes
+            Activity.WORKING, begun, max(begun, ended), batch=index, nbytes=batch.copied_bytes
         )
         self.under_way -= 1
 

@@ -10,14 +10,14 @@ from typing import Self
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
-from layerstream.pipeline.machine.probe import Rates, probe_rates
+from layerstream.pipeline.machine.probe import ProbedRates, probe_rates
 from layerstream.pipeline.machine.probe_cache import MeasuredCache
 from layerstream.pipeline.machine.probe_disk import cached_bytes
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError, PlanError
 from layerstream.stages.process.headroom import host_available_bytes
-from layerstream.stages.process.libraries import Leftovers, keep_little
+from layerstream.stages.process.libraries import LibraryMemory, limit_library_memory
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["ComputeRate", "Figure", "Hardware", "Origin"]
@@ -134,17 +134,17 @@ class Hardware:
         """
         opened = await finish_in_thread(lambda: open_device(device))
         if measure and opened.reads_host_images:
-            keep_little()  # measuring multiplies matrices, and oneDNN reads its settings only before the first product
+            limit_library_memory()  # measuring multiplies matrices, and oneDNN reads its settings only before the first product
         rates = await probe_rates(
             checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
         )
         if measure and opened.reads_host_images:
-            await finish_in_thread(Leftovers().release)
+            await finish_in_thread(LibraryMemory().release)
         # Last, after measurements have freed their own memory.
         return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
 
     @classmethod
-    def _ask(cls, checkpoint: Checkpoint, device: Device, rates: Rates) -> Self:
+    def _ask(cls, checkpoint: Checkpoint, device: Device, rates: ProbedRates) -> Self:
         vram = device.free_bytes()
         sizes = [name for name in _SIZES if name != "vram_free_bytes" or vram is not None]
         asked = dict.fromkeys(sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))

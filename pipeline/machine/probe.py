@@ -28,7 +28,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.threads import finish_in_thread
 
-__all__ = ["Rates", "probe_rates"]
+__all__ = ["ProbedRates", "probe_rates"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ _DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class ProbedRates:
     """Fields of Hardware, with the origin of each."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ async def probe_rates(
     fresh: bool,
     measure: bool,
     cache: MeasuredCache,
-) -> Rates:
+) -> ProbedRates:
     """The rates of this machine that a plan for ``checkpoint`` depends on.
 
     A checkpoint below 64 MiB gets those that are known from larger ones, and no others: it is too small to measure a
@@ -224,7 +224,7 @@ def _disturbed(rates: Mapping[str, Rate]) -> bool:
     )
 
 
-def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
+def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> ProbedRates:
     fields: dict[str, Any] = {}
     figures: dict[str, Figure] = {}
     parts: dict[str, list[_Part]] = {}
@@ -258,7 +258,7 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> Rates:
             samples=sum(part.rate.samples for part in several),
             age_seconds=max(part.age_seconds for part in several),
         )
-    return Rates(fields=fields, figures=figures)
+    return ProbedRates(fields=fields, figures=figures)
 
 
 def _value(rate: Rate, origin: Origin) -> float:

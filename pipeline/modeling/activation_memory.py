@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.fake_values import Answers
+from layerstream.pipeline.modeling.fake_values import FakeValues
 from layerstream.pipeline.modeling.meta_pass import on_meta
 from layerstream.pipeline.planning.plan import Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
@@ -68,7 +68,7 @@ class PromptPass:
         )
         self._modes = (
             _FusedAttention(device or torch.device("cpu")),
-            Answers(padded=workload.batch_size > 1),
+            FakeValues(padded=workload.batch_size > 1),
             self._live,
         )
         self._output: Any = None

@@ -10,7 +10,7 @@ from torch import nn
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers, source_name
-from layerstream.pipeline.modeling.execution_trace import record
+from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.gathered_table import (
     WHOLE_BYTES,
     GatheredTable,
@@ -53,15 +53,15 @@ class Assembly:
         self._checkpoint = checkpoint
         uses = uses_of(traced)
         prompt = None if workload is None else PromptPass.of(traced.module, workload, device)
-        recordings = record(traced.module, prompt)
+        traces = trace_execution(traced.module, prompt)
         self.memory = prompt.memory() if prompt else None
-        self._gathered = gathered_uses(traced, uses, recordings)
+        self._gathered = gathered_uses(traced, uses, traces)
         self._uses = {
             name: rest
             for name, places in uses.items()
             if (rest := [use for use in places if use not in self._gathered.get(name, ())])
         }
-        self.layers = model_layers(traced, checkpoint, self._uses, recordings)
+        self.layers = model_layers(traced, checkpoint, self._uses, traces)
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 __all__ = [
-    "Settings",
+    "GenerationSettings",
     "Shape",
     "by_name",
     "is_encoder_decoder",
@@ -39,7 +39,7 @@ class Shape:
     told: bool  # False: for some inputs it is not known how many tokens they make
 
 
-class Settings:
+class GenerationSettings:
     """The settings of a generation: from its arguments, else its generation config, else the model's."""
 
     def __init__(self, module: Any, named: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
         named: all arguments, by name.
     """
     if what == "generate":
-        return Settings(module, named).get("use_cache") is not False
+        return GenerationSettings(module, named).get("use_cache") is not False
     wants = named.get("use_cache")
     if wants is None and hasattr(module, "config"):
         wants = getattr(module.config.get_text_config(), "use_cache", None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from layerstream.stages.errors import ModelError
 
-__all__ = ["gist", "load_config", "resolve_model_class"]
+__all__ = ["load_config", "resolve_model_class", "summary_of"]
 
 
 def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
@@ -43,7 +43,9 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     try:
         return (own or transformers.AutoConfig).from_pretrained(folder, local_files_only=True)
     except Exception as exc:
-        raise ModelError(f"{path} does not describe a {model_type} model: {gist(exc)}.") from exc
+        raise ModelError(
+            f"{path} does not describe a {model_type} model: {summary_of(exc)}."
+        ) from exc
 
 
 def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
@@ -73,6 +75,6 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
     return model_class
 
 
-def gist(exc: Exception) -> str:
+def summary_of(exc: Exception) -> str:
     """An exception in one line."""
     return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__

@@ -1,7 +1,7 @@
 """A forward pass on the meta device: which modules it calls, and when it computes with which weight.
 
 No weight is read and no value is known: where a model depends on values, it gets arbitrary ones that let the pass go
-on. So a recording shows the order in which layers are needed, which decides how fast they stream, and where weights
+on. So a trace shows the order in which layers are needed, which decides how fast they stream, and where weights
 are used outside the calls of their own modules; it shows no results.
 """
 
@@ -18,24 +18,24 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.fake_values import Answers
+from layerstream.pipeline.modeling.fake_values import FakeValues
 from layerstream.pipeline.modeling.meta_pass import on_meta
 
-__all__ = ["Call", "Recording", "Touch", "record"]
+__all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "trace_execution"]
 
 logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """A module is called."""
 
     module: str
     within: tuple[str, ...]  # modules that are being called, the outermost one first
 
 
-class Touch(NamedTuple):
+class WeightUse(NamedTuple):
     """An operation computes with a parameter or buffer."""
 
     tensor: str
@@ -45,67 +45,67 @@ class Touch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
-    """The calls and touches of one forward pass, as far as it got."""
+class ExecutionTrace:
+    """The calls and uses of one forward pass, as far as it got."""
 
     complete: bool
-    events: tuple[Call | Touch, ...]
+    events: tuple[ModuleCall | WeightUse, ...]
 
     @property
-    def touches(self) -> list[Touch]:
+    def uses(self) -> list[WeightUse]:
         """The uses of weights."""
-        return [event for event in self.events if isinstance(event, Touch)]
+        return [event for event in self.events if isinstance(event, WeightUse)]
 
 
-def record(model: Any, prompt: PromptPass | None = None) -> list[Recording]:
+def trace_execution(model: Any, prompt: PromptPass | None = None) -> list[ExecutionTrace]:
     """Recordings of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
 
     The first pass is ``prompt``, if given, which then has its memory measured. Inputs of other passes are made up from
     the signature of the model's ``forward``. If none works, the list may be empty.
     """
-    recordings = []
+    traces = []
     passes: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt is None else [prompt]
     for inputs in chain(passes, _dummy_inputs(model)):
-        recording, missed = _recorded(model, inputs)
-        recordings.append(recording)
-        if recording.complete and not missed:
+        trace, missed = _recorded(model, inputs)
+        traces.append(trace)
+        if trace.complete and not missed:
             break
-    if not any(recording.complete for recording in recordings):
+    if not any(trace.complete for trace in traces):
         logger.info("the order of layers is taken from their names, as far as no pass recorded it")
-    recordings.sort(
-        key=lambda r: (r.complete, len({touch.tensor for touch in r.touches})), reverse=True
-    )
-    return recordings
+    traces.sort(key=lambda r: (r.complete, len({use.tensor for use in r.uses})), reverse=True)
+    return traces
 
 
-def _recorded(root: Any, inputs: PromptPass | dict[str, torch.Tensor]) -> tuple[Recording, bool]:
-    """A recording of the pass with ``inputs``, and whether it left out any weight."""
+def _recorded(
+    root: Any, inputs: PromptPass | dict[str, torch.Tensor]
+) -> tuple[ExecutionTrace, bool]:
+    """A trace of the pass with ``inputs``, and whether it left out any weight."""
     clone = clone_modules(root)
-    events: list[Call | Touch] = []
-    spied = _spy_on(clone, events)
+    events: list[ModuleCall | WeightUse] = []
+    tracing = _with_tracing_parameters(clone, events)
     complete = True
     try:
         if isinstance(inputs, PromptPass):
             with torch.no_grad(), inputs.watched():
                 inputs.done(clone(**inputs.inputs))
         else:
-            with torch.no_grad(), on_meta(), Answers():
+            with torch.no_grad(), on_meta(), FakeValues():
                 clone(**inputs)
     except Exception as error:  # noqa: BLE001 - whatever a model does with inputs made up for it
         logger.debug("no forward pass on the meta device: %s", error)
         complete = False
-    recording = Recording(complete=complete, events=tuple(events))
-    return recording, spied > len({touch.tensor for touch in recording.touches})
+    trace = ExecutionTrace(complete=complete, events=tuple(events))
+    return trace, tracing > len({use.tensor for use in trace.uses})
 
 
-def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
-    """Record calls and touches of ``root``, a clone, in ``events``; returns how many weights there are."""
+def _with_tracing_parameters(root: nn.Module, events: list[ModuleCall | WeightUse]) -> int:
+    """Record calls and uses of ``root``, a clone, in ``events``; returns how many weights there are."""
     under_way: list[str] = []
-    spied = 0
+    tracing = 0
     for path, module in root.named_modules(remove_duplicate=False):
 
         def before(_module: nn.Module, _args: Any, path: str = path) -> None:
-            events.append(Call(path, tuple(under_way)))
+            events.append(ModuleCall(path, tuple(under_way)))
             under_way.append(path)
 
         def after(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -129,7 +129,7 @@ def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
                     func: Any, first: bool, tensor: str = f"{path}.{name}" if path else name
                 ) -> None:
                     events.append(
-                        Touch(
+                        WeightUse(
                             tensor=tensor,
                             within=tuple(under_way),
                             looks_up=func is _aten.embedding.default,
@@ -137,12 +137,12 @@ def _spy_on(root: nn.Module, events: list[Call | Touch]) -> int:
                         )
                     )
 
-                table[name] = _Spy(tensor, touched)
-                spied += 1
-    return spied
+                table[name] = _TracingParameter(tensor, touched)
+                tracing += 1
+    return tracing
 
 
-class _Spy(nn.Parameter):
+class _TracingParameter(nn.Parameter):
     """A weight without data that records what computes with it."""
 
     twin: torch.Tensor

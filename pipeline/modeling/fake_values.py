@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Answers"]
+__all__ = ["FakeValues"]
 
 _aten = torch.ops.aten
 
@@ -14,7 +14,7 @@ _aten = torch.ops.aten
 _MOST_ANSWERS = 10_000
 
 
-class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes up the values that a model asks for, so that the pass goes on.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.modeling.call_arguments import Settings, by_name, wants_cache
+from layerstream.pipeline.modeling.call_arguments import GenerationSettings, by_name, wants_cache
 from layerstream.stages.errors import PlanError
 
 __all__ = ["check_host_cache", "with_host_cache"]
@@ -84,7 +84,9 @@ def with_host_cache(
     """
     given = by_name(getattr(module, what, None), inputs, named)
     by_place = _ARGUMENT in given.keys() - named.keys()
-    kinds = Settings(module, given).said("cache_implementation") if what == "generate" else []
+    kinds = (
+        GenerationSettings(module, given).said("cache_implementation") if what == "generate" else []
+    )
     other = any(kind not in _NO_OTHER for kind in kinds)
     if (
         by_place

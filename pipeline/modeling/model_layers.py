@@ -8,7 +8,7 @@ from torch import nn
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import Layer, LayerKind, group_layers, joined
-from layerstream.pipeline.modeling.execution_trace import Call, Recording
+from layerstream.pipeline.modeling.execution_trace import ExecutionTrace, ModuleCall
 from layerstream.pipeline.modeling.gathered_table import WHOLE_BYTES
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.stages.errors import ModelError
@@ -63,15 +63,10 @@ def uses_of(traced: TracedModel) -> dict[str, list[Use]]:
 
 
 def gathered_uses(
-    traced: TracedModel, uses: Mapping[str, Sequence[Use]], recordings: Sequence[Recording]
+    traced: TracedModel, uses: Mapping[str, Sequence[Use]], traces: Sequence[ExecutionTrace]
 ) -> dict[str, list[Use]]:
     """Embedding tables that are stored in a file unchanged, with the embeddings that look rows up in them."""
-    otherwise = {
-        touch.tensor
-        for recording in recordings
-        for touch in recording.touches
-        if not touch.looks_up
-    }
+    otherwise = {use.tensor for trace in traces for use in trace.uses if not use.looks_up}
     gathered = {}
     for name, places in uses.items():
         recipe = traced.recipes[name]
@@ -97,7 +92,7 @@ def model_layers(
     traced: TracedModel,
     checkpoint: Checkpoint,
     uses: Mapping[str, Sequence[Use]],
-    recordings: Sequence[Recording],
+    traces: Sequence[ExecutionTrace],
 ) -> tuple[ModelLayer, ...]:
     """Group what streams into layers in execution order.
 
@@ -108,26 +103,26 @@ def model_layers(
         traced: the model.
         checkpoint: its weight files.
         uses: the places of each recipe's tensor that streams; gathered ones left out.
-        recordings: from ``record``.
+        traces: from ``record``.
     """
     shared = [name for name, places in uses.items() if len(places) > 1]
     single = {places[0].path: name for name, places in uses.items() if len(places) == 1}
-    _refuse_writes(traced, recordings)
+    _refuse_writes(traced, traces)
     grouped = _group(traced, checkpoint, single)
-    events = recordings[0].events if recordings else ()
-    grouped = _split(traced.module, grouped, recordings)
+    events = traces[0].events if traces else ()
+    grouped = _split(traced.module, grouped, traces)
     owner = _owner(grouped)
     pure = _pure_modules(traced.module, owner)
     # Parameters stay resident if no call shows when they are needed: here, those of modules with several layers in them.
     homeless = {path for path in single if pure.get(_parent(path)) != owner[path]}
-    homeless |= _strays(recordings, owner, pure)
+    homeless |= _strays(traces, owner, pure)
     # Recurrent modules keep a second list of their parameters, which binding would not update.
     homeless |= {
         path
         for path in single
         if isinstance(traced.module.get_submodule(_parent(path)), nn.RNNBase)
     }
-    visits = [pure[e.module] for e in events if isinstance(e, Call) and e.module in pure]
+    visits = [pure[e.module] for e in events if isinstance(e, ModuleCall) and e.module in pure]
     visits = visits or [layer.name for layer in grouped]
     first: dict[str, int] = {}
     repeated: set[str] = set()
@@ -135,7 +130,7 @@ def model_layers(
         if name in first and visits[number - 1] != name:
             repeated.add(name)
         first.setdefault(name, number)
-    telling = pure.keys() - _covered(recordings, pure)
+    telling = pure.keys() - _covered(traces, pure)
     layers = []
     for layer in _by_first_visit(grouped, first):
         recipes = tuple(single[path] for path in layer.tensors if path not in homeless)
@@ -162,29 +157,29 @@ def model_layers(
     return tuple(layers)
 
 
-def _refuse_writes(traced: TracedModel, recordings: Sequence[Recording]) -> None:
-    for recording in recordings:
-        for touch in recording.touches:
-            if touch.writes:
+def _refuse_writes(traced: TracedModel, traces: Sequence[ExecutionTrace]) -> None:
+    for trace in traces:
+        for use in trace.uses:
+            if use.writes:
                 raise ModelError(
-                    f"{type(traced.module).__name__} changes {touch.tensor} while it computes, and weights that "
+                    f"{type(traced.module).__name__} changes {use.tensor} while it computes, and weights that "
                     "stream are read anew each time; load it with transformers' from_pretrained instead."
                 )
 
 
 def _split(
-    root: nn.Module, grouped: Sequence[Layer], recordings: Sequence[Recording]
+    root: nn.Module, grouped: Sequence[Layer], traces: Sequence[ExecutionTrace]
 ) -> tuple[Layer, ...]:
     """Split layers whose tensors are used at different times of a pass, with other layers in between."""
-    if not recordings:
+    if not traces:
         return tuple(grouped)
-    runs = _runs(recordings[0], _owner(grouped))
+    runs = _runs(traces[0], _owner(grouped))
     pieces = {layer.name: _pieces(layer, runs) for layer in grouped}
-    before = _strays_of(root, grouped, recordings)
+    before = _strays_of(root, grouped, traces)
     apart = [piece for layer in grouped for piece in pieces[layer.name]]
     names = Counter(piece.name for piece in apart)
     # Do not split off a piece whose weights are used by no module of its own.
-    stuck = _strays_of(root, apart, recordings) - before
+    stuck = _strays_of(root, apart, traces) - before
     return tuple(
         piece
         for layer in grouped
@@ -197,17 +192,17 @@ def _split(
     )
 
 
-def _runs(recording: Recording, owner: Mapping[str, str]) -> dict[str, set[int]]:
+def _runs(trace: ExecutionTrace, owner: Mapping[str, str]) -> dict[str, set[int]]:
     """For every tensor, the intervals of the pass, each spent in one layer, in which it is used."""
     runs: defaultdict[str, set[int]] = defaultdict(set)
     run, current = 0, ""
-    for touch in recording.touches:
-        layer = owner.get(touch.tensor)
+    for use in trace.uses:
+        layer = owner.get(use.tensor)
         if layer is None:
             continue
         if layer != current:
             run, current = run + 1, layer
-        runs[touch.tensor].add(run)
+        runs[use.tensor].add(run)
     return runs
 
 
@@ -224,33 +219,31 @@ def _pieces(layer: Layer, runs: Mapping[str, set[int]]) -> list[Layer]:
 
 
 def _strays_of(
-    root: nn.Module, layers: Sequence[Layer], recordings: Sequence[Recording]
+    root: nn.Module, layers: Sequence[Layer], traces: Sequence[ExecutionTrace]
 ) -> set[str]:
     owner = _owner(layers)
-    return _strays(recordings, owner, _pure_modules(root, owner))
+    return _strays(traces, owner, _pure_modules(root, owner))
 
 
 def _strays(
-    recordings: Sequence[Recording], owner: Mapping[str, str], pure: Mapping[str, str]
+    traces: Sequence[ExecutionTrace], owner: Mapping[str, str], pure: Mapping[str, str]
 ) -> set[str]:
     """Tensors that are used while no module that is only in their layer is being called."""
     return {
-        touch.tensor
-        for recording in recordings
-        for touch in recording.touches
-        if touch.tensor in owner
-        and owner[touch.tensor] not in {pure.get(module) for module in touch.within}
+        use.tensor
+        for trace in traces
+        for use in trace.uses
+        if use.tensor in owner
+        and owner[use.tensor] not in {pure.get(module) for module in use.within}
     }
 
 
-def _covered(recordings: Sequence[Recording], pure: Mapping[str, str]) -> set[str]:
+def _covered(traces: Sequence[ExecutionTrace], pure: Mapping[str, str]) -> set[str]:
     """Modules that are only called inside another one of the same layer, whose hook is enough.
 
     A hook costs ten microseconds a call, and most modules of a block are only called by the block.
     """
-    calls = [
-        event for recording in recordings for event in recording.events if isinstance(event, Call)
-    ]
+    calls = [event for trace in traces for event in trace.events if isinstance(event, ModuleCall)]
     called = {call.module for call in calls if call.module in pure}
     by_themselves = {
         call.module

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.modeling.byte_runs import Run, Runs, merge, place
 from layerstream.stages.errors import ModelError
 
-__all__ = ["Piece", "Recipe", "Tracer"]
+__all__ = ["Recipe", "SourcePiece", "Tracer"]
 
 _aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ _IDENTITIES = frozenset({_aten.alias.default, _aten.detach.default})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class SourcePiece:
     """A run of bytes that is the same in a checkpoint tensor and in a parameter."""
 
     source: str
@@ -50,7 +50,7 @@ class Recipe:
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     """The checkpoint tensors that it is made from, in order of first use."""
-    pieces: tuple[Piece, ...] | None
+    pieces: tuple[SourcePiece, ...] | None
     """Laid one behind the other they are the contiguous parameter; None if it takes a `replay`."""
     scratch_bytes: int
     """Upper bound of the fresh memory that a replay takes, its result included.
@@ -316,8 +316,10 @@ def _history(value: _Node) -> tuple[list[_Node], tuple[_Operation, ...]]:
     return list(nodes.values()), tuple(operations[number] for number in sorted(operations))
 
 
-def _pieces(runs: Iterable[Run]) -> Iterator[Piece]:
+def _pieces(runs: Iterable[Run]) -> Iterator[SourcePiece]:
     offset = 0
     for run in runs:
-        yield Piece(source=run.source, source_offset=run.start, offset=offset, nbytes=run.nbytes)
+        yield SourcePiece(
+            source=run.source, source_offset=run.start, offset=offset, nbytes=run.nbytes
+        )
         offset += run.nbytes

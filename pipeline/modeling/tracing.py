@@ -19,11 +19,18 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.modeling.config import gist, load_config, resolve_model_class
-from layerstream.pipeline.modeling.recipes import Piece, Recipe, Tracer
+from layerstream.pipeline.modeling.config import load_config, resolve_model_class, summary_of
+from layerstream.pipeline.modeling.recipes import Recipe, SourcePiece, Tracer
 from layerstream.stages.errors import ModelError
 
-__all__ = ["Piece", "Recipe", "TracedModel", "load_config", "resolve_model_class", "trace_model"]
+__all__ = [
+    "Recipe",
+    "SourcePiece",
+    "TracedModel",
+    "load_config",
+    "resolve_model_class",
+    "trace_model",
+]
 
 # While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
 # at once might restore each other's replacements, for good.
@@ -128,7 +135,7 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
         except Exception as exc:
             raise ModelError(
                 f"transformers cannot build {model_class.__name__} for {checkpoint.path}: "
-                f"{gist(exc)}."
+                f"{summary_of(exc)}."
             ) from exc
     module.__class__ = model_class
     return module

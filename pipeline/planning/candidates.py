@@ -11,13 +11,13 @@ from layerstream.pipeline.planning.cost_model import Placement, Prices
 from layerstream.pipeline.planning.placement import Frame, Need
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.prediction import Prediction
-from layerstream.pipeline.planning.problem import LEAST_SLOTS, SLOTS, Asked
+from layerstream.pipeline.planning.problem import LEAST_SLOTS, SLOTS, Problem
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
-__all__ = ["Choice", "search"]
+__all__ = ["PricedChoice", "search"]
 
 # Blocks per layer batch that are tried; larger batches bring nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -36,7 +36,7 @@ _KV_LAYERS_ON_DEVICE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class PricedChoice:
     """A placement with its predicted times."""
 
     frame: Frame
@@ -71,22 +71,22 @@ class Choice:
         return bool(self.name), slots, maps, handed_over, read, sum(self.need)
 
 
-def search(asked: Asked) -> list[Choice]:
-    """All candidates for ``asked`` that fit: the best one first, the others by their time.
+def search(problem: Problem) -> list[PricedChoice]:
+    """All candidates for ``problem`` that fit: the best one first, the others by their time.
 
     Of equally fast ones, those with residents come first, then three slots, then the fewest bytes from disk.
 
     Raises:
         PlanError: none fits.
     """
-    return _Search(asked).choices()
+    return _Search(problem).choices()
 
 
 class _Search:
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[PricedChoice]:
         # A plan is not refused for what requests take besides tensors, but plans that leave memory for it come first.
         for kv_on_host, leaves_room in itertools.product(self._kv_places(), (True, False)):
             found = [
@@ -103,20 +103,20 @@ class _Search:
         found.sort(key=lambda choice: choice.prediction.request_seconds)
         overlapping = any(choice.overlaps for choice in found)
         able = [choice for choice in found if choice.overlaps or choice.name or not overlapping]
-        tolerance = _EQUAL_PAST_NOTHING if self._asked.workload is None else _EQUAL
+        tolerance = _EQUAL_PAST_NOTHING if self._problem.workload is None else _EQUAL
         most = able[0].prediction.request_seconds * (1 + tolerance)
         equal = [choice for choice in able if choice.prediction.request_seconds <= most]
         best = min(equal, key=lambda choice: choice._preference)  # noqa: SLF001 - it is ours
         return [best, *(choice for choice in found if choice is not best)]
 
     def _readers(self) -> tuple[ReaderKind, ...]:
-        if self._asked.reader is not None:
-            return (self._asked.reader,)
-        room = self._asked.hardware.host_available_bytes * (1 - MARGIN)
+        if self._problem.reader is not None:
+            return (self._problem.reader,)
+        room = self._problem.hardware.host_available_bytes * (1 - MARGIN)
         if (
-            self._asked.on_cpu
-            and self._asked.budget.host is None
-            and self._asked.checkpoint.total_bytes <= room
+            self._problem.on_cpu
+            and self._problem.budget.host is None
+            and self._problem.checkpoint.total_bytes <= room
         ):
             # The page cache has all of it, also for the next process; a copy of our own would be no faster.
             return (ReaderKind.MMAP,)
@@ -124,63 +124,65 @@ class _Search:
 
     def _kv_places(self) -> tuple[bool, ...]:
         """The places of the KV cache to try, in this order: whether it is on the host."""
-        asked = self._asked
-        if asked.on_cpu or asked.memory is None:
+        problem = self._problem
+        if problem.on_cpu or problem.memory is None:
             return (False,)
-        return (False, True) if asked.kv_on_host is None else (asked.kv_on_host,)
+        return (False, True) if problem.kv_on_host is None else (problem.kv_on_host,)
 
     def _frame(self, reader: ReaderKind, *, kv_on_host: bool) -> Frame:
-        kv = self._asked.memory.kv_bytes if kv_on_host and self._asked.memory is not None else 0
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._asked.layers)
+        kv = self._problem.memory.kv_bytes if kv_on_host and self._problem.memory is not None else 0
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
         kv_left = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
-        requests = self._asked.workload_bytes
+        requests = self._problem.workload_bytes
         return Frame(
-            checkpoint=self._asked.checkpoint,
-            layers=self._asked.layers,
-            on_cpu=self._asked.on_cpu,
+            checkpoint=self._problem.checkpoint,
+            layers=self._problem.layers,
+            on_cpu=self._problem.on_cpu,
             reader=reader,
-            host_budget=self._asked.host_budget_bytes,
-            vram_budget=self._asked.vram_budget_bytes,
-            host_reserved=_FIXED_BYTES + (requests if self._asked.on_cpu else kv),
-            vram_reserved=0 if self._asked.on_cpu else _VRAM_FIXED_BYTES + requests - kv + kv_left,
+            host_budget=self._problem.host_budget_bytes,
+            vram_budget=self._problem.vram_budget_bytes,
+            host_reserved=_FIXED_BYTES + (requests if self._problem.on_cpu else kv),
+            vram_reserved=0
+            if self._problem.on_cpu
+            else _VRAM_FIXED_BYTES + requests - kv + kv_left,
             kv_on_host_bytes=kv,
-            held_bytes=self._asked.overhead_bytes,
+            held_bytes=self._problem.overhead_bytes,
         )
 
-    def _of_frame(self, frame: Frame, *, leaves_room: bool) -> Iterator[Choice]:
+    def _of_frame(self, frame: Frame, *, leaves_room: bool) -> Iterator[PricedChoice]:
         prices = self._prices()
-        spare = Need(-self._asked.request_overhead_bytes if leaves_room else 0, 0)
+        spare = Need(-self._problem.request_overhead_bytes if leaves_room else 0, 0)
         for size in self._sizes():
-            batches = frame.batches(size, passing=self._asked.rings)
+            batches = frame.batches(size, passing=self._problem.rings)
             for slots in self._slots(frame):
-                rings = self._asked.rings or frame.arenas(batches, slots)
+                rings = self._problem.rings or frame.arenas(batches, slots)
                 if not frame.fits(frame.need(batches, rings), spare=spare):
                     continue
                 seen: list[list[LayerBatch]] = []
                 for oversized_first in (False, True):
                     placed = frame.with_residents(
-                        batches, slots, rings=self._asked.rings, oversized_first=oversized_first
+                        batches, slots, rings=self._problem.rings, oversized_first=oversized_first
                     )
                     if placed not in seen:
                         seen.append(placed)
                         yield self._choice(frame, prices, placed, size=size, slots=slots)
             # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
-            slots = self._asked.slots or LEAST_SLOTS
-            rings = self._asked.rings or frame.arenas(batches, slots)
+            slots = self._problem.slots or LEAST_SLOTS
+            rings = self._problem.rings or frame.arenas(batches, slots)
             if frame.fits(frame.need(batches, rings), spare=spare):
                 bare = self._choice(frame, prices, batches, size=size, slots=slots, grows=False)
                 yield dataclasses.replace(bare, name="one batch at a time, no residents")
 
     def _slots(self, frame: Frame) -> tuple[int, ...]:
-        if self._asked.slots is not None:
-            return (self._asked.slots,)
+        if self._problem.slots is not None:
+            return (self._problem.slots,)
         return SLOTS[:1] if frame.maps else SLOTS  # mapped batches take no slots
 
     def _sizes(self) -> list[int]:
-        if self._asked.layer_batch_size is not None:
-            return [self._asked.layer_batch_size]
+        if self._problem.layer_batch_size is not None:
+            return [self._problem.layer_batch_size]
         blocks = sorted(
-            layer.nbytes for layer in self._asked.layers if layer.kind is LayerKind.BLOCK
+            layer.nbytes for layer in self._problem.layers if layer.kind is LayerKind.BLOCK
         )
         if not blocks:
             return [1]
@@ -197,12 +199,12 @@ class _Search:
         size: int,
         slots: int,
         grows: bool = True,
-    ) -> Choice:
-        arenas = self._asked.rings or frame.arenas(batches, slots)
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._asked.layers)
+    ) -> PricedChoice:
+        arenas = self._problem.rings or frame.arenas(batches, slots)
+        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
         placement = Placement(
             reader=frame.reader,
-            on_cpu=self._asked.on_cpu,
+            on_cpu=self._problem.on_cpu,
             size=size,
             slots=slots,
             arenas=arenas,
@@ -211,7 +213,7 @@ class _Search:
             kv_bytes_per_block=frame.kv_on_host_bytes // max(blocks, 1),
             page_room_bytes=self._page_room(frame, batches),
         )
-        return Choice(
+        return PricedChoice(
             frame=frame,
             placement=placement,
             prediction=prices.price(placement),
@@ -219,10 +221,10 @@ class _Search:
 
     def _spare(self) -> Need:
         """Memory for the activations of a prompt that is free while no prompt is processed."""
-        if self._asked.memory is None:
+        if self._problem.memory is None:
             return Need(0, 0)
-        spare = self._asked.memory.spare_bytes
-        return Need(spare, 0) if self._asked.on_cpu else Need(0, spare)
+        spare = self._problem.memory.spare_bytes
+        return Need(spare, 0) if self._problem.on_cpu else Need(0, spare)
 
     def _page_room(self, frame: Frame, batches: Sequence[LayerBatch]) -> int:
         """Memory for files in the page cache.
@@ -230,32 +232,32 @@ class _Search:
         A host budget is meant to include the page cache. So if there is one, only what is cached already counts, and only
         if that is almost everything.
         """
-        free = int(self._asked.hardware.host_available_bytes * (1 - MARGIN))
+        free = int(self._problem.hardware.host_available_bytes * (1 - MARGIN))
         wanted = sum(batch.read_bytes for batch in batches)
         if (
-            self._asked.budget.host is not None
-            and self._asked.hardware.cached_bytes < _CACHED * wanted
+            self._problem.budget.host is not None
+            and self._problem.hardware.cached_bytes < _CACHED * wanted
         ):
             return 0
         return max(0, free - frame.need(batches, frame.arenas(batches, 1)).host)
 
     def _prices(self) -> Prices:
         return Prices(
-            layers={layer.name: layer for layer in self._asked.layers},
-            rates=self._asked.rates,
-            work=Work(self._asked.checkpoint.config, self._asked.rates)
-            if self._asked.workload is not None
+            layers={layer.name: layer for layer in self._problem.layers},
+            rates=self._problem.rates,
+            work=Work(self._problem.checkpoint.config, self._problem.rates)
+            if self._problem.workload is not None
             else None,
-            workload=self._asked.workload,
-            objective=self._asked.objective,
-            throttle_bytes_per_second=self._asked.throttle_bytes_per_second,
-            cached_bytes=self._asked.hardware.cached_bytes,
+            workload=self._problem.workload,
+            objective=self._problem.objective,
+            throttle_bytes_per_second=self._problem.throttle_bytes_per_second,
+            cached_bytes=self._problem.hardware.cached_bytes,
         )
 
     def _least(self, frame: Frame) -> Need:
-        batches = frame.batches(self._asked.layer_batch_size or 1, passing=self._asked.rings)
+        batches = frame.batches(self._problem.layer_batch_size or 1, passing=self._problem.rings)
         return frame.need(
-            batches, self._asked.rings or frame.arenas(batches, self._asked.slots or 1)
+            batches, self._problem.rings or frame.arenas(batches, self._problem.slots or 1)
         )
 
     def _too_small(self) -> str:
@@ -265,7 +267,7 @@ class _Search:
             for kv_on_host in self._kv_places()
         ]
         frame, need = min(((frame, self._least(frame)) for frame in frames), key=_lacks)
-        nbytes, name = max((layer.nbytes, layer.name) for layer in self._asked.layers)
+        nbytes, name = max((layer.nbytes, layer.name) for layer in self._problem.layers)
         side, needed, have, kept = (
             ("host", need.host, frame.host_budget, frame.host_reserved)
             if need.host > frame.host_budget

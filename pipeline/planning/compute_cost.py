@@ -10,7 +10,7 @@ from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.workload_memory import with_text_config
 
-__all__ = ["Pass", "Work"]
+__all__ = ["PassShape", "Work"]
 
 _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 _ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
@@ -19,7 +19,7 @@ _ITEM_BYTES = 2  # of a KV cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
+class PassShape:
     """The shape of one forward pass."""
 
     sequences: int
@@ -53,11 +53,11 @@ class Work:
         self._attention_width = heads * head
         self._kv_width = 2 * (_first(text, "num_key_value_heads") or heads) * head
 
-    def visits(self, layer: PlannedLayer, forward: Pass) -> bool:
+    def visits(self, layer: PlannedLayer, forward: PassShape) -> bool:
         """Whether the pass needs ``layer``: an encoder runs for the prompt only."""
         return forward.prompt or not (self._encodes_once and _ENCODER.search(layer.name))
 
-    def seconds(self, layer: PlannedLayer, forward: Pass, *, mapped: bool = False) -> float:
+    def seconds(self, layer: PlannedLayer, forward: PassShape, *, mapped: bool = False) -> float:
         """Seconds to compute ``layer``; ``mapped``: its weights are used in a mapping of the files."""
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # only rows are looked up
@@ -81,7 +81,7 @@ class Work:
         multiplying = nbytes * tokens / (last.bytes_per_second * last.tokens)
         return self._rates.elementwise * multiplying
 
-    def _attention(self, forward: Pass) -> float:
+    def _attention(self, forward: PassShape) -> float:
         pairs = forward.sequences * forward.tokens * forward.context
         rates = self._rates
         one = forward.tokens == 1

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
-from layerstream.pipeline.planning.compute_cost import Pass, Work
+from layerstream.pipeline.planning.compute_cost import PassShape, Work
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.placement import Arenas
 from layerstream.pipeline.planning.plan import ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective, Prediction
-from layerstream.pipeline.planning.simulation import BatchCost, play
+from layerstream.pipeline.planning.simulation import BatchCost, simulate
 from layerstream.stages.batch import LayerBatch
 
 __all__ = ["Placement", "Prices"]
@@ -86,7 +86,7 @@ class Prices:
             first=late,
         )
         step = self._sweep(placement, decode, placement.decode_batches, loaded=None)
-        costs = play(
+        costs = simulate(
             [first, second, step, step, prompt, step, step],
             host_ring_bytes=placement.arenas.host,
             device_ring_bytes=placement.arenas.device,
@@ -112,21 +112,21 @@ class Prices:
             tokens_per_second=sequences / steady.seconds if steady.seconds > 0 else 0.0,
         )
 
-    def passes(self) -> tuple[Pass | None, Pass | None]:
+    def passes(self) -> tuple[PassShape | None, PassShape | None]:
         """A request's first pass and a typical later one; None without computation."""
         if self.work is None or self.workload is None:
             return None, None
         sequences, prompt = self.workload.batch_size, self.workload.prompt_tokens
         context = prompt + self.workload.new_tokens // 2
         return (
-            Pass(sequences=sequences, tokens=prompt, context=prompt, prompt=True),
-            Pass(sequences=sequences, tokens=1, context=context, prompt=False),
+            PassShape(sequences=sequences, tokens=prompt, context=prompt, prompt=True),
+            PassShape(sequences=sequences, tokens=1, context=context, prompt=False),
         )
 
     def _sweep(
         self,
         placement: Placement,
-        forward: Pass | None,
+        forward: PassShape | None,
         batches: Sequence[LayerBatch],
         *,
         loaded: frozenset[int] | None,
@@ -147,7 +147,7 @@ class Prices:
             )
         return costs
 
-    def _visits(self, layer: PlannedLayer, forward: Pass | None) -> bool:
+    def _visits(self, layer: PlannedLayer, forward: PassShape | None) -> bool:
         return forward is None or self.work is None or self.work.visits(layer, forward)
 
     def _batch(
@@ -155,7 +155,7 @@ class Prices:
         placement: Placement,
         batch: LayerBatch,
         layers: Sequence[PlannedLayer],
-        forward: Pass | None,
+        forward: PassShape | None,
         *,
         there: bool,
         missing: float,

@@ -12,12 +12,12 @@ from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import sizes_of
-from layerstream.pipeline.planning.candidates import Choice, search
+from layerstream.pipeline.planning.candidates import PricedChoice, search
 from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.planning.placement import Arenas
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Candidate, Objective
-from layerstream.pipeline.planning.problem import Asked
+from layerstream.pipeline.planning.problem import Problem
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.errors import PlanError
 
@@ -76,7 +76,7 @@ def make_plan(
     if running is not None:
         reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second
         layer_batch_size, slots = running.layer_batch_size, running.host_slots
-    asked = Asked(
+    problem = Problem(
         checkpoint=checkpoint,
         hardware=hardware,
         budget=budget or Budget(),
@@ -94,22 +94,22 @@ def make_plan(
         else Arenas(running.host_arena_bytes, running.device_arena_bytes),
         kv_on_host=None if running is None else running.kv_cache_on_host,
     )
-    return _plan(asked, search(asked))
+    return _plan(problem, search(problem))
 
 
-def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
+def _plan(problem: Problem, choices: Sequence[PricedChoice]) -> Plan:
     """The plan for the first of ``choices``, which records the others."""
     best = choices[0]
     placement, (host_memory, device_memory) = best.placement, best.memory
     return Plan(
-        checkpoint=str(asked.checkpoint.path),
+        checkpoint=str(problem.checkpoint.path),
         files=tuple(
             PlannedFile(path=str(file.path), nbytes=file.size_bytes)
-            for file in asked.checkpoint.files
+            for file in problem.checkpoint.files
         ),
-        device=asked.hardware.device,
+        device=problem.hardware.device,
         reader=placement.reader,
-        throttle_bytes_per_second=asked.throttle_bytes_per_second,
+        throttle_bytes_per_second=problem.throttle_bytes_per_second,
         read_request_bytes=_REQUEST_BYTES,
         reads_in_flight=_REQUESTS,
         layer_batch_size=placement.size,
@@ -120,9 +120,9 @@ def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
         host_memory=host_memory,
         device_memory=device_memory,
         batches=tuple(placement.batches),
-        workload=asked.workload,
-        workload_bytes=asked.workload_bytes,
-        kv_cache_bytes=0 if asked.memory is None else asked.memory.kv_bytes,
+        workload=problem.workload,
+        workload_bytes=problem.workload_bytes,
+        kv_cache_bytes=0 if problem.memory is None else problem.memory.kv_bytes,
         overhead_bytes=best.frame.held_bytes,
         kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
         always_resident=tuple(
@@ -137,12 +137,12 @@ def _plan(asked: Asked, choices: Sequence[Choice]) -> Plan:
         ),
         prediction=best.prediction,
         inputs=(
-            *sizes_of(asked.hardware),
-            *asked.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
+            *sizes_of(problem.hardware),
+            *problem.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
         ),
         candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),
-        advice=advise(asked, best),
-        notes=_notes(asked, best),
+        advice=advise(problem, best),
+        notes=_notes(problem, best),
     )
 
 
@@ -154,31 +154,33 @@ def _memory(
     return estimate_memory(checkpoint.config, workload)
 
 
-def _notes(asked: Asked, best: Choice) -> tuple[str, ...]:
+def _notes(problem: Problem, best: PricedChoice) -> tuple[str, ...]:
     """Assumptions, and explanations of the plan."""
     notes = []
-    if best.placement.reader is ReaderKind.MMAP and asked.reader is None:
+    if best.placement.reader is ReaderKind.MMAP and problem.reader is None:
         notes.append("the files are mapped: computation reads them in the page cache")
-    if asked.memory is not None and asked.workload is not None:
+    if problem.memory is not None and problem.workload is not None:
         how = (
-            "measured on the meta device" if asked.memory.measured else "estimated from config.json"
+            "measured on the meta device"
+            if problem.memory.measured
+            else "estimated from config.json"
         )
-        w = asked.workload
+        w = problem.workload
         notes.append(
             f"KV cache and activations are {how} for {w.batch_size} x ({w.prompt_tokens} + "
             f"{w.new_tokens}) tokens"
         )
-    elif asked.workload is not None:
+    elif problem.workload is not None:
         notes.append(
             "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
         )
     return tuple(notes)
 
 
-def _telling(choices: Sequence[Choice]) -> list[Choice]:
+def _telling(choices: Sequence[PricedChoice]) -> list[PricedChoice]:
     """The best of each layer batch size and reader, and the trivial plan."""
     best = choices[0].placement
-    kinds: dict[tuple[int, str], Choice] = {}
+    kinds: dict[tuple[int, str], PricedChoice] = {}
     for choice in choices:
         kinds.setdefault((choice.placement.size, choice.placement.reader), choice)
     told = list(kinds.values())[:_TOLD]
@@ -187,7 +189,7 @@ def _telling(choices: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in choices if any(choice is each for each in told)]
 
 
-def _told(choice: Choice, *, chosen: bool) -> Candidate:
+def _told(choice: PricedChoice, *, chosen: bool) -> Candidate:
     placement, need = choice.placement, choice.need
     return Candidate(
         name=choice.name,
@@ -210,17 +212,17 @@ def _objective(given: Objective | str) -> Objective:
     return Objective(given)
 
 
-def _reader(asked: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
+def _reader(problem: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
     # Written so that NaN is refused too; JSON knows no infinity.
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
         raise PlanError(
             f"throttle_bytes_per_second is {rate!r}, but must be a number above nothing"
         )
-    if asked is None:
+    if problem is None:
         return None if rate is None else ReaderKind.THROTTLED
-    if asked not in list(ReaderKind):
-        raise PlanError(f"reader {asked!r} is unknown; use one of {', '.join(ReaderKind)}")
-    kind = ReaderKind(asked)
+    if problem not in list(ReaderKind):
+        raise PlanError(f"reader {problem!r} is unknown; use one of {', '.join(ReaderKind)}")
+    kind = ReaderKind(problem)
     if (kind is ReaderKind.THROTTLED) != (rate is not None):
         raise PlanError("the throttled reader and throttle_bytes_per_second go together")
     return kind

@@ -16,7 +16,7 @@ from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
-__all__ = ["LEAST_SLOTS", "SLOTS", "Asked"]
+__all__ = ["LEAST_SLOTS", "SLOTS", "Problem"]
 
 # More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. Of equally
 # fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
@@ -28,7 +28,7 @@ _HOST_UNCERTAIN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Problem:
     """The arguments of ``make_plan``, checked."""
 
     checkpoint: Checkpoint

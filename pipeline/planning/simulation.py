@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from layerstream.pipeline.planning.prediction import SweepPrediction
 
-__all__ = ["BatchCost", "play"]
+__all__ = ["BatchCost", "simulate"]
 
 # How many batches may be under way besides the one that is computed with, however large the rings are: two in
 # the read stage, one on its way into the queue behind it, one in each of the two queues, one being copied.
@@ -30,7 +30,7 @@ class BatchCost:
     copied_away: bool = False  # the host slot is free after the copy, not after the computation
 
 
-def play(
+def simulate(
     sweeps: Iterable[Sequence[BatchCost]],
     *,
     host_ring_bytes: int,

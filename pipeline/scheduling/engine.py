@@ -12,7 +12,7 @@ from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
 from layerstream.pipeline.scheduling.passes import PassRunner
-from layerstream.pipeline.scheduling.request import CLOSED, Call, Request, Requests
+from layerstream.pipeline.scheduling.request import CLOSED, Method, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.sampling_rng import drawing_from
@@ -22,8 +22,8 @@ from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.pipeline.scheduling.tokens import counted
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
-from layerstream.stages.process.libraries import Leftovers
-from layerstream.stages.threads import Threads, settled
+from layerstream.stages.process.libraries import LibraryMemory
+from layerstream.stages.threads import Threads, wait_all
 
 __all__ = ["Engine"]
 
@@ -63,7 +63,7 @@ class Engine:
         self.requests = Requests(scheduler, memory_bytes=memory.nbytes, places=places)
         self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
         self.threads = Threads("pass", places)
-        self._leftovers = Leftovers()
+        self._leftovers = LibraryMemory()
         self._numbers = itertools.count(1)
 
     # -- requests of tasks on the event loop -----------------------------------------------------
@@ -79,7 +79,7 @@ class Engine:
     async def _run(
         self,
         what: str,
-        call: Call,
+        call: Method,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
     ) -> Any:
@@ -117,7 +117,7 @@ class Engine:
                 raise ClosedError(CLOSED) from None
             if not future.cancel():
                 self._scheduler.cancel(request.runner)
-                await settled([future])
+                await wait_all([future])
                 # Mark an error as retrieved: the task that was cancelled does not want it.
                 waiting.cancelled() or waiting.exception()
             raise
@@ -144,7 +144,7 @@ class Engine:
 
     # -- requests of other threads ---------------------------------------------------------------
 
-    def generate_here(self, call: Call, inputs: Sequence[Any], named: Any) -> Any:
+    def generate_here(self, call: Method, inputs: Sequence[Any], named: Any) -> Any:
         """Generate in the calling thread.
 
         Args:
@@ -218,7 +218,7 @@ class Engine:
     def _request(
         self,
         what: str,
-        call: Call,
+        call: Method,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
         *,

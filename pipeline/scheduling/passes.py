@@ -12,7 +12,7 @@ from layerstream.pipeline.modeling.model_layers import Use
 from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.devices.protocol import Device, Event
-from layerstream.stages.errors import noting
+from layerstream.stages.errors import annotated
 
 __all__ = ["PassCancelled", "PassRunner", "Scheduler", "Turn"]
 
@@ -184,7 +184,7 @@ class PassRunner:
             self._scheduler.call_on_loop(self._scheduler.wait_given_up, self)
             raise
         self._visited.append(index)
-        with noting("compute", bound):
+        with annotated("compute", bound):
             put_buffers(self.root, bound.bind())
 
     def detached(self, output: Any) -> Any:

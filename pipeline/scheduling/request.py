@@ -17,12 +17,12 @@ from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["CLOSED", "Call", "Request", "Requests"]
+__all__ = ["CLOSED", "Method", "Request", "Requests"]
 
 logger = logging.getLogger(__name__)
 
 # Given a clone of the module tree, returns what to call with the inputs.
-Call = Callable[[Any], Callable[..., Any]]
+Method = Callable[[Any], Callable[..., Any]]
 
 CLOSED = "the model was closed before this request's turn came"
 
@@ -34,7 +34,7 @@ class Request:
     number: int
     what: str  # "forward" or "generate"
     cost: RequestCost
-    call: Call
+    call: Method
     inputs: Sequence[Any]
     named: dict[str, Any]
     runner: PassRunner

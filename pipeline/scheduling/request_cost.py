@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.modeling.call_arguments import (
-    Settings,
+    GenerationSettings,
     Shape,
     by_name,
     is_encoder_decoder,
@@ -133,7 +133,7 @@ class Estimator:
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
         shape = shape_of(self._module, "generate", named)
-        setting = Settings(self._module, named)
+        setting = GenerationSettings(self._module, named)
         # Ids that come with a cache usually include the tokens in the cache.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
         new = setting.new_tokens(shape.decoder if self._encoder_decoder else shape.length)
@@ -234,7 +234,9 @@ class Estimator:
         asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
         return workload_bytes(config.to_dict(), asked)[0]
 
-    def _may_chunk(self, setting: Settings, named: Mapping[str, Any], shape: Shape) -> bool:
+    def _may_chunk(
+        self, setting: GenerationSettings, named: Mapping[str, Any], shape: Shape
+    ) -> bool:
         return (
             shape.told
             and takes_criteria(self._module)

@@ -19,12 +19,12 @@ from typing import Self, TypeVar
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.streaming.resources import Resources
 from layerstream.pipeline.streaming.supervision import run_stages
-from layerstream.pipeline.streaming.sweep_log import SweepRecord
+from layerstream.pipeline.streaming.sweep_log import SweepLog
 from layerstream.pipeline.streaming.switching import check_alike, without_residents
 from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices.protocol import Device, Event
-from layerstream.stages.errors import BusyError, ClosedError, PlanError, noting
+from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
 from layerstream.stages.read import read_stage
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.route import InFlight, Route
@@ -64,7 +64,7 @@ class Pipeline:
         self._device_given = device
         self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
-        self._record = SweepRecord(on_gpu=plan.device_memory is not None)
+        self._record = SweepLog(on_gpu=plan.device_memory is not None)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
@@ -225,7 +225,7 @@ class Pipeline:
 
         def step(batch: Batch, state: T) -> T:
             try:
-                with noting("compute", self.plan.batches[batch.index]):
+                with annotated("compute", self.plan.batches[batch.index]):
                     return compute(batch, state)
             finally:
                 # In this thread, on its stream; also after an error, since the work that was queued on the

@@ -11,13 +11,13 @@ from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
 from layerstream.stages.telemetry.spans import Occupancy, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["SweepRecord"]
+__all__ = ["SweepLog"]
 
 # The latest sweeps that timings list one by one: enough to learn rates from.
 _SWEEPS_KEPT = 64
 
 
-class SweepRecord:
+class SweepLog:
     """Counts the completed sweeps of a pipeline.
 
     Args:

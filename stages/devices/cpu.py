@@ -9,7 +9,7 @@ import torch
 
 from layerstream.stages.devices.protocol import Copy, Event
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.process.libraries import Leftovers
+from layerstream.stages.process.libraries import LibraryMemory
 
 __all__ = ["CpuDevice"]
 
@@ -55,7 +55,7 @@ class CpuDevice:
 
     def trim(self) -> None:
         """Return what the C library and MKL keep to the system."""
-        Leftovers().release()
+        LibraryMemory().release()
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Copy now."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["KERNELS_KEPT", "Leftovers", "keep_little"]
+__all__ = ["KERNELS_KEPT", "LibraryMemory", "limit_library_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _M_ARENA_MAX = -8  # of malloc.h
 _TRIMMING_SHARE = 0.05
 
 
-def keep_little() -> None:
+def limit_library_memory() -> None:
     """Make the libraries keep less, in all of this process, so that it stays within a budget.
 
     oneDNN then keeps at most ``KERNELS_KEPT`` compiled kernels. It reads that from the environment when it is first
@@ -51,7 +51,7 @@ def keep_little() -> None:
         library.mallopt(_M_ARENA_MAX, _HEAPS)
 
 
-class Leftovers:
+class LibraryMemory:
     """Unused memory that the C library and MKL keep after a request has ended.
 
     MKL keeps the buffers that it packs float32 matrices into, for each thread and size: 11 MB a thread. glibc keeps

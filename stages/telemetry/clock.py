@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from layerstream.stages.telemetry.spans import SPANS_KEPT, Doing, Span, StageTimings
+from layerstream.stages.telemetry.spans import SPANS_KEPT, Activity, Span, StageTimings
 
 __all__ = ["Clock", "Gauge"]
 
@@ -25,20 +25,22 @@ class Clock:
     def __init__(self, name: str) -> None:
         self.name = name
         self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
-        self._seconds = dict.fromkeys(Doing, 0.0)
+        self._seconds = dict.fromkeys(Activity, 0.0)
         self._items = 0
         self._bytes = 0
         self._pending: deque[Callable[[Clock], bool]] = deque(maxlen=_PENDING_KEPT)
         self._counting = threading.Lock()  # timings may be asked for in any thread
         self.stopped = 0.0  # when the last span ended
 
-    def add(self, doing: Doing, start: float, stop: float, *, batch: int, nbytes: int = 0) -> float:
+    def add(
+        self, activity: Activity, start: float, stop: float, *, batch: int, nbytes: int = 0
+    ) -> float:
         """Count the time from ``start`` to ``stop``; returns ``stop``."""
-        self._seconds[doing] += stop - start
-        if doing is Doing.WORKING:
+        self._seconds[activity] += stop - start
+        if activity is Activity.WORKING:
             self._items += 1
             self._bytes += nbytes
-        self.spans.append(Span(doing, batch, start, stop, nbytes))
+        self.spans.append(Span(activity, batch, start, stop, nbytes))
         self.stopped = max(self.stopped, stop)
         return stop
 
@@ -65,9 +67,9 @@ class Clock:
             name=self.name,
             items=self._items,
             bytes=self._bytes,
-            busy_seconds=self._seconds[Doing.WORKING],
-            waited_in_seconds=self._seconds[Doing.WAITING_IN],
-            waited_out_seconds=self._seconds[Doing.WAITING_OUT],
+            busy_seconds=self._seconds[Activity.WORKING],
+            waited_in_seconds=self._seconds[Activity.WAITING_IN],
+            waited_out_seconds=self._seconds[Activity.WAITING_OUT],
             spans=tuple(self.spans),
         )
 

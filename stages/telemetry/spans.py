@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-__all__ = ["SPANS_KEPT", "Doing", "Occupancy", "Span", "StageTimings", "SweepSpan"]
+__all__ = ["SPANS_KEPT", "Activity", "Occupancy", "Span", "StageTimings", "SweepSpan"]
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
 
 
-class Doing(StrEnum):
+class Activity(StrEnum):
     """What a stage, or a slot, spends its time on."""
 
     WAITING_IN = "waiting in"  # for the stage before it: this stage is faster
@@ -22,7 +22,7 @@ class Doing(StrEnum):
 class Span:
     """What one stage, or a slot, did for some time, by ``time.perf_counter``. Spans of a stage do not overlap."""
 
-    doing: Doing
+    activity: Activity
     batch: int  # index of the layer batch; -1 if unknown
     start_seconds: float
     stop_seconds: float
@@ -51,25 +51,25 @@ class StageTimings:
 
     def between(self, start_seconds: float, stop_seconds: float) -> "StageTimings":
         """The same for a part of the time, from the spans that are kept; a span's bytes count in proportion."""
-        seconds, nbytes, items, kept = dict.fromkeys(Doing, 0.0), 0.0, 0, []
+        seconds, nbytes, items, kept = dict.fromkeys(Activity, 0.0), 0.0, 0, []
         for span in self.spans:
             start = max(span.start_seconds, start_seconds)
             stop = min(span.stop_seconds, stop_seconds)
             whole = span.stop_seconds - span.start_seconds
             if start > stop or (start == stop and whole):
                 continue
-            seconds[span.doing] += stop - start
+            seconds[span.activity] += stop - start
             share = span.nbytes * ((stop - start) / whole if whole else 1.0)
             nbytes += share
-            items += span.doing is Doing.WORKING and stop == span.stop_seconds
+            items += span.activity is Activity.WORKING and stop == span.stop_seconds
             kept.append(replace(span, start_seconds=start, stop_seconds=stop, nbytes=round(share)))
         return StageTimings(
             name=self.name,
             items=items,
             bytes=round(nbytes),
-            busy_seconds=seconds[Doing.WORKING],
-            waited_in_seconds=seconds[Doing.WAITING_IN],
-            waited_out_seconds=seconds[Doing.WAITING_OUT],
+            busy_seconds=seconds[Activity.WORKING],
+            waited_in_seconds=seconds[Activity.WAITING_IN],
+            waited_out_seconds=seconds[Activity.WAITING_OUT],
             spans=tuple(kept),
         )
 

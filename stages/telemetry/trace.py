@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerstream.stages.telemetry.spans import Doing, Span
+from layerstream.stages.telemetry.spans import Activity, Span
 
 __all__ = ["lanes", "trace_events", "write_trace"]
 
@@ -52,7 +52,7 @@ def trace_events(
             end = _nanoseconds(span.stop_seconds - start_seconds)
             yield {
                 "name": _name(span, labels),
-                "cat": str(span.doing),
+                "cat": str(span.activity),
                 "ph": "X",
                 "pid": _PROCESS,
                 "tid": track,
@@ -88,5 +88,7 @@ def _name(span: Span, labels: Sequence[str]) -> str:
     layers = f" {labels[span.batch]}" if 0 <= span.batch < len(labels) else ""
     batch = f"{span.batch}{layers}" if span.batch >= 0 else ""
     return (
-        batch if span.doing in {Doing.WORKING, Doing.HOLDING} else f"{span.doing} {batch}".rstrip()
+        batch
+        if span.activity in {Activity.WORKING, Activity.HOLDING}
+        else f"{span.activity} {batch}".rstrip()
     )

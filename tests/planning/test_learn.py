@@ -9,9 +9,9 @@ from layerstream.pipeline import Checkpoint, Hardware, Plan, Workload, make_plan
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin
 from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.spans import Doing, SweepSpan
+from layerstream.stages.telemetry.spans import Activity, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.tools.synthetic.checkpoints import Recipe, make_checkpoint
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 PROMPT = 256
@@ -36,7 +36,7 @@ KNOWN = {
 def checkpoint(tmp_path_factory):
     """The headers of a model of 240 MB."""
     family = FAMILIES["llama-3.1-8b"]
-    recipe = Recipe(
+    recipe = CheckpointSpec(
         family="llama-3.1-8b",
         config=scaled(family.config, layers=8, hidden=1024, vocab=4096),
         dtype="bfloat16",
@@ -62,7 +62,7 @@ def swept(plan: Plan, *, times: dict[int, float], overhead_seconds: float) -> Ti
         start = now
         for batch in plan.batches:
             stop = now + each
-            clocks[2].add(Doing.WORKING, now, stop, batch=batch.index, nbytes=batch.tensor_bytes)
+            clocks[2].add(Activity.WORKING, now, stop, batch=batch.index, nbytes=batch.tensor_bytes)
             now = stop
         sweeps.append(SweepSpan(start_seconds=start, stop_seconds=now, tokens=tokens, steady=True))
     return Timings(

@@ -12,7 +12,7 @@ from support.plans import plan_of
 
 from layerstream.pipeline import PlanError, Workload
 from layerstream.pipeline.machine.hardware import ComputeRate
-from layerstream.pipeline.planning.simulation import BatchCost, _Ring, play
+from layerstream.pipeline.planning.simulation import BatchCost, _Ring, simulate
 from layerstream.stages.arena import RingArena
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def cost(read: float, copy: float, compute: float, nbytes: int = 1) -> BatchCost
 
 
 def played(batches, *, slots=1 << 30, overhead=0.0, times=6):
-    return play(
+    return simulate(
         [batches] * times,
         host_ring_bytes=slots,
         device_ring_bytes=slots,
@@ -85,7 +85,7 @@ def test_a_host_slot_that_comes_free_with_the_copy_lets_the_next_read_begin():
     batch = BatchCost(
         read_seconds=2, copy_seconds=1, compute_seconds=3, host_bytes=1, copied_away=True
     )
-    costs = play(
+    costs = simulate(
         [[batch] * 4] * 4,
         host_ring_bytes=1,
         device_ring_bytes=0,
@@ -97,7 +97,7 @@ def test_a_host_slot_that_comes_free_with_the_copy_lets_the_next_read_begin():
 
 def test_the_time_between_two_steps_counts_only_where_nobody_waits_for_anything_else():
     def steady(batch):
-        return play(
+        return simulate(
             [[batch] * 3] * 5,
             host_ring_bytes=3,
             device_ring_bytes=3,

@@ -32,7 +32,7 @@ def test_heaps_are_left_as_the_environment_says(case: str, monkeypatch: pytest.M
     library = C()
     monkeypatch.setattr(os, "environ", dict(said))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    libraries.keep_little()
+    libraries.limit_library_memory()
     assert library.told == told
 
 
@@ -41,7 +41,7 @@ def test_a_c_library_without_heaps_to_count_is_told_nothing(
 ) -> None:
     monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    libraries.keep_little()
+    libraries.limit_library_memory()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
 
 
@@ -57,7 +57,7 @@ def test_a_heap_that_is_slow_to_trim_is_trimmed_the_more_rarely(
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Heap())
     monkeypatch.setattr(libraries.time, "perf_counter", lambda: now[0])
-    leftovers = libraries.Leftovers()
+    leftovers = libraries.LibraryMemory()
     while now[0] < 12:
         leftovers.release()
         now[0] += 0.01
@@ -70,5 +70,5 @@ def test_more_kernels_than_plans_count_are_warned_of(
 ) -> None:
     monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    libraries.keep_little()
+    libraries.limit_library_memory()
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY is 1024" in caplog.text

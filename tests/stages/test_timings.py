@@ -15,7 +15,7 @@ from support.loop import run
 from layerstream.pipeline import Pipeline
 from layerstream.stages.telemetry.clock import Clock, Gauge
 from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
-from layerstream.stages.telemetry.spans import Doing, StageTimings
+from layerstream.stages.telemetry.spans import Activity, StageTimings
 from layerstream.stages.telemetry.timings import Timings
 
 BLOCKS = 6
@@ -90,12 +90,12 @@ def test_a_trace_has_a_track_for_each_stage_and_slot_without_overlaps_and_adds_u
             if event["ph"] == "X" and event["tid"] == tracks[stage.name]
         ]
         assert all(span["dur"] >= 0 for span in spans)
-        summed = dict.fromkeys(Doing, 0.0)
+        summed = dict.fromkeys(Activity, 0.0)
         for span in spans:
             summed[span["cat"]] += span["dur"] / 1e6
-        assert summed[Doing.WORKING] == pytest.approx(stage.busy_seconds, abs=1e-5)
-        assert summed[Doing.WAITING_IN] == pytest.approx(stage.waited_in_seconds, abs=1e-5)
-        assert summed[Doing.WAITING_OUT] == pytest.approx(stage.waited_out_seconds, abs=1e-5)
+        assert summed[Activity.WORKING] == pytest.approx(stage.busy_seconds, abs=1e-5)
+        assert summed[Activity.WAITING_IN] == pytest.approx(stage.waited_in_seconds, abs=1e-5)
+        assert summed[Activity.WAITING_OUT] == pytest.approx(stage.waited_out_seconds, abs=1e-5)
         assert sum(span["args"]["bytes"] for span in spans) == stage.bytes
         assert sum(summed.values()) <= timings.wall_seconds + 1e-5
     computed = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "working"]
@@ -162,9 +162,9 @@ def test_before_any_work_there_is_no_bottleneck():
 
 def test_a_stretch_of_time_takes_its_share_of_the_spans_that_reach_into_it():
     clock = Clock("read")
-    clock.add(Doing.WORKING, 0.0, 2.0, batch=0, nbytes=100)
-    clock.add(Doing.WAITING_OUT, 2.0, 3.0, batch=1)
-    clock.add(Doing.WORKING, 3.0, 7.0, batch=1, nbytes=400)
+    clock.add(Activity.WORKING, 0.0, 2.0, batch=0, nbytes=100)
+    clock.add(Activity.WAITING_OUT, 2.0, 3.0, batch=1)
+    clock.add(Activity.WORKING, 3.0, 7.0, batch=1, nbytes=400)
     part = clock.sums().between(1.0, 4.0)
     assert (part.busy_seconds, part.waited_out_seconds, part.bytes, part.items) == (2, 1, 150, 1)
 
@@ -172,7 +172,7 @@ def test_a_stretch_of_time_takes_its_share_of_the_spans_that_reach_into_it():
 def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
     clock = Clock("read")
     for second in range(10_000):
-        clock.add(Doing.WORKING, second, second + 1, batch=0, nbytes=3)
+        clock.add(Activity.WORKING, second, second + 1, batch=0, nbytes=3)
     sums = clock.sums()
     assert (sums.items, sums.bytes, sums.busy_seconds) == (10_000, 30_000, 10_000)
     timings = Timings(sweeps=1, wall_seconds=10_000, stages=(sums,))
@@ -283,7 +283,7 @@ def test_work_that_a_failed_device_never_ends_is_let_go_and_what_comes_before_it
     clock = Clock("compute")
 
     def counted(clock):
-        clock.add(Doing.WORKING, 0.0, 1.0, batch=0)
+        clock.add(Activity.WORKING, 0.0, 1.0, batch=0)
         return True
 
     clock.later(counted)

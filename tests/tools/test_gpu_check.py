@@ -14,7 +14,7 @@ import torch
 
 from layerstream.pipeline import Hardware
 from layerstream.tools.benchmarks import copying, gpu
-from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, Result, Row
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, GpuRow, Result
 from layerstream.tools.benchmarks.gpu_models import decode
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.benchmarks.overlap import overlap_of, picture
@@ -80,7 +80,7 @@ def test_a_row_that_hangs_costs_itself_alone(tmp_path, monkeypatch):
         given_up.set()
 
     rows = {"first": quick, "hangs": hangs, "last": quick}
-    rows = [Row(name=name, target="-", measure=measure) for name, measure in rows.items()]
+    rows = [GpuRow(name=name, target="-", measure=measure) for name, measure in rows.items()]
     monkeypatch.setattr(gpu, "ROWS", rows)
     monkeypatch.setattr(gpu.os, "execv", execv)
     argv = ["gpu", "--rehearse", "--scratch", str(tmp_path), "--out", str(tmp_path / "out")]

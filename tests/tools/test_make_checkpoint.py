@@ -15,7 +15,7 @@ from layerstream.stages.text import format_bytes, parse_bytes
 from layerstream.tools.cli import main
 from layerstream.tools.console.text import TerminalText, TokenText
 from layerstream.tools.synthetic import checkpoints
-from layerstream.tools.synthetic.checkpoints import Recipe, make_checkpoint
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 from layerstream.tools.synthetic.shapes import tensors_of
 
@@ -44,7 +44,7 @@ def make(folder, *arguments, like="demo"):
 def tiny_recipe(**changes):
     config = scaled(FAMILIES["demo"].config, layers=2, hidden=64, vocab=300)
     defaults = {"dtype": "bfloat16", "max_shard_bytes": 1 << 30, "seed": 0, "sparse": False}
-    return Recipe(family="demo", config=config, **(defaults | changes))
+    return CheckpointSpec(family="demo", config=config, **(defaults | changes))
 
 
 def contents(folder):

@@ -13,7 +13,7 @@ from support.checkpoints import CPU, plan_for
 from support.models import save_model
 
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.spans import Activity
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.cli import main
 from layerstream.tools.console import plot, progress
@@ -181,8 +181,8 @@ def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:
 
 def some_timings() -> Timings:
     clock = Clock("read")
-    clock.add(Doing.WORKING, 0.0, 2.0, batch=0, nbytes=100)
-    clock.add(Doing.WAITING_OUT, 2.0, 3.0, batch=1)
+    clock.add(Activity.WORKING, 0.0, 2.0, batch=0, nbytes=100)
+    clock.add(Activity.WAITING_OUT, 2.0, 3.0, batch=1)
     return Timings(sweeps=1, wall_seconds=3.0, stages=(clock.sums(), Clock("compute").sums()))
 
 

@@ -26,10 +26,10 @@ import torch
 from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.text import format_bytes, format_table
 from layerstream.tools.benchmarks.copying import Accelerator, make_room
-from layerstream.tools.benchmarks.gpu_bench import Bench, NotMeasuredError, Row
+from layerstream.tools.benchmarks.gpu_bench import Bench, GpuRow, NotMeasuredError
 from layerstream.tools.benchmarks.gpu_rows import ROWS
 from layerstream.tools.console.arguments import positive
-from layerstream.tools.synthetic.checkpoints import Recipe, make_checkpoint
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 __all__ = ["main"]
@@ -120,7 +120,7 @@ def _begun(args: argparse.Namespace) -> dict[str, Any] | None:
 
 @contextmanager
 def _bounded(
-    row: Row, place: int, result: dict[str, Any], args: argparse.Namespace, ends: float
+    row: GpuRow, place: int, result: dict[str, Any], args: argparse.Namespace, ends: float
 ) -> Iterator[None]:
     """Let a row that hangs cost itself: nothing ends a call of the driver's, so another process measures the others."""
 
@@ -185,7 +185,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _recipe(*, rehearse: bool) -> Recipe:
+def _recipe(*, rehearse: bool) -> CheckpointSpec:
     family = FAMILIES["llama-3.1-8b"]
     config = scaled(
         family.config,
@@ -195,7 +195,7 @@ def _recipe(*, rehearse: bool) -> Recipe:
     )
     # The first end token that chance brings would cut decoding short.
     config |= {"bos_token_id": 256, "eos_token_id": None}
-    return Recipe(
+    return CheckpointSpec(
         family="llama-3.1-8b",
         config=config,
         dtype="bfloat16",
@@ -205,7 +205,7 @@ def _recipe(*, rehearse: bool) -> Recipe:
     )
 
 
-def _entry(row: Row, why: str, *, failed: bool = False) -> dict[str, Any]:
+def _entry(row: GpuRow, why: str, *, failed: bool = False) -> dict[str, Any]:
     return {
         "name": row.name,
         "target": row.target,
@@ -216,7 +216,7 @@ def _entry(row: Row, why: str, *, failed: bool = False) -> dict[str, Any]:
     }
 
 
-def _measure(row: Row, bench: Bench, rehearse: bool) -> dict[str, Any]:
+def _measure(row: GpuRow, bench: Bench, rehearse: bool) -> dict[str, Any]:
     print(f".. {row.name}", file=sys.stderr, flush=True)
     gc.collect()  # what a row before this one left in cycles: models, and page-locked memory
     began = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerstream.tools.benchmarks.copying import Accelerator, copy_rate
 
-__all__ = ["MIB", "Bench", "NotMeasuredError", "Result", "Row"]
+__all__ = ["MIB", "Bench", "GpuRow", "NotMeasuredError", "Result"]
 
 MIB = 1 << 20
 
@@ -56,7 +56,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class GpuRow:
     """A line of the table."""
 
     name: str

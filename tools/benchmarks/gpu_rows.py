@@ -1,6 +1,6 @@
 """The rows of the GPU benchmark, the most wanted first: each a ratio, beside what it is a ratio to."""
 
-from layerstream.tools.benchmarks.gpu_bench import Row
+from layerstream.tools.benchmarks.gpu_bench import GpuRow
 from layerstream.tools.benchmarks.gpu_models import against, decode
 from layerstream.tools.benchmarks.gpu_streaming import (
     bandwidth,
@@ -14,14 +14,14 @@ from layerstream.tools.benchmarks.gpu_streaming import (
 __all__ = ["ROWS"]
 
 ROWS = (
-    Row(name="H2D copies, pinned to pageable", target="-", measure=bandwidth),
-    Row(name="page-locking, registered to torch's", target="-", measure=page_locking),
-    Row(name="streaming from RAM to pinned copies", target=">= 0.95", measure=from_ram),
-    Row(name="overlap: longer of the two to both", target="-", measure=overlap),
-    Row(name="streaming from disk to raw read", target=">= 0.92", measure=from_disk),
+    GpuRow(name="H2D copies, pinned to pageable", target="-", measure=bandwidth),
+    GpuRow(name="page-locking, registered to torch's", target="-", measure=page_locking),
+    GpuRow(name="streaming from RAM to pinned copies", target=">= 0.95", measure=from_ram),
+    GpuRow(name="overlap: longer of the two to both", target="-", measure=overlap),
+    GpuRow(name="streaming from disk to raw read", target=">= 0.92", measure=from_disk),
     *(
         # By hand it is also there where accelerate is not, and stands in for it.
-        Row(
+        GpuRow(
             name=f"against {name}",
             target=">= 0.9 x pinned/pageable, >= 2",
             measure=against(name, on_host=True),
@@ -29,17 +29,17 @@ ROWS = (
         for name in ("accelerate cpu_offload", "pageable offload by hand")
     ),
     *(
-        Row(
+        GpuRow(
             name=f"decode, {share:.0%} of the layers in VRAM",
             target="0.85 to 1.15 of predicted",
             measure=decode(share),
         )
         for share in (0.0, 0.5, 0.9)
     ),
-    Row(name="peak VRAM to budget", target="<= 1", measure=vram),
-    Row(name="against AirLLM", target=">= 5", measure=against("AirLLM", on_host=False)),
+    GpuRow(name="peak VRAM to budget", target="<= 1", measure=vram),
+    GpuRow(name="against AirLLM", target=">= 5", measure=against("AirLLM", on_host=False)),
     *(
-        Row(name=f"against {name}", target="-", measure=against(name, on_host=on_host))
+        GpuRow(name=f"against {name}", target="-", measure=against(name, on_host=on_host))
         for name, on_host in (
             ("per-module offload by hand", True),
             ("diffusers group offloading", True),

@@ -19,7 +19,7 @@ from layerstream.tools.console.progress import progress
 from layerstream.tools.console.tables import print_table
 from layerstream.tools.console.text import TerminalText, load_tokenizer, prompt_ids
 from layerstream.tools.running.generation import STAGE_COLUMNS, Generated, stage_rows, stream_tokens
-from layerstream.tools.synthetic.checkpoints import Recipe
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec
 from layerstream.tools.synthetic.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _default_folder() -> Path:
 
 def _demo_checkpoint(folder: Path) -> Path:
     family = FAMILIES["demo"]
-    recipe = Recipe(
+    recipe = CheckpointSpec(
         family="demo",
         config=family.config,
         dtype="bfloat16",

@@ -8,7 +8,7 @@ from pathlib import Path
 from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import add_output_arguments, natural, positive, size
 from layerstream.tools.console.progress import progress
-from layerstream.tools.synthetic.checkpoints import Made, Recipe, make_checkpoint
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec, Made, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 from layerstream.tools.synthetic.shapes import tensors_of
 from layerstream.tools.synthetic.weights import DTYPES, data_bytes
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     family = FAMILIES[args.like]
-    recipe = Recipe(
+    recipe = CheckpointSpec(
         family=args.like,
         config=scaled(family.config, layers=args.layers, hidden=args.hidden, vocab=args.vocab),
         dtype=args.dtype,
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_with_progress(folder: Path, recipe: Recipe) -> Made:
+def make_with_progress(folder: Path, recipe: CheckpointSpec) -> Made:
     """Write the checkpoint of ``recipe``, showing how far it is."""
     total = data_bytes(tensors_of(recipe.config), recipe.dtype)
     with progress(f"Writing {folder}", total, is_bytes=True) as advance:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.stages.telemetry.spans import Doing
+from layerstream.stages.telemetry.spans import Activity
 from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["check_plot", "write_bars", "write_plot"]
 
 # Told apart by lightness too, and by those who do not see red or green.
 _COLOURS = {
-    Doing.WORKING: "#1f5fa8",
-    Doing.WAITING_IN: "#f2b84b",
-    Doing.WAITING_OUT: "#d9d9d9",
+    Activity.WORKING: "#1f5fa8",
+    Activity.WAITING_IN: "#f2b84b",
+    Activity.WAITING_OUT: "#d9d9d9",
 }
 
 
@@ -33,13 +33,13 @@ def write_plot(timings: Timings, path: Path) -> None:
     figure = _figure_class()(figsize=(12, 1.2 + 0.7 * len(timings.stages)), layout="constrained")
     axes = figure.add_subplot()
     for row, stage in enumerate(timings.stages):
-        for doing, colour in _COLOURS.items():
+        for activity, colour in _COLOURS.items():
             bars = [
                 (span.start_seconds - timings.start_seconds, span.stop_seconds - span.start_seconds)
                 for span in stage.spans
-                if span.doing is doing
+                if span.activity is activity
             ]
-            label = str(doing) if row == 0 else None
+            label = str(activity) if row == 0 else None
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour, label=label)
     axes.set_yticks(range(len(timings.stages)), [stage.name for stage in timings.stages])
     axes.invert_yaxis()
@@ -73,7 +73,7 @@ def write_bars(
         places = [labels.index(label) for label, *_ in rows]
         lengths = [length for _, length, _, _ in rows]
         spreads = ([row[1] - row[2] for row in rows], [row[3] - row[1] for row in rows])
-        colour = _COLOURS[Doing.WORKING]
+        colour = _COLOURS[Activity.WORKING]
         axes.barh(places, lengths, xerr=spreads, color=colour, ecolor="#333333", capsize=3)
         for place, length, most in zip(places, lengths, (row[3] for row in rows), strict=True):
             axes.annotate(

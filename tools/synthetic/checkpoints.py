@@ -14,7 +14,7 @@ from layerstream.tools.synthetic.families import Config
 from layerstream.tools.synthetic.shapes import Tensor, tensors_of
 from layerstream.tools.synthetic.weights import data_bytes, header, noise, sharded, write_shard
 
-__all__ = ["Made", "Recipe", "make_checkpoint"]
+__all__ = ["CheckpointSpec", "Made", "make_checkpoint"]
 
 # Says that a folder is ours, which files belong to it, and whether all of them are there.
 _RECORD = "layerstream-checkpoint.json"
@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class CheckpointSpec:
     """All that decides a checkpoint's bytes."""
 
     family: str
@@ -47,7 +47,7 @@ class Made:
 
 
 def make_checkpoint(
-    folder: Path, recipe: Recipe, *, advance: Callable[[int], object] = lambda _: None
+    folder: Path, recipe: CheckpointSpec, *, advance: Callable[[int], object] = lambda _: None
 ) -> Made:
     """Write the checkpoint of ``recipe`` into ``folder``, unless it is there already.
 
@@ -96,7 +96,7 @@ def make_checkpoint(
     return made
 
 
-def _named(recipe: Recipe) -> dict[str, list[Tensor]]:
+def _named(recipe: CheckpointSpec) -> dict[str, list[Tensor]]:
     """The tensors of each weight file, by its name."""
     tensors = tensors_of(recipe.config)
     groups = list(sharded(tensors, dtype=recipe.dtype, max_shard_bytes=recipe.max_shard_bytes))
@@ -108,7 +108,7 @@ def _named(recipe: Recipe) -> dict[str, list[Tensor]]:
     }
 
 
-def _documents(shards: Mapping[str, list[Tensor]], recipe: Recipe) -> dict[str, bytes]:
+def _documents(shards: Mapping[str, list[Tensor]], recipe: CheckpointSpec) -> dict[str, bytes]:
     """Every file beside the weights, by name."""
     config = recipe.config
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -132,7 +132,7 @@ def _write_files(
     shards: Mapping[str, list[Tensor]],
     documents: Mapping[str, bytes],
     *,
-    recipe: Recipe,
+    recipe: CheckpointSpec,
     advance: Callable[[int], object],
 ) -> None:
     block = None if recipe.sparse else noise(recipe.seed, recipe.dtype)
