@@ -108,8 +108,8 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     ``past_key_values``; they count during a call that gets them.
 
     Args:
-        source: a folder, a safetensors file, or a hub id.
-        options: as for ``StreamedModel.open``.
+        source: A folder, a safetensors file, or a hub id.
+        options: As for ``StreamedModel.open``.
     """
     host = _LoopThread()
     model = StreamedModel.open(source, **options)

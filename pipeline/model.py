@@ -36,9 +36,9 @@ class StreamedModel:
     """A transformers model that computes with weights as they stream past. Made by ``open``.
 
     Attributes:
-        plan: how its weights stream.
-        hardware: what the plan was made for.
-        module: the transformers model itself. Call it in a thread, not on the event loop.
+        plan: How its weights stream.
+        hardware: What the plan was made for.
+        module: The transformers model itself. Call it in a thread, not on the event loop.
     """
 
     plan: Plan
@@ -77,29 +77,29 @@ class StreamedModel:
         """The model in ``source``, for ``async with``; nothing happens before that.
 
         Args:
-            source: a folder, a safetensors file, or a hub id such as "org/name".
+            source: A folder, a safetensors file, or a hub id such as "org/name".
             device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-            budget: memory that may be used; by default what is free, less a tenth.
-            workload: the expected requests; memory for their KV cache and activations is reserved.
+            budget: Memory that may be used; by default what is free, less a tenth.
+            workload: The expected requests; memory for their KV cache and activations is reserved.
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
-            throttle_bytes_per_second: rate of the throttled reader.
-            layer_batch_size: blocks per layer batch, instead of the planner's choice.
-            slots: on the host and on the device each, instead of the planner's choice.
-            objective: what the plan optimises: "latency" of a single, first request, or "throughput".
-            hardware: the machine; by default it is probed.
+            throttle_bytes_per_second: Rate of the throttled reader.
+            layer_batch_size: Blocks per layer batch, instead of the planner's choice.
+            slots: On the host and on the device each, instead of the planner's choice.
+            objective: What the plan optimises: "latency" of a single, first request, or "throughput".
+            hardware: The machine; by default it is probed.
             measure: False measures nothing: the plan is made with cached rates and assumptions. On a new machine this
                 saves a second or two.
-            max_requests: requests that share sweeps at the same time; more of them wait.
-            model_class: the transformers class; by default the config's ``architectures[0]``.
-            dtype: as in ``from_pretrained``.
-            revision: of a hub id.
-            model_options: other arguments of ``from_pretrained``, such as ``attn_implementation``.
+            max_requests: Requests that share sweeps at the same time; more of them wait.
+            model_class: The transformers class; by default the config's ``architectures[0]``.
+            dtype: As in ``from_pretrained``.
+            revision: Of a hub id.
+            model_options: Other arguments of ``from_pretrained``, such as ``attn_implementation``.
 
         Entering raises:
-            CheckpointError: files are missing or corrupt.
-            ModelError: the model cannot be built, or the checkpoint does not match it.
-            PlanError: the budget is too small.
-            DeviceError: the device is not there.
+            CheckpointError: Files are missing or corrupt.
+            ModelError: The model cannot be built, or the checkpoint does not match it.
+            PlanError: The budget is too small.
+            DeviceError: The device is not there.
         """
         options = Options(
             device=device,
@@ -172,8 +172,8 @@ class StreamedModel:
         cancelled, the pass is unwound at its next layer batch.
 
         Raises:
-            AdmissionError: it needs more memory than there is for requests.
-            ClosedError: the model is not open, or is being closed.
+            AdmissionError: It needs more memory than there is for requests.
+            ClosedError: The model is not open, or is being closed.
         """
         return await self._open_engine().forward(inputs, named)
 
@@ -187,8 +187,8 @@ class StreamedModel:
         cancelled, generation is unwound at its next layer batch.
 
         Raises:
-            AdmissionError: it needs more memory than there is for requests.
-            ClosedError: the model is not open, or is being closed.
+            AdmissionError: It needs more memory than there is for requests.
+            ClosedError: The model is not open, or is being closed.
         """
         return await self._open_engine().generate(inputs, named)
 
@@ -199,7 +199,7 @@ class StreamedModel:
         not slow generation down: ids are queued for it, at most as many as were asked for.
 
         Raises:
-            AdmissionError, ClosedError: as for ``generate``.
+            AdmissionError, ClosedError: As for ``generate``.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
         streamer = token_streamer(asyncio.get_running_loop(), tokens)
@@ -224,12 +224,12 @@ class StreamedModel:
         more than there is now are refused.
 
         Args:
-            budget: from now on; by default that of the last plan.
+            budget: From now on; by default that of the last plan.
 
         Raises:
-            PlanError: no plan fits that budget; the old one stays.
-            DeviceError: the memory is not there; the old plan stays, and loads its residents again.
-            ClosedError: the model is not open.
+            PlanError: No plan fits that budget; the old one stays.
+            DeviceError: The memory is not there; the old plan stays, and loads its residents again.
+            ClosedError: The model is not open.
         """
         engine = self._open_engine()
         hardware = learn(self.hardware, self.plan, self._pipeline.timings())
@@ -253,11 +253,11 @@ class StreamedModel:
         """The running plan as it would be on ``hardware``, with other residents and predictions.
 
         Args:
-            hardware: with as much free memory as it would have without this model.
-            budget: by default that of the running plan.
+            hardware: With as much free memory as it would have without this model.
+            budget: By default that of the running plan.
 
         Raises:
-            PlanError: no plan fits that budget.
+            PlanError: No plan fits that budget.
         """
         self._open_engine()
         return self._opening.make_plan(hardware, budget=budget or self._budget, running=self.plan)
@@ -281,9 +281,9 @@ class StreamedModel:
         """Generate in the calling thread, which is not that of the event loop. For the drop-in.
 
         Args:
-            call: returns what to call, given a clone of the module tree.
-            inputs: positional arguments for that.
-            named: keyword arguments for that.
+            call: Returns what to call, given a clone of the module tree.
+            inputs: Positional arguments for that.
+            named: Keyword arguments for that.
         """
         assert self._engine is not None  # noqa: S101
         result: T = self._engine.generate_here(call, inputs, named)

@@ -52,7 +52,8 @@ class Options:
     model_class: type[Any] | None
     dtype: torch.dtype | str
     revision: str | None
-    model_options: Mapping[str, Any]  # for transformers
+    model_options: Mapping[str, Any]
+    """For transformers."""
 
     def on_cpu(self) -> bool:
         """Whether computation will run on the host's own processor; opens the device to know."""
@@ -65,7 +66,8 @@ class Opening:
     """A model that is planned, and ready to be started."""
 
     checkpoint: Checkpoint
-    module: Any  # the transformers model, without weights
+    module: Any
+    """The transformers model, without weights."""
     layout: Assembly
     hardware: Hardware
     plan: Plan

@@ -37,8 +37,8 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     """Start what ``opening`` has planned; ``resources`` stops it again.
 
     Raises:
-        DeviceError: the device is not there, or does not have the memory.
-        PlanError: the plan keeps KV caches on the host, and this model's cannot be.
+        DeviceError: The device is not there, or does not have the memory.
+        PlanError: The plan keeps KV caches on the host, and this model's cannot be.
     """
     plan, module, layout = opening.plan, opening.module, opening.layout
     if plan.kv_cache_on_host:

@@ -32,11 +32,11 @@ class Slot:
     """A piece of an arena that holds one layer batch.
 
     Attributes:
-        offset: bytes from the start of the arena.
-        tensor: the bytes, uint8 ``[nbytes]``.
-        after: events that must have passed before the slot is written.
-        batch: index of the layer batch that it holds; -1 if unknown.
-        taken_seconds: when it was taken, by ``time.perf_counter``.
+        offset: Bytes from the start of the arena.
+        tensor: The bytes, uint8 ``[nbytes]``.
+        after: Events that must have passed before the slot is written.
+        batch: Index of the layer batch that it holds; -1 if unknown.
+        taken_seconds: When it was taken, by ``time.perf_counter``.
     """
 
     __slots__ = ("_freed", "after", "batch", "nbytes", "offset", "taken_seconds", "tensor")
@@ -87,11 +87,11 @@ class RingArena:
         """Take the next ``nbytes`` as a slot, as soon as there is room. A cancelled wait takes nothing.
 
         Args:
-            nbytes: its size.
-            batch: index of the layer batch that it is for, shown in timings.
+            nbytes: Its size.
+            batch: Index of the layer batch that it is for, shown in timings.
 
         Raises:
-            PlanError: the ring is smaller than the slot.
+            PlanError: The ring is smaller than the slot.
         """
         if nbytes > self.capacity_bytes:
             raise PlanError(

@@ -23,7 +23,8 @@ class Place(StrEnum):
 class Extent:
     """A contiguous piece of a weight file."""
 
-    file: int  # index into the plan's files
+    file: int
+    """Index into the plan's files."""
     offset: int
     nbytes: int
 
@@ -36,7 +37,8 @@ class Read:
     what the file holds there: a multiple of the block size too, unless the extent ends with the file.
     """
 
-    file: int  # index into the plan's files
+    file: int
+    """Index into the plan's files."""
     file_offset: int
     host_offset: int
     nbytes: int
@@ -56,7 +58,8 @@ class TensorView:
     """The place of a tensor in one of the two images, where it is contiguous."""
 
     name: str
-    dtype: str  # torch's name, e.g. "bfloat16"
+    dtype: str
+    """torch's name, e.g. "bfloat16"."""
     shape: tuple[int, ...]
     place: Place
     offset: int
@@ -77,16 +80,22 @@ class LayerBatch:
     hundreds of tensors each time.
     """
 
-    index: int  # place in execution order, from 0
+    index: int
+    """Place in execution order, from 0."""
     layers: tuple[str, ...]
     reads: tuple[Read, ...]
     segments: tuple[Segment, ...]
     tensors: tuple[TensorView, ...]
-    host_bytes: int  # size of the host image
-    device_bytes: int  # size of the device image; 0 where computation reads only the host image
-    scratch_bytes: int = 0  # tensors that computation makes from it before use: casts, transposes
-    host_resident: bool = False  # the host image is kept: read once
-    device_resident: bool = False  # the device image is kept: read and copied once
+    host_bytes: int
+    """Size of the host image."""
+    device_bytes: int
+    """Size of the device image; 0 where computation reads only the host image."""
+    scratch_bytes: int = 0
+    """Tensors that computation makes from it before use: casts, transposes."""
+    host_resident: bool = False
+    """The host image is kept: read once."""
+    device_resident: bool = False
+    """The device image is kept: read and copied once."""
 
     @property
     def label(self) -> str:

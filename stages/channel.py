@@ -40,7 +40,7 @@ class Channel(Generic[T]):
         """Return the oldest item, once there is one, without removing it.
 
         Raises:
-            BaseException: the error that closed the channel.
+            BaseException: The error that closed the channel.
         """
         while not self._items and self._error is None:
             await self._wait()

@@ -24,8 +24,8 @@ class Batch:
     """A layer batch that has arrived. Its tensors are valid until it is given back.
 
     Attributes:
-        index: place in execution order, from 0.
-        layers: the names of its layers.
+        index: Place in execution order, from 0.
+        layers: The names of its layers.
     """
 
     def __init__(self, item: InFlight, device: Device) -> None:
@@ -113,8 +113,8 @@ class Sweep:
     ends when it is closed, left as a context manager, or dropped.
 
     Attributes:
-        prompt: whether a prompt is processed in it, which decides the prediction that it is compared with.
-        tokens: tokens of the forward pass in it; None if there are several, or if it is unknown.
+        prompt: Whether a prompt is processed in it, which decides the prediction that it is compared with.
+        tokens: Tokens of the forward pass in it; None if there are several, or if it is unknown.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Sweep:
         """Give back the batch that was received last, if it is still held.
 
         Args:
-            after: events behind the work that reads its tensors; by default those of ``Batch.record``.
+            after: Events behind the work that reads its tensors; by default those of ``Batch.record``.
         """
         item, self._held = self._held, None
         batch, self._batch = self._batch, None

@@ -42,10 +42,10 @@ class HostMemory:
     copy-on-write fault during a direct read would send the bytes to the wrong process.
 
     Attributes:
-        tensor: all of the memory, uint8 ``[nbytes]``, page-aligned.
+        tensor: All of the memory, uint8 ``[nbytes]``, page-aligned.
 
     Raises:
-        DeviceError: the system does not have that much.
+        DeviceError: The system does not have that much.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -90,7 +90,7 @@ class Image:
     """The bytes of a layer batch in memory, and the tensors in them.
 
     Args:
-        parts: pairs of (offset in the image, uint8 tensor), by offset. A slot is one part; a mapping of the
+        parts: Pairs of (offset in the image, uint8 tensor), by offset. A slot is one part; a mapping of the
             files is one part per read.
     """
 

@@ -42,15 +42,15 @@ async def read_stage(
     queue while the last ones of this batch are still in progress.
 
     Args:
-        route: tells which batch is next.
-        reader: fills slots from the files.
-        mapped: the same reader, if computation uses its mapping of the files instead of slots.
-        arena: the ring of host slots.
-        residents: batches that are read once.
-        threads: one for each request in flight.
-        request_bytes: size of one request.
-        out: takes the batches whose bytes have arrived.
-        clock: this stage's timings.
+        route: Tells which batch is next.
+        reader: Fills slots from the files.
+        mapped: The same reader, if computation uses its mapping of the files instead of slots.
+        arena: The ring of host slots.
+        residents: Batches that are read once.
+        threads: One for each request in flight.
+        request_bytes: Size of one request.
+        out: Takes the batches whose bytes have arrived.
+        clock: This stage's timings.
     """
     # One batch may wait between the loops; more would only take slots before they can be read into.
     started: Channel[InFlight] = Channel(1)

@@ -44,7 +44,7 @@ class Residents:
         """Allocate memory for the residents among ``batches`` that have none yet: for all of them or for none.
 
         Raises:
-            DeviceError: there is not enough.
+            DeviceError: There is not enough.
         """
         new = [b for b in batches if not b.streamed and b.index not in self._memory]
         if new:

@@ -32,12 +32,15 @@ class InFlight:
     """A layer batch on its way from disk to computation, with what it holds of the arenas."""
 
     batch: LayerBatch
-    wanted: bool = True  # False: it will not be computed with; the next stage that gets it drops it
-    resident: bool = False  # it was loaded before: nothing is read
+    wanted: bool = True
+    """False: it will not be computed with; the next stage that gets it drops it."""
+    resident: bool = False
+    """It was loaded before: nothing is read."""
     reads: list[Future[tuple[float, float]]] = field(default_factory=list)
     host: Image | None = None
     device: Image | None = None
-    copied: Event | None = None  # computation on the device image waits for it
+    copied: Event | None = None
+    """Computation on the device image waits for it."""
     host_slot: HeldSlot | None = None
     device_slot: HeldSlot | None = None
 

@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
     """The bytes that ``text`` says, such as "4GiB", "900 MB" or "4096".
 
     Raises:
-        ValueError: it says nothing of the kind, or nothing above zero.
+        ValueError: It says nothing of the kind, or nothing above zero.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -45,7 +45,7 @@ def parse_size(text: str, *, of_bytes: int) -> int:
     """As ``parse_bytes``, or a share of ``of_bytes`` such as "80%".
 
     Raises:
-        ValueError: it is neither, or a share of nothing, or of more than all.
+        ValueError: It is neither, or a share of nothing, or of more than all.
     """
     number = text.strip().removesuffix("%")
     if number == text.strip():
@@ -63,7 +63,7 @@ def parse_rate(text: str) -> float:
     """The bytes per second that ``text`` says, such as "7GB/s" or "25 GiB/s".
 
     Raises:
-        ValueError: it says nothing of the kind, or nothing above zero.
+        ValueError: It says nothing of the kind, or nothing above zero.
     """
     size = text.strip().removesuffix("/s")
     try:
@@ -112,9 +112,9 @@ def format_table(
     """The table as plain text, without a title.
 
     Args:
-        columns: their names.
-        rows: of cells.
-        left: numbers of the columns that are flush left; figures are flush right.
+        columns: Their names.
+        rows: Of cells.
+        left: Numbers of the columns that are flush left; figures are flush right.
     """
     lines = [tuple(columns), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -30,7 +30,7 @@ class Threads:
         """Run ``call`` and wait for it, to its end even if the waiting task is cancelled.
 
         Raises:
-            ClosedError: the pool was closed before the call had begun.
+            ClosedError: The pool was closed before the call had begun.
         """
         future = self.submit(call, *args, **kwargs)
         try:

@@ -41,14 +41,14 @@ async def transfer_stage(  # noqa: C901 - two short loops, which read best side 
     the computation that still reads its slot.
 
     Args:
-        route: told of batches that were dropped.
-        source: batches whose bytes have arrived.
-        device: where to.
-        arena: the ring of device slots.
-        residents: batches that are copied once.
-        threads: two, one per loop.
-        out: gets the batches to compute with.
-        clock: this stage's timings.
+        route: Told of batches that were dropped.
+        source: Batches whose bytes have arrived.
+        device: Where to.
+        arena: The ring of device slots.
+        residents: Batches that are copied once.
+        threads: Two, one per loop.
+        out: Gets the batches to compute with.
+        clock: This stage's timings.
     """
     # Copies whose end nobody has seen yet. Two keep the copy stream busy; more would only hold host slots.
     copying: Channel[tuple[InFlight, HeldSlot | None, float, Event]] = Channel(2)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` and return its exit code.
 
     Raises:
-        SystemExit: on wrong usage, and after ``--help``, from argparse.
+        SystemExit: On wrong usage, and after ``--help``, from argparse.
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)

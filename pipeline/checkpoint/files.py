@@ -63,7 +63,8 @@ class Listing:
 
     path: Path
     folder: Path
-    weights: tuple[str, ...]  # names, in natural order
+    weights: tuple[str, ...]
+    """Names, in natural order."""
     index: Path | None
     config: Path | None
 
@@ -79,7 +80,8 @@ class Selection:
 
     path: Path
     files: tuple[WeightFile, ...]
-    weight_map: Mapping[str, str]  # tensor -> WeightFile.name; empty without an index
+    weight_map: Mapping[str, str]
+    """Tensor -> WeightFile.name; empty without an index."""
     config: Mapping[str, Any] | None
     ignored_files: tuple[str, ...]
 

@@ -33,13 +33,13 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
     """The folder or file on this machine that holds the model ``source``.
 
     Args:
-        source: an existing folder or file; or, as a string, a model id. An id is looked up in
+        source: An existing folder or file; or, as a string, a model id. An id is looked up in
             huggingface_hub's local cache first, without the network; a model that is not there in
             full is downloaded into it, with huggingface_hub's own progress.
-        revision: branch, tag or commit of a model id.
+        revision: Branch, tag or commit of a model id.
 
     Raises:
-        CheckpointError: there is no such model, or it cannot be downloaded.
+        CheckpointError: There is no such model, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():

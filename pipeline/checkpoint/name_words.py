@@ -9,12 +9,15 @@ __all__ = ["Phase", "phase_of_module", "phase_of_stack"]
 class Phase(enum.IntEnum):
     """When a module is computed, relative to the other modules of its parent."""
 
-    UNKNOWN = 0  # unknown: placed before all others, so that it is there when it is needed
+    UNKNOWN = 0
+    """Unknown: placed before all others, so that it is there when it is needed."""
     INPUT = 1
-    TOWER = 2  # vision and audio
+    TOWER = 2
+    """Vision and audio."""
     TOWER_EXIT = 3
     ENCODER = 4
-    BRIDGE = 5  # from towers and encoders to the language model, or from one width to another
+    BRIDGE = 5
+    """From towers and encoders to the language model, or from one width to another."""
     DECODER = 6
     OUTPUT = 7
     HEAD = 8

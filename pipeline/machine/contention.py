@@ -21,7 +21,7 @@ class Contention:
     Time that a hypervisor gave to other machines counts too.
 
     Attributes:
-        processors: that were kept busy by others; set at the end. 0 if the system does not say.
+        processors: That were kept busy by others; set at the end. 0 if the system does not say.
     """
 
     def __init__(self, stat: Path = _STAT) -> None:

@@ -34,25 +34,25 @@ class Hardware:
     Attributes:
         device: "cpu" or "cuda:0".
         vram_free_bytes: None on a CPU device.
-        cores: that this process may use.
-        disk_bytes_per_second: of direct reads, as the pipeline makes them.
-        mmap_bytes_per_second: of faulting in mapped files that are not in the page cache.
-        cached_bytes: how much of the checkpoint's files is in the page cache now.
-        h2d_bytes_per_second: host to device, from page-locked memory.
-        pageable_h2d_bytes_per_second: host to device, from ordinary memory.
-        host_copy_bytes_per_second: from host memory to host memory, in one thread.
-        compute: by ascending tokens.
-        attention_flops_per_second: of a long prompt; 4 for each pair of tokens and each element of a head.
-        step_attention_flops_per_second: the same of one token over a long KV cache.
-        kv_growth_bytes_per_second: of appending to a KV cache, which transformers copies for each token.
-        blocks_per_second: decoder blocks of next to no size, as far as Python and kernel launches allow.
-        direct_read_cpu_seconds_per_byte: processor time of direct reads, all threads together.
-        mmap_read_cpu_seconds_per_byte: processor time of faulting mapped files in.
-        overhead_seconds_per_batch: of passing a layer batch through the stages.
-        figures: the origin of each rate, by the field's name; what is not in it was given by hand.
+        cores: That this process may use.
+        disk_bytes_per_second: Of direct reads, as the pipeline makes them.
+        mmap_bytes_per_second: Of faulting in mapped files that are not in the page cache.
+        cached_bytes: How much of the checkpoint's files is in the page cache now.
+        h2d_bytes_per_second: Host to device, from page-locked memory.
+        pageable_h2d_bytes_per_second: Host to device, from ordinary memory.
+        host_copy_bytes_per_second: From host memory to host memory, in one thread.
+        compute: By ascending tokens.
+        attention_flops_per_second: Of a long prompt; 4 for each pair of tokens and each element of a head.
+        step_attention_flops_per_second: The same of one token over a long KV cache.
+        kv_growth_bytes_per_second: Of appending to a KV cache, which transformers copies for each token.
+        blocks_per_second: Decoder blocks of next to no size, as far as Python and kernel launches allow.
+        direct_read_cpu_seconds_per_byte: Processor time of direct reads, all threads together.
+        mmap_read_cpu_seconds_per_byte: Processor time of faulting mapped files in.
+        overhead_seconds_per_batch: Of passing a layer batch through the stages.
+        figures: The origin of each rate, by the field's name; what is not in it was given by hand.
 
     Raises:
-        PlanError: a rate that is not above zero, a negative size, or no cores.
+        PlanError: A rate that is not above zero, a negative size, or no cores.
     """
 
     device: str
@@ -123,14 +123,14 @@ class Hardware:
         """Look up free memory of this machine, and measure rates that are not known yet.
 
         Args:
-            checkpoint: the files that will be read.
+            checkpoint: The files that will be read.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            fresh: measure again, even rates that are known.
+            fresh: Measure again, even rates that are known.
             measure: False measures nothing; rates that are not cached are None.
-            cache_folder: where measurements are kept; by default the user's cache folder.
+            cache_folder: Where measurements are kept; by default the user's cache folder.
 
         Raises:
-            DeviceError: there is no such device.
+            DeviceError: There is no such device.
         """
         opened = await finish_in_thread(lambda: open_device(device))
         if measure and opened.reads_host_images:

@@ -12,12 +12,18 @@ __all__ = ["ComputeRate", "Figure", "Input", "Origin", "Rate"]
 class Origin(StrEnum):
     """The origin of a figure."""
 
-    MEASURED = "measured"  # on this machine, just now
-    CONTENDED = "contended"  # recently, while other processes kept the processors busy
-    CACHED = "cached"  # on this machine, at an earlier time
-    ASSUMED = "assumed"  # not measured at all
-    GIVEN = "given"  # by the caller: a what-if
-    LEARNT = "learnt"  # from sweeps of this model on this machine
+    MEASURED = "measured"
+    """On this machine, just now."""
+    CONTENDED = "contended"
+    """Recently, while other processes kept the processors busy."""
+    CACHED = "cached"
+    """On this machine, at an earlier time."""
+    ASSUMED = "assumed"
+    """Not measured at all."""
+    GIVEN = "given"
+    """By the caller: a what-if."""
+    LEARNT = "learnt"
+    """From sweeps of this model on this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +34,22 @@ class Figure:
     """
 
     origin: Origin
-    least: float | None = None  # of the samples, in the unit of the rate
+    least: float | None = None
+    """Of the samples, in the unit of the rate."""
     most: float | None = None
     samples: int = 0
-    age_seconds: float | None = None  # since it was measured; None if it was not
+    age_seconds: float | None = None
+    """Since it was measured; None if it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeRate:
     """The rate of computing with weights, in passes of one size."""
 
-    tokens: int  # in one pass: the rows that each weight matrix is multiplied with
-    bytes_per_second: float  # of weights, in the checkpoint's main dtype
+    tokens: int
+    """In one pass: the rows that each weight matrix is multiplied with."""
+    bytes_per_second: float
+    """Of weights, in the checkpoint's main dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +76,11 @@ class Rate:
 class Input:
     """A figure that a plan was made with, and its origin."""
 
-    name: str  # of the field of Hardware
+    name: str
+    """Of the field of Hardware."""
     value: float
     origin: Origin
-    least: float | None = None  # of the samples
+    least: float | None = None
+    """Of the samples."""
     most: float | None = None
     age_seconds: float | None = None

@@ -71,11 +71,15 @@ class ProbedRates:
 class _Subject:
     """One measurement, with a cache entry of its own."""
 
-    key: Mapping[str, str]  # what the rates depend on
-    names: Collection[str]  # of the rates
-    of_processors: bool  # other processes that keep processors busy change the result
+    key: Mapping[str, str]
+    """What the rates depend on."""
+    names: Collection[str]
+    """Of the rates."""
+    of_processors: bool
+    """Other processes that keep processors busy change the result."""
     measure: Callable[[], Mapping[str, Rate]]
-    share: float = 1.0  # of the checkpoint's bytes that it represents
+    share: float = 1.0
+    """Of the checkpoint's bytes that it represents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +106,11 @@ async def probe_rates(
     rate, and streams in less time than a measurement takes.
 
     Args:
-        checkpoint: the files that will be read.
-        device: where computation will run.
-        fresh: measure again, even rates that are known.
+        checkpoint: The files that will be read.
+        device: Where computation will run.
+        fresh: Measure again, even rates that are known.
         measure: False measures nothing.
-        cache: of earlier measurements.
+        cache: Of earlier measurements.
     """
     subjects = await finish_in_thread(lambda: _subjects(checkpoint, device))
     measure = measure and checkpoint.total_bytes >= LEAST_BYTES
@@ -270,8 +274,8 @@ def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:
     """The rate of reading all volumes one after another, as a sweep does.
 
     Args:
-        name: of the field: bytes per second, or something per byte.
-        values: pairs of a volume's value and its share of the bytes.
+        name: Of the field: bytes per second, or something per byte.
+        values: Pairs of a volume's value and its share of the bytes.
     """
     if len(values) == 1:
         return values[0][0]  # exactly

@@ -28,11 +28,11 @@ def measure_blocks(device: Device, *, dtype: str) -> Mapping[str, Rate]:
     """Rates of running small blocks, and of attention, by the names of Hardware's fields.
 
     Args:
-        device: where computation runs.
-        dtype: of the model's weights, by torch's name.
+        device: Where computation runs.
+        dtype: Of the model's weights, by torch's name.
 
     Raises:
-        RuntimeError: the device cannot compute in ``dtype``.
+        RuntimeError: The device cannot compute in ``dtype``.
     """
     options = {"dtype": getattr(torch, dtype), "device": device.torch_device}
     with torch.no_grad():

@@ -38,14 +38,15 @@ class Measured:
 
     rates: Mapping[str, Rate]
     age_seconds: float
-    contended: bool = False  # other processes kept processors busy meanwhile
+    contended: bool = False
+    """Other processes kept processors busy meanwhile."""
 
 
 class MeasuredCache:
     """Cache files, each of which has its key in it. Without a writable folder nothing is kept.
 
     Args:
-        folder: by default ``layerstream`` in the user's cache folder.
+        folder: By default ``layerstream`` in the user's cache folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -80,9 +81,9 @@ class MeasuredCache:
         """Store ``rates`` for ``key``, replacing earlier ones. A failure is only logged.
 
         Args:
-            key: what they depend on.
-            rates: by name.
-            contended: other processes kept processors busy meanwhile, so that the rates are valid only for minutes.
+            key: What they depend on.
+            rates: By name.
+            contended: Other processes kept processors busy meanwhile, so that the rates are valid only for minutes.
         """
         path = self._path(key)
         document = {
@@ -128,7 +129,7 @@ def _checked(
     """``document``, checked to be one that was written for ``key``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         raise ValueError(f"it is not of version {_VERSION}")

@@ -72,7 +72,7 @@ def measure_compute(
         Weight bytes per second, by the number of tokens in decimal; only for sizes within the time limit.
 
     Raises:
-        LayerstreamError, RuntimeError: the device does not have the memory, or cannot compute in ``dtype``.
+        LayerstreamError, RuntimeError: The device does not have the memory, or cannot compute in ``dtype``.
     """
     if not shapes:
         return {}

@@ -59,14 +59,14 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
     """Direct reads into huge pages: bytes per second, and processor seconds per byte.
 
     Args:
-        paths: the files of the checkpoint.
-        files: indices of those on the volume to measure.
+        paths: The files of the checkpoint.
+        files: Indices of those on the volume to measure.
 
     Returns:
         Rates by the names of Hardware's fields; none if there is too little data.
 
     Raises:
-        LayerstreamError, OSError: the disk fails.
+        LayerstreamError, OSError: The disk fails.
     """
     chosen = _chosen(paths, files)
     if not chosen:
@@ -127,7 +127,7 @@ def cached_bytes(paths: Sequence[Path]) -> int:
     """How much of ``paths`` is in the page cache, from samples if they are large; 0 if the kernel does not say.
 
     Raises:
-        LayerstreamError, OSError: a file cannot be opened.
+        LayerstreamError, OSError: A file cannot be opened.
     """
     reader = MmapReader(paths)
     try:

@@ -27,8 +27,8 @@ def volume_of(path: Path, mounts: Sequence[tuple[Path, str]]) -> str:
     """A name for the volume of ``path`` that is the same after a restart, unlike st_dev.
 
     Args:
-        path: a file; links are followed.
-        mounts: pairs of mount point and device; later ones hide earlier ones.
+        path: A file; links are followed.
+        mounts: Pairs of mount point and device; later ones hide earlier ones.
     """
     real = path.resolve()
     name, longest = f"device {real.stat().st_dev}", -1

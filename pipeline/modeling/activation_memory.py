@@ -39,9 +39,9 @@ def measure_memory(
     """The memory of ``workload`` in ``module``, a transformers model on the meta device; None if it cannot be measured.
 
     Args:
-        module: its weights and buffers are not counted.
-        workload: every sequence is as long as the prompt; with more than one, padding is assumed.
-        device: where it will be computed, which decides the memory of attention; the CPU by default.
+        module: Its weights and buffers are not counted.
+        workload: Every sequence is as long as the prompt; with more than one, padding is assumed.
+        device: Where it will be computed, which decides the memory of attention; the CPU by default.
     """
     prompt = PromptPass.of(module, workload, device)
     if prompt is None:
@@ -152,8 +152,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations have made and that are still alive. Views count once.
 
     Attributes:
-        now_bytes: alive at present.
-        peak_bytes: the most that was alive at any time; may be reset.
+        now_bytes: Alive at present.
+        peak_bytes: The most that was alive at any time; may be reset.
     """
 
     def __init__(self, *, limit: int | None = None) -> None:

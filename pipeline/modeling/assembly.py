@@ -36,7 +36,7 @@ class Assembly:
     """A traced model, prepared for streaming: which weights are in which layer, and which are gathered.
 
     Attributes:
-        memory: of ``workload`` besides the weights, measured in a pass on the meta device; None without a workload,
+        memory: Of ``workload`` besides the weights, measured in a pass on the meta device; None without a workload,
             or if it could not be measured.
     """
 

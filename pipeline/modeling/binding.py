@@ -92,8 +92,10 @@ class _Place:
     """Where the tensor of one recipe goes, and its placeholder."""
 
     recipe: Recipe
-    tables: tuple[tuple[dict[str, Any], str], ...]  # parameter tables, shared by all clones
-    buffers: tuple[Use, ...]  # buffers, of which each clone has its own
+    tables: tuple[tuple[dict[str, Any], str], ...]
+    """Parameter tables, shared by all clones."""
+    buffers: tuple[Use, ...]
+    """Buffers, of which each clone has its own."""
     absent: Absent
 
 
@@ -101,10 +103,10 @@ class Binding:
     """What one layer batch puts into the module tree.
 
     Args:
-        root: the module tree.
-        device: where computation runs.
-        recipes: those of the batch, with the places of each.
-        fetch: reads a recipe's tensor from the files; None if it is large.
+        root: The module tree.
+        device: Where computation runs.
+        recipes: Those of the batch, with the places of each.
+        fetch: Reads a recipe's tensor from the files; None if it is large.
     """
 
     def __init__(
@@ -171,8 +173,8 @@ def _parameter_of(tensor: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
     """The parameter that is a view of ``tensor``: made once, and kept as long as ``tensor``.
 
     Args:
-        tensor: for residents and mapped files, the same object in every sweep.
-        requires_grad: as transformers sets it: torch chooses convolution kernels by it, which changes bits even where
+        tensor: For residents and mapped files, the same object in every sweep.
+        requires_grad: As transformers sets it: torch chooses convolution kernels by it, which changes bits even where
             no gradient is computed.
     """
     known: nn.Parameter | None = vars(tensor).get("parameter")

@@ -30,13 +30,20 @@ class Shape:
     """How many tokens the inputs hold."""
 
     rows: int
-    length: int  # new to the model
-    past: int  # in the cache that comes with them
-    decoder: int  # of an encoder-decoder's decoder
-    prefix: int  # ids in each row, before the generated ones
-    cached: bool  # a KV cache is made, or comes with them
-    on_host: bool  # that cache is in host RAM, while the model computes on a GPU
-    told: bool  # False: for some inputs it is not known how many tokens they make
+    length: int
+    """New to the model."""
+    past: int
+    """In the cache that comes with them."""
+    decoder: int
+    """Of an encoder-decoder's decoder."""
+    prefix: int
+    """Ids in each row, before the generated ones."""
+    cached: bool
+    """A KV cache is made, or comes with them."""
+    on_host: bool
+    """That cache is in host RAM, while the model computes on a GPU."""
+    told: bool
+    """False: for some inputs it is not known how many tokens they make."""
 
 
 class GenerationSettings:
@@ -99,9 +106,9 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
     """Whether a call makes a KV cache. For a forward pass the model's config decides, for a generation it does not.
 
     Args:
-        module: the transformers model.
+        module: The transformers model.
         what: "forward" or "generate".
-        named: all arguments, by name.
+        named: All arguments, by name.
     """
     if what == "generate":
         return GenerationSettings(module, named).get("use_cache") is not False

@@ -32,15 +32,18 @@ class ModuleCall(NamedTuple):
     """A module is called."""
 
     module: str
-    within: tuple[str, ...]  # modules that are being called, the outermost one first
+    within: tuple[str, ...]
+    """Modules that are being called, the outermost one first."""
 
 
 class WeightUse(NamedTuple):
     """An operation computes with a parameter or buffer."""
 
     tensor: str
-    within: tuple[str, ...]  # modules that are being called, the outermost one first
-    looks_up: bool  # it looks up rows of an embedding table
+    within: tuple[str, ...]
+    """Modules that are being called, the outermost one first."""
+    looks_up: bool
+    """It looks up rows of an embedding table."""
     writes: bool
 
 

@@ -18,7 +18,7 @@ class FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes up the values that a model asks for, so that the pass goes on.
 
     Args:
-        padded: whether sequences of the batch are of different lengths: then not all of a mask holds.
+        padded: Whether sequences of the batch are of different lengths: then not all of a mask holds.
     """
 
     def __init__(self, *, padded: bool = False) -> None:

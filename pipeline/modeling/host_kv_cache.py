@@ -60,7 +60,7 @@ def check_host_cache(module: Any) -> None:
     """Refuse a model whose cache cannot live on the host.
 
     Raises:
-        PlanError: it has one of another kind, or a part that its layers do not ask for by ``update``.
+        PlanError: It has one of another kind, or a part that its layers do not ask for by ``update``.
     """
     config: Any = getattr(module, "config", None)
     supports = getattr(module, "_supports_default_dynamic_cache", lambda: False)()
@@ -77,10 +77,10 @@ def with_host_cache(
     """The keyword arguments of a call with a cache in host RAM, unless it brings one, or wants none or another.
 
     Args:
-        module: the transformers model.
+        module: The transformers model.
         what: "forward" or "generate".
-        inputs: positional arguments.
-        named: keyword arguments.
+        inputs: Positional arguments.
+        named: Keyword arguments.
     """
     given = by_name(getattr(module, what, None), inputs, named)
     by_place = _ARGUMENT in given.keys() - named.keys()

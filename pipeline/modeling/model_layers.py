@@ -22,8 +22,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 class Use:
     """The place of a parameter or buffer in the module tree."""
 
-    module: str  # path of the module that owns it
-    name: str  # its name there
+    module: str
+    """Path of the module that owns it."""
+    name: str
+    """Its name there."""
 
     @property
     def path(self) -> str:
@@ -37,8 +39,10 @@ class ModelLayer:
 
     name: str
     kind: LayerKind
-    recipes: tuple[str, ...]  # names in TracedModel.recipes
-    modules: tuple[str, ...]  # paths of the modules whose calls need the layer
+    recipes: tuple[str, ...]
+    """Names in TracedModel.recipes."""
+    modules: tuple[str, ...]
+    """Paths of the modules whose calls need the layer."""
     always_resident: (
         bool  # must be resident: used more than once in a pass, or by no module of its own
     )
@@ -100,10 +104,10 @@ def model_layers(
     are visited more than once, and which weights are used outside the calls of their modules.
 
     Args:
-        traced: the model.
-        checkpoint: its weight files.
-        uses: the places of each recipe's tensor that streams; gathered ones left out.
-        traces: from ``record``.
+        traced: The model.
+        checkpoint: Its weight files.
+        uses: The places of each recipe's tensor that streams; gathered ones left out.
+        traces: From ``record``.
     """
     shared = [name for name, places in uses.items() if len(places) > 1]
     single = {places[0].path: name for name, places in uses.items() if len(places) == 1}

@@ -49,19 +49,26 @@ _ITEM_BYTES = 2
 class Rates:
     """All rates that a prediction needs, in bytes per second unless the name says otherwise."""
 
-    disk: float  # direct reads
-    mmap: float  # faulting in files that are not in the page cache
+    disk: float
+    """Direct reads."""
+    mmap: float
+    """Faulting in files that are not in the page cache."""
     host_copy: float
     h2d: float
-    pageable_h2d: float  # from memory that is not page-locked, and assumed for the way back
+    pageable_h2d: float
+    """From memory that is not page-locked, and assumed for the way back."""
     compute: tuple[ComputeRate, ...]
-    elementwise: float  # time of operations per element divided by that of multiplications
+    elementwise: float
+    """Time of operations per element divided by that of multiplications."""
     attention_flops_per_second: float
     step_attention_flops_per_second: float
     kv_growth_bytes_per_second: float
-    blocks_per_second: float  # plain ones, as far as Python and launches allow
-    launches_ahead: bool  # computation goes on meanwhile: on a GPU
-    mapped_seconds_per_byte: float  # additional time of computation with weights in the page cache
+    blocks_per_second: float
+    """Plain ones, as far as Python and launches allow."""
+    launches_ahead: bool
+    """Computation goes on meanwhile: on a GPU."""
+    mapped_seconds_per_byte: float
+    """Additional time of computation with weights in the page cache."""
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float

@@ -77,7 +77,7 @@ def search(problem: Problem) -> list[PricedChoice]:
     Of equally fast ones, those with residents come first, then three slots, then the fewest bytes from disk.
 
     Raises:
-        PlanError: none fits.
+        PlanError: None fits.
     """
     return _Search(problem).choices()
 

@@ -23,9 +23,12 @@ class PassShape:
     """The shape of one forward pass."""
 
     sequences: int
-    tokens: int  # new ones, of each sequence
-    context: int  # tokens of each sequence after it, including the new ones
-    prompt: bool  # it is a request's first pass
+    tokens: int
+    """New ones, of each sequence."""
+    context: int
+    """Tokens of each sequence after it, including the new ones."""
+    prompt: bool
+    """It is a request's first pass."""
 
 
 class Work:

@@ -33,9 +33,12 @@ class Placement:
     slots: int
     arenas: Arenas
     batches: Sequence[LayerBatch]
-    decode_batches: Sequence[LayerBatch]  # the same with decode residents
-    page_room_bytes: int  # memory for files in the page cache
-    kv_bytes_per_block: int = 0  # of a KV cache on the host, copied to the device and back
+    decode_batches: Sequence[LayerBatch]
+    """The same with decode residents."""
+    page_room_bytes: int
+    """Memory for files in the page cache."""
+    kv_bytes_per_block: int = 0
+    """Of a KV cache on the host, copied to the device and back."""
 
     @property
     def maps(self) -> bool:
@@ -53,13 +56,13 @@ class Prices:
     """All that a predicted time depends on, besides the placement.
 
     Attributes:
-        layers: by name.
-        rates: of the machine.
-        work: the model's computation; None: there is none.
-        workload: one request.
-        objective: which sweeps count.
-        throttle_bytes_per_second: of a throttled reader.
-        cached_bytes: how much of the files is in the page cache when the first sweep begins.
+        layers: By name.
+        rates: Of the machine.
+        work: The model's computation; None: there is none.
+        workload: One request.
+        objective: Which sweeps count.
+        throttle_bytes_per_second: Of a throttled reader.
+        cached_bytes: How much of the files is in the page cache when the first sweep begins.
     """
 
     layers: Mapping[str, PlannedLayer]

@@ -40,9 +40,11 @@ class TensorSource:
     """A tensor as computation needs it, and the extents of files that it consists of, in order."""
 
     name: str
-    dtype: str  # torch's name, e.g. "bfloat16"
+    dtype: str
+    """torch's name, e.g. "bfloat16"."""
     shape: tuple[int, ...]
-    extents: tuple[Extent, ...]  # one, unless the tensor is fused from several
+    extents: tuple[Extent, ...]
+    """One, unless the tensor is fused from several."""
     # transformers computes with a copy of it, which needs an aligned place of its own.
     copied: bool = False
 
@@ -65,7 +67,8 @@ class PlannedLayer:
     name: str
     kind: LayerKind
     tensors: tuple[TensorSource, ...]
-    scratch_bytes: int = 0  # tensors that computation makes from them before use
+    scratch_bytes: int = 0
+    """Tensors that computation makes from them before use."""
     # It must be resident: computation uses it more than once, or at an unknown time.
     always_resident: bool = False
 
@@ -81,9 +84,9 @@ def planned_layers(
     """``layers`` with the files, offsets, dtypes and shapes of their tensors.
 
     Args:
-        checkpoint: where the tensors are.
-        layers: in execution order.
-        gathers_tables: leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
+        checkpoint: Where the tensors are.
+        layers: In execution order.
+        gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
             looked up. A table that is also the head's matrix stays in the head.
     """
 
@@ -113,7 +116,8 @@ class _Piece(NamedTuple):
     """An extent of a tensor, found in the host image."""
 
     host_offset: int
-    read: int  # index of the read that contains it
+    read: int
+    """Index of the read that contains it."""
     nbytes: int
 
 
@@ -127,10 +131,10 @@ def layout_batch(
     """Lay out the batch made of ``layers``.
 
     Args:
-        layers: those of the batch, in execution order.
-        index: the batch's place in execution order.
-        file_bytes: size of each file of the checkpoint.
-        reads_host_images: computation runs on the CPU. A tensor that has the right form in the file is then used
+        layers: Those of the batch, in execution order.
+        index: The batch's place in execution order.
+        file_bytes: Size of each file of the checkpoint.
+        reads_host_images: Computation runs on the CPU. A tensor that has the right form in the file is then used
             where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
             another alignment, some float32 kernels give other bits.)
     """

@@ -28,7 +28,8 @@ _MODULE_BYTES = 2200
 class Overheads:
     """Bytes besides tensors."""
 
-    shared_bytes: int = 0  # that math libraries keep for the whole process
+    shared_bytes: int = 0
+    """That math libraries keep for the whole process."""
     # Of a request, until it has ended: what libraries keep for its thread, and its module tree.
     per_request_bytes: int = 0
 
@@ -41,10 +42,10 @@ def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1
     """Memory besides tensors of requests to the model that ``config`` (a config.json) describes.
 
     Args:
-        config: without one, or without sizes in it, libraries are assumed to keep nothing.
-        modules: their number in the model.
-        rows: tokens that a block computes at once.
-        logits: how many of them have logits computed.
+        config: Without one, or without sizes in it, libraries are assumed to keep nothing.
+        modules: Their number in the model.
+        rows: Tokens that a block computes at once.
+        logits: How many of them have logits computed.
     """
     tree = modules * _MODULE_BYTES
     widths = widths_of(config)

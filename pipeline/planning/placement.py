@@ -50,8 +50,10 @@ class Frame:
     vram_budget: int | None
     host_reserved: int
     vram_reserved: int
-    kv_on_host_bytes: int = 0  # of a GPU's KV cache
-    held_bytes: int = 0  # of host memory, which residents leave free
+    kv_on_host_bytes: int = 0
+    """Of a GPU's KV cache."""
+    held_bytes: int = 0
+    """Of host memory, which residents leave free."""
 
     @property
     def maps(self) -> bool:
@@ -67,8 +69,8 @@ class Frame:
         """All layers in batches of ``size`` blocks; those that must be resident are.
 
         Args:
-            size: blocks in a batch.
-            passing: rings that exist already; batches that are too large for them become resident.
+            size: Blocks in a batch.
+            passing: Rings that exist already; batches that are too large for them become resident.
         """
         always_resident = self.always_resident
 

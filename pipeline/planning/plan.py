@@ -23,9 +23,12 @@ _MUCH_BYTES = 1 << 40
 class ReaderKind(StrEnum):
     """How weights are read."""
 
-    DIRECT = "direct"  # O_DIRECT, past the page cache
-    MMAP = "mmap"  # a mapping of the files, through the page cache
-    THROTTLED = "throttled"  # direct, at a given rate
+    DIRECT = "direct"
+    """O_DIRECT, past the page cache."""
+    MMAP = "mmap"
+    """A mapping of the files, through the page cache."""
+    THROTTLED = "throttled"
+    """Direct, at a given rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Budget:
     on a CPU device the KV cache and activations of the workload. The page cache does not count.
 
     Raises:
-        PlanError: not a size.
+        PlanError: Not a size.
     """
 
     vram: int | str | None = None
@@ -88,9 +91,12 @@ class MemoryUse:
     """What a plan uses of one side's budget, in bytes."""
 
     budget_bytes: int
-    arena_bytes: int  # the ring of slots
-    resident_bytes: int  # layer batches that stay
-    reserved_bytes: int  # KV cache, activations and scratch of the workload
+    arena_bytes: int
+    """The ring of slots."""
+    resident_bytes: int
+    """Layer batches that stay."""
+    reserved_bytes: int
+    """KV cache, activations and scratch of the workload."""
 
     @property
     def taken_bytes(self) -> int:
@@ -108,14 +114,17 @@ class Plan:
     """Which layers form a batch, what is resident where, and the memory for that. Running it decides nothing more.
 
     Raises:
-        PlanError: its parts contradict one another.
+        PlanError: Its parts contradict one another.
     """
 
-    checkpoint: str  # the folder or file that was opened
+    checkpoint: str
+    """The folder or file that was opened."""
     files: tuple[PlannedFile, ...]
-    device: str  # "cpu" or "cuda:0"
+    device: str
+    """"cpu" or "cuda:0"."""
     reader: ReaderKind
-    throttle_bytes_per_second: float | None  # of a throttled reader
+    throttle_bytes_per_second: float | None
+    """Of a throttled reader."""
     read_request_bytes: int
     reads_in_flight: int
     layer_batch_size: int
@@ -124,21 +133,31 @@ class Plan:
     host_arena_bytes: int
     device_arena_bytes: int
     host_memory: MemoryUse
-    device_memory: MemoryUse | None  # None on a CPU device, where all memory is the host's
+    device_memory: MemoryUse | None
+    """None on a CPU device, where all memory is the host's."""
     batches: tuple[LayerBatch, ...]
     workload: Workload | None
-    workload_bytes: int  # the part of the reserved memory for KV cache and activations of requests
-    kv_cache_bytes: int  # of that, the KV cache
-    overhead_bytes: int  # host memory not counted above: code that was loaded, and what requests take besides tensors
+    workload_bytes: int
+    """The part of the reserved memory for KV cache and activations of requests."""
+    kv_cache_bytes: int
+    """Of that, the KV cache."""
+    overhead_bytes: int
+    """Host memory not counted above: code that was loaded, and what requests take besides tensors."""
     # The KV cache is in host RAM, and is copied to the device layer by layer.
     kv_cache_on_host: bool
-    always_resident: tuple[int, ...]  # batches that must be resident
-    decode_residents: tuple[int, ...]  # batches that stay only while no prompt is processed
+    always_resident: tuple[int, ...]
+    """Batches that must be resident."""
+    decode_residents: tuple[int, ...]
+    """Batches that stay only while no prompt is processed."""
     prediction: Prediction
-    inputs: tuple[Input, ...]  # the figures that it was made with, and their origin
-    candidates: tuple[Candidate, ...]  # the alternatives, the fastest first
-    advice: tuple[Advice, ...]  # changes that would make it faster
-    notes: tuple[str, ...]  # assumptions and explanations
+    inputs: tuple[Input, ...]
+    """The figures that it was made with, and their origin."""
+    candidates: tuple[Candidate, ...]
+    """The alternatives, the fastest first."""
+    advice: tuple[Advice, ...]
+    """Changes that would make it faster."""
+    notes: tuple[str, ...]
+    """Assumptions and explanations."""
 
     def __post_init__(self) -> None:
         for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):
@@ -220,7 +239,7 @@ class Plan:
         """The plan that ``to_json`` wrote.
 
         Raises:
-            PlanError: the text is not a plan, or was written by another version.
+            PlanError: The text is not a plan, or was written by another version.
         """
         return load(cls, text, version=_VERSION)
 

@@ -28,7 +28,7 @@ def load(kind: type[P], text: str, *, version: int) -> P:
     """The plan of type ``kind`` that ``dump`` wrote.
 
     Raises:
-        PlanError: the text is not a plan, or was written in another version of the format.
+        PlanError: The text is not a plan, or was written in another version of the format.
     """
     try:
         raw = json.loads(text)

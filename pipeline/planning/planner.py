@@ -53,25 +53,25 @@ def make_plan(
     with equal predicted times, the one that reads the least from disk is chosen.
 
     Args:
-        checkpoint: the weight files.
-        hardware: the machine, probed or written by hand.
-        budget: memory that may be used; by default what is free, less a tenth.
-        workload: the expected requests; None reserves nothing, and predicts the time of sweeps alone.
+        checkpoint: The weight files.
+        hardware: The machine, probed or written by hand.
+        budget: Memory that may be used; by default what is free, less a tenth.
+        workload: The expected requests; None reserves nothing, and predicts the time of sweeps alone.
         objective: "latency" counts the first sweep, "throughput" only what repeats.
-        layers: what to stream, in execution order; by default all tensors, grouped by their names.
-        memory: of the workload, if it was measured; by default it is estimated from config.json.
+        layers: What to stream, in execution order; by default all tensors, grouped by their names.
+        memory: Of the workload, if it was measured; by default it is estimated from config.json.
         reader: "direct", "mmap" or "throttled"; by default the faster of the first two. With a host budget
             given, the page cache counts for what it holds now, and is not expected to hold more.
-        throttle_bytes_per_second: the rate of the throttled reader.
-        layer_batch_size: blocks per layer batch, instead of the planner's choice.
-        slots: on the host and on the device each, instead of the planner's choice.
-        held_bytes: host memory that loading code for this model took. It is not the pipeline's, so no plan is
+        throttle_bytes_per_second: The rate of the throttled reader.
+        layer_batch_size: Blocks per layer batch, instead of the planner's choice.
+        slots: On the host and on the device each, instead of the planner's choice.
+        held_bytes: Host memory that loading code for this model took. It is not the pipeline's, so no plan is
             refused because of it, but residents leave it free.
-        running: the plan of a running pipeline, which is to switch to the new one: its layer batches, slots, rings and
+        running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, rings and
             reader stay, and so does the place of the KV cache, since running requests have theirs there.
 
     Raises:
-        PlanError: no plan fits the budget, or an argument makes no sense.
+        PlanError: No plan fits the budget, or an argument makes no sense.
     """
     if running is not None:
         reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second

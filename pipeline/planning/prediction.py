@@ -11,8 +11,10 @@ __all__ = ["Advice", "Candidate", "Objective", "Prediction", "SweepPrediction"]
 class Objective(StrEnum):
     """What a plan is optimised for."""
 
-    LATENCY = "latency"  # one request on a newly opened pipeline: loading residents counts
-    THROUGHPUT = "throughput"  # many requests one after the other: only what repeats counts
+    LATENCY = "latency"
+    """One request on a newly opened pipeline: loading residents counts."""
+    THROUGHPUT = "throughput"
+    """Many requests one after the other: only what repeats counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,19 +22,26 @@ class Prediction:
     """The predicted times of the workload."""
 
     objective: Objective
-    first: SweepPrediction  # the very first sweep: it fills the pipeline and reads everything
-    second: SweepPrediction  # the next one: on a CPU it loads the residents
-    prefill: SweepPrediction  # the prompt of a later request
-    decode: SweepPrediction  # each further token
-    request_seconds: float  # for prompt and new tokens, counted according to the objective
-    tokens_per_second: float  # while decoding, over all sequences
+    first: SweepPrediction
+    """The very first sweep: it fills the pipeline and reads everything."""
+    second: SweepPrediction
+    """The next one: on a CPU it loads the residents."""
+    prefill: SweepPrediction
+    """The prompt of a later request."""
+    decode: SweepPrediction
+    """Each further token."""
+    request_seconds: float
+    """For prompt and new tokens, counted according to the objective."""
+    tokens_per_second: float
+    """While decoding, over all sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A plan that was considered."""
 
-    name: str  # what is special about it; empty for most
+    name: str
+    """What is special about it; empty for most."""
     layer_batch_size: int
     slots: int
     reader: str
@@ -40,7 +49,8 @@ class Candidate:
     vram_used_bytes: int
     resident_batches: int
     batches: int
-    sweep_seconds: float  # of decoding
+    sweep_seconds: float
+    """Of decoding."""
     request_seconds: float
     chosen: bool
 
@@ -50,6 +60,7 @@ class Advice:
     """The predicted effect of one change, all else equal."""
 
     change: str
-    sweep_seconds: float  # of decoding
+    sweep_seconds: float
+    """Of decoding."""
     tokens_per_second: float
     request_seconds: float

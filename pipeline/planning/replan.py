@@ -33,9 +33,9 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     those for other numbers of tokens are scaled like the nearest. What ``timings`` do not show stays as it was.
 
     Args:
-        hardware: that ``plan`` was made with.
-        plan: the one that was run.
-        timings: of the pipeline that ran it.
+        hardware: That ``plan`` was made with.
+        plan: The one that was run.
+        timings: Of the pipeline that ran it.
     """
     fields: dict[str, Any] = {}
     if plan.reader is ReaderKind.DIRECT and (rate := _link(timings, stage=0)):
@@ -62,10 +62,10 @@ def hardware_without(
     """``hardware`` with as much memory free as there would be if ``plan`` did not run.
 
     Args:
-        plan: the running one.
-        hardware: with the rates for the new plan.
-        now: with the memory that is free while ``plan`` runs.
-        as_budgeted: count at least the budget of ``plan`` as free: some of it is used by running requests, but that
+        plan: The running one.
+        hardware: With the rates for the new plan.
+        now: With the memory that is free while ``plan`` runs.
+        as_budgeted: Count at least the budget of ``plan`` as free: some of it is used by running requests, but that
             is no reason to refuse the same budget again.
     """
     vram = None

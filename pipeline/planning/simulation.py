@@ -25,9 +25,12 @@ class BatchCost:
     read_seconds: float = 0.0
     copy_seconds: float = 0.0
     compute_seconds: float = 0.0
-    host_bytes: int = 0  # of its slot in the host ring; 0: it takes none
-    device_bytes: int = 0  # of its slot in the device ring
-    copied_away: bool = False  # the host slot is free after the copy, not after the computation
+    host_bytes: int = 0
+    """Of its slot in the host ring; 0: it takes none."""
+    device_bytes: int = 0
+    """Of its slot in the device ring."""
+    copied_away: bool = False
+    """The host slot is free after the copy, not after the computation."""
 
 
 def simulate(
@@ -41,11 +44,11 @@ def simulate(
     """Simulate consecutive sweeps, each given as the costs of its batches in the order of its route.
 
     Args:
-        sweeps: prefetch runs on from each to the next.
-        host_ring_bytes: size of the ring of host slots.
-        device_ring_bytes: size of the ring of device slots.
-        overhead_seconds: that computation spends on the hand-off of each batch.
-        between_seconds: from the end of a sweep until computation wants the first batch of the next.
+        sweeps: Prefetch runs on from each to the next.
+        host_ring_bytes: Size of the ring of host slots.
+        device_ring_bytes: Size of the ring of device slots.
+        overhead_seconds: That computation spends on the hand-off of each batch.
+        between_seconds: From the end of a sweep until computation wants the first batch of the next.
     """
     host, device = _Ring(host_ring_bytes), _Ring(device_ring_bytes)
     read_done = copied = computed = 0.0

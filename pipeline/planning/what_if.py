@@ -32,10 +32,10 @@ class WhatIf:
     """Figures that are given for a machine; None: as on this one.
 
     Attributes:
-        missing_device: such as "cuda:0", of a GPU that is not here; its VRAM is the budget's.
-        ram_bytes: host RAM that is free.
-        disk_bytes_per_second: of direct reads.
-        h2d_bytes_per_second: host to device, from page-locked memory.
+        missing_device: Such as "cuda:0", of a GPU that is not here; its VRAM is the budget's.
+        ram_bytes: Host RAM that is free.
+        disk_bytes_per_second: Of direct reads.
+        h2d_bytes_per_second: Host to device, from page-locked memory.
     """
 
     missing_device: str | None = None
@@ -55,11 +55,11 @@ class WhatIf:
         or processor are not used for another one.
 
         Args:
-            hardware: this machine; for the CPU, if the GPU asked for is missing.
-            budget: of the machine asked for.
+            hardware: This machine; for the CPU, if the GPU asked for is missing.
+            budget: Of the machine asked for.
 
         Raises:
-            PlanError: a GPU of unknown size, a link to no device, or a figure that makes no sense.
+            PlanError: A GPU of unknown size, a link to no device, or a figure that makes no sense.
         """
         if not self.asked:
             return hardware

@@ -46,12 +46,14 @@ Config = Mapping[str, Any]
 class WorkloadMemory:
     """The memory of a workload besides the weights, in bytes."""
 
-    kv_bytes: int  # KV cache (or a recurrent model's state) of all sequences, after the last token
+    kv_bytes: int
+    """KV cache (or a recurrent model's state) of all sequences, after the last token."""
     # The most besides the cache while the prompt is processed, including logits.
     prefill_bytes: int
     # The same while each sequence gets one more token, including the growth of the cache.
     decode_bytes: int
-    measured: bool  # in a pass on the meta device; otherwise estimated from the config
+    measured: bool
+    """In a pass on the meta device; otherwise estimated from the config."""
 
     @property
     def peak_bytes(self) -> int:
@@ -134,7 +136,8 @@ def workload_bytes(config: Config | None, workload: Workload | None) -> tuple[in
 class Widths:
     """The widths of a decoder's matrices, in elements of ``item_bytes``."""
 
-    widest: int  # of all in its blocks
+    widest: int
+    """Of all in its blocks."""
     vocabulary: int
     item_bytes: int
 
@@ -156,17 +159,24 @@ class _Sizes:
     heads: int
     # What a layer caches of a token: keys and values, or the latent vector that they are computed from.
     rows: tuple[int, int]
-    key: int  # per head
+    key: int
+    """Per head."""
     value: int
-    inner: int  # of all experts that a token is routed to
-    inners: int  # how many tensors of that width are alive at the same time
+    inner: int
+    """Of all experts that a token is routed to."""
+    inners: int
+    """How many tensors of that width are alive at the same time."""
     experts: int
     experts_per_token: int
     vocabulary: int
-    windows: tuple[int | None, ...]  # per attention layer: how many tokens it looks back; None: all
-    state: int  # of all recurrent layers, per sequence
-    scan: int  # of a recurrent layer, in float32 per token of the prompt
-    piece: int  # tokens that it computes at once; a prompt is padded to a multiple
+    windows: tuple[int | None, ...]
+    """Per attention layer: how many tokens it looks back; None: all."""
+    state: int
+    """Of all recurrent layers, per sequence."""
+    scan: int
+    """Of a recurrent layer, in float32 per token of the prompt."""
+    piece: int
+    """Tokens that it computes at once; a prompt is padded to a multiple."""
     # How many tokens a bias on relative positions is computed for, per token; None: all. 0 if there is no such bias.
     biased: int | None
     item_bytes: int

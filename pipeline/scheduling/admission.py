@@ -16,7 +16,7 @@ class Reservation(Future[None]):
     Wait for it in a thread with ``result()``, on the event loop with ``asyncio.wrap_future``.
 
     Args:
-        nbytes: the memory.
+        nbytes: The memory.
         places: 1 or 0.
     """
 
@@ -33,8 +33,8 @@ class Admission:
     the order of asking: a small request that would fit does not overtake a large one that waits.
 
     Args:
-        memory_bytes: memory for KV caches and activations of all requests together.
-        places: how many threads there are.
+        memory_bytes: Memory for KV caches and activations of all requests together.
+        places: How many threads there are.
     """
 
     def __init__(self, *, memory_bytes: int, places: int) -> None:

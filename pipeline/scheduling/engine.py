@@ -35,13 +35,13 @@ class Engine:
     does so in a thread of its own, where its requests then run: they take memory, but no place.
 
     Args:
-        module: the transformers model; its hooks ask ``passes`` for the pass runner of their thread.
-        scheduler: makes the sweeps that requests take part in.
-        device: where computation runs.
-        estimator: prices requests.
-        memory: for all requests together.
-        places: how many requests of tasks run at once.
-        cache_on_host: requests that bring no KV cache get one in host RAM.
+        module: The transformers model; its hooks ask ``passes`` for the pass runner of their thread.
+        scheduler: Makes the sweeps that requests take part in.
+        device: Where computation runs.
+        estimator: Prices requests.
+        memory: For all requests together.
+        places: How many requests of tasks run at once.
+        cache_on_host: Requests that bring no KV cache get one in host RAM.
     """
 
     def __init__(
@@ -148,12 +148,12 @@ class Engine:
         """Generate in the calling thread.
 
         Args:
-            call: returns what to call, given a clone of the model.
-            inputs: positional arguments for that.
-            named: keyword arguments for that.
+            call: Returns what to call, given a clone of the model.
+            inputs: Positional arguments for that.
+            named: Keyword arguments for that.
 
         Raises:
-            ModelError: this is the thread of the event loop.
+            ModelError: This is the thread of the event loop.
         """
         self.passes.refuse_on_loop()
         request = self._request("generate", call, inputs, named, places=0)
@@ -174,10 +174,10 @@ class Engine:
         """Make a request of a forward pass that belongs to none, and wait until it is admitted.
 
         Args:
-            runner: of the calling thread.
-            entry: path of the module that is called.
-            inputs: its positional arguments.
-            named: its keyword arguments.
+            runner: Of the calling thread.
+            entry: Path of the module that is called.
+            inputs: Its positional arguments.
+            named: Its keyword arguments.
 
         Returns:
             The keyword arguments to call it with, and what to call when the pass has ended.

@@ -14,9 +14,9 @@ def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPass
     """Add hooks to the modules of ``root`` that need a layer batch, and to those around them.
 
     Args:
-        root: the module tree.
-        batches: the index of the layer batch that each module needs, by the module's path.
-        passes: the pass runners of the threads that call modules.
+        root: The module tree.
+        batches: The index of the layer batch that each module needs, by the module's path.
+        passes: The pass runners of the threads that call modules.
     """
     around = {""}
     for path in batches:

@@ -79,15 +79,15 @@ class PassRunner:
     called, or the pass ends. It gives that batch back before it waits for the next.
 
     Args:
-        scheduler: brings the layer batches.
-        turn: waited for before each pass that belongs to no request; None if the passes belong to one.
+        scheduler: Brings the layer batches.
+        turn: Waited for before each pass that belongs to no request; None if the passes belong to one.
 
     Attributes:
-        root: the clone whose hooks call this object.
-        cancelled: the request was cancelled: its pass is unwound when it next wants a batch.
-        passes: begun so far.
-        tokens: of the pass under way; None if its inputs do not tell.
-        cost: of its request; None if it belongs to none.
+        root: The clone whose hooks call this object.
+        cancelled: The request was cancelled: its pass is unwound when it next wants a batch.
+        passes: Begun so far.
+        tokens: Of the pass under way; None if its inputs do not tell.
+        cost: Of its request; None if it belongs to none.
     """
 
     root: torch.nn.Module
@@ -127,9 +127,9 @@ class PassRunner:
             The keyword arguments to call it with.
 
         Raises:
-            AdmissionError: the pass belongs to no request, and needs more memory than there is.
-            ClosedError: the pass belongs to no request, and no more are taken.
-            PassCancelled: the request was cancelled.
+            AdmissionError: The pass belongs to no request, and needs more memory than there is.
+            ClosedError: The pass belongs to no request, and no more are taken.
+            PassCancelled: The request was cancelled.
         """
         if id(module) in self._modules:
             # No module calls itself, so an interrupt kept the last pass from leaving it.
@@ -159,8 +159,8 @@ class PassRunner:
         """Give back the batch that is held, and wait until layer batch ``index`` is there and bound.
 
         Raises:
-            PassCancelled: the request was cancelled.
-            LayerstreamError: the pipeline failed or was closed.
+            PassCancelled: The request was cancelled.
+            LayerstreamError: The pipeline failed or was closed.
         """
         if self._held is not None and self._held.index == index:
             return

@@ -32,17 +32,22 @@ class Request:
     """One call of ``forward`` or ``generate``, or of the module itself."""
 
     number: int
-    what: str  # "forward" or "generate"
+    what: str
+    """"forward" or "generate"."""
     cost: RequestCost
     call: Method
     inputs: Sequence[Any]
     named: dict[str, Any]
     runner: PassRunner
     reservation: Reservation
-    generator: torch.Generator | None  # what it samples from, instead of torch's default one
-    passes_before: int  # that its runner has made for earlier requests
-    tokens: int = 0  # generated so far; written in the thread of its passes alone
-    end_level: int = logging.INFO  # at which its end is logged
+    generator: torch.Generator | None
+    """What it samples from, instead of torch's default one."""
+    passes_before: int
+    """That its runner has made for earlier requests."""
+    tokens: int = 0
+    """Generated so far; written in the thread of its passes alone."""
+    end_level: int = logging.INFO
+    """At which its end is logged."""
     asked_seconds: float = field(default_factory=time.perf_counter)
 
 
@@ -50,9 +55,9 @@ class Requests:
     """The requests that wait or run. For the event loop only, except ``check_open``.
 
     Args:
-        scheduler: makes the sweeps that they take part in.
-        memory_bytes: memory for all of them together.
-        places: how many may run at once in threads of ours.
+        scheduler: Makes the sweeps that they take part in.
+        memory_bytes: Memory for all of them together.
+        places: How many may run at once in threads of ours.
     """
 
     def __init__(self, scheduler: SweepScheduler, *, memory_bytes: int, places: int) -> None:
@@ -68,7 +73,7 @@ class Requests:
         """Refuse a new request if the model is being closed. May be called in any thread.
 
         Raises:
-            ClosedError: it is.
+            ClosedError: It is.
         """
         if self._refusing is not None:
             self._scheduler.call_on_loop(self.refused)

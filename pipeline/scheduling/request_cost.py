@@ -32,25 +32,31 @@ _SMALLEST_CHUNK = 32
 class RequestCost:
     """What a request takes."""
 
-    nbytes: int  # of the memory for all requests
-    sequences: int  # rows in the caller's batch
-    prompt_tokens: int  # ids in each row, before the generated ones
+    nbytes: int
+    """Of the memory for all requests."""
+    sequences: int
+    """Rows in the caller's batch."""
+    prompt_tokens: int
+    """Ids in each row, before the generated ones."""
     new_tokens: int
-    chunk_tokens: int | None = None  # if the prompt has to be processed in pieces: tokens in each
-    step_tokens: int = 0  # of a pass after the prompt, over all rows
-    step_bytes: int = 0  # that it takes beside the layers during such a pass
+    chunk_tokens: int | None = None
+    """If the prompt has to be processed in pieces: tokens in each."""
+    step_tokens: int = 0
+    """Of a pass after the prompt, over all rows."""
+    step_bytes: int = 0
+    """That it takes beside the layers during such a pass."""
 
 
 class Estimator:
     """Estimates the memory of the requests of one model.
 
     Args:
-        module: the transformers model.
+        module: The transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
-        workload: what the plan reserves for.
-        memory: for all requests together.
-        on_cpu: activations are in host memory, where libraries take memory for a request besides tensors.
-        reserved: the plan; if it has measured what ``workload`` takes, estimates are scaled to that.
+        workload: What the plan reserves for.
+        memory: For all requests together.
+        on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
+        reserved: The plan; if it has measured what ``workload`` takes, estimates are scaled to that.
     """
 
     def __init__(
@@ -94,7 +100,7 @@ class Estimator:
         """What one forward pass takes: its cache, its activations, and logits for all positions.
 
         Raises:
-            AdmissionError: more than there is for all requests together.
+            AdmissionError: More than there is for all requests together.
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
         shape = shape_of(self._module, "forward", named)
@@ -129,7 +135,7 @@ class Estimator:
         allows that.
 
         Raises:
-            AdmissionError: more than there is for all requests together.
+            AdmissionError: More than there is for all requests together.
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
         shape = shape_of(self._module, "generate", named)

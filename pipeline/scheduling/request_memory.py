@@ -18,7 +18,8 @@ _SMALL_CHANGE_BYTES = 4 << 20
 class Parts(NamedTuple):
     """What a request takes, in bytes."""
 
-    cache: int  # KV cache
+    cache: int
+    """KV cache."""
     other: int
 
     def plus(self, other: int) -> Self:

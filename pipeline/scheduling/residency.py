@@ -15,11 +15,11 @@ class Residency:
     """Chooses among the placements of a plan: that of the first sweep, the usual one, and with decode residents.
 
     Args:
-        plan: the running one.
-        request_bytes: memory for what all requests together take beside the layers.
+        plan: The running one.
+        request_bytes: Memory for what all requests together take beside the layers.
 
     Attributes:
-        first: the plan as the first sweep runs it.
+        first: The plan as the first sweep runs it.
     """
 
     def __init__(self, plan: Plan, *, request_bytes: int) -> None:

@@ -12,7 +12,7 @@ class RoutePrediction:
     stands for whoever makes passes one after the other, such as a request.
 
     Args:
-        batches: indices of all layer batches that sweeps bring, in execution order.
+        batches: Indices of all layer batches that sweeps bring, in execution order.
     """
 
     def __init__(self, batches: Iterable[int]) -> None:

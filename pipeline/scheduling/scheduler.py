@@ -47,15 +47,15 @@ class SweepScheduler:
     """Makes the sweeps of one pipeline, and serves the passes in them.
 
     Args:
-        pipeline: open; only this object makes sweeps on it.
-        bindings: what each layer batch puts into the module tree.
-        device: where computation runs.
-        residency: which residents a sweep has.
-        always_bound: indices of batches that are always bound; sweeps leave them out.
+        pipeline: Open; only this object makes sweeps on it.
+        bindings: What each layer batch puts into the module tree.
+        device: Where computation runs.
+        residency: Which residents a sweep has.
+        always_bound: Indices of batches that are always bound; sweeps leave them out.
 
     Attributes:
-        sweeps_begun: how many.
-        passes_begun: how many.
+        sweeps_begun: How many.
+        passes_begun: How many.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class SweepScheduler:
         """A pass gives back the batch that it held, and waits for another one.
 
         Args:
-            runner: of the pass.
-            released: the event behind its work with the batch that it held, if any.
-            index: of the layer batch that it waits for.
-            entry: if that is the first of the pass, the path of the module that the pass begins in.
-            future: gets the batch, or an error.
+            runner: Of the pass.
+            released: The event behind its work with the batch that it held, if any.
+            index: Of the layer batch that it waits for.
+            entry: If that is the first of the pass, the path of the module that the pass begins in.
+            future: Gets the batch, or an error.
         """
         self.batch_released(runner, released)
         if self._error is not None:

@@ -15,7 +15,8 @@ class StageUse:
     """How busy one stage of the pipeline has been since the model was opened."""
 
     name: str
-    utilisation: float  # of the time that passed, from 0 to 1
+    utilisation: float
+    """Of the time that passed, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,24 +24,37 @@ class Stats:
     """What a model has done since it was opened, and what it is doing now. Made by ``StreamedModel.stats``."""
 
     # Counters: they only grow.
-    sweeps: int  # begun; forward passes share them
-    passes: int  # forward passes that were begun
+    sweeps: int
+    """Begun; forward passes share them."""
+    passes: int
+    """Forward passes that were begun."""
     # Of tasks and threads. A pass of the drop-in outside ``generate`` is a request too.
-    requests_started: int  # admitted, however they ended
+    requests_started: int
+    """Admitted, however they ended."""
     requests_completed: int
-    requests_cancelled: int  # by their callers, while they waited or ran
-    requests_failed: int  # with an error of the model or of the pipeline
-    requests_refused: int  # they could never fit, or came when the model was closing
-    prompts_chunked: int  # processed in pieces, because their activations did not fit
-    tokens_generated: int  # by ``generate`` and ``stream``, over all sequences of a batch
-    bytes_read: int  # of weights, by the read stage
+    requests_cancelled: int
+    """By their callers, while they waited or ran."""
+    requests_failed: int
+    """With an error of the model or of the pipeline."""
+    requests_refused: int
+    """They could never fit, or came when the model was closing."""
+    prompts_chunked: int
+    """Processed in pieces, because their activations did not fit."""
+    tokens_generated: int
+    """By ``generate`` and ``stream``, over all sequences of a batch."""
+    bytes_read: int
+    """Of weights, by the read stage."""
     # Gauges: as things are now.
-    requests_waiting: int  # for memory or for a place
-    requests_riding: int  # admitted and not ended
-    riders_aboard: int  # forward passes in the sweep under way
+    requests_waiting: int
+    """For memory or for a place."""
+    requests_riding: int
+    """Admitted and not ended."""
+    riders_aboard: int
+    """Forward passes in the sweep under way."""
     # KV cache and activations of those that run; with KV caches in host RAM, their larger shares of either memory
     reserved_bytes: int
-    reservable_bytes: int  # the memory for that
+    reservable_bytes: int
+    """The memory for that."""
     open_seconds: float
     stages: tuple[StageUse, ...]
 
@@ -74,7 +88,8 @@ class Counters:
     failed: int = 0
     refused: int = 0
     chunked: int = 0
-    tokens: int = 0  # of requests that have ended
+    tokens: int = 0
+    """Of requests that have ended."""
 
     def ended(self, outcome: Outcome, *, tokens: int) -> None:
         """Count a request that has ended after generating ``tokens``."""

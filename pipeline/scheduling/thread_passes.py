@@ -25,9 +25,9 @@ class ThreadPasses:
     """The pass runners of all threads that call modules of one tree, or of its clones.
 
     Args:
-        scheduler: brings the layer batches.
-        root: the module tree itself.
-        begin_pass: makes a request of a pass that belongs to none, and waits until it is admitted.
+        scheduler: Brings the layer batches.
+        root: The module tree itself.
+        begin_pass: Makes a request of a pass that belongs to none, and waits until it is admitted.
     """
 
     def __init__(

@@ -50,9 +50,9 @@ class Pipeline:
     being read; if no sweep is asked for, the queues fill and the stages wait.
 
     Args:
-        plan: what to stream, and how.
-        device: instead of the one that the plan names (for tests).
-        reader: instead of the one that the plan names (for tests). The pipeline closes it.
+        plan: What to stream, and how.
+        device: Instead of the one that the plan names (for tests).
+        reader: Instead of the one that the plan names (for tests). The pipeline closes it.
 
     An error in any stage ends the pipeline: the sweep under way raises it, and so does every later one.
     """
@@ -91,8 +91,8 @@ class Pipeline:
         """Open the files, take the memory, start the stages.
 
         Raises:
-            CheckpointError: the files are not those of the plan.
-            DeviceError: the device is not there, or does not have the memory.
+            CheckpointError: The files are not those of the plan.
+            DeviceError: The device is not there, or does not have the memory.
         """
         if self._stages is not None or self._closed:
             raise ClosedError("a pipeline is opened once; make a new one from the same plan")
@@ -170,12 +170,12 @@ class Pipeline:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.
 
         Args:
-            route: indices of the batches to visit, in order; by default all of them.
+            route: Indices of the batches to visit, in order; by default all of them.
 
         Raises:
-            BusyError: another sweep is under way.
-            ClosedError: the pipeline is not open.
-            PlanError: the plan has no such batches.
+            BusyError: Another sweep is under way.
+            ClosedError: The pipeline is not open.
+            PlanError: The plan has no such batches.
         """
         self._check_idle()
         order = tuple(route) if route is not None else tuple(range(len(self.plan.batches)))
@@ -247,10 +247,10 @@ class Pipeline:
         residents is given back before this returns; then what was read ahead is read again.
 
         Raises:
-            BusyError: a sweep is under way.
-            ClosedError: the pipeline is not open.
-            DeviceError: there is no memory for the new residents: none was added, the former ones are gone.
-            PlanError: the plans differ in more than residents.
+            BusyError: A sweep is under way.
+            ClosedError: The pipeline is not open.
+            DeviceError: There is no memory for the new residents: none was added, the former ones are gone.
+            PlanError: The plans differ in more than residents.
         """
         self._check_idle()
         check_alike(self.plan, plan)

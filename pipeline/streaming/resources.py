@@ -22,14 +22,14 @@ class Resources:
     """The files, threads and memory of one plan. ``acquire`` and ``close`` block for as long as the system takes.
 
     Attributes:
-        device: where batches are copied to and computed with.
-        reader: the plan's files, open.
-        mapped: the same reader, if computation uses its mapping of the files instead of host slots.
-        residents: the memory of resident batches.
-        arenas: the rings of host slots and of device slots; empty before ``acquire``.
-        read_threads: one for each request in flight.
-        transfer_threads: one starts copies, one waits for their end.
-        compute_threads: one, for ``Pipeline.run``.
+        device: Where batches are copied to and computed with.
+        reader: The plan's files, open.
+        mapped: The same reader, if computation uses its mapping of the files instead of host slots.
+        residents: The memory of resident batches.
+        arenas: The rings of host slots and of device slots; empty before ``acquire``.
+        read_threads: One for each request in flight.
+        transfer_threads: One starts copies, one waits for their end.
+        compute_threads: One, for ``Pipeline.run``.
     """
 
     device: Device
@@ -48,9 +48,9 @@ class Resources:
         """Take what ``plan`` needs; what was taken before an error is given back by ``close``.
 
         Args:
-            plan: sizes and files.
-            device: instead of the one that the plan names.
-            reader: instead of the one that the plan names; closed with the rest.
+            plan: Sizes and files.
+            device: Instead of the one that the plan names.
+            reader: Instead of the one that the plan names; closed with the rest.
         """
         release = self._stack.callback
         self.device = device or open_device(plan.device)
@@ -87,7 +87,7 @@ def _open_reader(plan: Plan) -> Reader:
     """The reader that ``plan`` asks for, with the plan's files open.
 
     Raises:
-        CheckpointError: a file is missing, or has another size than when the plan was made.
+        CheckpointError: A file is missing, or has another size than when the plan was made.
     """
     paths = [Path(file.path) for file in plan.files]
     for path, file in zip(paths, plan.files, strict=True):

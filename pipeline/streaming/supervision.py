@@ -20,9 +20,9 @@ async def run_stages(
     """Run ``stages`` until one of them fails, which ends the others, or until this is cancelled.
 
     Args:
-        stages: they run for ever.
-        ready: where computation gets its batches; closed with the error, or else with a ClosedError.
-        interrupt: makes the stages' threads return if they only wait.
+        stages: They run for ever.
+        ready: Where computation gets its batches; closed with the error, or else with a ClosedError.
+        interrupt: Makes the stages' threads return if they only wait.
     """
 
     async def run(stage: Coroutine[Any, Any, None]) -> None:

@@ -21,10 +21,10 @@ class SweepLog:
     """Counts the completed sweeps of a pipeline.
 
     Args:
-        on_gpu: computation goes on while batches are handed over.
+        on_gpu: Computation goes on while batches are handed over.
 
     Attributes:
-        loading: the sweep under way loads residents.
+        loading: The sweep under way loads residents.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:

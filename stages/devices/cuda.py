@@ -20,10 +20,10 @@ class CudaDevice:
     """A CUDA device, with a stream of its own for copies.
 
     Args:
-        torch_device: such as ``torch.device("cuda:0")``.
+        torch_device: Such as ``torch.device("cuda:0")``.
 
     Raises:
-        DeviceError: there is no such device.
+        DeviceError: There is no such device.
     """
 
     reads_host_images = False

@@ -13,7 +13,7 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     """The device called ``name``: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        DeviceError: no such device here.
+        DeviceError: No such device here.
     """
     torch_device = _torch_device(name)
     return CpuDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
@@ -23,7 +23,7 @@ def missing_device(name: str) -> str | None:
     """The full name of a device that could be, but is not here, such as "cuda:0"; None for one that is.
 
     Raises:
-        DeviceError: there is no such kind of device.
+        DeviceError: There is no such kind of device.
     """
     torch_device = _torch_device(name)
     index = torch_device.index or 0

@@ -47,7 +47,7 @@ class Device(Protocol):
         """Device memory, uint8 ``[nbytes]``.
 
         Raises:
-            DeviceError: the device has not that much free.
+            DeviceError: The device has not that much free.
         """
 
     def drain(self) -> None:

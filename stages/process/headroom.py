@@ -17,7 +17,7 @@ def host_available_bytes(process: Path = Path("/proc/self")) -> int:
     A cgroup's page cache can be reclaimed, so it counts as free.
 
     Args:
-        process: its folder in /proc.
+        process: Its folder in /proc.
     """
     return max(0, min([psutil.virtual_memory().available, *_cgroup_headrooms(process)]))
 

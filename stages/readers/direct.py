@@ -29,10 +29,10 @@ class DirectReader:
     the pages that they leave in the page cache are dropped at once.
 
     Attributes:
-        falls_back: reads are buffered.
+        falls_back: Reads are buffered.
 
     Raises:
-        ReadError: a file cannot be opened.
+        ReadError: A file cannot be opened.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -14,11 +14,11 @@ class WeightFiles:
     """Open descriptors of the weight files, and the errors that name the file.
 
     Args:
-        paths: the files.
-        flags: for ``os.open``, besides those of reading.
+        paths: The files.
+        flags: For ``os.open``, besides those of reading.
 
     Raises:
-        ReadError: a file cannot be opened; the others are closed again.
+        ReadError: A file cannot be opened; the others are closed again.
     """
 
     def __init__(self, paths: Sequence[Path], flags: int = 0) -> None:

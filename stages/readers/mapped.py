@@ -38,7 +38,7 @@ class MmapReader:
     checked before each batch; a file that is truncated between that check and the batch's last use still kills.
 
     Raises:
-        ReadError: a file cannot be opened or mapped.
+        ReadError: A file cannot be opened or mapped.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -83,7 +83,7 @@ class MmapReader:
         """Fault the pages of ``extent`` in ahead of their use, without the GIL.
 
         Raises:
-            ReadError: the file is too short, or the disk reports an error.
+            ReadError: The file is too short, or the disk reports an error.
         """
         self._check(extent.file, extent.offset + extent.nbytes)
         if self.touched_lately(extent):
@@ -113,7 +113,7 @@ class MmapReader:
         """The host image of ``batch``: views of the mapping, one part per read.
 
         Raises:
-            ReadError: a file is shorter than the batch needs.
+            ReadError: A file is shorter than the batch needs.
         """
         for read in batch.reads:
             self._check(read.file, read.file_offset + read.nbytes)

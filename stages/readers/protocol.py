@@ -14,7 +14,7 @@ class Reader(Protocol):
         """Fill the first ``extent.nbytes`` of ``into``, whose length is that rounded up to whole blocks.
 
         Raises:
-            ReadError: the file is too short, or the disk reports an error.
+            ReadError: The file is too short, or the disk reports an error.
         """
 
     def interrupt(self) -> None:

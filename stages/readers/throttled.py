@@ -15,8 +15,8 @@ class ThrottledReader(DirectReader):
     """Direct reads at a constant rate below the disk's, for repeatable comparisons and what-if runs.
 
     Args:
-        paths: the weight files.
-        bytes_per_second: the rate, over all threads together.
+        paths: The weight files.
+        bytes_per_second: The rate, over all threads together.
     """
 
     def __init__(self, paths: Sequence[Path], bytes_per_second: float) -> None:

@@ -25,9 +25,12 @@ _REMEDIES = {
 class Bottleneck:
     """What takes the largest part of the time."""
 
-    name: str  # of a stage; "caller" if mostly no sweep was asked for; "nothing" before any work
-    share: float  # of the time that passed
-    sentence: str  # what it is, and what to change
+    name: str
+    """Of a stage; "caller" if mostly no sweep was asked for; "nothing" before any work."""
+    share: float
+    """Of the time that passed."""
+    sentence: str
+    """What it is, and what to change."""
 
 
 def overlap_efficiency(stages: Sequence[StageTimings], *, wall_seconds: float) -> float:

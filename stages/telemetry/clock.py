@@ -48,7 +48,7 @@ class Clock:
         """Add spans that only the device can time, once it can.
 
         Args:
-            count: adds them to this clock and returns True, or returns False if the device does not know yet.
+            count: Adds them to this clock and returns True, or returns False if the device does not know yet.
                 Called in the order given. If a device has failed, the oldest are forgotten.
         """
         self._pending.append(count)

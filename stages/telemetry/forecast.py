@@ -14,7 +14,8 @@ class SweepPrediction:
     read_seconds: float
     transfer_seconds: float
     compute_seconds: float
-    overhead_seconds: float  # hand-offs, which computation waits for
+    overhead_seconds: float
+    """Hand-offs, which computation waits for."""
 
     @property
     def bottleneck(self) -> str:
@@ -108,7 +109,7 @@ class Forecasts:
     """Adds up the predictions of the sweeps that are completed.
 
     Args:
-        on_gpu: computation goes on while batches are handed over, and its time is that of its kernels. On a CPU the
+        on_gpu: Computation goes on while batches are handed over, and its time is that of its kernels. On a CPU the
             compute stage is busy with the hand-off too, so its time is compared with the sum of both predictions.
     """
 

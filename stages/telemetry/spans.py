@@ -12,10 +12,13 @@ SPANS_KEPT = 8192
 class Activity(StrEnum):
     """What a stage, or a slot, spends its time on."""
 
-    WAITING_IN = "waiting in"  # for the stage before it: this stage is faster
+    WAITING_IN = "waiting in"
+    """For the stage before it: this stage is faster."""
     WORKING = "working"
-    WAITING_OUT = "waiting out"  # for room, or for the stage after it: this stage is ahead
-    HOLDING = "holding"  # what a slot does
+    WAITING_OUT = "waiting out"
+    """For room, or for the stage after it: this stage is ahead."""
+    HOLDING = "holding"
+    """What a slot does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class Span:
     """What one stage, or a slot, did for some time, by ``time.perf_counter``. Spans of a stage do not overlap."""
 
     activity: Activity
-    batch: int  # index of the layer batch; -1 if unknown
+    batch: int
+    """Index of the layer batch; -1 if unknown."""
     start_seconds: float
     stop_seconds: float
     nbytes: int
@@ -37,12 +41,17 @@ class StageTimings:
     """
 
     name: str
-    items: int  # layer batches on which the stage had work to do
-    bytes: int  # read from disk, copied, or handed to computation
+    items: int
+    """Layer batches on which the stage had work to do."""
+    bytes: int
+    """Read from disk, copied, or handed to computation."""
     busy_seconds: float
-    waited_in_seconds: float  # high: the stage before this one holds things back
-    waited_out_seconds: float  # high: the stage after this one, or memory, holds things back
-    spans: tuple[Span, ...] = field(default=(), repr=False)  # oldest first
+    waited_in_seconds: float
+    """High: the stage before this one holds things back."""
+    waited_out_seconds: float
+    """High: the stage after this one, or memory, holds things back."""
+    spans: tuple[Span, ...] = field(default=(), repr=False)
+    """Oldest first."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -80,8 +89,10 @@ class SweepSpan:
 
     start_seconds: float
     stop_seconds: float
-    tokens: int | None  # of the forward pass in it; None if there were several, or if it is unknown
-    steady: bool  # it was not the first and loaded no residents
+    tokens: int | None
+    """Of the forward pass in it; None if there were several, or if it is unknown."""
+    steady: bool
+    """It was not the first and loaded no residents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +105,8 @@ class Occupancy:
 
     name: str
     capacity_bytes: int
-    mean_bytes: float  # over time
+    mean_bytes: float
+    """Over time."""
     peak_bytes: int
-    spans: tuple[Span, ...] = field(default=(), repr=False)  # the latest slots that were given back
+    spans: tuple[Span, ...] = field(default=(), repr=False)
+    """The latest slots that were given back."""

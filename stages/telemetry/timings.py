@@ -26,13 +26,18 @@ __all__ = ["Timings"]
 class Timings:
     """What the three stages did, and so which of them holds a sweep back."""
 
-    sweeps: int  # sweeps that were completed
-    wall_seconds: float  # from when the pipeline was opened to the end of the last span
+    sweeps: int
+    """Sweeps that were completed."""
+    wall_seconds: float
+    """From when the pipeline was opened to the end of the last span."""
     stages: tuple[StageTimings, ...]
-    start_seconds: float = 0.0  # when it was opened, by ``time.perf_counter``
-    labels: tuple[str, ...] = ()  # the layers of each layer batch
+    start_seconds: float = 0.0
+    """When it was opened, by ``time.perf_counter``."""
+    labels: tuple[str, ...] = ()
+    """The layers of each layer batch."""
     occupancy: tuple[Occupancy, ...] = ()
-    latest: tuple[SweepSpan, ...] = ()  # the latest sweeps, oldest first
+    latest: tuple[SweepSpan, ...] = ()
+    """The latest sweeps, oldest first."""
     # The plan's predictions for the same sweeps; None for a part of a run.
     forecast: Forecast | None = None
 
@@ -83,7 +88,7 @@ class Timings:
         """Write the spans as Chrome trace events, which https://ui.perfetto.dev opens.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         tracks = [(stage.name, stage.spans) for stage in self.stages]
         for ring in self.occupancy:

@@ -26,7 +26,7 @@ def write_trace(
     """Write ``tracks`` to the file at ``path``, as JSON. Arguments are those of ``trace_events``.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     events = list(trace_events(tracks, labels=labels, start_seconds=start_seconds))
     trace = {"displayTimeUnit": "ms", "traceEvents": events}
@@ -39,9 +39,9 @@ def trace_events(
     """Complete events in microseconds from the start, on tracks of their own.
 
     Args:
-        tracks: names, and spans that do not overlap.
-        labels: the layers of each layer batch.
-        start_seconds: when the pipeline was opened, by the clock of the spans.
+        tracks: Names, and spans that do not overlap.
+        labels: The layers of each layer batch.
+        start_seconds: When the pipeline was opened, by the clock of the spans.
     """
     yield _metadata("process_name", name="layerstream")
     for track, (name, spans) in enumerate(tracks, start=1):

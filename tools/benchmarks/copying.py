@@ -34,8 +34,10 @@ _WATCH_SECONDS = 0.02
 class Peak:
     """The most that was taken of a device's memory, above what was taken before."""
 
-    allocated_bytes: int  # by torch's counter: what tensors take
-    driver_bytes: int  # by the driver's: also what torch's allocator keeps, and loaded kernels
+    allocated_bytes: int
+    """By torch's counter: what tensors take."""
+    driver_bytes: int
+    """By the driver's: also what torch's allocator keeps, and loaded kernels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +130,10 @@ def copy_rate(
 class Pinning:
     """What page-locking costs."""
 
-    registered_bytes_per_second: float  # the library's way: touched, then registered in one piece
-    torch_bytes_per_second: float  # torch's own allocator, which rounds up to a power of two
+    registered_bytes_per_second: float
+    """The library's way: touched, then registered in one piece."""
+    torch_bytes_per_second: float
+    """torch's own allocator, which rounds up to a power of two."""
 
 
 def pinning(accelerator: Accelerator, *, nbytes: int) -> Pinning:

@@ -21,7 +21,8 @@ class Bench:
     """What the rows work with, and what later rows need of earlier ones."""
 
     accelerator: Accelerator
-    folder: Path  # the checkpoint
+    folder: Path
+    """The checkpoint."""
     out: Path
     sweeps: int
     block_bytes: tuple[int, ...]
@@ -50,7 +51,8 @@ class Bench:
 class Result:
     """What a row found."""
 
-    ratio: float | None  # None where the row has no target
+    ratio: float | None
+    """None where the row has no target."""
     says: str
     details: Mapping[str, Any]
 
@@ -60,5 +62,6 @@ class GpuRow:
     """A line of the table."""
 
     name: str
-    target: str  # what issue 6 asks for
+    target: str
+    """What issue 6 asks for."""
     measure: Callable[[Bench], Result]

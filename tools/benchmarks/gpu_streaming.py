@@ -121,7 +121,8 @@ def _products(tensors: Mapping[str, torch.Tensor], repeats: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Swept:
-    seconds: float  # of all sweeps together
+    seconds: float
+    """Of all sweeps together."""
     peak: Peak
     stages: Mapping[str, Any]
 

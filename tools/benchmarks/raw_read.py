@@ -24,10 +24,10 @@ def raw_read(
     """Bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages.
 
     Args:
-        paths: the files.
-        block_bytes: size of one read.
-        threads: reads in flight.
-        limit_bytes: read no more than about this much; None: all.
+        paths: The files.
+        block_bytes: Size of one read.
+        threads: Reads in flight.
+        limit_bytes: Read no more than about this much; None: all.
     """
     memory = HostMemory(block_bytes * threads)
     buffer = memory.tensor.numpy().data

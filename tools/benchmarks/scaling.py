@@ -44,8 +44,10 @@ class _Shape:
     """A checkpoint of equal layers."""
 
     layers: int
-    tensors: int  # of a layer
-    nbytes: int  # of a layer
+    tensors: int
+    """Of a layer."""
+    nbytes: int
+    """Of a layer."""
 
     def write(self, folder: Path) -> None:
         """One file of random bytes."""

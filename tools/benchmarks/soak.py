@@ -58,9 +58,12 @@ class Soak:
 
     fates: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    first_seconds: list[float] = field(default_factory=list)  # until the first token of a stream
-    token_seconds: list[float] = field(default_factory=list)  # of a whole request, per token
-    ready_bytes: int = 0  # before any request
+    first_seconds: list[float] = field(default_factory=list)
+    """Until the first token of a stream."""
+    token_seconds: list[float] = field(default_factory=list)
+    """Of a whole request, per token."""
+    ready_bytes: int = 0
+    """Before any request."""
     ready_threads: int = 0
     peak_bytes: int = 0
 

@@ -20,8 +20,8 @@ def drop_from_cache(places: Iterable[Path], pids: Iterable[int] = ()) -> bool:
     """Drop the files at ``places`` from the page cache.
 
     Args:
-        places: files, or folders with all files in them.
-        pids: of processes that may have mapped them: what is mapped stays in the cache until it is paged out.
+        places: Files, or folders with all files in them.
+        pids: Of processes that may have mapped them: what is mapped stays in the cache until it is paged out.
 
     Returns:
         Whether nothing mapped was left: paging out what another process has mapped takes CAP_SYS_NICE, as root has.

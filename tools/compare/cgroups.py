@@ -72,10 +72,10 @@ def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
     """A fresh memory cgroup, gone afterwards. Whoever puts a process into it ends that process.
 
     Args:
-        limit_bytes: what its processes may hold together; None: they are only counted.
+        limit_bytes: What its processes may hold together; None: they are only counted.
 
     Raises:
-        CgroupError: this machine lets us make none.
+        CgroupError: This machine lets us make none.
     """
     v1 = (_V1 / "memory.limit_in_bytes").exists()
     folder = (_V1 if v1 else _V2) / f"layerstream-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -25,14 +25,14 @@ class Contender:
     """One row of the table.
 
     Attributes:
-        name: of the row.
-        opener: of the worker.
-        python: the interpreter that it runs under.
-        cold: whether a pass over a cold cache says anything of it.
-        warm: the same of a pass right after another.
-        limited: whether it is held to the memory limit.
-        prepares: it writes files of its own when it is first opened, which is neither timed nor limited.
-        request: what the opener needs beside what all get.
+        name: Of the row.
+        opener: Of the worker.
+        python: The interpreter that it runs under.
+        cold: Whether a pass over a cold cache says anything of it.
+        warm: The same of a pass right after another.
+        limited: Whether it is held to the memory limit.
+        prepares: It writes files of its own when it is first opened, which is neither timed nor limited.
+        request: What the opener needs beside what all get.
     """
 
     name: str
@@ -71,10 +71,10 @@ def line_up(
     """Layerstream, the floors, and the peers that ``args.against`` names and this machine has.
 
     Args:
-        args: of the command.
-        files: the checkpoint's weight files.
-        model_bytes: of the weights.
-        free_bytes: memory that a process may take now, without the limit.
+        args: Of the command.
+        files: The checkpoint's weight files.
+        model_bytes: Of the weights.
+        free_bytes: Memory that a process may take now, without the limit.
     """
     found = LineUp([Contender(name="layerstream", opener="layerstream")], [])
     _add_floors(found, args, files=files, model_bytes=model_bytes, free_bytes=free_bytes)

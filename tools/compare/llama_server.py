@@ -35,7 +35,7 @@ def llama_server(
     keeps no results, and has room for one request of this length.
 
     Raises:
-        RuntimeError: it ended, or did not evaluate every token.
+        RuntimeError: It ended, or did not evaluate every token.
     """
     room = str(-(-(len(prompt) + 1) // 256) * 256)
     command = [server, "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]

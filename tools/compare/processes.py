@@ -34,8 +34,8 @@ class ContenderProcess:
     """A contender that answers line by line.
 
     Attributes:
-        pids: of it and of those that work for it.
-        peak_anonymous_bytes: the most memory beside mapped files that it held at one look, its children included.
+        pids: Of it and of those that work for it.
+        peak_anonymous_bytes: The most memory beside mapped files that it held at one look, its children included.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ContenderProcess:
         """Send ``message`` and wait for the answer.
 
         Raises:
-            ContenderError: there is none, or something else.
+            ContenderError: There is none, or something else.
         """
         assert self._process.stdin is not None  # noqa: S101 - it was started with pipes
         assert self._process.stdout is not None  # noqa: S101
@@ -140,11 +140,11 @@ def started(
     """Start a worker, which waits to be told which contender it is; it and all it started are gone afterwards.
 
     Args:
-        python: the interpreter.
-        folder: for what it prints.
-        group: the cgroup to start it in.
-        limit_bytes: what the cgroup holds it to, to be named if it is killed.
-        timeout_seconds: how long an answer may take.
+        python: The interpreter.
+        folder: For what it prints.
+        group: The cgroup to start it in.
+        limit_bytes: What the cgroup holds it to, to be named if it is killed.
+        timeout_seconds: How long an answer may take.
     """
     command = [python, "-m", _WORKER]
     with (

@@ -50,10 +50,10 @@ class Agreement:
     """One contender's logits beside another's.
 
     Attributes:
-        reference: the other.
-        equal: bit for bit.
+        reference: The other.
+        equal: Bit for bit.
         max_abs_difference: None where one has numbers and the other has none.
-        same_argmax_share: of the positions of the prompt.
+        same_argmax_share: Of the positions of the prompt.
     """
 
     reference: str

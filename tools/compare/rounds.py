@@ -28,13 +28,13 @@ class Course:
     """What all contenders are given.
 
     Attributes:
-        model: the checkpoint.
-        prompt_ids: of every pass.
-        work: a folder for what contenders write.
-        gguf: llama.cpp's weights.
-        limit_bytes: what a contender may hold; None: there is no limit.
-        cold, warm: which passes are wanted.
-        timeout_seconds: how long opening, or one pass, may take.
+        model: The checkpoint.
+        prompt_ids: Of every pass.
+        work: A folder for what contenders write.
+        gguf: Llama.cpp's weights.
+        limit_bytes: What a contender may hold; None: there is no limit.
+        cold, warm: Which passes are wanted.
+        timeout_seconds: How long opening, or one pass, may take.
     """
 
     model: Path
@@ -66,7 +66,8 @@ class Pass:
     """A forward pass, or the median of a few."""
 
     seconds: float
-    read_bytes: int | None  # from disk, as the kernel counts them
+    read_bytes: int | None
+    """From disk, as the kernel counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +75,16 @@ class Turn:
     """One contender in one round.
 
     Attributes:
-        round: which, from 1.
-        all_was_dropped: from the cache, before the cold pass: what is mapped takes root to drop.
-        open_seconds: until it was ready, without starting its interpreter.
-        cold: its first pass; None: not measured.
-        warm: of those right after; None: not measured.
-        peak_anonymous_bytes: the most memory beside mapped files and page cache, at any look.
-        peak_bytes: of its cgroup, page cache included; None without a cgroup.
-        logits_shape: of what is in its logits file; None: it gives none.
-        notes: what it says of itself.
-        versions: of what it runs on.
+        round: Which, from 1.
+        all_was_dropped: From the cache, before the cold pass: what is mapped takes root to drop.
+        open_seconds: Until it was ready, without starting its interpreter.
+        cold: Its first pass; None: not measured.
+        warm: Of those right after; None: not measured.
+        peak_anonymous_bytes: The most memory beside mapped files and page cache, at any look.
+        peak_bytes: Of its cgroup, page cache included; None without a cgroup.
+        logits_shape: Of what is in its logits file; None: it gives none.
+        notes: What it says of itself.
+        versions: Of what it runs on.
     """
 
     round: int
@@ -116,7 +117,7 @@ def alternate(
     """Give each of ``contenders`` a turn, ``rounds`` times over; ``advance`` is told of every turn.
 
     Raises:
-        CgroupError: there is a limit, and no cgroup can be made.
+        CgroupError: There is a limit, and no cgroup can be made.
     """
     turns: dict[Contender, list[Turn]] = {contender: [] for contender in contenders}
     failed: dict[Contender, LeftOut] = {}

@@ -30,11 +30,11 @@ class Opened:
     """A contender that is ready.
 
     Attributes:
-        forward: evaluates the prompt and gives its own count of seconds, or None: then the call is timed.
-        logits: of the latest forward pass, float32 ``[prompt tokens, vocabulary]`` on the CPU; None: it gives none.
-        notes: what is to be known of it, for the report.
-        versions: of what it runs on.
-        children: ids of processes that work for it.
+        forward: Evaluates the prompt and gives its own count of seconds, or None: then the call is timed.
+        logits: Of the latest forward pass, float32 ``[prompt tokens, vocabulary]`` on the CPU; None: it gives none.
+        notes: What is to be known of it, for the report.
+        versions: Of what it runs on.
+        children: Ids of processes that work for it.
     """
 
     forward: Callable[[], float | None]

@@ -23,7 +23,7 @@ def check_plot() -> None:
     """Refuse to draw where matplotlib is missing.
 
     Raises:
-        LayerstreamError: it is.
+        LayerstreamError: It is.
     """
     _figure_class()
 
@@ -61,11 +61,11 @@ def write_bars(
     """Draw panels beside one another, a bar for each row, to a file of the kind that its suffix says.
 
     Args:
-        series: a panel's name, and its rows: label, length, and the least and most that the length stands for.
-        path: the file.
-        labels: of all rows, from the top.
-        title: over all of them.
-        unit: of the lengths.
+        series: A panel's name, and its rows: label, length, and the least and most that the length stands for.
+        path: The file.
+        labels: Of all rows, from the top.
+        title: Over all of them.
+        unit: Of the lengths.
     """
     figure = _figure_class()(figsize=(10, 1.6 + 0.4 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]

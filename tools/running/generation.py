@@ -26,14 +26,14 @@ class Generated:
     """The tokens of one generation and what they took.
 
     Attributes:
-        token_ids: the new tokens.
-        prompt_tokens: how many tokens they go on from.
-        open_seconds: from the call until the model was ready.
-        first_token_seconds: from the prompt to the first token.
-        seconds: from the prompt to the last token.
-        timings: sweeps over the weights and what each stage did, as the pipeline counts it.
-        host_budget_bytes: host memory that the plan kept to.
-        peak_added_bytes: anonymous memory on top of what was there before the model was opened.
+        token_ids: The new tokens.
+        prompt_tokens: How many tokens they go on from.
+        open_seconds: From the call until the model was ready.
+        first_token_seconds: From the prompt to the first token.
+        seconds: From the prompt to the last token.
+        timings: Sweeps over the weights and what each stage did, as the pipeline counts it.
+        host_budget_bytes: Host memory that the plan kept to.
+        peak_added_bytes: Anonymous memory on top of what was there before the model was opened.
     """
 
     token_ids: list[int]
@@ -85,11 +85,11 @@ async def stream_tokens(
     """Open the model at ``path`` and generate from the ids of ``prompt``.
 
     Args:
-        path: the model's folder or file.
-        prompt: token ids.
-        args: what ``add_model_arguments`` and ``add_generation_arguments`` ask for.
-        on_plan: is given the plan, before anything runs.
-        on_token: is given each new token as it comes.
+        path: The model's folder or file.
+        prompt: Token ids.
+        args: What ``add_model_arguments`` and ``add_generation_arguments`` ask for.
+        on_plan: Is given the plan, before anything runs.
+        on_token: Is given each new token as it comes.
     """
     import torch
 

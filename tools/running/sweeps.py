@@ -35,14 +35,14 @@ class Profile:
     """What a few sweeps took, and where the time went.
 
     Attributes:
-        plan: how the weights streamed.
-        prompt_tokens: tokens of each forward pass; None where weights were swept past no computation.
-        sweep_seconds: of each sweep, the first one included.
-        timings: of the whole run, as the pipeline counts it.
-        steady: of the sweeps after the first, or of the first where there is no other. Of a long run only
+        plan: How the weights streamed.
+        prompt_tokens: Tokens of each forward pass; None where weights were swept past no computation.
+        sweep_seconds: Of each sweep, the first one included.
+        timings: Of the whole run, as the pipeline counts it.
+        steady: Of the sweeps after the first, or of the first where there is no other. Of a long run only
             the latest, as far as its spans were kept.
-        disk_ceiling_bytes_per_second: what the disk could give; None where nobody knows.
-        link_ceiling_bytes_per_second: what the link to the device could carry, as probed before the run;
+        disk_ceiling_bytes_per_second: What the disk could give; None where nobody knows.
+        link_ceiling_bytes_per_second: What the link to the device could carry, as probed before the run;
             None where there is no link, or nobody knows.
     """
 

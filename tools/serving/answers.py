@@ -38,14 +38,14 @@ class Answers:
     """Answers requests with what a model generates.
 
     Args:
-        model: open.
-        tokenizer: its own.
-        prompts: turns requests into token ids; closed by ``stop``.
-        max_answers: running or waiting at any time; requests for more are refused.
+        model: Open.
+        tokenizer: Its own.
+        prompts: Turns requests into token ids; closed by ``stop``.
+        max_answers: Running or waiting at any time; requests for more are refused.
 
     Attributes:
-        failure: why streaming failed when it was last tried, or that the server stops; None if all is well.
-        open: how many answers run or wait.
+        failure: Why streaming failed when it was last tried, or that the server stops; None if all is well.
+        open: How many answers run or wait.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Answers:
         """The answer to a request whose body has been read from ``receive``.
 
         Raises:
-            ApiError: the request cannot be answered. A streamed answer may raise it while it is sent.
+            ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
         reply = Reply(asked)
         if not asked.stream:

@@ -19,9 +19,9 @@ class ApiError(Exception):
     """Raised when a request is answered with an error.
 
     Attributes:
-        status: the HTTP status.
-        body: the answer, ``{"error": {"message", "type", "param", "code"}}``.
-        headers: of the answer.
+        status: The HTTP status.
+        body: The answer, ``{"error": {"message", "type", "param", "code"}}``.
+        headers: Of the answer.
     """
 
     def __init__(

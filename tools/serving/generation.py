@@ -18,11 +18,14 @@ __all__ = ["Choice", "Piece", "generate_text"]
 class Choice:
     """One answer that a request asks for."""
 
-    index: int  # among the answers to a request
-    prompt: Sequence[int]  # token ids
+    index: int
+    """Among the answers to a request."""
+    prompt: Sequence[int]
+    """Token ids."""
     new_tokens: int
     stops: Sequence[str]
-    sampling: Mapping[str, Any]  # options of ``generate``
+    sampling: Mapping[str, Any]
+    """Options of ``generate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class Piece:
     index: int
     text: str
     tokens: int
-    finish_reason: str | None = None  # "stop" or "length"
+    finish_reason: str | None = None
+    """"stop" or "length"."""
 
 
 async def generate_text(

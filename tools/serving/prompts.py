@@ -25,11 +25,11 @@ class Prompts:
     """Turns requests into token ids.
 
     Args:
-        tokenizer: the model's, of transformers.
-        chat_template: instead of the tokenizer's own.
-        context: the most tokens of prompt and answer together, or None.
-        vocabulary: number of tokens that the model knows.
-        new_tokens: limit of a chat's answer if the request has none.
+        tokenizer: The model's, of transformers.
+        chat_template: Instead of the tokenizer's own.
+        context: The most tokens of prompt and answer together, or None.
+        vocabulary: Number of tokens that the model knows.
+        new_tokens: Limit of a chat's answer if the request has none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Prompts:
         """The token ids of each prompt.
 
         Raises:
-            ApiError: there is no prompt, or it has tokens that the model does not know.
+            ApiError: There is no prompt, or it has tokens that the model does not know.
         """
         if isinstance(asked, ChatRequest):
             name, found = "messages", [await self.in_thread(self._chat, asked.messages)]
@@ -74,7 +74,7 @@ class Prompts:
         """How many tokens may follow ``prompt``.
 
         Raises:
-            ApiError: more are asked for than the model has positions for.
+            ApiError: More are asked for than the model has positions for.
         """
         chat = isinstance(asked, ChatRequest)
         # 16 is the default of OpenAI's text completions.
@@ -98,7 +98,7 @@ class Prompts:
         """Call ``function`` in the thread for all prompts, and return its result.
 
         Raises:
-            ApiError: the server is shutting down.
+            ApiError: The server is shutting down.
         """
         if self._closed:
             raise ApiError(503, STOPPED)

@@ -32,7 +32,7 @@ async def read_request(
     """Read and validate the body of ``request``; ``in_thread`` calls a function off the event loop.
 
     Raises:
-        ApiError: it is too long, too slow, not JSON, or has wrong parameters.
+        ApiError: It is too long, too slow, not JSON, or has wrong parameters.
     """
     try:
         async with asyncio.timeout(_BODY_SECONDS):

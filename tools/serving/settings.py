@@ -10,12 +10,12 @@ class Settings:
     """Names, defaults and limits of one service.
 
     Attributes:
-        model_name: the model's name for clients.
-        api_key: required for ``/v1/*``; None: anyone may use it.
-        chat_template: instead of the tokenizer's own.
-        new_tokens: limit of a chat's answer if the request has none.
-        max_answers: running or waiting at any time; requests for more are refused.
-        max_body_bytes: of one request.
+        model_name: The model's name for clients.
+        api_key: Required for ``/v1/*``; None: anyone may use it.
+        chat_template: Instead of the tokenizer's own.
+        new_tokens: Limit of a chat's answer if the request has none.
+        max_answers: Running or waiting at any time; requests for more are refused.
+        max_body_bytes: Of one request.
     """
 
     model_name: str

@@ -55,12 +55,12 @@ def make_checkpoint(
     checkpoint that looks like one; what an interrupted run left is written anew.
 
     Args:
-        folder: a new or empty folder, or one that was made here before.
-        recipe: what to write. A sparse checkpoint has true headers and holes for weights.
-        advance: told how many bytes of weights were written since the last call.
+        folder: A new or empty folder, or one that was made here before.
+        recipe: What to write. A sparse checkpoint has true headers and holes for weights.
+        advance: Told how many bytes of weights were written since the last call.
 
     Raises:
-        CheckpointError: the folder is not ours to write in, or its disk is full.
+        CheckpointError: The folder is not ours to write in, or its disk is full.
     """
     shards = _named(recipe)
     documents = _documents(shards, recipe)
