@@ -11,7 +11,7 @@ import torch
 from layerstream.stages.batch import TensorView
 from layerstream.stages.errors import DeviceError
 
-__all__ = ["HUGE_PAGE_BYTES", "HostMemory", "Image", "address_of", "tensor_over"]
+__all__ = ["HUGE_PAGE_BYTES", "HostMemory", "Image", "address_of", "strides_of", "tensor_over"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Image:
         start = part.storage_offset() + view.offset - self._starts[which]
         # One operation instead of slice, view and view again: a batch may hold hundreds of tensors.
         return torch.empty(0, dtype=dtype, device=part.device).set_(
-            part.untyped_storage(), start // dtype.itemsize, view.shape, _strides(view.shape)
+            part.untyped_storage(), start // dtype.itemsize, view.shape, strides_of(view.shape)
         )
 
     @property
@@ -127,7 +127,8 @@ class Image:
         return self._parts[0].device if self._parts else torch.device("cpu")
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of ``shape``, in elements."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

@@ -1,0 +1,107 @@
+"""The experts of a layer as they lie in the files, and their places in cells. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from layerstream.stages.batch import Extent, Place, TensorView
+from layerstream.stages.experts.expert_set import ExpertPiece, ExpertSet
+
+__all__ = ["ExpertSource", "ExpertTensor", "lay_out_experts"]
+
+# What a matrix begins at a multiple of in a cell: a cache line, and all that kernels ask for.
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTensor:
+    """One tensor of each expert, all of equal dtype and shape."""
+
+    name: str
+    """The parameter's name in its module."""
+    dtype: str
+    """torch's name, e.g. "bfloat16"."""
+    shape: tuple[int, ...]
+    """Of one expert."""
+    nbytes: int
+    """Of one expert."""
+    extents: tuple[tuple[Extent, ...], ...]
+    """For each expert, what its tensor consists of: as many extents as for any other, of equal sizes."""
+    shift: int = 0
+    """Its address modulo 64 where transformers computes with it, which decides on kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSource:
+    """The routed experts of one module, which can be read one by one."""
+
+    module: str
+    experts: int
+    per_token: int
+    """How many experts a token is routed to; 0 if unknown."""
+    tensors: tuple[ExpertTensor, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return self.experts * self.expert_bytes
+
+    @property
+    def cell_bytes(self) -> int:
+        """What one expert takes in a cell."""
+        at = 0
+        for tensor in self.tensors:
+            at = _up(at) + tensor.shift + tensor.nbytes
+        return _up(at)
+
+
+def lay_out_experts(source: ExpertSource, *, layer: str, cells: int) -> ExpertSet:
+    """The experts of ``source`` with their places in a cell, ``cells`` of which the store keeps for the layer."""
+    views: list[TensorView] = []
+    pieces: list[ExpertPiece] = []
+    at = 0
+    for tensor in source.tensors:
+        begin = _up(at) + tensor.shift
+        at = begin + tensor.nbytes
+        views.append(
+            TensorView(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                place=Place.HOST,
+                offset=begin,
+                nbytes=tensor.nbytes,
+            )
+        )
+        pieces += _pieces(tensor.extents, begin)
+    return ExpertSet(
+        module=source.module,
+        layer=layer,
+        experts=source.experts,
+        per_token=source.per_token,
+        cells=cells,
+        cell_bytes=_up(at),
+        tensors=tuple(views),
+        pieces=tuple(pieces),
+    )
+
+
+def _pieces(extents: tuple[tuple[Extent, ...], ...], begin: int) -> Iterable[ExpertPiece]:
+    """The extents of all experts, column by column."""
+    for column in zip(*extents, strict=True):
+        nbytes = column[0].nbytes
+        yield ExpertPiece(
+            cell_offset=begin,
+            nbytes=nbytes,
+            files=tuple(extent.file for extent in column),
+            offsets=tuple(extent.offset for extent in column),
+        )
+        begin += nbytes
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,114 @@
+"""The experts of one layer: where their bytes are in the files, and where they go in a cell. Plain data."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from layerstream.stages.batch import Extent, TensorView
+from layerstream.stages.readers.direct import BLOCK_BYTES
+
+__all__ = ["CellCopy", "ExpertPiece", "ExpertRead", "ExpertSet"]
+
+# Reading a gap is cheaper than a second request below this; see the layout of layer batches.
+_READ_GAP_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertPiece:
+    """A run of bytes that every expert of a layer has in its files, and that lies in one piece in a cell."""
+
+    cell_offset: int
+    nbytes: int
+    files: tuple[int, ...]
+    """For each expert, the index of the file."""
+    offsets: tuple[int, ...]
+    """For each expert, where in that file the run starts."""
+
+
+class CellCopy(NamedTuple):
+    """A run of bytes in what was read, and its place in the cell."""
+
+    offset: int
+    cell_offset: int
+    nbytes: int
+
+
+class ExpertRead(NamedTuple):
+    """One aligned read of a part of an expert, and where its bytes go in the cell."""
+
+    extent: Extent
+    copies: tuple[CellCopy, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSet:
+    """The routed experts of one layer, all of equal shape. A cell holds one of them.
+
+    It has no ``__slots__``, so that sums are computed once.
+    """
+
+    module: str
+    """Path of the module that computes with them."""
+    layer: str
+    """Name of the layer that the module is part of."""
+    experts: int
+    per_token: int
+    """How many experts a token is routed to; 0 if unknown."""
+    cells: int
+    """How many of them the store keeps for this layer."""
+    cell_bytes: int
+    tensors: tuple[TensorView, ...]
+    """The tensors of one expert and their places in a cell, by the names of the module's parameters."""
+    pieces: tuple[ExpertPiece, ...]
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in the files."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def reads(
+        self, expert: int, *, request_bytes: int, file_bytes: tuple[int, ...]
+    ) -> Iterator[ExpertRead]:
+        """What to read for ``expert``: its runs, neighbours together, in requests of at most ``request_bytes``.
+
+        Args:
+            expert: Its number.
+            request_bytes: The size of one request, whole blocks.
+            file_bytes: The size of each file: a read ends with the file at the latest.
+        """
+        runs = sorted(
+            (piece.files[expert], piece.offsets[expert], piece.nbytes, piece.cell_offset)
+            for piece in self.pieces
+        )
+        at = 0
+        while at < len(runs):
+            file, start, nbytes, _ = runs[at]
+            stop, after = start + nbytes, at + 1
+            while (
+                after < len(runs)
+                and runs[after][0] == file
+                and runs[after][1] - stop <= _READ_GAP_BYTES
+            ):
+                stop = max(stop, runs[after][1] + runs[after][2])
+                after += 1
+            yield from _requests(
+                runs[at:after], stop=stop, request_bytes=request_bytes, file_bytes=file_bytes[file]
+            )
+            at = after
+
+
+def _requests(
+    runs: Sequence[tuple[int, int, int, int]], *, stop: int, request_bytes: int, file_bytes: int
+) -> Iterator[ExpertRead]:
+    """The aligned reads from the first of ``runs`` to ``stop`` in their file, each with its part of them."""
+    file, begin = runs[0][0], runs[0][1] // BLOCK_BYTES * BLOCK_BYTES
+    while begin < stop:
+        end = min(begin + request_bytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES, file_bytes)
+        copies = tuple(
+            CellCopy(first - begin, cell_offset + first - offset, last - first)
+            for _, offset, nbytes, cell_offset in runs
+            if (first := max(offset, begin)) < (last := min(offset + nbytes, end))
+        )
+        yield ExpertRead(Extent(file=file, offset=begin, nbytes=end - begin), copies)
+        begin = end

@@ -1,0 +1,281 @@
+"""The expert store: cells for the experts of all layers, filled on demand. Its methods may be called from any thread."""
+
+import copy
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.experts.cells import Cell, CellRegion
+from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
+from layerstream.stages.memory import HostMemory
+from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.threads import Threads
+
+__all__ = ["ExpertCounts", "ExpertGroup", "ExpertStore", "Lease"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCounts:
+    """What the store has been asked for since it was opened."""
+
+    wanted: int = 0
+    """Experts that passes have asked for, each layer of each pass by itself."""
+    hits: int = 0
+    """Of those, the ones that were there or on their way."""
+    read_bytes: int = 0
+    wait_seconds: float = 0.0
+    """How long passes have waited for experts, in sum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGroup:
+    """Experts of a layer that are computed with together, in cells of one region."""
+
+    set_index: int
+    experts: tuple[int, ...]
+    streamed: bool
+    """They take cells that all layers share, since they are more than the layer's own."""
+
+
+class Lease:
+    """Cells that a pass holds: nobody else's bytes come into them before ``release``."""
+
+    def __init__(
+        self, store: "ExpertStore", group: ExpertGroup, region: CellRegion, cells: Sequence[Cell]
+    ) -> None:
+        self._store = store
+        self._cells = list(cells)
+        self.group = group
+        self.region = region
+
+    @property
+    def cells(self) -> list[int]:
+        """The numbers of the cells in the region, in the order of the group's experts."""
+        return [cell.number for cell in self._cells]
+
+    @property
+    def ready(self) -> bool:
+        """Whether all bytes are there."""
+        return all(cell.loaded.done() for cell in self._cells)
+
+    def wait(self) -> None:
+        """Block until all bytes are there.
+
+        Raises:
+            ReadError: A read has failed.
+            ClosedError: The store was closed.
+        """
+        began = time.perf_counter()
+        for cell in self._cells:
+            if (error := cell.loaded.exception()) is not None:
+                raise copy.copy(error)  # several passes may wait for one expert
+        self._store.count_wait(time.perf_counter() - began)
+
+    def release(self) -> None:
+        """Give the cells back; the work that reads them is done. May be called again."""
+        cells, self._cells = self._cells, []
+        self._store.give_back(self.region, cells)
+
+
+class ExpertStore:
+    """Cells for experts: a quota for each layer, and a few that all layers share for what is only passing through.
+
+    A demand that fits the layer's quota is served from it, least recently used experts making way. Of a larger one (a long
+    prompt), what the quota does not hold goes through the shared cells group by group, so that it neither takes a whole
+    layer's memory nor displaces what is kept.
+
+    Args:
+        sets: The experts of each layer.
+        shared_cells: How many cells all layers share.
+        reader: The files.
+        file_bytes: The size of each file.
+        threads: How many requests are in flight.
+        request_bytes: The size of one.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ExpertSet],
+        *,
+        shared_cells: int,
+        reader: Reader,
+        file_bytes: Sequence[int],
+        threads: int,
+        request_bytes: int,
+    ) -> None:
+        self.sets = tuple(sets)
+        self._reader = reader
+        self._file_bytes = tuple(file_bytes)
+        self._request_bytes = request_bytes
+        self._changed = threading.Condition()
+        self._closed = False
+        self._wanted = self._hits = self._read_bytes = 0
+        self._wait_seconds = 0.0
+        self._resources = ExitStack()
+        largest = max((each.cell_bytes for each in sets), default=0)
+        sizes = [each.cells * each.cell_bytes for each in sets]
+        self._memory = HostMemory(sum(sizes) + shared_cells * largest)
+        self._resources.callback(self._memory.close)
+        starts = accumulate(sizes, initial=0)
+        self._own = [
+            CellRegion(self._memory.tensor.narrow(0, start, size), each.cell_bytes)
+            for each, start, size in zip(sets, starts, sizes, strict=False)
+        ]
+        rest = self._memory.tensor.narrow(0, sum(sizes), shared_cells * largest)
+        self._shared = CellRegion(rest, largest)
+        self._staging = threading.local()
+        self._threads = Threads("experts", threads)
+        self._resources.callback(self._threads.close)
+
+    # -- demand ----------------------------------------------------------------------------------
+
+    def groups(self, set_index: int, experts: Sequence[int]) -> list[ExpertGroup]:
+        """Which of ``experts``, ascending, are computed with together: first what the layer's own cells take.
+
+        Half of the shared cells make a group, so that the next one is read while one is computed with.
+        """
+        own = self._own[set_index]
+        if len(experts) <= own.count:
+            return [ExpertGroup(set_index=set_index, experts=tuple(experts), streamed=False)]
+        with self._changed:
+            there = [expert for expert in experts if expert in own]
+        kept = set(there)
+        for expert in experts:
+            if len(kept) >= own.count:
+                break
+            kept.add(expert)
+        rest = [expert for expert in experts if expert not in kept]
+        size = max(self._shared.count // 2, 1)
+        groups = [ExpertGroup(set_index=set_index, experts=tuple(sorted(kept)), streamed=False)]
+        groups += [
+            ExpertGroup(set_index=set_index, experts=tuple(rest[at : at + size]), streamed=True)
+            for at in range(0, len(rest), size)
+        ]
+        return [group for group in groups if group.experts]
+
+    def take(self, group: ExpertGroup, *, wait: bool = True) -> Lease | None:
+        """Hold cells for ``group``, and begin to read what is not there.
+
+        Args:
+            group: At most as many experts as its region has cells.
+            wait: Until the cells can be had, which takes no longer than others compute with theirs: for who holds none.
+                Otherwise None where they cannot be had at once.
+
+        Raises:
+            ClosedError: The store was closed.
+        """
+        region, keys = self._region(group)
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise ClosedError("the model was closed")
+                if (taken := region.take(keys)) is not None:
+                    break
+                if not wait:
+                    return None
+                self._changed.wait()
+            cells, new = taken
+            self._wanted += len(cells)
+            self._hits += len(cells) - len(new)
+            fresh = {id(cell) for cell in new}
+            for cell, expert in zip(cells, group.experts, strict=True):
+                if id(cell) in fresh:
+                    self._load(region, cell, self.sets[group.set_index], expert)
+        return Lease(self, group, region, cells)
+
+    def give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
+        """For ``Lease``."""
+        with self._changed:
+            for cell in cells:
+                region.release(cell)
+            self._changed.notify_all()
+
+    def count_wait(self, seconds: float) -> None:
+        """For ``Lease``."""
+        with self._changed:
+            self._wait_seconds += seconds
+
+    def counts(self) -> ExpertCounts:
+        """What has been asked for so far."""
+        with self._changed:
+            return ExpertCounts(
+                wanted=self._wanted,
+                hits=self._hits,
+                read_bytes=self._read_bytes,
+                wait_seconds=self._wait_seconds,
+            )
+
+    def _region(self, group: ExpertGroup) -> tuple[CellRegion, list[Hashable]]:
+        if group.streamed:
+            return self._shared, [(group.set_index, expert) for expert in group.experts]
+        return self._own[group.set_index], list(group.experts)
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def _load(self, region: CellRegion, cell: Cell, experts: ExpertSet, expert: int) -> None:
+        """Queue the reads of ``expert`` into ``cell``. The lock is held."""
+        reads = list(
+            experts.reads(expert, request_bytes=self._request_bytes, file_bytes=self._file_bytes)
+        )
+        left = len(reads)
+        failure: BaseException | None = None
+        loaded = cell.loaded
+
+        def done(read: Future[None]) -> None:
+            nonlocal left, failure
+            error = ClosedError("the model was closed") if read.cancelled() else read.exception()
+            with self._changed:
+                left, failure = left - 1, failure or error
+                if left:  # also after an error: the others still write into the cell
+                    return
+                if failure is None:
+                    loaded.set_result(None)
+                else:
+                    region.forget(cell)
+                    loaded.set_exception(failure)
+
+        for each in reads:
+            self._threads.submit(self._read, each, cell, experts, expert).add_done_callback(done)
+
+    def _read(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> None:
+        staging = self._staging_buffer()
+        padded = -(-read.extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        try:
+            self._reader.read(read.extent, memoryview(staging.data)[:padded])
+        except Exception as error:
+            error.add_note(f"layerstream: reading expert {expert} of {experts.module}")
+            raise
+        # numpy copies in this thread alone; torch would make a team of threads for each of ours.
+        into = cell.tensor.numpy()
+        for offset, cell_offset, nbytes in read.copies:
+            np.copyto(into[cell_offset : cell_offset + nbytes], staging[offset : offset + nbytes])
+        with self._changed:
+            self._read_bytes += read.extent.nbytes
+
+    def _staging_buffer(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """This thread's own buffer for one request: direct reads want aligned memory, tensors their own alignment."""
+        known: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = getattr(
+            self._staging, "buffer", None
+        )
+        if known is None:
+            memory = HostMemory(self._request_bytes)
+            with self._changed:
+                self._resources.callback(memory.close)
+            known = self._staging.buffer = memory.tensor.numpy()
+        return known
+
+    def close(self) -> None:
+        """Fail who waits, wait for reads that have begun, free the memory."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._threads.close()
+        self._resources.close()
