@@ -1,115 +1,27 @@
-"""Experts on demand: which modules of a model can compute with experts that come when tokens are routed to them, and how.
+"""Modules that compute with experts on demand: with those that tokens are routed to, when they have been read.
 
 transformers' expert modules hold all experts of a layer in a few parameters, whose first dimension counts experts, and
 compute with them through interchangeable implementations. Here such a module computes with a *bank*: tensors over cells of
-the expert store, with the experts renumbered. Results equal those of the whole parameters bit for bit.
+the expert store. Results equal those of the whole parameters bit for bit.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.modeling.model_layers import Use
-from layerstream.pipeline.modeling.recipes import Recipe
-from layerstream.pipeline.modeling.tracing import TracedModel
-from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor
-from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.store import ExpertGroup, ExpertStore, Lease
 
-__all__ = ["expert_sources", "stream_experts"]
+__all__ = ["stream_experts"]
 
-# What transformers' decorator for expert modules sets on each of them, and what all of them have.
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
-# Kernels are chosen by the addresses of matrices modulo this, so experts have to lie as in the whole parameter.
-_ALIGNMENT = 64
 _EAGER = {None, "eager"}
-
-
-# -- which ------------------------------------------------------------------------------------------
-
-
-def expert_sources(
-    traced: TracedModel, checkpoint: Checkpoint, uses: Mapping[str, Sequence[Use]]
-) -> dict[str, ExpertSource]:
-    """The modules whose experts can be read one by one, by their paths.
-
-    They are those of transformers' registry of implementations, with parameters that loading only puts together from runs of
-    the files' bytes. Others are streamed whole: who multiplies with all experts at once, and whose parameters take
-    computation (transposing, unpacking).
-    """
-    found = {}
-    for path, module in traced.module.named_modules():
-        if not all(hasattr(module, mark) for mark in _MARKS):
-            continue
-        if not hasattr(type(module).forward, "__wrapped__"):  # not decorated
-            continue
-        names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        single = all(len(uses.get(name, ())) == 1 for name in names)
-        if not names or not single:
-            continue
-        tensors = [
-            _tensor_of(traced.recipes[name], module.num_experts, checkpoint) for name in names
-        ]
-        if all(tensor is not None for tensor in tensors):
-            found[path] = ExpertSource(
-                module=path,
-                experts=module.num_experts,
-                per_token=_per_token(module),
-                tensors=tuple(tensor for tensor in tensors if tensor is not None),
-            )
-    return found
-
-
-def _per_token(module: Any) -> int:
-    config = module.config
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return 0
-
-
-def _tensor_of(recipe: Recipe, experts: int, checkpoint: Checkpoint) -> ExpertTensor | None:
-    """The tensor of ``recipe`` cut into experts; None if that cannot be done with equal bits."""
-    if recipe.pieces is None or not recipe.shape or recipe.shape[0] != experts:
-        return None
-    whole = sum(piece.nbytes for piece in recipe.pieces)
-    nbytes = whole // experts
-    if not nbytes or (len(recipe.shape) > 2 and nbytes % _ALIGNMENT):  # noqa: PLR2004
-        return None
-    extents: list[list[Extent]] = [[] for _ in range(experts)]
-    for piece in recipe.pieces:
-        info = checkpoint.tensors[piece.source]
-        at, stop = piece.offset, piece.offset + piece.nbytes
-        while at < stop:
-            expert = at // nbytes
-            end = min(stop, (expert + 1) * nbytes)
-            offset = info.offset + piece.source_offset + at - piece.offset
-            extents[expert].append(Extent(file=info.file, offset=offset, nbytes=end - at))
-            at = end
-    sizes = {tuple(extent.nbytes for extent in each) for each in extents}
-    if len(sizes) != 1:
-        return None
-    # 0: transformers computes with it where it lies in the mapped file; anything else has memory of its own.
-    shift = extents[0][0].offset % _ALIGNMENT if recipe.scratch_bytes == 0 else 0
-    return ExpertTensor(
-        name=recipe.name.rpartition(".")[2],
-        dtype=recipe.dtype,
-        shape=recipe.shape[1:],
-        nbytes=nbytes,
-        extents=tuple(map(tuple, extents)),
-        shift=shift,
-    )
-
-
-# -- how --------------------------------------------------------------------------------------------
+_GROUPED = "grouped_mm"
 
 
 def stream_experts(
@@ -247,75 +159,84 @@ class _StreamedExperts(nn.Module):
                 f"{access.set.module} has {access.set.experts} experts, but tokens were routed to expert "
                 f"{experts[0] if experts[0] < 0 else experts[-1]}: the router's weights do not fit the experts"
             )
-        if getattr(self.config, "_experts_implementation", None) in _EAGER:
+        name = getattr(self.config, "_experts_implementation", None)
+        if name in _EAGER:
             return self._one_by_one(experts, hidden, index, weights)
-        groups = access.groups(experts, in_order=False)
-        if len(groups) == 1:
-            for lease in access.leases(groups):
-                return self._together(lease, hidden, index, weights)
-        return self._in_groups(groups, hidden, index, weights)
-
-    @contextmanager
-    def _computing_with(self, bank: Mapping[str, Any], experts: int) -> Iterator[None]:
-        own = vars(self)
-        parameters = own["_parameters"]
-        own["_parameters"] = {**parameters, **bank}
-        self.num_experts = experts
-        try:
-            yield
-        finally:
-            own["_parameters"] = parameters
-            self.num_experts = self.layerstream_experts.set.experts
-
-    def _together(self, lease: Lease, hidden: Any, index: Any, weights: Any) -> Any:
-        """One computation with all experts that are needed."""
-        access = self.layerstream_experts
-        numbers = torch.zeros(access.set.experts, dtype=index.dtype, device=index.device)
-        numbers[list(lease.group.experts)] = torch.tensor(
-            lease.cells, dtype=index.dtype, device=index.device
-        )
-        with self._computing_with(access.bank(lease.region), lease.region.count):
-            return super().forward(hidden, numbers[index], weights)
+        if name != _GROUPED:
+            raise ModelError(
+                f"{access.set.module} reads its experts on demand, which gives equal results with the implementations "
+                f"{_GROUPED} and eager, not with {name}; open the model with experts_implementation={name!r}"
+            )
+        return self._in_groups(access.groups(experts, in_order=False), hidden, index, weights)
 
     def _in_groups(
         self, groups: Sequence[ExpertGroup], hidden: Any, index: Any, weights: Any
     ) -> Any:
-        """One computation for each group, of the tokens that are routed to it; summed at the end as in one."""
-        access = self.layerstream_experts
-        tokens, per_token = index.shape
+        """One computation for each group, of the choices that fall on it; weighted and summed at the end as in one."""
         chosen = index.reshape(-1)
+        # The order of rows within an expert decides on bits, and torch's sort is not stable: the same call, on all of them.
+        order = torch.sort(chosen)[1]
         results: torch.Tensor | None = None
-        for lease in access.leases(groups):
-            member = torch.zeros(access.set.experts, dtype=torch.bool, device=index.device)
-            member[list(lease.group.experts)] = True
-            places = member[chosen].nonzero().squeeze(1)
-            # Each choice of a token as a token of its own with one choice, of weight one: what a sum of one leaves unchanged.
-            part = self._together(
-                lease,
-                hidden[places // per_token],
-                chosen[places].unsqueeze(1),
-                torch.ones((len(places), 1), dtype=weights.dtype, device=weights.device),
-            )
+        for lease in self.layerstream_experts.leases(groups):
+            number = self._numbers(lease, chosen)
+            places = order[number[chosen[order]] >= 0]
+            part = self._products(lease, number[chosen[places]], hidden[places // index.shape[1]])
             if results is None:
-                dtype = next(iter(access.bank(lease.region).values())).dtype
-                results = torch.zeros(
-                    (len(chosen), part.shape[-1]), dtype=dtype, device=part.device
-                )
-            results[places] = part.to(results.dtype)
+                results = part.new_empty((len(chosen), part.shape[-1]))
+            results[places] = part
         if results is None:  # no tokens
             return torch.zeros_like(hidden)
         weighted = results * weights.reshape(-1, 1)
-        return weighted.view(tokens, per_token, -1).sum(dim=1).to(hidden.dtype)
+        return weighted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+    def _products(self, lease: Lease, cells: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The product of each row with the expert in its cell, as in transformers' grouped implementation."""
+        from transformers.integrations.moe import _grouped_linear
+
+        module: Any = self
+        bank = self.layerstream_experts.bank(lease.region)
+        by_cell = torch.sort(cells, stable=True)[1]
+        cells, rows = cells[by_cell], rows[by_cell]
+        counts = torch.bincount(cells, minlength=lease.region.count)
+        offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+        def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
+            bias = bank[f"{name}_bias"][cells] if module.has_bias else None
+            result: torch.Tensor = _grouped_linear(
+                rows, bank[name], offsets, bias=bias, is_transposed=module.is_transposed
+            )
+            return result
+
+        inner = (
+            module._apply_gate(linear(rows, "gate_up_proj"))  # noqa: SLF001
+            if module.has_gate
+            else module.act_fn(linear(rows, "up_proj"))
+        )
+        outer = linear(inner, "down_proj")
+        if getattr(module, "has_post_expert_norm", False):
+            outer = module.post_expert_norm(outer)
+        results = torch.empty_like(outer)
+        results[by_cell] = outer
+        return results
+
+    def _numbers(self, lease: Lease, like: torch.Tensor) -> torch.Tensor:
+        """For each expert, the cell that it is in; -1 if it is in none of this lease."""
+        numbers = like.new_full((self.layerstream_experts.set.experts,), -1)
+        numbers[list(lease.group.experts)] = like.new_tensor(lease.cells)
+        return numbers
 
     def _one_by_one(self, experts: Sequence[int], hidden: Any, index: Any, weights: Any) -> Any:
         """The class's own loop over experts, which adds to the result in their order."""
         access = self.layerstream_experts
         in_turn = _InTurn(access, experts)
         bank = {view.name: _OnDemand(view.name, in_turn) for view in access.set.tensors}
+        own = vars(self)
+        parameters = own["_parameters"]  # shared by all clones; from here on, this one has its own
+        own["_parameters"] = {**parameters, **bank}
         try:
-            with self._computing_with(bank, access.set.experts):
-                return super().forward(hidden, index, weights)
+            return super().forward(hidden, index, weights)
         finally:
+            own["_parameters"] = parameters
             in_turn.close()
 
 

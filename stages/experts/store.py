@@ -145,6 +145,13 @@ class ExpertStore:
         own = self._own[set_index]
         if len(experts) <= own.count:
             return [ExpertGroup(set_index=set_index, experts=tuple(experts), streamed=False)]
+        if not self._shared.count:
+            return [
+                ExpertGroup(
+                    set_index=set_index, experts=tuple(experts[at : at + own.count]), streamed=False
+                )
+                for at in range(0, len(experts), own.count)
+            ]
         with self._changed:
             there = [expert for expert in experts if expert in own]
         kept = set(there)
