@@ -168,7 +168,10 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
 def _no_weights_message(path: Path, names: Sequence[str]) -> str:
     unsupported = next((name for name in names if name.lower().endswith(_UNSUPPORTED)), None)
     if unsupported:
-        return f"{path} holds no safetensors files, and {unsupported} is not supported: {_HOW_TO_CONVERT}."
+        return (
+            f"{path} holds no safetensors files, and {unsupported} is not supported: "
+            f"{_HOW_TO_CONVERT}."
+        )
     return (
         f"{path} holds no weights: give the folder that the *.safetensors files themselves are in, "
         "or download the model again."

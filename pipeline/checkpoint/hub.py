@@ -121,8 +121,8 @@ def _download_snapshot(model_id: str, revision: str | None) -> Path:
     missing = _missing_files(Path(folder))
     if missing:
         raise CheckpointError(
-            f"{model_id} was downloaded to {folder}, which lacks {_first_names(missing)}: a model needs "
-            "config.json and weights in safetensors format; try again, or another model."
+            f"{model_id} was downloaded to {folder}, which lacks {_first_names(missing)}: a model "
+            "needs config.json and weights in safetensors format; try again, or another model."
         )
     return Path(folder)
 
@@ -173,8 +173,8 @@ def _download_error_message(error: Exception, model_id: str, revision: str | Non
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         cause = error.__cause__  # the network error, without the client's long advice
     return (
-        f"{not_local}, and the hub could not give it ({type(cause).__name__}: {_first_line(cause)}): "
-        "check the path, or the network."
+        f"{not_local}, and the hub could not give it "
+        f"({type(cause).__name__}: {_first_line(cause)}): check the path, or the network."
     )
 
 

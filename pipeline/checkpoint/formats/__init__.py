@@ -2,7 +2,7 @@
 
 A format module turns the header of a file into the `TensorInfo` of each tensor in it: name, torch's dtype and shape,
 file, offset and length. It consists of pure functions on bytes, does no I/O, and refuses malformed headers with a
-CheckpointError that names the file and the remedy. Today there is one, safetensors.py, which other code uses in this order:
+CheckpointError that names the file and the remedy. Today there is one, safetensors.py, used like this:
 
 1. files.py decides by name which files of a folder are weights, and which suffixes are refused as unsupported.
 2. checkpoint.py reads the first `PREFIX_BYTES` of each file; `header_length(prefix)` says how many more to read.
