@@ -1,1 +1,1 @@
-"""What the weight files hold: tensors with file, offset, dtype and shape, and which belong together. Headers only."""
+"""What weight files hold: tensors with file, offset, dtype and shape, and how they form layers. Reads headers only."""

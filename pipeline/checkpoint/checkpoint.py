@@ -1,7 +1,7 @@
 """A checkpoint as it was downloaded: its files, and the place of each tensor in them.
 
-Only headers, the index and config.json are read, never weights. The two ways of opening differ in
-who waits for the disk; both use the same functions to interpret the bytes.
+Only headers, the index and config.json are read, never weights. The blocking and the async way of opening differ only
+in how they read; both use the same functions to interpret the bytes.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ import aiofiles
 from layerstream.pipeline.checkpoint.files import (
     Selection,
     WeightFile,
-    errors_naming,
     list_files,
     select_files,
+    translated_os_errors,
 )
 from layerstream.pipeline.checkpoint.formats.safetensors import (
     PREFIX_BYTES,
@@ -33,25 +33,22 @@ __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The weight files of a model and every tensor in them, validated.
-
-    Attributes:
-        path: The folder or file that was opened, absolute.
-        files: The weight files in natural order; `TensorInfo.file` counts along it.
-        tensors: Every tensor by name, in the order of files and offsets.
-        config: config.json, from the folder, also if a single file was opened; None without one.
-        ignored_files: Names of weight files in the folder that are not part of the model.
-    """
+    """The weight files of a model and every tensor in them, validated."""
 
     path: Path
+    """The folder or file that was opened, absolute."""
     files: tuple[WeightFile, ...]
+    """In natural order; `TensorInfo.file` is an index into it."""
     tensors: Mapping[str, TensorInfo]
+    """By name, in the order of files and offsets."""
     config: Mapping[str, Any] | None
+    """The config.json of the folder, also if a single file was opened; None without one."""
     ignored_files: tuple[str, ...] = ()
+    """Names of weight files in the folder that are not part of the model."""
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors together, without headers."""
+        """The bytes of all tensors together, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod
@@ -62,28 +59,28 @@ class Checkpoint:
             CheckpointError: Files are missing, truncated, corrupt or contradict one another.
         """
         listing = list_files(Path(path))
-        documents = {path: _fetch(path) for path in listing.documents}
+        documents = {path: _read_document(path) for path in listing.documents}
         selection = select_files(listing, documents)
-        headers = [_fetch_header(file) for file in selection.files]
+        headers = [_read_header(file) for file in selection.files]
         return cls._from_headers(selection, headers)
 
     @classmethod
     async def open_async(cls, path: str | os.PathLike[str]) -> Self:
         """The same as `open`, without blocking the event loop."""
         listing = await asyncio.to_thread(list_files, Path(path))
-        documents = {path: await _fetch_async(path) for path in listing.documents}
+        documents = {path: await _read_document_async(path) for path in listing.documents}
         selection = await asyncio.to_thread(select_files, listing, documents)
-        headers = [await _fetch_header_async(file) for file in selection.files]
+        headers = [await _read_header_async(file) for file in selection.files]
         return await asyncio.to_thread(cls._from_headers, selection, headers)
 
     @classmethod
     def _from_headers(cls, selection: Selection, headers: Sequence[bytes]) -> Self:
-        tables = [
+        tensors_by_file = [
             parse_header(header, path=file.path, size_bytes=file.size_bytes, file=number)
             for number, (file, header) in enumerate(zip(selection.files, headers, strict=True))
         ]
-        _settle_duplicates(selection, tables)
-        tensors = {name: info for table in tables for name, info in table.items()}
+        _remove_duplicates(selection, tensors_by_file)
+        tensors = {name: info for table in tensors_by_file for name, info in table.items()}
         _check_weight_map(selection, tensors)
         if not tensors:
             raise CheckpointError(f"{selection.path} holds no tensors: download the model again.")
@@ -96,12 +93,12 @@ class Checkpoint:
         )
 
 
-def _settle_duplicates(selection: Selection, tables: list[dict[str, TensorInfo]]) -> None:
+def _remove_duplicates(selection: Selection, tensors_by_file: list[dict[str, TensorInfo]]) -> None:
     """If two files have a tensor of the same name, keep the one that the index names."""
-    holders: dict[str, int] = {}
-    for number, table in enumerate(tables):
-        for name in table.keys() & holders.keys():
-            first, second = (selection.files[n] for n in (holders[name], number))
+    file_numbers: dict[str, int] = {}
+    for number, table in enumerate(tensors_by_file):
+        for name in table.keys() & file_numbers.keys():
+            first, second = (selection.files[at] for at in (file_numbers[name], number))
             keep = selection.weight_map.get(name)
             if keep is None:
                 raise CheckpointError(
@@ -110,10 +107,10 @@ def _settle_duplicates(selection: Selection, tables: list[dict[str, TensorInfo]]
                     "folder, or move the other one away."
                 )
             if keep == second.name:
-                del tables[holders[name]][name]
+                del tensors_by_file[file_numbers[name]][name]
             else:
                 del table[name]
-        holders.update(dict.fromkeys(table, number))
+        file_numbers.update(dict.fromkeys(table, number))
 
 
 def _check_weight_map(selection: Selection, tensors: Mapping[str, TensorInfo]) -> None:
@@ -128,25 +125,25 @@ def _check_weight_map(selection: Selection, tensors: Mapping[str, TensorInfo]) -
             )
 
 
-def _fetch(path: Path) -> bytes:
-    with errors_naming(path):
+def _read_document(path: Path) -> bytes:
+    with translated_os_errors(path):
         return path.read_bytes()
 
 
-async def _fetch_async(path: Path) -> bytes:
-    with errors_naming(path):
+async def _read_document_async(path: Path) -> bytes:
+    with translated_os_errors(path):
         async with aiofiles.open(path, "rb") as stream:
             return await stream.read()
 
 
-def _fetch_header(file: WeightFile) -> bytes:
-    with errors_naming(file.path), file.path.open("rb") as stream:
+def _read_header(file: WeightFile) -> bytes:
+    with translated_os_errors(file.path), file.path.open("rb") as stream:
         prefix = stream.read(PREFIX_BYTES)
         return stream.read(header_length(prefix, path=file.path, size_bytes=file.size_bytes))
 
 
-async def _fetch_header_async(file: WeightFile) -> bytes:
-    with errors_naming(file.path):
+async def _read_header_async(file: WeightFile) -> bytes:
+    with translated_os_errors(file.path):
         async with aiofiles.open(file.path, "rb") as stream:
             prefix = await stream.read(PREFIX_BYTES)
             length = header_length(prefix, path=file.path, size_bytes=file.size_bytes)

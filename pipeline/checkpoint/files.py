@@ -17,21 +17,21 @@ __all__ = [
     "Listing",
     "Selection",
     "WeightFile",
-    "errors_naming",
     "list_files",
     "natural_order",
     "select_files",
+    "translated_os_errors",
 ]
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-_CONVERT = (
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_UNSUPPORTED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_HOW_TO_CONVERT = (
     "convert it: load it with transformers' from_pretrained() (GGUF with gguf_file=...), and write "
     "it with save_pretrained()"
 )
 
-_REASONS = {
+_ERRNO_EXPLANATIONS = {
     errno.ENOENT: "it is not there; check the path, or download it again",
     errno.ENOTDIR: "a part of its path is a file, not a folder; check the path",
     errno.EISDIR: "it is a folder where a file is needed; download the model again",
@@ -44,33 +44,30 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """A safetensors file of a checkpoint.
-
-    Attributes:
-        name: Relative to the checkpoint's folder, as the index spells it.
-        path: Absolute; it may be a link (the hub's cache is made of them).
-        size_bytes: The whole file, header and all.
-    """
+    """A safetensors file of a checkpoint."""
 
     name: str
+    """Relative to the checkpoint's folder, as the index spells it."""
     path: Path
+    """Absolute; it may be a link (the hub's cache is made of them)."""
     size_bytes: int
+    """Of the whole file, including the header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The contents of a folder; `documents` are to be read before files are selected."""
+    """The relevant files of a folder; `documents` must be read before `select_files`."""
 
     path: Path
     folder: Path
     weights: tuple[str, ...]
-    """Names, in natural order."""
+    """Names of weight files, in natural order."""
     index: Path | None
     config: Path | None
 
     @property
     def documents(self) -> list[Path]:
-        """The index and config.json, as far as they exist."""
+        """The index and config.json, where they exist."""
         return [path for path in (self.index, self.config) if path]
 
 
@@ -81,7 +78,7 @@ class Selection:
     path: Path
     files: tuple[WeightFile, ...]
     weight_map: Mapping[str, str]
-    """Tensor -> WeightFile.name; empty without an index."""
+    """The file of each tensor, as tensor -> `WeightFile.name`; empty without an index."""
     config: Mapping[str, Any] | None
     ignored_files: tuple[str, ...]
 
@@ -89,26 +86,26 @@ class Selection:
 def natural_order(text: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that puts "layers.2" before "layers.10"."""
     parts = re.split("([0-9]+)", text)
-    # Digits compare by length, then as text: numbers of any length, and no int() to refuse them.
+    # Digits compare by length, then as text, since int() refuses very long numbers.
     parts[1::2] = (digits.lstrip("0") for digits in parts[1::2])
-    return *((len(part) * (at % 2), part) for at, part in enumerate(parts)), (0, text)
+    return *((len(part) * (number % 2), part) for number, part in enumerate(parts)), (0, text)
 
 
 @contextmanager
-def errors_naming(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system about a path into a CheckpointError of one sentence."""
+def translated_os_errors(path: Path) -> Iterator[None]:
+    """Turn operating system errors about ``path`` into a CheckpointError of one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte in it
-        known = error.errno if isinstance(error, OSError) else None
-        reason = _REASONS.get(known or 0, f"{error}; check the path and the disk")
+        code = error.errno if isinstance(error, OSError) else None
+        reason = _ERRNO_EXPLANATIONS.get(code or 0, f"{error}; check the path and the disk")
         raise CheckpointError(f"{path} cannot be opened: {reason}.") from error
 
 
 def list_files(path: Path) -> Listing:
-    """Find the relevant files in a folder, or beside a file."""
+    """List the relevant files in a folder, or a single file and the config.json next to it."""
     path = path.absolute()
-    with errors_naming(path):
+    with translated_os_errors(path):
         if not path.is_dir():
             config = path.with_name("config.json")
             return Listing(
@@ -123,13 +120,13 @@ def list_files(path: Path) -> Listing:
     weights = tuple(name for name in names if name.endswith(".safetensors"))
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
     if not weights and not indices:
-        raise CheckpointError(_no_weights(path, names))
-    if len(indices) > 1 and _INDEX not in indices:
+        raise CheckpointError(_no_weights_message(path, names))
+    if len(indices) > 1 and _INDEX_FILE not in indices:
         raise CheckpointError(
             f"{path} holds several indices ({', '.join(indices)}), and it is unclear which one "
-            f"counts; name that one {_INDEX}."
+            f"counts; name that one {_INDEX_FILE}."
         )
-    index = _INDEX if _INDEX in indices else next(iter(indices), None)
+    index = _INDEX_FILE if _INDEX_FILE in indices else next(iter(indices), None)
     return Listing(
         path=path,
         folder=path,
@@ -140,7 +137,11 @@ def list_files(path: Path) -> Listing:
 
 
 def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection:
-    """Decide which weight files make up the model; `documents` are the contents of the listing's.
+    """Decide which weight files make up the model.
+
+    Args:
+        listing: The files that exist.
+        documents: The contents of ``listing.documents``, by path.
 
     Raises:
         CheckpointError: The index or config.json is corrupt, or a file that is needed is absent.
@@ -151,10 +152,10 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
     if listing.index:
         weight_map = _parse_weight_map(listing.index, documents)
         names = sorted(set(weight_map.values()), key=natural_order)
-    # As in transformers, model.safetensors is the model whatever else lies there: weights in
-    # another format's names, adapters, the index that an earlier save left behind.
-    if _SINGLE in listing.weights and _SINGLE not in weight_map.values():
-        weight_map, names = {}, [_SINGLE]
+    # As in transformers, model.safetensors is the model, whatever other files there are: weights of
+    # another format, adapters, the index of an earlier save.
+    if _SINGLE_FILE in listing.weights and _SINGLE_FILE not in weight_map.values():
+        weight_map, names = {}, [_SINGLE_FILE]
     return Selection(
         path=listing.path,
         files=tuple(_weight_file(listing.folder, name, listing.index) for name in names),
@@ -164,10 +165,13 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
     )
 
 
-def _no_weights(path: Path, names: Sequence[str]) -> str:
-    foreign = next((name for name in names if name.lower().endswith(_FOREIGN)), None)
-    if foreign:
-        return f"{path} holds no safetensors files, and {foreign} is not supported: {_CONVERT}."
+def _no_weights_message(path: Path, names: Sequence[str]) -> str:
+    unsupported = next((name for name in names if name.lower().endswith(_UNSUPPORTED)), None)
+    if unsupported:
+        return (
+            f"{path} holds no safetensors files, and {unsupported} is not supported: "
+            f"{_HOW_TO_CONVERT}."
+        )
     return (
         f"{path} holds no weights: give the folder that the *.safetensors files themselves are in, "
         "or download the model again."
@@ -212,7 +216,7 @@ def _parse_weight_map(index: Path, documents: Mapping[Path, bytes]) -> Mapping[s
 
 def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
     path = folder / name
-    with errors_naming(path):
+    with translated_os_errors(path):
         try:
             status = path.stat()
         except FileNotFoundError as error:
@@ -223,6 +227,6 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
             ) from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file: replace it by a safetensors file.")
-    if name.lower().endswith(_FOREIGN):
-        raise CheckpointError(f"{path} is not a safetensors file: {_CONVERT}.")
+    if name.lower().endswith(_UNSUPPORTED):
+        raise CheckpointError(f"{path} is not a safetensors file: {_HOW_TO_CONVERT}.")
     return WeightFile(name=name, path=path, size_bytes=status.st_size)

@@ -4,11 +4,11 @@ Three facts hold for nearly every published model, so there is no code for singl
 
 - A block is an element of a module list: the first number in a tensor's name is its index, and
   what precedes it is the stack ("model.layers", "h", "encoder.block").
-- What the other modules do can be read from their names: "embed_tokens", "norm", "lm_head".
+- The names of the other modules indicate their purpose: "embed_tokens", "norm", "lm_head".
 - Data flows from embeddings and towers (vision, audio) through encoders, projectors and decoders to
   the final norm and the head; within each of these parts the same order holds again.
 
-If a name misleads, only the order is wrong: each tensor is in a layer in any case.
+If a name is misleading, only the order is wrong: each tensor is in a layer in any case.
 """
 
 import enum
@@ -26,17 +26,17 @@ from layerstream.pipeline.checkpoint.name_words import Phase, phase_of_module, p
 
 __all__ = ["Layer", "LayerKind", "group_layers", "joined"]
 
-_INDEX = re.compile(r"(?:^|\.)([0-9]+)(?:\.|$)")
+_BLOCK_INDEX = re.compile(r"(?:^|\.)([0-9]+)(?:\.|$)")
 
-_EMBEDS = re.compile("emb|wte|shared")
-_GENERATES = re.compile(
+_EMBEDDING = re.compile("emb|wte|shared")
+_LANGUAGE_MODEL_CLASS = re.compile(
     "(ForCausalLM|ForConditionalGeneration|LMHeadModel|WithLMHead(Model)?|MTModel|ForMaskedLM|ForPreTraining)$"
 )
-_DIRECT = re.compile(r"(\.[0-9]+)?\.weight")  # "lm_head.weight", but not "lm_head.dense.weight"
+_OWN_WEIGHT = re.compile(r"(\.[0-9]+)?\.weight")  # "lm_head.weight", but not "lm_head.dense.weight"
 
-_Path = tuple[str, ...]
+_ModulePath = tuple[str, ...]
 _Position = tuple[tuple[Phase, tuple[tuple[int, str], ...]], ...]
-_Groups = dict[str, dict[str, list[TensorInfo]]]  # stack -> index -> tensors
+_Stacks = dict[str, dict[str, list[TensorInfo]]]  # stack -> index -> tensors
 
 
 class LayerKind(enum.StrEnum):
@@ -50,17 +50,14 @@ class LayerKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Tensors that are used together.
-
-    Attributes:
-        name: The block's module ("model.layers.3"), or the modules joined by "+"; unique.
-        kind: EMBEDDING and OTHER come before or between blocks, HEAD after the last one.
-        tensors: Names, in the order of the files.
-    """
+    """Tensors that are used together."""
 
     name: str
+    """The block's module ("model.layers.3"), or the modules joined by "+"; unique."""
     kind: LayerKind
+    """EMBEDDING and OTHER come before or between blocks, HEAD after the last one."""
     tensors: tuple[str, ...]
+    """Names, in the order of the files."""
 
 
 class _Item(NamedTuple):
@@ -78,15 +75,15 @@ def group_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     in its embedding layer and in the head. Norm and head share a layer, as do all modules of one
     kind that follow one another outside of blocks.
     """
-    stacks, loose = _split(checkpoint.tensors.values())
-    items = list(_in_order(stacks, loose))
+    stacks, loose = _split_blocks(checkpoint.tensors.values())
+    items = list(_items_in_order(stacks, loose))
     tied = _tied_table(checkpoint, items)
     if tied:
         if items[-1].kind is not LayerKind.HEAD:
             items.append(_Item("head", LayerKind.HEAD, []))
         items[-1].tensors.append(tied)
     layers = []
-    for _, run in groupby(enumerate(items), _same_layer):
+    for _, run in groupby(enumerate(items), _layer_key):
         members = [item for _, item in run]
         tensors = [tensor for item in members for tensor in item.tensors]
         tensors.sort(key=lambda tensor: (tensor.file, tensor.offset, tensor.nbytes))
@@ -100,25 +97,25 @@ def group_layers(checkpoint: Checkpoint) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _same_layer(numbered: tuple[int, _Item]) -> tuple[LayerKind, int]:
+def _layer_key(numbered: tuple[int, _Item]) -> tuple[LayerKind, int]:
     number, item = numbered
     return item.kind, number if item.kind is LayerKind.BLOCK else -1
 
 
 def joined(names: list[str]) -> str:
-    """The name of a layer made of the modules ``names``."""
+    """Return the name of a layer that consists of the modules ``names``."""
     if len(names) > 3:  # noqa: PLR2004 - a name is read by people
         names = [names[0], "...", names[-1]]
     return "+".join(names)
 
 
-def _split(tensors: Iterable[TensorInfo]) -> tuple[_Groups, list[TensorInfo]]:
-    """Separate the tensors in blocks from the others."""
-    groups: _Groups = defaultdict(lambda: defaultdict(list))
+def _split_blocks(tensors: Iterable[TensorInfo]) -> tuple[_Stacks, list[TensorInfo]]:
+    """Separate the tensors in blocks, by stack and index, from the others."""
+    groups: _Stacks = defaultdict(lambda: defaultdict(list))
     loose = []
     composite = set()
     for tensor in tensors:
-        match = _INDEX.search(tensor.name)
+        match = _BLOCK_INDEX.search(tensor.name)
         if match is None:
             loose.append(tensor)
             continue
@@ -126,11 +123,11 @@ def _split(tensors: Iterable[TensorInfo]) -> tuple[_Groups, list[TensorInfo]]:
         groups[stack][match[1]].append(tensor)
         if "." in tensor.name[match.end() :]:
             composite.add(stack)
-    # Blocks have modules in them. Lists of bare layers, such as the second Linear of a projector,
-    # are parts of other things, as are lists of embeddings and heads; unless there is nothing else.
-    stacks = {name for name in composite if not _is_part(name)} or composite or set(groups)
-    leaders = _parallel(groups, stacks)
-    blocks: _Groups = defaultdict(lambda: defaultdict(list))
+    # Blocks contain modules. Lists of single layers, such as the Linears of a projector, belong to
+    # other modules, as do lists of embeddings and heads; unless there are no other lists.
+    stacks = {name for name in composite if not _is_input_or_head(name)} or composite or set(groups)
+    leaders = _stack_leaders(groups, stacks)
+    blocks: _Stacks = defaultdict(lambda: defaultdict(list))
     for name, group in groups.items():
         leader = leaders.get(name, name)
         for index, members in group.items():
@@ -138,46 +135,48 @@ def _split(tensors: Iterable[TensorInfo]) -> tuple[_Groups, list[TensorInfo]]:
     return blocks, loose
 
 
-def _is_part(stack: str) -> bool:
+def _is_input_or_head(stack: str) -> bool:
     *parents, last = stack.split(".")
     return phase_of_module(last) in {Phase.INPUT, Phase.HEAD} or any(
         phase_of_module(parent) is Phase.HEAD for parent in parents
     )
 
 
-def _parallel(groups: _Groups, stacks: set[str]) -> dict[str, str]:
-    """Find the lists of one parent that are computed alternately: list -> the stack that leads.
+def _stack_leaders(groups: _Stacks, stacks: set[str]) -> dict[str, str]:
+    """Find the lists of one parent that are computed alternately, as list -> the stack to merge it into.
 
-    A list of bare norms with the same indices as a stack beside it shows that step i takes element
-    i of each ("attentions.0", "layer_norm1.0", "ffns.0", then "attentions.1").
+    If a list of norms has the same indices as a sibling that is a stack, step i uses element i of
+    each ("attentions.0", "layer_norm1.0", "ffns.0", then "attentions.1").
     """
-    beside = defaultdict(list)
+    siblings_by_indices = defaultdict(list)
     for name, group in groups.items():
         if len(group) > 1:
-            beside[name.rpartition(".")[0], frozenset(group)].append(name)
+            siblings_by_indices[name.rpartition(".")[0], frozenset(group)].append(name)
     leaders = {}
-    for names in beside.values():
-        lists = [name for name in names if not _is_part(name)]
+    for names in siblings_by_indices.values():
+        lists = [name for name in names if not _is_input_or_head(name)]
         if len({name in stacks for name in lists}) > 1:
             leader = min((name for name in lists if name in stacks), key=natural_order)
             leaders.update(dict.fromkeys(lists, leader))
     return leaders
 
 
-def _in_order(stacks: _Groups, loose: list[TensorInfo]) -> Iterator[_Item]:
-    """Yield blocks, and the modules outside of blocks, in execution order."""
+def _items_in_order(stacks: _Stacks, loose: list[TensorInfo]) -> Iterator[_Item]:
+    """Yield the blocks and the modules outside of blocks, in execution order."""
     paths = [tuple(name.split(".")) for name in stacks]
-    phases = _phases(paths)
+    phases = _phases_of_paths(paths)
     modules = defaultdict(list)
     for tensor in loose:
-        modules[_module(tuple(tensor.name.split(".")), phases)].append(tensor)
+        modules[_module_path(tuple(tensor.name.split(".")), phases)].append(tensor)
 
-    def position(path: _Path) -> _Position:
+    def position(path: _ModulePath) -> _Position:
         parts = (path[:depth] for depth in range(1, len(path) + 1))
         return tuple((phases[part], natural_order(part[-1])) for part in parts)
 
     last = max(map(position, paths), default=None)
-    queue: list[tuple[_Position, Phase | None, _Path]] = [(position(p), None, p) for p in paths]
+    queue: list[tuple[_Position, Phase | None, _ModulePath]] = [
+        (position(p), None, p) for p in paths
+    ]
     for path in modules:
         in_tower = any(phase_of_stack(parent) is Phase.TOWER for parent in path[:-1])
         own = phase_of_module(path[-1], in_tower=in_tower)
@@ -186,14 +185,14 @@ def _in_order(stacks: _Groups, loose: list[TensorInfo]) -> Iterator[_Item]:
         name = ".".join(path)
         if phase is not None:
             yield _Item(
-                name, _kind(phase, after_blocks=last is None or where > last), modules[path]
+                name, _layer_kind(phase, after_blocks=last is None or where > last), modules[path]
             )
             continue
         for index, tensors in sorted(stacks[name].items(), key=lambda i: natural_order(i[0])):
             yield _Item(f"{name}.{index}" if name else index, LayerKind.BLOCK, tensors)
 
 
-def _kind(phase: Phase, *, after_blocks: bool) -> LayerKind:
+def _layer_kind(phase: Phase, *, after_blocks: bool) -> LayerKind:
     if phase is Phase.INPUT:
         return LayerKind.EMBEDDING
     if after_blocks and phase > Phase.INPUT:
@@ -201,24 +200,24 @@ def _kind(phase: Phase, *, after_blocks: bool) -> LayerKind:
     return LayerKind.OTHER
 
 
-def _phases(stacks: Iterable[_Path]) -> dict[_Path, Phase]:
+def _phases_of_paths(stacks: Iterable[_ModulePath]) -> dict[_ModulePath, Phase]:
     """Return the phase of each stack and of each module that has one in it.
 
-    A module's own name decides; otherwise the first known name inside it, then the nearest one around it;
-    otherwise it is a decoder. Of several stacks in a module, the last one decides.
+    A module's own name decides; otherwise the first name inside it that indicates a phase, then the nearest one
+    around it; otherwise it is a decoder. Of several stacks in a module, the latest phase decides.
     """
-    phases: dict[_Path, Phase] = {}
+    phases: dict[_ModulePath, Phase] = {}
     for stack in stacks:
-        spoken = [phase_of_stack(name) for name in stack]
-        around = Phase.DECODER
-        for depth, own in enumerate(spoken, start=1):
-            phase = next(filter(None, spoken[depth - 1 :]), around)
+        indicated = [phase_of_stack(name) for name in stack]
+        surrounding = Phase.DECODER
+        for depth, own in enumerate(indicated, start=1):
+            phase = next(filter(None, indicated[depth - 1 :]), surrounding)
             phases[stack[:depth]] = max(phase, phases.get(stack[:depth], Phase.UNKNOWN))
-            around = own or around
+            surrounding = own or surrounding
     return phases
 
 
-def _module(path: _Path, phases: Mapping[_Path, Phase]) -> _Path:
+def _module_path(path: _ModulePath, phases: Mapping[_ModulePath, Phase]) -> _ModulePath:
     """Return the outermost module around a tensor that has no stack in it, or the tensor itself."""
     depth = 1
     while depth < len(path) and path[:depth] in phases:
@@ -229,7 +228,7 @@ def _module(path: _Path, phases: Mapping[_Path, Phase]) -> _Path:
 def _tied_table(checkpoint: Checkpoint, items: list[_Item]) -> TensorInfo | None:
     """Return the embedding table that is also the head's matrix, if there is one."""
     config = checkpoint.config
-    if config is None or not _may_tie(config):
+    if config is None or not _may_be_tied(config):
         return None
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     vocabularies = {part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int}
@@ -240,17 +239,18 @@ def _tied_table(checkpoint: Checkpoint, items: list[_Item]) -> TensorInfo | None
         for tensor in item.tensors
         if len(tensor.shape) == 2  # noqa: PLR2004 - a matrix
         and "pos" not in tensor.name
-        and (tensor.shape[0] in vocabularies if vocabularies else _EMBEDS.search(tensor.name))
+        and (tensor.shape[0] in vocabularies if vocabularies else _EMBEDDING.search(tensor.name))
     ]
     table = max(tables, key=lambda tensor: tensor.shape[0], default=None)
     heads = (item for item in items if item.kind is LayerKind.HEAD)
-    if table and any(_is_head(item, tensor, table) for item in heads for tensor in item.tensors):
+    matrices = ((item, tensor) for item in heads for tensor in item.tensors)
+    if table and any(_is_head_matrix(item, tensor, table) for item, tensor in matrices):
         return None
     return table
 
 
-def _may_tie(config: Mapping[str, Any]) -> bool:
-    """Tell what config.json says; where it is silent, the model type's default may be either."""
+def _may_be_tied(config: Mapping[str, Any]) -> bool:
+    """Return what config.json says; without a flag, the default of the model type may be either."""
     text = config.get("text_config")
     flags = [
         part["tie_word_embeddings"]
@@ -258,16 +258,16 @@ def _may_tie(config: Mapping[str, Any]) -> bool:
         if isinstance(part, Mapping) and "tie_word_embeddings" in part
     ]
     architectures = config.get("architectures") or ()
-    generates = any(_GENERATES.search(str(name)) for name in architectures)
+    generates = any(_LANGUAGE_MODEL_CLASS.search(str(name)) for name in architectures)
     if any(flags):
         return generates or not architectures
     return generates and not flags
 
 
-def _is_head(item: _Item, tensor: TensorInfo, table: TensorInfo) -> bool:
-    """Recognise a head's matrix: as many rows as the table (or columns, if packed), or by its name."""
+def _is_head_matrix(item: _Item, tensor: TensorInfo, table: TensorInfo) -> bool:
+    """Return whether this is the head's matrix: one with the table's rows (columns, if packed), or by name."""
     if sum(size > 1 for size in tensor.shape) < 2:  # noqa: PLR2004 - a bias, or a norm
         return False
-    named = phase_of_module(item.name.rpartition(".")[2]) is Phase.HEAD
-    direct = _DIRECT.fullmatch(tensor.name.removeprefix(item.name))
-    return table.shape[0] in tensor.shape or (named and direct is not None)
+    named_head = phase_of_module(item.name.rpartition(".")[2]) is Phase.HEAD
+    is_own_weight = _OWN_WEIGHT.fullmatch(tensor.name.removeprefix(item.name))
+    return table.shape[0] in tensor.shape or (named_head and is_own_weight is not None)

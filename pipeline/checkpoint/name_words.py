@@ -1,4 +1,4 @@
-"""A module's place in a forward pass, from the words in its name, whatever the architecture."""
+"""Tells a module's place in a forward pass from the words in its name, for any architecture."""
 
 import enum
 import re
@@ -10,7 +10,7 @@ class Phase(enum.IntEnum):
     """When a module is computed, relative to the other modules of its parent."""
 
     UNKNOWN = 0
-    """Unknown: placed before all others, so that it is there when it is needed."""
+    """Placed before all others, so that it is there when it is needed."""
     INPUT = 1
     TOWER = 2
     """Vision and audio."""
@@ -45,8 +45,8 @@ def phase_of_module(name: str, *, in_tower: bool = False) -> Phase:
     """Return the phase of a module (or bare tensor) that has no blocks in it.
 
     Args:
-        name: Its own name, the last part of the dotted path.
-        in_tower: Whether it is a part of a tower: "vision_proj" leads out of one, except inside.
+        name: The last part of its dotted path.
+        in_tower: Whether it is inside a tower; outside, "vision_proj" leads out of one.
     """
     words = _words(name)
     norm = "norm" in name.lower() or "ln" in words
@@ -87,5 +87,5 @@ def phase_of_stack(name: str) -> Phase:
 
 
 def _words(name: str) -> set[str]:
-    """Split "conv1_out" into {"conv", "out"}."""
+    """Return the words of a name: {"conv", "out"} for "conv1_out"."""
     return set(re.split("[_0-9]+", name.lower()))

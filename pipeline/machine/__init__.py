@@ -1,1 +1,1 @@
-"""What this machine has and how fast it is: each number with its origin."""
+"""What this machine has, and how fast it is: each number with its origin."""

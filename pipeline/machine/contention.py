@@ -9,29 +9,27 @@ from typing import Self
 
 __all__ = ["Contention"]
 
-# Background load that is always there, such as the kernel's threads, and does not matter.
-_LEAST_PROCESSORS = 0.25
-_LEAST_SHARE = 0.1
+# Less is background load that is always there, such as that of kernel threads.
+_MIN_PROCESSORS = 0.25
+_MIN_SHARE = 0.1
 _STAT = Path("/proc/stat")
 
 
 class Contention:
-    """A context manager that measures how many processors other processes kept busy in it, on average.
+    """A context manager that measures how many processors other processes keep busy meanwhile, on average.
 
-    Time that a hypervisor gave to other machines counts too.
-
-    Attributes:
-        processors: That were kept busy by others; set at the end. 0 if the system does not say.
+    Time that a hypervisor gives to other machines counts too.
     """
 
     def __init__(self, stat: Path = _STAT) -> None:
         self.processors = 0.0
+        """Kept busy by other processes; set at the end. 0 if the system does not report it."""
         self._stat = stat
 
     @property
     def matters(self) -> bool:
-        """Whether that is enough to disturb a measurement on all processors."""
-        return self.processors > max(_LEAST_PROCESSORS, _LEAST_SHARE * (os.cpu_count() or 1))
+        """Whether other processes were busy enough to disturb a measurement on all processors."""
+        return self.processors > max(_MIN_PROCESSORS, _MIN_SHARE * (os.cpu_count() or 1))
 
     def __enter__(self) -> Self:
         self._began = time.perf_counter(), time.process_time(), _busy_seconds(self._stat)
@@ -51,7 +49,7 @@ class Contention:
 
 
 def _busy_seconds(stat: Path) -> float | None:
-    """Seconds that all processors together were busy since boot; None if the system does not say."""
+    """Return the seconds that all processors together were busy since boot; None if the system does not report them."""
     with suppress(OSError, ValueError):
         name, *ticks = stat.read_text(encoding="ascii", errors="replace").split("\n", 1)[0].split()
         if name == "cpu":

@@ -1,4 +1,4 @@
-"""What this machine has: its free memory, and its rates."""
+"""The machine that a plan is made for: its free memory, and its rates."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from typing import Self
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
 from layerstream.pipeline.machine.probe import ProbedRates, probe_rates
-from layerstream.pipeline.machine.probe_cache import MeasuredCache
+from layerstream.pipeline.machine.probe_cache import MeasurementCache
 from layerstream.pipeline.machine.probe_disk import cached_bytes
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
@@ -27,53 +27,51 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The machine that a plan is made for. Made by hand, it is a what-if.
+    """The machine that a plan is made for; constructed directly instead of by `probe`, a what-if.
 
     Unknown rates are None.
 
-    Attributes:
-        device: "cpu" or "cuda:0".
-        vram_free_bytes: None on a CPU device.
-        cores: That this process may use.
-        disk_bytes_per_second: Of direct reads, as the pipeline makes them.
-        mmap_bytes_per_second: Of faulting in mapped files that are not in the page cache.
-        cached_bytes: How much of the checkpoint's files is in the page cache now.
-        h2d_bytes_per_second: Host to device, from page-locked memory.
-        pageable_h2d_bytes_per_second: Host to device, from ordinary memory.
-        host_copy_bytes_per_second: From host memory to host memory, in one thread.
-        compute: By ascending tokens.
-        attention_flops_per_second: Of a long prompt; 4 for each pair of tokens and each element of a head.
-        step_attention_flops_per_second: The same of one token over a long KV cache.
-        kv_growth_bytes_per_second: Of appending to a KV cache, which transformers copies for each token.
-        blocks_per_second: Decoder blocks of next to no size, as far as Python and kernel launches allow.
-        direct_read_cpu_seconds_per_byte: Processor time of direct reads, all threads together.
-        mmap_read_cpu_seconds_per_byte: Processor time of faulting mapped files in.
-        overhead_seconds_per_batch: Of passing a layer batch through the stages.
-        figures: The origin of each rate, by the field's name; what is not in it was given by hand.
-
     Raises:
-        PlanError: A rate that is not above zero, a negative size, or no cores.
+        PlanError: A rate is not above zero, a size is negative, or there are no cores.
     """
 
     device: str
+    """"cpu" or "cuda:0"."""
     host_available_bytes: int
     vram_free_bytes: int | None
+    """None on a CPU device."""
     cores: int
+    """The processors that this process may use."""
     disk_bytes_per_second: float | None = None
+    """Direct reads, as the pipeline makes them."""
     mmap_bytes_per_second: float | None = None
+    """Page faults in mapped files that are not in the page cache."""
     cached_bytes: int = 0
+    """How much of the checkpoint's files is in the page cache now."""
     h2d_bytes_per_second: float | None = None
+    """Host to device, from page-locked memory."""
     pageable_h2d_bytes_per_second: float | None = None
+    """Host to device, from ordinary memory."""
     host_copy_bytes_per_second: float | None = None
+    """Host to host, in one thread."""
     compute: tuple[ComputeRate, ...] = ()
+    """By ascending tokens."""
     attention_flops_per_second: float | None = None
+    """In a long prompt; 4 for each pair of tokens and each element of a head."""
     step_attention_flops_per_second: float | None = None
+    """The same, for one token over a long KV cache."""
     kv_growth_bytes_per_second: float | None = None
+    """Appending to a KV cache, which transformers copies for each token."""
     blocks_per_second: float | None = None
+    """Tiny decoder blocks, whose time is that of Python and kernel launches."""
     direct_read_cpu_seconds_per_byte: float | None = None
+    """Processor time of direct reads, all threads together."""
     mmap_read_cpu_seconds_per_byte: float | None = None
+    """Processor time of page faults in mapped files."""
     overhead_seconds_per_batch: float | None = None
+    """Passing a layer batch through the stages."""
     figures: Mapping[str, Figure] = field(default_factory=dict, hash=False)
+    """The origin of each rate, by the field's name; a rate without one was given by the caller."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -120,34 +118,37 @@ class Hardware:
         measure: bool = True,
         cache_folder: Path | None = None,
     ) -> Self:
-        """Look up free memory of this machine, and measure rates that are not known yet.
+        """Query the free memory of this machine, and measure rates that are not cached yet.
 
         Args:
             checkpoint: The files that will be read.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            fresh: Measure again, even rates that are known.
-            measure: False measures nothing; rates that are not cached are None.
-            cache_folder: Where measurements are kept; by default the user's cache folder.
+            fresh: Measure again, even rates that are cached.
+            measure: If False, nothing is measured; rates that are not cached are None.
+            cache_folder: Where measurements are cached; by default in the user's cache folder.
 
         Raises:
             DeviceError: There is no such device.
         """
         opened = await finish_in_thread(lambda: open_device(device))
         if measure and opened.reads_host_images:
-            limit_library_memory()  # measuring multiplies matrices, and oneDNN reads its settings only before the first product
+            # oneDNN reads its settings only before the first product, which the measurements make.
+            limit_library_memory()
         rates = await probe_rates(
-            checkpoint, opened, fresh=fresh, measure=measure, cache=MeasuredCache(cache_folder)
+            checkpoint, opened, fresh=fresh, measure=measure, cache=MeasurementCache(cache_folder)
         )
         if measure and opened.reads_host_images:
             await finish_in_thread(LibraryMemory().release)
-        # Last, after measurements have freed their own memory.
-        return await finish_in_thread(lambda: cls._ask(checkpoint, opened, rates))
+        # Last, when measurements have freed their own memory.
+        return await finish_in_thread(lambda: cls._with_free_memory(checkpoint, opened, rates))
 
     @classmethod
-    def _ask(cls, checkpoint: Checkpoint, device: Device, rates: ProbedRates) -> Self:
+    def _with_free_memory(cls, checkpoint: Checkpoint, device: Device, rates: ProbedRates) -> Self:
         vram = device.free_bytes()
         sizes = [name for name in _SIZES if name != "vram_free_bytes" or vram is not None]
-        asked = dict.fromkeys(sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0))
+        size_figures = dict.fromkeys(
+            sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0)
+        )
         return cls(
             device=str(device.torch_device),
             host_available_bytes=host_available_bytes(),
@@ -155,8 +156,8 @@ class Hardware:
             cores=len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
-            cached_bytes=_cached_bytes(checkpoint),
-            figures={**asked, **rates.figures},
+            cached_bytes=_page_cache_bytes(checkpoint),
+            figures={**size_figures, **rates.figures},
             **rates.fields,
         )
 
@@ -165,12 +166,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _cached_bytes(checkpoint: Checkpoint) -> int:
+def _page_cache_bytes(checkpoint: Checkpoint) -> int:
     try:
         return cached_bytes([file.path for file in checkpoint.files])
-    # A file has been removed since it was opened: reading it will report that.
     except (LayerstreamError, OSError) as error:
-        logger.warning("what is in the page cache is not known: %s", error)
+        # A file was removed after it was opened: reading it will report that.
+        logger.warning("the contents of the page cache are not known: %s", error)
         return 0
 
 

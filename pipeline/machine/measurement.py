@@ -1,4 +1,4 @@
-"""The rates of a machine, and their origin. Plain data."""
+"""Plain data: the rates of a machine, and their origin."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ __all__ = ["ComputeRate", "Figure", "Input", "Origin", "Rate"]
 
 
 class Origin(StrEnum):
-    """The origin of a figure."""
+    """Where a figure comes from."""
 
     MEASURED = "measured"
-    """On this machine, just now."""
+    """Measured on this machine, just now."""
     CONTENDED = "contended"
-    """Recently, while other processes kept the processors busy."""
+    """Measured recently, while other processes kept the processors busy."""
     CACHED = "cached"
-    """On this machine, at an earlier time."""
+    """Measured on this machine, at an earlier time."""
     ASSUMED = "assumed"
     """Not measured at all."""
     GIVEN = "given"
-    """By the caller: a what-if."""
+    """Set by the caller: a what-if."""
     LEARNT = "learnt"
-    """From sweeps of this model on this machine."""
+    """Derived from sweeps of this model on this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,12 @@ class Figure:
 
     origin: Origin
     least: float | None = None
-    """Of the samples, in the unit of the rate."""
+    """The smallest sample, in the unit of the rate."""
     most: float | None = None
+    """The largest sample."""
     samples: int = 0
     age_seconds: float | None = None
-    """Since it was measured; None if it was not."""
+    """Time since it was measured; None if it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,9 @@ class ComputeRate:
     """The rate of computing with weights, in passes of one size."""
 
     tokens: int
-    """In one pass: the rows that each weight matrix is multiplied with."""
+    """In one pass: the number of rows that each weight matrix is multiplied with."""
     bytes_per_second: float
-    """Of weights, in the checkpoint's main dtype."""
+    """Bytes of weights, in the checkpoint's main dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,8 @@ class Rate:
     samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Self:
-        """The summary of ``samples``, of which there is at least one."""
+    def from_samples(cls, samples: Sequence[float]) -> Self:
+        """Summarize ``samples``, of which there is at least one."""
         return cls(
             median=statistics.median(samples),
             least=min(samples),
@@ -74,13 +75,14 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A figure that a plan was made with, and its origin."""
+    """A figure that a plan is based on, and its origin."""
 
     name: str
-    """Of the field of Hardware."""
+    """The name of the field of Hardware."""
     value: float
     origin: Origin
     least: float | None = None
-    """Of the samples."""
+    """The smallest sample."""
     most: float | None = None
+    """The largest sample."""
     age_seconds: float | None = None

@@ -1,4 +1,4 @@
-"""Measures the rates of a machine that are not known yet, off the event loop, and caches them."""
+"""Measures the rates of this machine that are not cached yet, off the event loop, and caches them."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,16 +14,21 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.contention import Contention
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin, Rate
 from layerstream.pipeline.machine.probe_blocks import measure_blocks
-from layerstream.pipeline.machine.probe_cache import PER_BYTE, Measured, MeasuredCache, machine
+from layerstream.pipeline.machine.probe_cache import (
+    PER_BYTE,
+    MeasuredRates,
+    MeasurementCache,
+    machine_identity,
+)
 from layerstream.pipeline.machine.probe_compute import (
     TOKENS,
     block_shapes,
     main_dtype,
     measure_compute,
-    measure_copies,
 )
-from layerstream.pipeline.machine.probe_disk import LEAST_BYTES, measure_direct, measure_mmap
-from layerstream.pipeline.machine.volumes import volumes
+from layerstream.pipeline.machine.probe_copies import measure_copies
+from layerstream.pipeline.machine.probe_disk import MIN_BYTES, measure_direct, measure_mmap
+from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.threads import finish_in_thread
@@ -32,7 +37,8 @@ __all__ = ["ProbedRates", "probe_rates"]
 
 logger = logging.getLogger(__name__)
 
-_READERS = (
+# For each reader of the pipeline: its name, the rates, and the function that measures them.
+_DISK_READERS = (
     (
         "direct",
         ("disk_bytes_per_second", f"direct_read_cpu_seconds{PER_BYTE}"),
@@ -40,51 +46,52 @@ _READERS = (
     ),
     ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap),
 )
-_COPIES = (
+_COPY_RATES = (
     "host_copy_bytes_per_second",
     "h2d_bytes_per_second",
     "pageable_h2d_bytes_per_second",
 )
-_BLOCKS = (
+_BLOCK_RATES = (
     "attention_flops_per_second",
     "step_attention_flops_per_second",
     "kv_growth_bytes_per_second",
     "blocks_per_second",
 )
-# Volumes with a smaller share of the checkpoint, such as one small file elsewhere, do not affect its rate.
-_LEAST_SHARE = 0.9
-# A quiet machine's best sample is within half of its median; next to other work, ten times has been seen.
-_DISTURBED = 2.0
-# Of several origins, the last one here counts.
-_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)
+# If the volumes with a known rate hold at least this share of the checkpoint, that is its rate: one small file on
+# another volume does not matter.
+_MIN_SHARE = 0.9
+# Best sample to median. On a quiet machine it is below 1.5; next to other work, 10 has been seen.
+_DISTURBED_RATIO = 2.0
+# If the rates of several volumes have different origins, the last one of them counts.
+_BY_INCREASING_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbedRates:
-    """Fields of Hardware, with the origin of each."""
+    """Values for fields of Hardware, with the origin of each."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Subject:
-    """One measurement, with a cache entry of its own."""
+class _Probe:
+    """One measurement that can be made, with a cache entry of its own."""
 
     key: Mapping[str, str]
-    """What the rates depend on."""
+    """What the rates depend on, and under "of" what is measured."""
     names: Collection[str]
-    """Of the rates."""
-    of_processors: bool
-    """Other processes that keep processors busy change the result."""
+    """Of the rates that it measures."""
+    affected_by_contention: bool
+    """Whether other processes that keep processors busy change the result."""
     measure: Callable[[], Mapping[str, Rate]]
     share: float = 1.0
-    """Of the checkpoint's bytes that it represents."""
+    """Of the checkpoint's bytes, for which the rates hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """A rate of one volume."""
+class _VolumeRate:
+    """A rate, and for which share of the checkpoint it holds."""
 
     rate: Rate
     share: float
@@ -98,38 +105,38 @@ async def probe_rates(
     *,
     fresh: bool,
     measure: bool,
-    cache: MeasuredCache,
+    cache: MeasurementCache,
 ) -> ProbedRates:
-    """The rates of this machine that a plan for ``checkpoint`` depends on.
+    """Load or measure the rates of this machine that a plan for ``checkpoint`` depends on.
 
-    A checkpoint below 64 MiB gets those that are known from larger ones, and no others: it is too small to measure a
-    rate, and streams in less time than a measurement takes.
+    For a checkpoint below 64 MiB, nothing is measured and only cached rates of larger ones are used: it is too small to
+    measure a rate, and streams in less time than a measurement takes.
 
     Args:
         checkpoint: The files that will be read.
         device: Where computation will run.
-        fresh: Measure again, even rates that are known.
-        measure: False measures nothing.
-        cache: Of earlier measurements.
+        fresh: Measure again, even rates that are cached.
+        measure: If False, nothing is measured.
+        cache: The results of earlier measurements.
     """
-    subjects = await finish_in_thread(lambda: _subjects(checkpoint, device))
-    measure = measure and checkpoint.total_bytes >= LEAST_BYTES
+    probes = await finish_in_thread(lambda: _probes(checkpoint, device))
+    measure = measure and checkpoint.total_bytes >= MIN_BYTES
     found = []
-    # One after another: at the same time, they would disturb each other.
-    for subject in subjects:
-        # A thread for each, so that a cancellation takes effect between two of them.
-        known = await finish_in_thread(
-            partial(_known, subject, cache, fresh=fresh and measure, measure=measure)
+    # One after another: concurrent measurements would disturb each other.
+    for probe in probes:
+        # One thread call for each, so that a cancellation takes effect between two of them.
+        result = await finish_in_thread(
+            partial(_load_or_measure, probe, cache, fresh=fresh and measure, measure=measure)
         )
-        if known is not None:
-            found.append((subject, *known))
-    return _combined(found)
+        if result is not None:
+            found.append((probe, *result))
+    return _combine(found)
 
 
-def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
-    here = machine()
-    there = {
-        **here,
+def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
+    machine_key = machine_identity()
+    device_key = {
+        **machine_key,
         "device": f"{device.torch_device} {device.model_name()}",
         "torch": str(torch.__version__),
         # The setting of the calling thread, which is that of all threads unless they change it.
@@ -138,65 +145,65 @@ def _subjects(checkpoint: Checkpoint, device: Device) -> list[_Subject]:
     dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
     sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
     return [
-        *_disk_subjects(checkpoint, here),
-        _Subject(
-            key={**there, "of": "copies"},
-            names=_COPIES,
-            of_processors=True,
+        *_disk_probes(checkpoint, machine_key),
+        _Probe(
+            key={**device_key, "of": "copies"},
+            names=_COPY_RATES,
+            affected_by_contention=True,
             measure=partial(measure_copies, device),
         ),
-        _Subject(
-            key={**there, "of": "blocks", "dtype": dtype},
-            names=_BLOCKS,
-            of_processors=True,
+        _Probe(
+            key={**device_key, "of": "blocks", "dtype": dtype},
+            names=_BLOCK_RATES,
+            affected_by_contention=True,
             measure=partial(measure_blocks, device, dtype=dtype),
         ),
-        _Subject(
-            key={**there, "of": "compute", "dtype": dtype, "shapes": sizes},
+        _Probe(
+            key={**device_key, "of": "compute", "dtype": dtype, "shapes": sizes},
             names=[str(tokens) for tokens in TOKENS],
-            of_processors=True,
+            affected_by_contention=True,
             measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
         ),
     ]
 
 
-def _disk_subjects(checkpoint: Checkpoint, here: Mapping[str, str]) -> list[_Subject]:
+def _disk_probes(checkpoint: Checkpoint, machine_key: Mapping[str, str]) -> list[_Probe]:
     paths = [file.path for file in checkpoint.files]
     total = sum(file.size_bytes for file in checkpoint.files)
     return [
-        _Subject(
-            key={**here, "of": f"disk-{reader}", "volume": volume},
+        _Probe(
+            key={**machine_key, "of": f"disk-{reader}", "volume": volume},
             names=names,
-            of_processors=False,  # sharing a disk does not show in these, and is likely to last
+            affected_by_contention=False,  # a shared disk does not show in these, and is likely to stay shared
             measure=partial(measure, paths, files),
             share=sum(checkpoint.files[file].size_bytes for file in files) / total,
         )
-        for volume, files in _volumes(paths).items()
-        for reader, names, measure in _READERS
+        for volume, files in _files_by_volume(paths).items()
+        for reader, names, measure in _DISK_READERS
     ]
 
 
-def _volumes(paths: Sequence[Path]) -> dict[str, list[int]]:
+def _files_by_volume(paths: Sequence[Path]) -> dict[str, list[int]]:
     try:
-        return volumes(paths)
+        return files_by_volume(paths)
     except OSError as error:
         logger.warning("the disk is not measured: %s", error)
         return {}
 
 
-def _known(
-    subject: _Subject, cache: MeasuredCache, *, fresh: bool, measure: bool
-) -> tuple[Measured, Origin] | None:
+def _load_or_measure(
+    probe: _Probe, cache: MeasurementCache, *, fresh: bool, measure: bool
+) -> tuple[MeasuredRates, Origin] | None:
     if not fresh:
-        cached = cache.load(subject.key, names=subject.names)
+        cached = cache.load(probe.key, names=probe.names)
         if cached is not None:
             return cached, Origin.CONTENDED if cached.contended else Origin.CACHED
     if not measure:
         return None
-    what = subject.key["of"]
+    what = probe.key["of"]
     try:
         with Contention() as contention:
-            rates = subject.measure()
+            rates = probe.measure()
     except (LayerstreamError, OSError, RuntimeError) as error:  # RuntimeError: torch's
         logger.warning("measuring %s failed, the rate is not known: %s", what, error)
         return None
@@ -204,41 +211,41 @@ def _known(
         return None
     for name, rate in rates.items():
         logger.info("%s: %s is %.3g (%.3g to %.3g)", what, name, rate.median, rate.least, rate.most)
-    contended = subject.of_processors and contention.matters
+    contended = probe.affected_by_contention and contention.matters
     if contended:
-        logger.info("%s: others kept %.1f processors busy meanwhile", what, contention.processors)
-    if _disturbed(rates) and not contended:
-        logger.info("%s: the samples differ so much that they are not kept for the next time", what)
+        logger.info("%s: other processes kept %.1f processors busy", what, contention.processors)
+    if _was_disturbed(rates) and not contended:
+        logger.info("%s: the samples differ so much that they are not cached", what)
     else:
-        cache.store(subject.key, rates, contended=contended)
-    found = Measured(rates=rates, age_seconds=0.0, contended=contended)
+        cache.store(probe.key, rates, contended=contended)
+    found = MeasuredRates(rates=rates, age_seconds=0.0, contended=contended)
     return found, Origin.CONTENDED if contended else Origin.MEASURED
 
 
-def _disturbed(rates: Mapping[str, Rate]) -> bool:
-    """Whether something else kept the machine busy, so that the result should not be kept for a week."""
-    # Weights are never used faster with more tokens: if it seems so, the smaller pass was disturbed.
+def _was_disturbed(rates: Mapping[str, Rate]) -> bool:
+    """Return whether something else seems to have slowed some samples, so that they should not be cached."""
+    # More tokens never make products with weights faster: if they seem to, the smaller pass was disturbed.
     sizes = [rates[str(tokens)].median for tokens in TOKENS if str(tokens) in rates]
-    if any(more > 2 * _DISTURBED * fewer for fewer, more in pairwise(sizes)):
+    if any(more > 2 * _DISTURBED_RATIO * fewer for fewer, more in pairwise(sizes)):
         return True
     return any(
-        rate.most > _DISTURBED * rate.median
+        rate.most > _DISTURBED_RATIO * rate.median
         for name, rate in rates.items()
         if not name.endswith(PER_BYTE)
     )
 
 
-def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> ProbedRates:
+def _combine(found: Sequence[tuple[_Probe, MeasuredRates, Origin]]) -> ProbedRates:
     fields: dict[str, Any] = {}
     figures: dict[str, Figure] = {}
-    parts: dict[str, list[_Part]] = {}
-    for subject, measured, origin in found:
+    parts_by_name: dict[str, list[_VolumeRate]] = {}
+    for probe, measured, origin in found:
         age = measured.age_seconds
-        if subject.key["of"] == "compute":
+        if probe.key["of"] == "compute":
             fields["compute"] = tuple(
                 ComputeRate(
                     tokens=tokens,
-                    bytes_per_second=_value(measured.rates[str(tokens)], origin),
+                    bytes_per_second=_representative_value(measured.rates[str(tokens)], origin),
                 )
                 for tokens in TOKENS
                 if str(tokens) in measured.rates
@@ -247,38 +254,38 @@ def _combined(found: Sequence[tuple[_Subject, Measured, Origin]]) -> ProbedRates
             figures["compute"] = Figure(origin=origin, samples=samples, age_seconds=age)
             continue
         for name, rate in measured.rates.items():
-            part = _Part(rate=rate, share=subject.share, origin=origin, age_seconds=age)
-            parts.setdefault(name, []).append(part)
-    for name, several in parts.items():
-        if sum(part.share for part in several) < _LEAST_SHARE:
+            part = _VolumeRate(rate=rate, share=probe.share, origin=origin, age_seconds=age)
+            parts_by_name.setdefault(name, []).append(part)
+    for name, parts in parts_by_name.items():
+        if sum(part.share for part in parts) < _MIN_SHARE:
             logger.info("%s is not known: it was measured on some of the volumes only", name)
             continue
-        values = [(_value(part.rate, part.origin), part.share) for part in several]
-        fields[name] = _mean(name, values)
+        values = [(_representative_value(part.rate, part.origin), part.share) for part in parts]
+        fields[name] = _mean_over_volumes(name, values)
         figures[name] = Figure(
-            origin=max((part.origin for part in several), key=_DOUBT.index),
-            least=_mean(name, [(part.rate.least, part.share) for part in several]),
-            most=_mean(name, [(part.rate.most, part.share) for part in several]),
-            samples=sum(part.rate.samples for part in several),
-            age_seconds=max(part.age_seconds for part in several),
+            origin=max((part.origin for part in parts), key=_BY_INCREASING_DOUBT.index),
+            least=_mean_over_volumes(name, [(part.rate.least, part.share) for part in parts]),
+            most=_mean_over_volumes(name, [(part.rate.most, part.share) for part in parts]),
+            samples=sum(part.rate.samples for part in parts),
+            age_seconds=max(part.age_seconds for part in parts),
         )
     return ProbedRates(fields=fields, figures=figures)
 
 
-def _value(rate: Rate, origin: Origin) -> float:
-    """The value to use. If other processes kept processors busy, the best sample is closer to the machine than the median."""
+def _representative_value(rate: Rate, origin: Origin) -> float:
+    """Return the median, or the best sample if processors were contended: then that is closer to the machine."""
     return rate.most if origin is Origin.CONTENDED else rate.median
 
 
-def _mean(name: str, values: Sequence[tuple[float, float]]) -> float:
-    """The rate of reading all volumes one after another, as a sweep does.
+def _mean_over_volumes(name: str, values: Sequence[tuple[float, float]]) -> float:
+    """Return the rate of reading all volumes one after another, as a sweep does.
 
     Args:
-        name: Of the field: bytes per second, or something per byte.
+        name: The field's name, whose ending says whether it is a rate or a cost per byte.
         values: Pairs of a volume's value and its share of the bytes.
     """
     if len(values) == 1:
-        return values[0][0]  # exactly
+        return values[0][0]  # without rounding
     shares = sum(share for _, share in values)
     if name.endswith(PER_BYTE):
         return sum(value * share for value, share in values) / shares

@@ -1,4 +1,4 @@
-"""Opening checkpoints: real ones as safetensors reads them, broken ones with one clear sentence."""
+"""Opening checkpoints: real ones equal what safetensors reads, broken ones are refused in one clear sentence."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def tensor_bytes(checkpoint: Checkpoint, name: str) -> bytes:
         return stream.read(info.nbytes)
 
 
-def raw(tensor: torch.Tensor) -> bytes:
+def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -45,7 +45,7 @@ def assert_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> No
         info = checkpoint.tensors[name]
         assert (info.name, info.shape) == (name, tuple(tensor.shape))
         assert getattr(torch, info.dtype) == tensor.dtype
-        assert tensor_bytes(checkpoint, name) == raw(tensor)
+        assert tensor_bytes(checkpoint, name) == bytes_of(tensor)
     assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in expected.values())
 
 
@@ -76,7 +76,7 @@ def test_a_sharded_model_of_transformers_opens(sharded, opened):
 
 @openings
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_single_file_of_any_dtype_opens_with_the_config_beside_it(tmp_path, dtype, opened):
+def test_a_single_file_of_any_dtype_opens_with_the_config_next_to_it(tmp_path, dtype, opened):
     tensors = {
         "matrix": torch.zeros(3, 16, dtype=torch.uint8).view(dtype),
         "empty": torch.zeros(0, 16, dtype=torch.uint8).view(dtype),
@@ -111,7 +111,7 @@ def test_the_index_decides_which_of_two_tensors_of_a_name_counts(tmp_path):
     save_file({"a": torch.ones(2), "c": torch.zeros(2)}, tmp_path / "two.safetensors")
     weight_map = {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert tensor_bytes(Checkpoint.open(tmp_path), "a") == raw(torch.ones(2))
+    assert tensor_bytes(Checkpoint.open(tmp_path), "a") == bytes_of(torch.ones(2))
 
 
 def test_the_single_file_wins_over_an_index_that_an_earlier_save_left_behind(tmp_path):
@@ -221,7 +221,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         and index(at, f'{{"weight_map": {{"b": "{ONE}", "c": "two.safetensors"}}}}'),
         f"tensor 'b' in {ONE}, which lacks it; it is in two.safetensors",
     ),
-    "an index that names a tensor nobody has": (
+    "an index that names a tensor in no file": (
         lambda at: mapped(weights(at, ONE), "b", ONE), f"tensor 'b' in {ONE}, which lacks it;"
     ),
     "a tensor in two shards": (

@@ -30,7 +30,7 @@ SINGLE = {"config.json": b"{}", "model.safetensors": b"weights"}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty local cache, in offline mode: a test that wants a hub says so."""
+    """An empty local cache, in offline mode; tests that need a hub use ``online_hub``."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def put_in_cache(cache, files, *, model_id="org/name", ref="main"):
-    """Lay ``files`` into the cache as huggingface_hub does: blobs, a ref, a snapshot of links."""
+    """Put ``files`` into the cache as huggingface_hub does: blobs, a ref, a snapshot of links."""
     repo = cache / f"models--{model_id.replace('/', '--')}"
     snapshot = repo / "snapshots" / COMMIT
     for folder in (repo / "blobs", repo / "refs", snapshot):
@@ -54,7 +54,7 @@ def put_in_cache(cache, files, *, model_id="org/name", ref="main"):
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as a download asks for; ``failure`` is (status, X-Error-Code)."""
+    """The parts of the hub that a download requests; ``failure`` is (status, X-Error-Code)."""
 
     def __init__(self, files):
         self.files = files
@@ -72,20 +72,20 @@ class HubHandler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path))
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/org/name/tree/"):
-            self.answer(
+            self.respond(
                 [
                     {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
                     for name, content in self.server.files.items()
                 ]
             )
         elif path.startswith("/api/"):
-            self.answer({"id": "org/name", "sha": COMMIT}, self.server.info_failure)
+            self.respond({"id": "org/name", "sha": COMMIT}, self.server.info_failure)
         else:
-            self.answer(self.server.files[path.rpartition("/")[2]], self.server.file_failure)
+            self.respond(self.server.files[path.rpartition("/")[2]], self.server.file_failure)
 
     do_HEAD = do_GET  # noqa: N815 the name that the server looks for
 
-    def answer(self, content, failure=None):
+    def respond(self, content, failure=None):
         status, code = failure or (200, "")
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         body = b"" if failure else body
@@ -208,7 +208,7 @@ def test_a_cached_link_whose_blob_is_gone_counts_as_missing(cache):
     assert "nor complete in the local cache" in refusal("org/name")
 
 
-def test_an_index_that_is_no_index_is_left_for_the_checkpoint_to_refuse(cache):
+def test_an_invalid_index_is_left_for_the_checkpoint_to_refuse(cache):
     snapshot = put_in_cache(cache, {**SHARDED, INDEX: b"[]"})
     assert resolve_model_path("org/name") == snapshot
 
@@ -216,13 +216,13 @@ def test_an_index_that_is_no_index_is_left_for_the_checkpoint_to_refuse(cache):
 def test_an_unreachable_hub_fails_at_once_and_says_so(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
         url = f"http://127.0.0.1:{server.server_port}"
-    _go_online(monkeypatch, url)  # nobody listens there any more
+    _go_online(monkeypatch, url)  # the server is closed
     message = refusal("org/name", revision=COMMIT)
     assert "the hub could not give it (ConnectError" in message
     hub.close_session()
 
 
-def test_what_is_not_cached_is_downloaded_once_without_what_nobody_needs(cache, online_hub):
+def test_a_model_that_is_not_cached_is_downloaded_once_without_unneeded_files(cache, online_hub):
     folder = resolve_model_path("org/name")
     assert folder == cache / "models--org--name" / "snapshots" / COMMIT
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == SHARDED

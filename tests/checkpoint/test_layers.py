@@ -1,4 +1,4 @@
-"""Grouping by names, held against the checkpoints and the forward passes of real models."""
+"""Grouping by names, compared with the checkpoints and the forward passes of real models."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +188,7 @@ def checkpoint_of(names: list[str], config: dict[str, Any] | None = None) -> Che
     return Checkpoint(path=Path("m"), files=(), tensors=tensors, config=config)
 
 
-def shown(layers: tuple[Layer, ...]) -> list[str]:
+def kinds_and_names(layers: tuple[Layer, ...]) -> list[str]:
     return [f"{layer.kind} {layer.name}" for layer in layers]
 
 
@@ -266,8 +266,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("names", "expected"), NAMES.values(), ids=NAMES.keys())
-def test_names_tell_the_order(names, expected):
-    assert shown(group_layers(checkpoint_of(names))) == expected
+def test_names_determine_the_order(names, expected):
+    assert kinds_and_names(group_layers(checkpoint_of(names))) == expected
 
 
 CAUSAL = {"architectures": ["SomeForCausalLM"], "vocab_size": 64}
@@ -294,7 +294,7 @@ CAUSAL = {"architectures": ["SomeForCausalLM"], "vocab_size": 64}
         ),
     ],
 )
-def test_the_config_and_the_names_tell_whether_embeddings_are_tied(config, head, tied):
+def test_the_config_and_the_names_determine_whether_embeddings_are_tied(config, head, tied):
     body = ["model.embed_tokens.weight", "model.layers.0.mlp.up.weight", "model.norm.weight"]
     layers = group_layers(checkpoint_of([*body, *head], config))
     assert ("model.embed_tokens.weight" in layers[-1].tensors) is tied

@@ -1,4 +1,4 @@
-"""Each rule of the safetensors format, and safetensors itself as the judge of what we accept."""
+"""Each rule of the safetensors format, with safetensors itself as the reference for accepted files."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import CheckpointError
 
 
-def packed(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
+def file_bytes(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -28,7 +28,7 @@ def entry(begin: int = 0, end: int = 4, **changes: Any) -> dict[str, Any]:
 def test_a_file_of_holes_opens_and_only_its_header_is_read(tmp_path):
     size = 1 << 40
     with (tmp_path / "model.safetensors").open("wb") as stream:
-        stream.write(packed({"t": entry(0, size)}))
+        stream.write(file_bytes({"t": entry(0, size)}))
         stream.truncate(stream.tell() + size)
     assert Checkpoint.open(tmp_path).total_bytes == size
 
@@ -52,77 +52,78 @@ MALFORMED = {
     "a header beyond the end": Malformed(
         content=struct.pack("<Q", 500) + b"{}", says="truncated within its header"
     ),
-    "no JSON": Malformed(content=packed(b"{'a': 1}"), says="header that is not valid JSON"),
-    "no UTF-8": Malformed(content=packed(b'{"\xff": 1}'), says="header that is not valid JSON"),
-    "a constant": Malformed(content=packed(b'{"a": NaN}'), says="NaN is not JSON"),
-    "a deep header": Malformed(content=packed(b"[" * 100_000), says="is not valid JSON"),
-    "a list": Malformed(content=packed(b"[]"), says="JSON list, not an object"),
-    "half a character": Malformed(
-        content=packed(b'{"\\ud800": %b}' % TENSOR, bytes(4)), says="surrogates not allowed"
+    "no JSON": Malformed(content=file_bytes(b"{'a': 1}"), says="header that is not valid JSON"),
+    "no UTF-8": Malformed(content=file_bytes(b'{"\xff": 1}'), says="header that is not valid JSON"),
+    "a constant": Malformed(content=file_bytes(b'{"a": NaN}'), says="NaN is not JSON"),
+    "a deep header": Malformed(content=file_bytes(b"[" * 100_000), says="is not valid JSON"),
+    "a list": Malformed(content=file_bytes(b"[]"), says="JSON list, not an object"),
+    "half of a surrogate pair": Malformed(
+        content=file_bytes(b'{"\\ud800": %b}' % TENSOR, bytes(4)), says="surrogates not allowed"
     ),
     "a tensor twice": Malformed(
-        content=packed(b'{"a": %b, "a": %b}' % (TENSOR, TENSOR), bytes(4)),
+        content=file_bytes(b'{"a": %b, "a": %b}' % (TENSOR, TENSOR), bytes(4)),
         says="key 'a' occurs twice",
     ),
     "metadata of numbers": Malformed(
-        content=packed({"__metadata__": {"a": 1}}), says="does not map strings to strings"
+        content=file_bytes({"__metadata__": {"a": 1}}), says="does not map strings to strings"
     ),
     "a tensor without shape": Malformed(
-        content=packed({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, bytes(4)),
+        content=file_bytes({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, bytes(4)),
         says="tensor 'a' is not described by a dtype, a shape",
     ),
     "three offsets": Malformed(
-        content=packed({"a": entry(data_offsets=[0, 4, 4])}, bytes(4)), says="two data_offsets"
+        content=file_bytes({"a": entry(data_offsets=[0, 4, 4])}, bytes(4)), says="two data_offsets"
     ),
     "a negative size": Malformed(
-        content=packed({"a": entry(shape=[-4])}, bytes(4)), says="has -4 in its shape"
+        content=file_bytes({"a": entry(shape=[-4])}, bytes(4)), says="has -4 in its shape"
     ),
-    "minus nought": Malformed(
-        content=packed(b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}'),
+    "negative zero": Malformed(
+        content=file_bytes(b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}'),
         says="has -1 in its shape",
     ),
-    "a true size": Malformed(
-        content=packed({"a": entry(shape=[4, True])}, bytes(4)), says="has True in its shape"
+    "a boolean size": Malformed(
+        content=file_bytes({"a": entry(shape=[4, True])}, bytes(4)), says="has True in its shape"
     ),
-    "a broken size": Malformed(
-        content=packed({"a": entry(shape=[4.0])}, bytes(4)), says="has 4.0 in its shape"
+    "a fractional size": Malformed(
+        content=file_bytes({"a": entry(shape=[4.0])}, bytes(4)), says="has 4.0 in its shape"
     ),
     "a huge size": Malformed(
-        content=packed({"a": entry(shape=[2**64])}, bytes(4)), says="only whole numbers"
+        content=file_bytes({"a": entry(shape=[2**64])}, bytes(4)), says="only whole numbers"
     ),
     "a huge empty tensor": Malformed(
-        content=packed({"a": entry(0, 0, shape=[2**40, 2**40, 0])}), says="more than 2**60 elements"
+        content=file_bytes({"a": entry(0, 0, shape=[2**40, 2**40, 0])}),
+        says="more than 2**60 elements",
     ),
-    "a dtype nobody knows": Malformed(
-        content=packed({"a": entry(dtype="Q7")}, bytes(4)), says="has dtype 'Q7', which torch"
+    "an unknown dtype": Malformed(
+        content=file_bytes({"a": entry(dtype="Q7")}, bytes(4)), says="has dtype 'Q7', which torch"
     ),
     "a dtype torch lacks": Malformed(
-        content=packed({"a": entry(0, 3, dtype="F6_E2M3", shape=[4])}, bytes(3)),
+        content=file_bytes({"a": entry(0, 3, dtype="F6_E2M3", shape=[4])}, bytes(3)),
         says="has dtype 'F6_E2M3', which torch does not know",
     ),
     "an odd number of 4-bit floats": Malformed(
-        content=packed({"a": entry(0, 3, dtype="F4", shape=[2, 3])}, bytes(3)),
+        content=file_bytes({"a": entry(0, 3, dtype="F4", shape=[2, 3])}, bytes(3)),
         says="last dimension must be even",
     ),
     "another size than the shape's": Malformed(
-        content=packed({"a": entry(shape=[3])}, bytes(4)),
+        content=file_bytes({"a": entry(shape=[3])}, bytes(4)),
         says="has 4 bytes, but its shape and dtype take 3 bytes",
     ),
     "a gap at the start": Malformed(
-        content=packed({"a": entry(4, 8)}, bytes(8)), says="follows a gap: it starts at byte 4"
+        content=file_bytes({"a": entry(4, 8)}, bytes(8)), says="follows a gap: it starts at byte 4"
     ),
     "an overlap": Malformed(
-        content=packed({"a": entry(), "b": entry(2, 6)}, bytes(6)),
+        content=file_bytes({"a": entry(), "b": entry(2, 6)}, bytes(6)),
         says="tensor 'b' overlaps the tensor before it: it starts at byte 2, not 4",
     ),
     "a truncated file": Malformed(
-        content=packed({"a": entry(), "b": entry(4, 8)}, bytes(7)),
+        content=file_bytes({"a": entry(), "b": entry(4, 8)}, bytes(7)),
         says="so that tensor 'b' is cut short",
     ),
     "bytes behind the end": Malformed(
-        content=packed({"a": entry()}, bytes(6)), says="2 bytes after its last tensor"
+        content=file_bytes({"a": entry()}, bytes(6)), says="2 bytes after its last tensor"
     ),
-    "no tensor": Malformed(content=packed({}), says="holds no tensors"),
+    "no tensor": Malformed(content=file_bytes({}), says="holds no tensors"),
 }
 
 
@@ -138,14 +139,14 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, case):
     assert "\n" not in message
 
 
-def assert_believed_by_safetensors(path: Path) -> None:
-    """Compare names, dtypes, shapes and bytes of a file that we accepted."""
+def assert_safetensors_agrees(path: Path) -> None:
+    """Compare names, dtypes, shapes and bytes of an accepted file with what safetensors reads."""
     checkpoint = Checkpoint.open(path)
     content = path.read_bytes()
-    with safe_open(path, "pt") as judge:
-        assert set(judge.keys()) == set(checkpoint.tensors)
+    with safe_open(path, "pt") as reference:
+        assert set(reference.keys()) == set(checkpoint.tensors)
         for name, info in checkpoint.tensors.items():
-            tensor = judge.get_tensor(name)
+            tensor = reference.get_tensor(name)
             assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{info.dtype}", info.shape)
             there = tensor.reshape(-1).view(torch.uint8) if info.nbytes else torch.empty(0)
             assert there.numpy().tobytes() == content[info.offset : info.offset + info.nbytes]
@@ -156,8 +157,8 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch") / "model.safetensors"
 
 
-@given(content=st.binary(max_size=80) | st.binary(max_size=60).map(packed))
-def test_arbitrary_bytes_are_refused_and_nothing_worse(scratch, content):
+@given(content=st.binary(max_size=80) | st.binary(max_size=60).map(file_bytes))
+def test_arbitrary_bytes_are_refused_with_a_checkpoint_error(scratch, content):
     scratch.write_bytes(content)
     with pytest.raises(CheckpointError):
         Checkpoint.open(scratch)
@@ -180,17 +181,19 @@ SNIPPETS = [b"", b"-", b"0", b"1", b"12", b'"', b",", b"]", b"}", b" ", b"\\", b
     data_bytes=st.sampled_from([18, 18, 17, 19]),
 )
 @example(edits=[], data_bytes=18)
-def test_what_is_accepted_of_an_edited_header_safetensors_accepts_alike(scratch, edits, data_bytes):
+def test_an_edited_header_is_accepted_only_if_safetensors_reads_it_alike(
+    scratch, edits, data_bytes
+):
     header = json.dumps(GOOD).encode()
     for at, cut, snippet in edits:
         header = header[:at] + snippet + header[at + cut :]
-    scratch.write_bytes(packed(header, bytes(range(data_bytes))))
+    scratch.write_bytes(file_bytes(header, bytes(range(data_bytes))))
     try:
         Checkpoint.open(scratch)
     except CheckpointError:
         assert edits or data_bytes != 18
     else:
-        assert_believed_by_safetensors(scratch)
+        assert_safetensors_agrees(scratch)
 
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, -1, 2**40, True, 2.0, None, "2"]), max_size=3)
@@ -202,10 +205,10 @@ ENTRIES = st.fixed_dictionaries(
 
 
 @given(header=st.dictionaries(st.text(max_size=3), ENTRIES, max_size=3), size=st.integers(0, 8))
-def test_what_is_accepted_of_a_made_up_header_safetensors_accepts_alike(scratch, header, size):
-    scratch.write_bytes(packed(header, bytes(range(size))))
+def test_a_random_header_is_accepted_only_if_safetensors_reads_it_alike(scratch, header, size):
+    scratch.write_bytes(file_bytes(header, bytes(range(size))))
     try:
         Checkpoint.open(scratch)
     except CheckpointError:
         return
-    assert_believed_by_safetensors(scratch)
+    assert_safetensors_agrees(scratch)

@@ -1,4 +1,4 @@
-"""What the machine has free: the least of what the system and each cgroup allow."""
+"""Hardware: free memory is the smallest limit of the system and each cgroup, and values are validated."""
 
 import asyncio
 from dataclasses import replace
@@ -91,14 +91,14 @@ def test_in_a_container_that_shows_the_hosts_path_the_mounts_root_is_our_group(p
     assert host_available_bytes(in_group("docker/0123abcd")) == 15 * MIB
 
 
-def test_a_cgroup_that_is_over_its_limit_leaves_nothing_and_not_less(process):
+def test_a_cgroup_that_is_over_its_limit_leaves_zero_bytes(process):
     group, in_group = process
     group("a", memory__max=10 * MIB, memory__current=15 * MIB, memory__stat="anon 1")
     assert host_available_bytes(in_group("a")) == 0
 
 
 @pytest.mark.parametrize("broken", ["memory__max", "memory__current", "memory__stat"])
-def test_files_that_say_nothing_of_use_are_passed_over(process, broken):
+def test_malformed_files_of_a_cgroup_are_ignored(process, broken):
     group, in_group = process
     files = {"memory__max": 10 * MIB, "memory__current": 5 * MIB, "memory__stat": "anon 1"}
     group("a", **{**files, broken: "nonsense"})
@@ -132,7 +132,7 @@ def test_rates_given_by_hand_are_taken_as_they_are():
     "name",
     ["disk_bytes_per_second", "mmap_bytes_per_second", "h2d_bytes_per_second", "compute"],
 )
-def test_a_rate_that_is_none_is_refused_by_its_name(name, value):
+def test_an_impossible_rate_is_refused_with_its_name(name, value):
     given = (ComputeRate(tokens=1, bytes_per_second=value),) if name == "compute" else value
     with pytest.raises(PlanError, match=f"hardware: {name} .*; give a number above zero"):
         replace(GPU, **{name: given})
@@ -151,13 +151,13 @@ def test_a_rate_that_is_none_is_refused_by_its_name(name, value):
         ("overhead_seconds_per_batch", float("nan")),
     ],
 )
-def test_a_machine_that_cannot_be_is_refused_by_the_name_of_what_is_wrong(name, value):
+def test_an_impossible_machine_is_refused_with_the_name_of_the_field(name, value):
     with pytest.raises(PlanError, match=f"hardware: {name} is {value!r}; give "):
         replace(GPU, **{name: value})
 
 
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 1), (0, 1)])
-def test_compute_rates_come_by_ascending_tokens(sizes):
+def test_compute_rates_must_be_in_ascending_order_of_tokens(sizes):
     rates = tuple(ComputeRate(tokens=size, bytes_per_second=1e9) for size in sizes)
     with pytest.raises(PlanError, match="in ascending order, from 1"):
         replace(GPU, compute=rates)

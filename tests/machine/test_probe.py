@@ -1,4 +1,4 @@
-"""Hardware.probe: what is measured, what is known from before, and that nobody waits for it in vain."""
+"""Hardware.probe: what is measured, what is cached, and that it does not block the event loop."""
 
 import asyncio
 import json
@@ -18,12 +18,10 @@ from support.leaks import nothing_left_behind
 from support.loop import happens, run
 
 from layerstream.pipeline import Checkpoint, Hardware
-from layerstream.pipeline.machine import probe as probing
+from layerstream.pipeline.machine import probe as probe_module
 from layerstream.pipeline.machine import probe_compute
 from layerstream.pipeline.machine.contention import Contention
 from layerstream.pipeline.machine.measurement import Origin, Rate
-from layerstream.pipeline.machine.probe import _combined, _Subject
-from layerstream.pipeline.machine.probe_cache import Measured
 from layerstream.stages.errors import ReadError
 from layerstream.stages.process.libraries import KERNELS_KEPT
 
@@ -44,29 +42,29 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(probe_compute, "_SECONDS", 0.05)
-    # Tests share their machine: what they keep must not depend on how quiet it is.
-    monkeypatch.setattr(probing, "_DISTURBED", 1e9)
-    monkeypatch.setattr(probing, "Contention", partial(Contention, Path("no such file")))
+    monkeypatch.setattr(probe_compute, "_MAX_SECONDS", 0.05)
+    # Tests share their machine: what is cached must not depend on how quiet it is.
+    monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 1e9)
+    monkeypatch.setattr(probe_module, "Contention", partial(Contention, Path("no such file")))
 
 
 @pytest.fixture
 def probe(checkpoint, tmp_path):
-    """Probes the large checkpoint, with a cache of this test's own."""
+    """A function that probes the large checkpoint, with a cache of this test's own."""
     cache = tmp_path / "cache"
-    return lambda **asked: run(
-        Hardware.probe(checkpoint, "cpu", **{"cache_folder": cache, **asked})
+    return lambda **options: run(
+        Hardware.probe(checkpoint, "cpu", **{"cache_folder": cache, **options})
     )
 
 
-def rates_known(hardware):
-    """How each rate is known; how much memory is free is always asked anew."""
+def rate_figures(hardware):
+    """The figure of each rate; sizes of free memory are queried every time, so they are left out."""
     sizes = {"host_available_bytes", "vram_free_bytes", "cached_bytes"}
     return {name: figure for name, figure in hardware.figures.items() if name not in sizes}
 
 
 def origins(hardware):
-    return {figure.origin for figure in rates_known(hardware).values()}
+    return {figure.origin for figure in rate_figures(hardware).values()}
 
 
 def test_a_new_machine_is_measured_and_then_known(probe):
@@ -87,40 +85,40 @@ def test_a_new_machine_is_measured_and_then_known(probe):
     assert known.figures["disk_bytes_per_second"].age_seconds >= 0
 
 
-def test_what_is_known_is_not_measured_again_unless_asked_to(probe, monkeypatch):
+def test_cached_rates_are_not_measured_again_unless_fresh_ones_are_requested(probe, monkeypatch):
     probe()
     calls = []
-    real = probing._subjects
+    real = probe_module._probes
 
-    def counted(*args):
+    def with_recorded_calls(*args):
         return [
-            replace(each, measure=partial(measured, each.key["of"], each.measure))
+            replace(each, measure=partial(recorded, each.key["of"], each.measure))
             for each in real(*args)
         ]
 
-    def measured(what, measure):
+    def recorded(what, measure):
         calls.append(what)
         return measure()
 
-    monkeypatch.setattr(probing, "_subjects", counted)
+    monkeypatch.setattr(probe_module, "_probes", with_recorded_calls)
     assert origins(probe()) >= {Origin.CACHED}
     assert not {"disk-direct", "copies", "blocks", "compute"} & set(calls)
     assert probe(fresh=True).figures["compute"].origin is Origin.MEASURED
     assert calls[-5:] == ["disk-direct", "disk-mmap", "copies", "blocks", "compute"]
 
 
-def test_without_measuring_nothing_is_known_of_a_new_machine(probe):
+def test_without_measuring_the_rates_of_a_new_machine_are_unknown(probe):
     hardware = probe(measure=False)
-    assert rates_known(hardware) == {}
+    assert rate_figures(hardware) == {}
     assert hardware.compute == ()
     assert hardware.disk_bytes_per_second is None
     assert hardware.host_available_bytes > 0
 
 
-def test_a_small_checkpoint_is_told_what_is_known_and_measures_nothing(probe, tmp_path):
+def test_a_small_checkpoint_gets_cached_rates_and_measures_nothing(probe, tmp_path):
     cache = tmp_path / "cache"
     probe(cache_folder=cache)
-    kept = sorted(path.stat().st_mtime_ns for path in cache.iterdir())
+    cached_at = sorted(path.stat().st_mtime_ns for path in cache.iterdir())
     folder = tmp_path / "small"
     folder.mkdir()
     write_checkpoint(folder)
@@ -130,9 +128,9 @@ def test_a_small_checkpoint_is_told_what_is_known_and_measures_nothing(probe, tm
         assert origins(hardware) <= {Origin.CACHED}
         assert hardware.compute == ()  # of other shapes
         assert hardware.host_copy_bytes_per_second > 0
-    assert sorted(path.stat().st_mtime_ns for path in cache.iterdir()) == kept
-    nowhere = run(Hardware.probe(small, "cpu", cache_folder=tmp_path / "none"))
-    assert rates_known(nowhere) == {}
+    assert sorted(path.stat().st_mtime_ns for path in cache.iterdir()) == cached_at
+    uncached = run(Hardware.probe(small, "cpu", cache_folder=tmp_path / "none"))
+    assert rate_figures(uncached) == {}
 
 
 def test_a_cache_folder_that_cannot_be_written_to_changes_nothing_else(probe, tmp_path):
@@ -150,12 +148,16 @@ def test_a_corrupt_cache_is_measured_again_and_logged(probe, tmp_path, content, 
     assert caplog.text.count("taken as not measured") == len(list((tmp_path / "cache").iterdir()))
 
 
-def test_a_disk_that_fails_is_warned_of_and_all_else_is_measured(probe, monkeypatch, caplog):
+def test_a_disk_that_fails_is_logged_as_a_warning_and_all_else_is_measured(
+    probe, monkeypatch, caplog
+):
     def fail(*_):
         raise ReadError("/model: reading at offset 0 failed: Input/output error (errno 5)")
 
     monkeypatch.setattr(
-        probing, "_READERS", tuple((name, names, fail) for name, names, _ in probing._READERS)
+        probe_module,
+        "_DISK_READERS",
+        tuple((name, names, fail) for name, names, _ in probe_module._DISK_READERS),
     )
     hardware = probe()
     assert hardware.disk_bytes_per_second is None
@@ -196,47 +198,49 @@ def test_a_sparse_checkpoint_has_no_disk_rate(tmp_path, caplog):
 
 
 def test_while_a_machine_is_measured_the_event_loop_is_not_held(checkpoint, tmp_path):
-    late = []
+    delays = []
 
     async def heartbeat():
         while True:
             due = time.perf_counter() + 0.001
             await asyncio.sleep(0.001)
-            late.append(time.perf_counter() - due)
+            delays.append(time.perf_counter() - due)
 
     async def main():
         beating = asyncio.create_task(heartbeat())
-        while len(late) < 200:
+        while len(delays) < 200:
             await Hardware.probe(checkpoint, "cpu", fresh=True, cache_folder=tmp_path)
         beating.cancel()
 
     run(main())
-    # Computation is measured with all cores, and then a busy machine lets everybody wait now and again.
-    assert sorted(late)[len(late) * 9 // 10] < 0.05
+    # Computation is measured with all cores, so on a busy machine the loop may have to wait for a processor.
+    assert sorted(delays)[len(delays) * 9 // 10] < 0.05
 
 
-def test_a_probe_that_is_cancelled_ends_what_it_is_at_and_leaves_nothing(
+def test_a_probe_that_is_cancelled_finishes_its_measurement_and_leaves_nothing_behind(
     checkpoint, tmp_path, monkeypatch
 ):
-    begun, go = threading.Event(), threading.Event()
+    begun, release = threading.Event(), threading.Event()
     done = []
 
-    def held(*args):
+    def measure_until_released(*args):
         begun.set()
-        go.wait(20)
+        release.wait(20)
         done.append(args)
         return {}
 
-    (_, names, _), *others = probing._READERS
-    monkeypatch.setattr(probing, "_READERS", (("direct", names, held), *others))
-    monkeypatch.setattr(probing, "measure_copies", lambda _: pytest.fail("it went on"))
+    (_, names, _), *others = probe_module._DISK_READERS
+    monkeypatch.setattr(
+        probe_module, "_DISK_READERS", (("direct", names, measure_until_released), *others)
+    )
+    monkeypatch.setattr(probe_module, "measure_copies", lambda _: pytest.fail("the probe went on"))
 
     async def main():
         probe = asyncio.create_task(Hardware.probe(checkpoint, "cpu", cache_folder=tmp_path))
         await happens(begun)
         probe.cancel()
         await asyncio.sleep(0)
-        go.set()
+        release.set()
         with pytest.raises(asyncio.CancelledError):
             await probe
 
@@ -245,106 +249,33 @@ def test_a_probe_that_is_cancelled_ends_what_it_is_at_and_leaves_nothing(
     assert len(done) == 1
 
 
-# -- several volumes ------------------------------------------------------------------------------
-
-
-def part(share, origin, *, disk, cpu, age=0.0):
-    subject = _Subject(
-        key={"of": "disk-direct"}, names=DISK, of_processors=False, measure=dict, share=share
-    )
-    rates = {
-        name: Rate(median=value, least=value, most=value, samples=4)
-        for name, value in (
-            ("disk_bytes_per_second", disk),
-            ("direct_read_cpu_seconds_per_byte", cpu),
-        )
-    }
-    return subject, Measured(rates=rates, age_seconds=age), origin
-
-
-def test_a_checkpoint_on_two_volumes_has_the_rate_of_reading_one_after_the_other():
-    found = _combined(
-        [
-            part(0.75, Origin.MEASURED, disk=3e9, cpu=2e-10),
-            part(0.25, Origin.CACHED, disk=1e9, cpu=6e-10, age=60.0),
-        ]
-    )
-    assert found.fields["disk_bytes_per_second"] == pytest.approx(2e9)
-    assert found.fields["direct_read_cpu_seconds_per_byte"] == pytest.approx(3e-10)
-    figure = found.figures["disk_bytes_per_second"]
-    assert (figure.origin, figure.samples, figure.age_seconds) == (Origin.CACHED, 8, 60.0)
-
-
-def test_a_volume_that_is_not_known_leaves_the_rate_unknown_unless_it_holds_next_to_nothing():
-    assert _combined([part(0.5, Origin.MEASURED, disk=3e9, cpu=0.0)]).fields == {}
-    nearly = _combined([part(0.95, Origin.MEASURED, disk=3e9, cpu=0.0)])
-    assert nearly.fields["disk_bytes_per_second"] == pytest.approx(3e9)
-
-
-def test_samples_that_lie_far_apart_are_used_but_not_kept(probe, monkeypatch, tmp_path):
+def test_samples_that_lie_far_apart_are_used_but_not_cached(probe, monkeypatch, tmp_path):
     def disturbed(*_):
         return {"host_copy_bytes_per_second": Rate(median=1e9, least=1e8, most=2.5e9, samples=5)}
 
-    monkeypatch.setattr(probing, "_DISTURBED", 2.0)
-    monkeypatch.setattr(probing, "measure_copies", disturbed)
+    monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 2.0)
+    monkeypatch.setattr(probe_module, "measure_copies", disturbed)
     assert probe().host_copy_bytes_per_second == 1e9
     assert not list((tmp_path / "cache").glob("copies-*"))
     assert probe(measure=False).host_copy_bytes_per_second is None
 
 
-def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
-    monkeypatch.setattr(probing, "_DISTURBED", 2.0)
-
-    def compute(*medians):
-        rates = [Rate(median=value, least=value, most=value, samples=5) for value in medians]
-        return dict(zip(("1", "4", "16"), rates, strict=True))
-
-    assert probing._disturbed(compute(2e9, 27e9, 20e9))
-    assert not probing._disturbed(compute(20e9, 27e9, 18e9))
-
-
-STAT = "cpu  {busy} 0 0 500 90 0 0 {stolen} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
-
-
-@pytest.mark.parametrize(("busy", "stolen"), [(900, 0), (0, 900)])
-def test_processors_that_others_kept_busy_are_counted(tmp_path, busy, stolen):
-    stat = tmp_path / "stat"
-    stat.write_text(STAT.format(busy=0, stolen=0))
-    with Contention(stat) as contention:
-        stat.write_text(STAT.format(busy=busy, stolen=stolen))
-    assert contention.processors > 0.25
-    assert contention.matters
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "cpu 1 2", "intr 1 2 3", STAT.format(busy=0, stolen=0)]
-)
-def test_a_quiet_machine_and_one_that_tells_nothing_are_not_contended(tmp_path, content):
-    stat = tmp_path / "stat"
-    if content is not None:
-        stat.write_text(content)
-    with Contention(stat) as contention:
-        pass
-    assert contention.processors == 0
-    assert not contention.matters
-
-
-def test_onednn_is_told_to_keep_little_before_it_is_first_used(probe, monkeypatch):
+def test_onednn_is_limited_to_a_small_cache_before_its_first_use(probe, monkeypatch):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, "")
     monkeypatch.delenv(name)
-    said = []
+    capacities = []
 
     def compute(*_, **__):
-        said.append(os.environ.get(name))
+        capacities.append(os.environ.get(name))
         return {"1": Rate(median=1e9, least=1e9, most=1e9, samples=5)}
 
-    monkeypatch.setattr(probing, "measure_compute", compute)
+    monkeypatch.setattr(probe_module, "measure_compute", compute)
     probe()
-    assert said == [str(KERNELS_KEPT)]
+    assert capacities == [str(KERNELS_KEPT)]
 
 
-def test_what_is_measured_beside_other_processes_is_told_so_and_soon_forgotten(
+def test_a_measurement_next_to_busy_processes_is_marked_and_soon_expires(
     probe, monkeypatch, tmp_path
 ):
     class Busy(Contention):
@@ -360,20 +291,20 @@ def test_what_is_measured_beside_other_processes_is_told_so_and_soon_forgotten(
             "direct_read_cpu_seconds_per_byte": Rate(median=3.0, least=2.0, most=4.0, samples=5),
         }
 
-    monkeypatch.setattr(probing, "Contention", Busy)
-    monkeypatch.setattr(probing, "measure_copies", copies)
-    monkeypatch.setattr(probing, "_READERS", (("direct", tuple(disk()), disk),))
+    monkeypatch.setattr(probe_module, "Contention", Busy)
+    monkeypatch.setattr(probe_module, "measure_copies", copies)
+    monkeypatch.setattr(probe_module, "_DISK_READERS", (("direct", tuple(disk()), disk),))
     hardware = probe()
     assert hardware.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
-    assert hardware.host_copy_bytes_per_second == 2e9, "of processors the best sample"
+    assert hardware.host_copy_bytes_per_second == 2e9, "the best sample"
     assert hardware.figures["disk_bytes_per_second"].origin is Origin.MEASURED
-    assert hardware.disk_bytes_per_second == 1e9, "of disks the median"
-    soon = probe(measure=False)
-    assert soon.host_copy_bytes_per_second == 2e9
-    assert soon.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
+    assert hardware.disk_bytes_per_second == 1e9, "the median"
+    reloaded = probe(measure=False)
+    assert reloaded.host_copy_bytes_per_second == 2e9
+    assert reloaded.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
     for file in (tmp_path / "cache").glob("*.json"):
         written = json.loads(file.read_text())
         file.write_text(json.dumps({**written, "measured_at": time.time() - 3600}))
-    later = probe(measure=False)
-    assert later.host_copy_bytes_per_second is None
-    assert later.disk_bytes_per_second == 1e9
+    expired = probe(measure=False)
+    assert expired.host_copy_bytes_per_second is None
+    assert expired.disk_bytes_per_second == 1e9

@@ -1,4 +1,4 @@
-"""The probe of blocks: what it computes is a block, and its rates have the right unit."""
+"""The probe of blocks: it computes a whole block, and its rates have the right unit."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerstream.pipeline.machine import probe_blocks
-from layerstream.pipeline.machine.probe_blocks import _Block, _rate, measure_blocks
+from layerstream.pipeline.machine.probe_blocks import _Block, _measure, measure_blocks
 from layerstream.stages.devices.cpu import CpuDevice
 
 
-class Copied(TorchDispatchMode):
-    """Counts the bytes that concatenations make."""
+class ConcatenatedBytes(TorchDispatchMode):
+    """Counts the bytes that concatenations write."""
 
     nbytes = 0
 
@@ -26,9 +26,9 @@ class Copied(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(probe_blocks, "_TOKENS", 64)
-    monkeypatch.setattr(probe_blocks, "_BLOCKS", 2)
-    monkeypatch.setattr(probe_blocks, "_SECONDS", 0.0)
+    monkeypatch.setattr(probe_blocks, "_PROMPT_TOKENS", 64)
+    monkeypatch.setattr(probe_blocks, "_BLOCKS_PER_SAMPLE", 2)
+    monkeypatch.setattr(probe_blocks, "_MIN_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -53,24 +53,24 @@ def test_rates_are_amounts_per_second_without_the_first_time(monkeypatch):
     def work():
         now[0] += next(took)
 
-    rate = _rate(CpuDevice(), work, 10)
+    rate = _measure(CpuDevice(), work, 10)
     assert (rate.least, rate.median, rate.most) == (20.0, 20.0, 20.0)
 
 
 @pytest.mark.parametrize("name", ["attention_flops_per_second", "step_attention_flops_per_second"])
-def test_operations_of_attention_are_counted_as_others_count_them(monkeypatch, name):
-    monkeypatch.setattr(probe_blocks, "_rate", lambda _device, work, amount: (work, amount))
+def test_operations_of_attention_are_counted_as_torch_counts_them(monkeypatch, name):
+    monkeypatch.setattr(probe_blocks, "_measure", lambda _device, work, amount: (work, amount))
     attend, counted = measure_blocks(CpuDevice(), dtype="float32")[name]
-    # Other kernels are not counted, or leave out pairs that causality forbids.
+    # Other kernels are not counted, or leave out pairs that the causal mask excludes.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         attend()
     assert flops.get_total_flops() == counted
 
 
 def test_a_cache_is_counted_once_each_time_it_grows(monkeypatch):
-    monkeypatch.setattr(probe_blocks, "_rate", lambda _device, work, amount: (work, amount))
+    monkeypatch.setattr(probe_blocks, "_measure", lambda _device, work, amount: (work, amount))
     grow, counted = measure_blocks(CpuDevice(), dtype="float32")["kv_growth_bytes_per_second"]
-    with Copied() as copied:
+    with ConcatenatedBytes() as copied:
         grow()
     assert counted <= copied.nbytes < 1.1 * counted
 

@@ -1,4 +1,4 @@
-"""What is kept of measurements: found again on the same machine, and never believed blindly."""
+"""Cached measurements: found again on the same machine, and validated when they are loaded."""
 
 import json
 import logging
@@ -10,9 +10,13 @@ import pytest
 
 from layerstream.pipeline.machine import probe_cache
 from layerstream.pipeline.machine.measurement import Rate
-from layerstream.pipeline.machine.probe_cache import MeasuredCache, machine, processor
+from layerstream.pipeline.machine.probe_cache import (
+    MeasurementCache,
+    machine_identity,
+    processor_model,
+)
 
-DISK = {**machine(), "of": "disk-direct", "volume": "ext4 /dev/vda on /"}
+DISK = {**machine_identity(), "of": "disk-direct", "volume": "ext4 /dev/vda on /"}
 NAMES = ["disk_bytes_per_second", "direct_read_cpu_seconds_per_byte"]
 RATES = {
     "disk_bytes_per_second": Rate(median=2e9, least=1e9, most=3e9, samples=7),
@@ -22,12 +26,12 @@ RATES = {
 
 @pytest.fixture
 def cache(tmp_path):
-    found = MeasuredCache(tmp_path / "not" / "there" / "yet")
+    found = MeasurementCache(tmp_path / "not" / "there" / "yet")
     found.store(DISK, RATES)
     return found
 
 
-def the_file(cache):
+def cache_file(cache):
     [path] = cache.folder.iterdir()
     return path
 
@@ -35,7 +39,7 @@ def the_file(cache):
 def test_what_was_measured_is_found_again_with_its_age(cache, monkeypatch):
     now = probe_cache.time.time()
     monkeypatch.setattr(probe_cache.time, "time", lambda: now + 3600)
-    found = MeasuredCache(cache.folder).load(DISK, names=NAMES)
+    found = MeasurementCache(cache.folder).load(DISK, names=NAMES)
     assert found.rates == RATES
     assert found.age_seconds == pytest.approx(3600, abs=20)
 
@@ -53,9 +57,9 @@ def test_what_was_measured_of_another_machine_or_volume_is_not_found(cache, diff
     assert cache.load({**DISK, differs: "other"}, names=NAMES) is None
 
 
-def test_a_file_that_was_copied_from_another_machine_is_not_believed(cache, caplog):
+def test_a_file_that_was_copied_from_another_machine_is_ignored(cache, caplog):
     elsewhere = {**DISK, "host": "other"}
-    the_file(cache).rename(cache._path(elsewhere))
+    cache_file(cache).rename(cache._path(elsewhere))
     assert cache.load(elsewhere, names=NAMES) is None
     assert "it is of another machine, volume or device" in caplog.text
 
@@ -92,28 +96,28 @@ def with_rate(**changes):
         pytest.param(with_rate(extra=1), id="more than is written"),
     ],
 )
-def test_what_is_not_as_it_was_written_is_measured_again_and_logged(cache, change, caplog):
-    path = the_file(cache)
+def test_a_file_that_was_changed_is_ignored_and_logged(cache, change, caplog):
+    path = cache_file(cache)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert cache.load(DISK, names=NAMES) is None
-    assert f"{path}: taken as not measured, since what is kept cannot be used: " in caplog.text
+    assert f"{path}: taken as not measured, since the cached file cannot be used: " in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_a_corrupt_file_is_measured_again_and_logged_and_replaced(cache, content, caplog):
-    the_file(cache).write_bytes(content)
+def test_a_corrupt_file_is_ignored_and_logged_and_replaced(cache, content, caplog):
+    cache_file(cache).write_bytes(content)
     assert cache.load(DISK, names=NAMES) is None
     assert "taken as not measured" in caplog.text
     cache.store(DISK, RATES)
     assert cache.load(DISK, names=NAMES).rates == RATES
 
 
-def test_a_folder_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
+def test_without_a_writable_folder_nothing_is_cached(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="layerstream")
     (tmp_path / "file").write_bytes(b"")
-    cache = MeasuredCache(tmp_path / "file" / "folder")
+    cache = MeasurementCache(tmp_path / "file" / "folder")
     cache.store(DISK, RATES)
-    assert "what was measured is not kept" in caplog.text
+    assert "the measurement is not cached" in caplog.text
     assert cache.load(DISK, names=NAMES) is None
 
 
@@ -124,7 +128,7 @@ def test_a_write_that_fails_leaves_what_was_there(cache, monkeypatch):
     monkeypatch.setattr(json, "dump", full)
     cache.store(DISK, {name: RATES[name] for name in NAMES[:1]})
     assert cache.load(DISK, names=NAMES).rates == RATES
-    assert the_file(cache)  # and nothing else
+    assert cache_file(cache)  # and nothing else
 
 
 def test_many_at_once_never_see_half_a_file(cache, caplog):
@@ -135,7 +139,7 @@ def test_many_at_once_never_see_half_a_file(cache, caplog):
     with ThreadPoolExecutor(8) as pool:
         assert all(rates == RATES for rates in pool.map(work, range(200)))
     assert caplog.text == ""
-    assert the_file(cache)
+    assert cache_file(cache)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +150,16 @@ def test_many_at_once_never_see_half_a_file(cache, caplog):
         (None, Path("~/.cache/layerstream").expanduser()),
     ],
 )
-def test_the_folder_is_the_users_as_the_desktop_standard_has_it(named, folder, monkeypatch):
+def test_the_default_folder_follows_the_xdg_standard(named, folder, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     if named is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", named)
-    assert MeasuredCache().folder == folder
+    assert MeasurementCache().folder == folder
 
 
-def test_a_machine_is_told_by_what_there_is(tmp_path):
-    assert processor(tmp_path / "none")
+def test_a_machine_is_identified_by_what_the_system_reports(tmp_path):
+    assert processor_model(tmp_path / "none")
     table = tmp_path / "cpuinfo"
     table.write_text("vendor_id\t: x\nmodel name\t: Fast One 9000\n")
-    assert processor(table) == "Fast One 9000"
-    assert machine()["host"] == os.uname().nodename
+    assert processor_model(table) == "Fast One 9000"
+    assert machine_identity()["host"] == os.uname().nodename

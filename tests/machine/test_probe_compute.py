@@ -12,13 +12,12 @@ from layerstream.pipeline import Checkpoint
 from layerstream.pipeline.machine import probe_compute
 from layerstream.pipeline.machine.probe_compute import (
     TOKENS,
-    _cache_bytes,
-    _cut,
-    _Products,
+    _matrix_views,
+    _MatrixProducts,
+    _processor_cache_bytes,
     block_shapes,
     main_dtype,
     measure_compute,
-    measure_copies,
 )
 from layerstream.stages.devices.cpu import CpuDevice
 
@@ -27,9 +26,9 @@ SHAPES = ((256, 512), (512, 256))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(probe_compute, "_SECONDS", 0.05)
+    monkeypatch.setattr(probe_compute, "_MAX_SECONDS", 0.05)
     monkeypatch.setattr(probe_compute, "_SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(probe_compute, "_MOST_BYTES", 8 << 20)
+    monkeypatch.setattr(probe_compute, "_MAX_BYTES", 8 << 20)
 
 
 @pytest.mark.parametrize("make_device", [CpuDevice, FakeDevice])
@@ -51,8 +50,8 @@ def test_without_matrices_there_is_nothing_to_measure():
     assert measure_compute(CpuDevice(), shapes=(), dtype="float32") == {}
 
 
-def clocked(monkeypatch, seconds_per_token):
-    """A clock that goes on with each product, by its rows."""
+def record_products(monkeypatch, seconds_per_token):
+    """Replace the clock by one that each product advances in proportion to its rows; return the products."""
     now = [0.0]
     products = []
 
@@ -66,23 +65,23 @@ def clocked(monkeypatch, seconds_per_token):
 
 
 def test_a_rate_is_the_bytes_of_the_weights_by_the_seconds(monkeypatch):
-    clocked(monkeypatch, 0.001)
-    products = _Products(CpuDevice(), torch.zeros(1 << 20), SHAPES)
+    record_products(monkeypatch, 0.001)
+    products = _MatrixProducts(CpuDevice(), torch.zeros(1 << 20), SHAPES)
     rate = products.rate(4, seconds=0.1)
     assert rate.median == rate.least == pytest.approx(256 * 512 * 4 / 0.004)
 
 
 def test_sizes_that_would_take_too_long_are_left_out(monkeypatch):
-    products = clocked(monkeypatch, 0.001)
+    products = record_products(monkeypatch, 0.001)
     rates = measure_compute(CpuDevice(), shapes=SHAPES, dtype="float32")
     assert list(rates) == ["1", "4"]
     assert {tokens for tokens, _ in products} == {1, 4}
 
 
 def test_no_matrix_is_used_again_before_all_others_were(monkeypatch):
-    products = clocked(monkeypatch, 0.0001)
+    products = record_products(monkeypatch, 0.0001)
     weights = torch.zeros(1 << 20)
-    _Products(CpuDevice(), weights, SHAPES).rate(1, seconds=0.1)
+    _MatrixProducts(CpuDevice(), weights, SHAPES).rate(1, seconds=0.1)
     addresses = [weight.data_ptr() for _, weight in products]
     count = len(set(addresses))
     assert count == weights.numel() // (256 * 512)
@@ -90,7 +89,7 @@ def test_no_matrix_is_used_again_before_all_others_were(monkeypatch):
 
 
 def test_a_matrix_too_large_for_the_probe_loses_rows_and_keeps_its_width():
-    found = _cut(torch.zeros(1 << 16), [(1 << 20, 1 << 10), (4, 8)])
+    found = _matrix_views(torch.zeros(1 << 16), [(1 << 20, 1 << 10), (4, 8)])
     assert [tuple(each.shape) for each in found[:2]] == [(16, 1 << 10), (4, 8)]
     assert sum(each.numel() for each in found) <= 1 << 16
 
@@ -114,7 +113,7 @@ def test_without_blocks_the_shapes_are_those_of_all_layers(tmp_path):
         (torch.float8_e4m3fn, "bfloat16"),
     ],
 )
-def test_the_dtype_is_that_of_most_of_the_bytes_or_the_one_that_quantised_weights_become(
+def test_the_dtype_is_that_of_most_bytes_or_the_one_that_quantised_weights_become(
     tmp_path, dtype, main
 ):
     tensors = {"a": torch.zeros(100, 100).to(dtype), "b": torch.zeros(10, dtype=torch.float32)}
@@ -122,30 +121,9 @@ def test_the_dtype_is_that_of_most_of_the_bytes_or_the_one_that_quantised_weight
     assert main_dtype(Checkpoint.open(tmp_path / "m.safetensors")) == main
 
 
-def test_on_a_cpu_only_copies_from_host_to_host_are_measured():
-    [(name, rate)] = measure_copies(CpuDevice()).items()
-    assert name == "host_copy_bytes_per_second"
-    assert 0 < rate.least <= rate.median <= rate.most
-
-
-def test_copies_to_a_device_are_measured_from_either_kind_of_memory(caplog):
-    caplog.set_level("INFO", logger="layerstream")
-    device = FakeDevice()
-    rates = measure_copies(device)
-    assert rates.keys() == {
-        "host_copy_bytes_per_second",
-        "h2d_bytes_per_second",
-        "pageable_h2d_bytes_per_second",
-    }
-    assert all(rate.median > 0 for rate in rates.values())
-    assert device.host_memories == 0
-    assert "/s in blocks of 1 MiB" in caplog.text
-    assert "/s in blocks of 64 MiB" in caplog.text
-
-
-def test_the_size_of_the_caches_is_what_the_system_says(tmp_path):
+def test_the_size_of_the_caches_is_what_the_system_reports(tmp_path):
     for number, size in enumerate(("48K", "2048K", "32768K", "nonsense")):
         (tmp_path / f"index{number}").mkdir()
         (tmp_path / f"index{number}" / "size").write_text(f"{size}\n")
-    assert _cache_bytes(tmp_path) == 32 << 20
-    assert _cache_bytes(tmp_path / "none") == 0
+    assert _processor_cache_bytes(tmp_path) == 32 << 20
+    assert _processor_cache_bytes(tmp_path / "none") == 0

@@ -1,4 +1,4 @@
-"""The disk probe: what is read, what is made of it, and what it refuses to call a rate."""
+"""The disk probe: what is read, how rates follow from it, and when there is none."""
 
 import logging
 import os
@@ -11,8 +11,8 @@ from support.leaks import nothing_left_behind
 
 from layerstream.pipeline.machine import probe_disk, volumes
 from layerstream.pipeline.machine.probe_disk import (
-    _Done,
-    _rates,
+    _CompletedRead,
+    _rates_of_reads,
     cached_bytes,
     measure_direct,
     measure_mmap,
@@ -51,7 +51,7 @@ def sparse(tmp_path):
 
 
 class Recorder:
-    """A reader of no bytes that notes what it is asked for."""
+    """A reader that reads nothing and records the requests."""
 
     falls_back = False
 
@@ -81,12 +81,12 @@ def all_data(monkeypatch):
     monkeypatch.setattr(probe_disk, "data_ranges", lambda path: [(0, path.stat().st_size)])
 
 
-# -- what is made of the requests -----------------------------------------------------------------
+# -- rates of requests ----------------------------------------------------------------------------
 
 
 def test_a_steady_stream_has_one_rate_whatever_the_order_of_its_threads():
-    done = [_Done(10 + 0.01 * (n + 1), 8 * MIB, 0.002) for n in range(32)]
-    rate, cost = _rates(done, 10.0)
+    done = [_CompletedRead(10 + 0.01 * (n + 1), 8 * MIB, 0.002) for n in range(32)]
+    rate, cost = _rates_of_reads(done, 10.0)
     assert rate.samples == cost.samples == 4
     assert rate.least == pytest.approx(rate.most) == pytest.approx(8 * MIB / 0.01)
     assert cost.median == pytest.approx(0.002 / (8 * MIB))
@@ -94,13 +94,13 @@ def test_a_steady_stream_has_one_rate_whatever_the_order_of_its_threads():
 
 def test_a_pause_of_the_disk_shows_in_the_spread_and_not_in_the_median():
     ends = [0.01 * (n + 1) + (0.5 if n >= 20 else 0) for n in range(64)]
-    rate, _ = _rates([_Done(end, 8 * MIB, 0.0) for end in ends], 0.0)
+    rate, _ = _rates_of_reads([_CompletedRead(end, 8 * MIB, 0.0) for end in ends], 0.0)
     assert rate.median == pytest.approx(8 * MIB / 0.01)
     assert rate.least < rate.median / 4
 
 
 def test_few_requests_are_one_sample():
-    rate, _ = _rates([_Done(0.5, MIB, 0.0), _Done(2.0, MIB, 0.0)], 0.0)
+    rate, _ = _rates_of_reads([_CompletedRead(0.5, MIB, 0.0), _CompletedRead(2.0, MIB, 0.0)], 0.0)
     assert (rate.samples, rate.median) == (1, MIB)
 
 
@@ -119,17 +119,15 @@ def test_no_more_than_a_gibibyte_is_read_and_no_byte_twice(sparse, recorder, mon
     assert recorder.closed
 
 
-def test_a_slow_disk_is_asked_for_little_and_left_when_the_time_is_up(
-    sparse, recorder, monkeypatch
-):
+def test_a_slow_disk_gets_small_requests_until_the_time_limit(sparse, recorder, monkeypatch):
     all_data(monkeypatch)
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: 0.0)
     monkeypatch.setattr(probe_disk, "time", clock)
-    noted = recorder.read
+    record = recorder.read
 
     def read(extent, into):
-        noted(extent, into)
+        record(extent, into)
         with recorder.lock:
             now[0] += 0.1  # 10 MB/s
 
@@ -161,8 +159,10 @@ def test_a_sparse_file_shows_no_rate_and_the_log_says_why(sparse, measure, caplo
     assert "its files are sparse, with" in caplog.text
 
 
-def test_where_holes_are_not_told_the_blocks_of_a_sparse_file_are(sparse, monkeypatch):
-    monkeypatch.setattr(volumes, "_ranges", lambda _: iter([(0, 1 << 30)]))
+def test_a_sparse_file_whose_holes_are_not_reported_is_recognised_by_its_blocks(
+    sparse, monkeypatch
+):
+    monkeypatch.setattr(volumes, "_iterate_data_ranges", lambda _: iter([(0, 1 << 30)]))
     assert volumes.data_ranges(sparse) == []
 
 
@@ -202,7 +202,7 @@ def test_a_refusal_of_direct_reads_is_logged_with_the_rate(files, monkeypatch, c
     assert "that of buffered ones, as they will run here" in caplog.text
 
 
-def test_a_disk_that_fails_says_so_and_leaves_nothing_open(files, monkeypatch):
+def test_an_error_of_the_disk_is_raised_and_leaves_nothing_open(files, monkeypatch):
     class Failing(DirectReader):
         def read(self, extent, into):
             if extent.nbytes > MIB:  # not the first one
@@ -241,7 +241,7 @@ def test_mapped_files_are_measured_where_they_are_not_in_memory(files):
 
 
 @pytest.mark.usefixtures("mapped")
-def test_of_files_that_are_all_in_memory_a_sample_is_dropped_from_it(files, monkeypatch):
+def test_if_files_are_all_in_the_page_cache_a_sample_is_dropped_from_it(files, monkeypatch):
     for path in files:
         path.read_bytes()
     assert cached_bytes(files) == SIZE
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_dropped_from_memory_show_no_rate(files, mapped, ca
     assert "in the page cache, or the system does not tell" in caplog.text
 
 
-def test_of_files_of_others_the_page_cache_tells_nothing(files, monkeypatch):
+def test_for_files_of_other_users_the_page_cache_is_unknown(files, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: -1)
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert cached_bytes(files) == 0
@@ -274,7 +274,7 @@ def test_of_files_of_others_the_page_cache_tells_nothing(files, monkeypatch):
 # -- volumes --------------------------------------------------------------------------------------
 
 
-def test_a_file_lies_on_the_volume_that_is_mounted_nearest_to_it(tmp_path):
+def test_a_file_is_on_the_volume_with_the_deepest_mount_point_above_it(tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir()
     (inner / "file").write_bytes(b"x")
@@ -286,16 +286,16 @@ def test_a_file_lies_on_the_volume_that_is_mounted_nearest_to_it(tmp_path):
     assert volumes.volume_of(inner / "file", []).startswith("device ")
 
 
-def test_mount_points_with_blanks_are_understood(tmp_path):
+def test_mount_points_with_spaces_are_parsed(tmp_path):
     table = tmp_path / "mountinfo"
     table.write_text("27 1 254:0 / /with\\040blank rw,relatime shared:1 - ext4 /dev/vda rw\n")
-    [(point, name)] = volumes._mounts(table)
+    [(point, name)] = volumes._mount_points(table)
     assert (str(point), name) == ("/with blank", "ext4 /dev/vda on /with blank")
 
 
-def test_windows_begin_and_end_on_blocks_and_leave_out_what_is_too_small():
+def test_windows_begin_and_end_on_blocks_and_too_small_ones_are_left_out():
     found = volumes.windows(
-        [(100, 10_000), (20_480, 61_441)], file=3, window_bytes=16_384, least_bytes=8192
+        [(100, 10_000), (20_480, 61_441)], file=3, window_bytes=16_384, min_bytes=8192
     )
     assert found == [
         Extent(file=3, offset=20_480, nbytes=16_384),
@@ -304,21 +304,21 @@ def test_windows_begin_and_end_on_blocks_and_leave_out_what_is_too_small():
     ]
 
 
-def test_a_large_checkpoint_is_looked_at_in_samples_and_not_just_at_its_headers():
-    looks = probe_disk._looks([4 << 30] * 200)
-    assert 1000 < len(looks) <= 2048
-    assert {each.file for each in looks} == set(range(200))
-    assert not any(each.offset < 64 << 10 for each in looks[:100])
-    assert all(each.offset % 4096 == 0 for each in looks)
+def test_the_page_cache_is_sampled_for_a_large_checkpoint_and_not_just_at_its_headers():
+    extents = probe_disk._evenly_spread_extents([4 << 30] * 200)
+    assert 1000 < len(extents) <= 2048
+    assert {each.file for each in extents} == set(range(200))
+    assert not any(each.offset < 64 << 10 for each in extents[:100])
+    assert all(each.offset % 4096 == 0 for each in extents)
 
 
-def test_small_files_are_looked_at_in_full():
+def test_the_page_cache_is_checked_in_full_for_small_files():
     sizes = [100_000, 1, 70_000]
-    looks = probe_disk._looks(sizes)
+    extents = probe_disk._evenly_spread_extents(sizes)
     for file, size in enumerate(sizes):
-        assert sum(each.nbytes for each in looks if each.file == file) == size
+        assert sum(each.nbytes for each in extents if each.file == file) == size
 
 
 def test_a_machine_too_busy_to_start_threads_in_time_still_shows_a_rate(files, monkeypatch):
-    monkeypatch.setattr(probe_disk, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(probe_disk, "_MAX_SECONDS", 0.0)
     assert measure_direct(files, [0, 1])["disk_bytes_per_second"].samples >= 1

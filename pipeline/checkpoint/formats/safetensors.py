@@ -1,7 +1,7 @@
-"""The header of a safetensors file: its description of each tensor, validated.
+"""Parses and validates the header of a safetensors file, which describes each tensor.
 
-Pure functions on bytes; checkpoint.py reads the bytes. Format:
-8 bytes of header length, little-endian; a JSON object of tensors; data, without gap or overlap.
+Pure functions on bytes, which checkpoint.py reads. The format: 8 bytes of header length, little-endian; a JSON object
+of tensors; the data, without gaps or overlaps.
 """
 
 import json
@@ -20,7 +20,7 @@ PREFIX_BYTES = 8
 # safetensors' own limit; it keeps a corrupt length from allocating the machine's memory.
 _MAX_HEADER_BYTES = 100_000_000
 
-# torch counts in signed 64-bit integers, and bits must be countable as well as bytes.
+# torch's sizes are signed 64-bit integers, and sizes in bits must fit as well as those in bytes.
 _MAX_NUMBER = 2**60
 
 # The name in the file -> (torch's name, bits per element). F6_E2M3 and F6_E3M2 exist in the format,
@@ -48,28 +48,25 @@ _DTYPES = {
     "C64": ("complex64", 64),
 }
 
-_Row = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
+_Entry = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a checkpoint, and the place of its bytes.
-
-    Attributes:
-        name: The checkpoint's name of the tensor.
-        dtype: torch's name of the dtype, without ``torch.``: "bfloat16", "float8_e4m3fn".
-        shape: As torch sees it: two packed 4-bit floats count as one element.
-        file: Index into Checkpoint.files.
-        offset: Bytes from the start of the file to the tensor's first byte.
-        nbytes: Length in bytes; 0 for an empty tensor.
-    """
+    """One tensor of a checkpoint, and the place of its bytes."""
 
     name: str
+    """The checkpoint's name of the tensor."""
     dtype: str
+    """torch's name of the dtype, without ``torch.``: "bfloat16", "float8_e4m3fn"."""
     shape: tuple[int, ...]
+    """As torch sees it: two packed 4-bit floats count as one element."""
     file: int
+    """An index into Checkpoint.files."""
     offset: int
+    """Bytes from the start of the file to the tensor's first byte."""
     nbytes: int
+    """Length in bytes; 0 for an empty tensor."""
 
 
 def header_length(prefix: bytes, *, path: Path, size_bytes: int) -> int:
@@ -109,14 +106,14 @@ def header_length(prefix: bytes, *, path: Path, size_bytes: int) -> int:
 
 
 def parse_header(header: bytes, *, path: Path, size_bytes: int, file: int) -> dict[str, TensorInfo]:
-    """Return the tensors of a file in the order of their offsets, each rule of the format checked.
+    """Return the tensors of a file in the order of their offsets, after checking each rule of the format.
 
     Raises:
         CheckpointError: The header breaks a rule, or disagrees with the size of the file.
     """
-    entries = _decode(header, path)
+    entries = _decode_json(header, path)
     _check_metadata(entries.pop("__metadata__", {}), path)
-    rows = [_row(name, entry, path) for name, entry in entries.items()]
+    rows = [_parse_entry(name, entry, path) for name, entry in entries.items()]
     rows.sort()
     data_start = PREFIX_BYTES + len(header)
     tensors = {}
@@ -134,19 +131,19 @@ def parse_header(header: bytes, *, path: Path, size_bytes: int, file: int) -> di
             offset=data_start + begin,
             nbytes=end - begin,
         )
-    _check_end(path, expected_bytes=data_start + expected, size_bytes=size_bytes, rows=rows)
+    _check_file_size(path, expected_bytes=data_start + expected, size_bytes=size_bytes, rows=rows)
     return tensors
 
 
-def _decode(header: bytes, path: Path) -> dict[str, Any]:
+def _decode_json(header: bytes, path: Path) -> dict[str, Any]:
     try:
         entries = json.loads(
             header.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer if b"-0" in header else int,
-            parse_constant=_no_constant,
+            object_pairs_hook=_json_object,
+            parse_int=_json_integer if b"-0" in header else int,
+            parse_constant=_refuse_constant,
         )
-        if b"\\u" in header:  # half of a surrogate pair parses, but no other program can name it
+        if b"\\u" in header:  # an unpaired surrogate parses, but cannot be encoded as a name
             json.dumps(entries, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -161,27 +158,27 @@ def _decode(header: bytes, path: Path) -> dict[str, Any]:
     return entries
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
-    """Build a JSON object; json itself silently keeps the last of two equal keys."""
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
+    """Build a JSON object without duplicate keys, of which json itself silently keeps the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)
-        twice = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"key {_shown(twice)} occurs twice in one object")
+        duplicate = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"key {_quoted(duplicate)} occurs twice in one object")
     shape, offsets = result.get("shape"), result.get("data_offsets")
     if type(shape) is list and type(offsets) is list and "dtype" in result:
-        # The garbage collector loses track of tuples of numbers; 100,000 dicts of lists cost it
+        # The garbage collector stops tracking tuples of numbers; with 100,000 dicts of lists it would take
         # more time than all the parsing.
         return result["dtype"], tuple(shape), tuple(offsets)
     return result
 
 
-def _integer(text: str) -> int:
-    # "-0" is a float to safetensors, which refuses it; as a negative number so do we.
+def _json_integer(text: str) -> int:
+    # "-0" is a float to safetensors, which refuses it. As a negative number it is refused here too.
     return -1 if text == "-0" else int(text)
 
 
-def _no_constant(text: str) -> NoReturn:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
@@ -193,17 +190,19 @@ def _check_metadata(metadata: object, path: Path) -> None:
         )
 
 
-def _row(name: str, entry: Any, path: Path) -> _Row:
-    # Once per tensor, and a checkpoint may have 100,000: hence type() and plain loops.
+def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
+    # This runs once per tensor, and a checkpoint may have 100,000: hence type() and plain loops.
     if type(entry) is not tuple or len(entry[2]) != 2 or type(entry[0]) is not str:  # noqa: PLR2004
         _refuse(path, name, "is not described by a dtype, a shape and two data_offsets")
     dtype, shape, (begin, end) = entry
     for number in (*shape, begin, end):
         if type(number) is not int or not 0 <= number <= _MAX_NUMBER:
-            what = f"{_shown(number)} in its shape or data_offsets"
-            _refuse(path, name, f"has {what}, where only whole numbers from 0 to 2**60 are allowed")
+            limits = "only whole numbers from 0 to 2**60 are allowed"
+            _refuse(
+                path, name, f"has {_quoted(number)} in its shape or data_offsets, where {limits}"
+            )
     if dtype not in _DTYPES:
-        _refuse(path, name, f"has dtype {_shown(dtype)}, which torch does not know", "convert it")
+        _refuse(path, name, f"has dtype {_quoted(dtype)}, which torch does not know", "convert it")
     dtype, bits = _DTYPES[dtype]
     elements = math.prod(shape)
     if (elements or math.prod(filter(None, shape))) > _MAX_NUMBER:
@@ -212,23 +211,25 @@ def _row(name: str, entry: Any, path: Path) -> _Row:
         needs = f"{elements * bits / 8:,.10g} bytes"
         _refuse(path, name, f"has {end - begin:,} bytes, but its shape and dtype take {needs}")
     if bits < 8:  # noqa: PLR2004 - less than a byte: torch packs two to an element
-        shape = _packed(shape, path, name)
+        shape = _packed_shape(shape, path, name)
     return begin, end, name, dtype, shape
 
 
-def _packed(shape: tuple[int, ...], path: Path, name: str) -> tuple[int, ...]:
+def _packed_shape(shape: tuple[int, ...], path: Path, name: str) -> tuple[int, ...]:
     if not shape or shape[-1] % 2:
         _refuse(path, name, "is of packed 4-bit floats, so its last dimension must be even")
     return (*shape[:-1], shape[-1] // 2)
 
 
-def _check_end(path: Path, *, expected_bytes: int, size_bytes: int, rows: list[_Row]) -> None:
+def _check_file_size(
+    path: Path, *, expected_bytes: int, size_bytes: int, rows: list[_Entry]
+) -> None:
     if size_bytes < expected_bytes:
         data_start = expected_bytes - (rows[-1][1] if rows else 0)
         cut = next((row[2] for row in rows if data_start + row[1] > size_bytes), "")
         raise CheckpointError(
             f"{path} is truncated: its header describes {expected_bytes:,} bytes and the file has "
-            f"{size_bytes:,}, so that tensor {_shown(cut)} is cut short; download it again."
+            f"{size_bytes:,}, so that tensor {_quoted(cut)} is cut short; download it again."
         )
     if size_bytes > expected_bytes:
         raise CheckpointError(
@@ -238,10 +239,10 @@ def _check_end(path: Path, *, expected_bytes: int, size_bytes: int, rows: list[_
 
 
 def _refuse(path: Path, name: str, fault: str, remedy: str = "download the file again") -> NoReturn:
-    raise CheckpointError(f"{path}: tensor {_shown(name)} {fault}; {remedy}.")
+    raise CheckpointError(f"{path}: tensor {_quoted(name)} {fault}; {remedy}.")
 
 
-def _shown(text: object) -> str:
-    """Return what a file said in a form that fits into one line of an error message."""
-    shown = ascii(text)
-    return shown if len(shown) < 200 else f"{shown[:197]}..."  # noqa: PLR2004 - about two lines
+def _quoted(value: object) -> str:
+    """Return a value from a file as ASCII text that fits into an error message."""
+    quoted = ascii(value)
+    return quoted if len(quoted) < 200 else f"{quoted[:197]}..."  # noqa: PLR2004 - about two lines

@@ -1,0 +1,56 @@
+"""How the probe combines the rates of several volumes, and recognises disturbed measurements."""
+
+import pytest
+
+from layerstream.pipeline.machine import probe as probe_module
+from layerstream.pipeline.machine.measurement import Origin, Rate
+from layerstream.pipeline.machine.probe import _combine, _Probe
+from layerstream.pipeline.machine.probe_cache import MeasuredRates
+
+
+def measured_volume(share, origin, *, disk, cpu, age=0.0):
+    rates = {
+        name: Rate(median=value, least=value, most=value, samples=4)
+        for name, value in (
+            ("disk_bytes_per_second", disk),
+            ("direct_read_cpu_seconds_per_byte", cpu),
+        )
+    }
+    probe = _Probe(
+        key={"of": "disk-direct"},
+        names=rates,
+        affected_by_contention=False,
+        measure=dict,
+        share=share,
+    )
+    return probe, MeasuredRates(rates=rates, age_seconds=age), origin
+
+
+def test_a_checkpoint_on_two_volumes_has_the_rate_of_reading_one_after_the_other():
+    found = _combine(
+        [
+            measured_volume(0.75, Origin.MEASURED, disk=3e9, cpu=2e-10),
+            measured_volume(0.25, Origin.CACHED, disk=1e9, cpu=6e-10, age=60.0),
+        ]
+    )
+    assert found.fields["disk_bytes_per_second"] == pytest.approx(2e9)
+    assert found.fields["direct_read_cpu_seconds_per_byte"] == pytest.approx(3e-10)
+    figure = found.figures["disk_bytes_per_second"]
+    assert (figure.origin, figure.samples, figure.age_seconds) == (Origin.CACHED, 8, 60.0)
+
+
+def test_a_volume_without_a_rate_leaves_the_rate_unknown_unless_it_holds_next_to_nothing():
+    assert _combine([measured_volume(0.5, Origin.MEASURED, disk=3e9, cpu=0.0)]).fields == {}
+    nearly = _combine([measured_volume(0.95, Origin.MEASURED, disk=3e9, cpu=0.0)])
+    assert nearly.fields["disk_bytes_per_second"] == pytest.approx(3e9)
+
+
+def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
+    monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 2.0)
+
+    def compute(*medians):
+        rates = [Rate(median=value, least=value, most=value, samples=5) for value in medians]
+        return dict(zip(("1", "4", "16"), rates, strict=True))
+
+    assert probe_module._was_disturbed(compute(2e9, 27e9, 20e9))
+    assert not probe_module._was_disturbed(compute(20e9, 27e9, 18e9))
