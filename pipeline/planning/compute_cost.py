@@ -8,7 +8,7 @@ from typing import Any
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.layout import PlannedLayer
-from layerstream.pipeline.planning.workload_memory import with_text_config
+from layerstream.pipeline.planning.model_shape import with_text_config
 
 __all__ = ["PassShape", "Work"]
 
