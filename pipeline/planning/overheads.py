@@ -14,8 +14,8 @@ _KERNEL_BYTES = 290_000
 _SCRATCH_BYTES = 900_000
 # Of an element: oneDNN compiles kernels for two bytes, MKL packs four.
 _HALF_BYTES, _SINGLE_BYTES = 2, 4
-# MKL packs float32 matrices for products of more than two rows: this many rows of one and columns of the other, in panels
-# of this depth, two of each whatever the number of threads. From MKL's own statistics, with 1 to 4 threads.
+# MKL packs float32 matrices for products of more than two rows: this many rows of one and columns of the other, in
+# panels of this depth, two of each whatever the number of threads. From MKL's own statistics, with 1 to 4 threads.
 _PANEL_DEPTH = 192
 _PANEL_ROWS = 720
 _PANEL_COLUMNS = 6432

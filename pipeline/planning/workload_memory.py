@@ -12,8 +12,8 @@ _FLOAT32_BYTES = 4
 # Choosing a token by top-p: logits, sorted ones, softmax and its running sum in float32, and the order in int64.
 _SAMPLING_BYTES = 24
 
-# Memory of a process for activations, divided by the bytes alive: glibc keeps freed blocks in the thread's heap. 1.1 to 1.9
-# times was measured for dense models, with sequences of 128 to 2048 tokens; caching allocators of GPUs round and split.
+# Memory of a process for activations, divided by the bytes alive: glibc keeps freed blocks in the thread's heap. 1.1 to
+# 1.9 times was measured for dense models, with sequences of 128 to 2048 tokens; caching allocators of GPUs round up.
 _WASTE = 2
 
 # Finding the bucket of a pair of positions by their distance: six tensors of int64, and comparisons of them.

@@ -8,7 +8,7 @@ from support.checkpoints import CPU, GPU
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.measurement import ComputeRate
 from layerstream.pipeline.planning.assumptions import rates_of
-from layerstream.pipeline.planning.compute_cost import PassShape, Work
+from layerstream.pipeline.planning.compute_cost import ComputeCost, PassShape
 from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 
@@ -39,7 +39,7 @@ def block(nbytes: int) -> PlannedLayer:
 def seconds(nbytes: int, *, tokens: int, context: int = 0, hardware=CPU, **known) -> float:
     rates = rates_of(dataclasses.replace(hardware, **{**KNOWN, **known}))
     shape = PassShape(sequences=1, tokens=tokens, context=context, prompt=tokens > 1)
-    return Work(CONFIG, rates).seconds(block(nbytes), shape)
+    return ComputeCost(CONFIG, rates).seconds(block(nbytes), shape)
 
 
 def test_a_small_block_takes_the_time_of_its_python_and_a_large_one_that_of_its_matrices():

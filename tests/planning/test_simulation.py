@@ -146,7 +146,7 @@ async def _compare(capacity, wanted):
             await asyncio.sleep(0)
         slot = taking.result()
         assert (at, predicted._taken) == (now, slot.offset)
-        predicted.freed(now + holding)
+        predicted.free(now + holding)
         held.append((now + holding, slot))
 
 

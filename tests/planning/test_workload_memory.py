@@ -18,7 +18,7 @@ from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.config import load_config, resolve_model_class
 from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.assumptions import rates_of
-from layerstream.pipeline.planning.compute_cost import Work
+from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.workload_memory import estimate_memory, kv_bytes
 from layerstream.tools.synthetic.families import FAMILIES
 
@@ -233,4 +233,4 @@ def test_a_config_of_nonsense_makes_no_trouble(odd: dict[str, Any]) -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **odd}
     memory = estimate_memory(config, Workload())
     assert memory is None or memory.reserved_bytes > 0
-    Work(config, rates_of(CPU))
+    ComputeCost(config, rates_of(CPU))
