@@ -114,7 +114,7 @@ def measure_mmap(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, Ra
                 format_bytes(nbytes),
             )
             return {}
-        done = _burst(lambda _, extent: reader.touch(extent), cold)
+        done = _burst(lambda _, extent: reader.fault_in(extent), cold)
         if not reader.resident_bytes(cold[0]):
             logger.info("this kernel has no MADV_POPULATE_READ: mapped files are not measured")
             return {}

@@ -696,7 +696,9 @@ def test_memory_that_cannot_be_page_locked_leaves_no_error_for_the_next_kernel()
     device = CudaDevice(torch.device("cuda:0"))
     memory = device.host_memory(1 << 20)
     try:
-        refusal = device._cudart("cudaHostRegister", memory.address, 1 << 20, 0)  # a second time
+        refusal = device._call_runtime(
+            "cudaHostRegister", memory.address, 1 << 20, 0
+        )  # a second time
         assert "already" in refusal
         assert torch.ones(4, device="cuda:0").sum().item() == 4
     finally:  # what stays registered refuses the next tests memory at this address
@@ -729,7 +731,7 @@ def test_closing_a_pipeline_unregisters_and_returns_all_host_memory(tmp_path, ca
     for _ in range(3):
         run(main(), seconds=SECONDS)
     assert len(given) == 6
-    assert all(device._cudart("cudaHostUnregister", address) for address, _ in given)
+    assert all(device._call_runtime("cudaHostUnregister", address) for address, _ in given)
     assert "cudaHostUnregister failed" not in caplog.text
     assert anonymous_bytes() - before < 64 << 20
 

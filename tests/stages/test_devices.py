@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
 from support.fake_cuda import FakeCuda, RunningCudaDevice
-from support.fake_device import POISON, FakeDevice, ScriptedClock, _FakeEvent
+from support.fake_device import POISON, FakeDevice, _FakeEvent
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
@@ -40,12 +40,6 @@ CLOCKS_APART = 0.005
 def _fake_runtime(request, monkeypatch):
     if "fake-runtime" in request.node.name:
         FakeCuda().install(monkeypatch)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock for devices that are not there, too."""
-    return ScriptedClock().install(monkeypatch)
 
 
 @pytest.fixture
