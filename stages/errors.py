@@ -10,7 +10,7 @@
     ├── BusyError           a second sweep was asked for while one is under way
     └── ClosedError         used before it was opened or after it was closed
 
-Every message names what was needed, what was there and what to do, in one sentence or two. Errors that
+Every message names what was needed, what was available and what to do, in one sentence or two. Errors that
 arise inside a stage leave it as themselves, with a note that names the stage and the layer batch.
 """
 

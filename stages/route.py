@@ -29,7 +29,7 @@ class HeldSlot:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class InFlight:
-    """A layer batch on its way from disk to computation, with what it holds of the arenas."""
+    """A layer batch on its way from disk to computation, with the slots that it holds."""
 
     batch: LayerBatch
     wanted: bool = True

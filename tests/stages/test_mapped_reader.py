@@ -94,7 +94,7 @@ def test_on_an_older_kernel_faulting_in_starts_the_read_ahead_instead(files, mon
     reader.close()
 
 
-def test_a_tensor_that_somebody_kept_stays_readable_after_its_mapping_was_closed(files):
+def test_a_tensor_that_is_still_referenced_stays_readable_after_its_mapping_was_closed(files):
     expected = files[0].read_bytes()
     reader = MmapReader(files)
     image = reader.image(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))

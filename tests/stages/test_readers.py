@@ -212,7 +212,7 @@ def test_a_read_leaves_nothing_in_the_page_cache(kind, tmp_path, open_reader):
     assert cached_pages(path) == 0
 
 
-def test_a_tensor_that_somebody_kept_stays_readable_after_its_host_memory_was_closed():
+def test_a_tensor_that_is_still_referenced_stays_readable_after_its_host_memory_was_closed():
     memory = HostMemory(1 << 20)
     memory.tensor.fill_(7)
     kept = memory.tensor[100:200]
