@@ -64,7 +64,7 @@ class RingArena:
         self.gauge = Gauge()  # of the bytes in slots
         self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)  # of slots that were given back
         self._live: deque[Slot] = deque()
-        self._end = 0  # where the youngest slot ends
+        self._end = 0  # where the newest slot ends
         self._events: list[tuple[int, int, Event]] = []  # (start, stop, event) of slots given back
         self._freed = asyncio.Event()
 
@@ -84,10 +84,10 @@ class RingArena:
         return sum(not slot._freed for slot in self._live)  # noqa: SLF001
 
     async def take(self, nbytes: int, *, batch: int = -1) -> Slot:
-        """Take the next ``nbytes`` as a slot, as soon as there is room. A cancelled wait takes nothing.
+        """Take the next ``nbytes`` as a slot, as soon as that much is free. A cancelled wait takes nothing.
 
         Args:
-            nbytes: Its size.
+            nbytes: Size of the slot.
             batch: Index of the layer batch that it is for, shown in timings.
 
         Raises:
@@ -98,11 +98,11 @@ class RingArena:
                 f"a layer batch of {nbytes} bytes does not fit an arena of {self.capacity_bytes} bytes; "
                 "make the plan anew for these files"
             )
-        while (offset := self._find(nbytes)) is None:
+        while (offset := self._find_offset(nbytes)) is None:
             self._freed.clear()
             await self._freed.wait()
         stop = offset + nbytes
-        slot = Slot(offset, self._memory[offset:stop], self._events_in(offset, stop))
+        slot = Slot(offset, self._memory[offset:stop], self._take_events(offset, stop))
         self._live.append(slot)
         slot.batch, slot.taken_seconds = batch, self.gauge.change(nbytes)
         self._end = stop
@@ -119,7 +119,7 @@ class RingArena:
         now = self.gauge.change(-slot.nbytes)
         self.spans.append(Span(Activity.HOLDING, slot.batch, slot.taken_seconds, now, slot.nbytes))
         slot.tensor = torch.empty(0, dtype=torch.uint8)
-        # No later slot overlaps an empty one, so its events would be kept for ever.
+        # No later slot overlaps an empty one, so its events would be kept forever.
         if slot.nbytes:
             self._events += [(slot.offset, slot.offset + slot.nbytes, event) for event in after]
         while self._live and self._live[0]._freed:  # noqa: SLF001
@@ -127,7 +127,7 @@ class RingArena:
         self._freed.set()
 
     def occupancy(self, name: str) -> Occupancy:
-        """How full it has been, under ``name``. May be asked for after it was closed."""
+        """How full the ring has been, labelled ``name``. Works after ``close``, too."""
         return Occupancy(
             name=name,
             capacity_bytes=self._size_bytes,
@@ -137,21 +137,21 @@ class RingArena:
         )
 
     def close(self) -> None:
-        """Drop the memory, which stays as long as there is a view of it."""
+        """Drop the memory; it is freed with the last view of it."""
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _find(self, nbytes: int) -> int | None:
+    def _find_offset(self, nbytes: int) -> int | None:
         if not self._live:
             return 0
         first = self._live[0].offset
-        if self._end <= first:  # wrapped: the gap between the youngest and the oldest
+        if self._end <= first:  # wrapped: the gap between the newest and the oldest
             return self._end if first - self._end >= nbytes else None
         if self.capacity_bytes - self._end >= nbytes:
             return self._end
         return 0 if first >= nbytes else None
 
-    def _events_in(self, start: int, stop: int) -> tuple[Event, ...]:
-        # A new slot may overlap several that were given back, each of which is still read by other work.
+    def _take_events(self, start: int, stop: int) -> tuple[Event, ...]:
+        """Remove and return the events of the given range, of every slot that lay there."""
         due, kept = [], []
         for begin, end, event in self._events:
             if end <= start or stop <= begin:

@@ -76,8 +76,8 @@ def layers_label(layers: Sequence[str]) -> str:
 class LayerBatch:
     """Consecutive layers that travel as one unit.
 
-    It has no ``__slots__``: what stages ask for in every sweep is computed once and cached, instead of from
-    hundreds of tensors each time.
+    It has no ``__slots__``: what stages need in every sweep is cached, instead of computed from hundreds of
+    tensors each time.
     """
 
     index: int
@@ -91,11 +91,11 @@ class LayerBatch:
     device_bytes: int
     """Size of the device image; 0 where computation reads only the host image."""
     scratch_bytes: int = 0
-    """Tensors that computation makes from it before use: casts, transposes."""
+    """Bytes of tensors that are made from it before use: casts, transposes."""
     host_resident: bool = False
-    """The host image is kept: read once."""
+    """The host image stays in memory: it is read once."""
     device_resident: bool = False
-    """The device image is kept: read and copied once."""
+    """The device image stays in memory: it is read and copied once."""
 
     @property
     def label(self) -> str:

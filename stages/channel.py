@@ -28,7 +28,7 @@ class Channel(Generic[T]):
         return self._error is not None
 
     async def put(self, item: T) -> None:
-        """Queue ``item`` once there is room."""
+        """Queue ``item`` once there is space."""
         while len(self._items) >= self._size and self._error is None:
             await self._wait()
         if self._error is not None:
@@ -62,6 +62,6 @@ class Channel(Generic[T]):
         self._changed.set()
 
     async def _wait(self) -> None:
-        # Sender and receiver never wait at once: one wants room, the other wants items.
+        # Sender and receiver never wait at once: one waits for space, the other for items.
         self._changed.clear()
         await self._changed.wait()

@@ -31,7 +31,7 @@ class Batch:
     def __init__(self, item: InFlight, device: Device) -> None:
         self._item = item
         self._device = device
-        self._streams: set[Hashable] = set()  # on which the tensors are computed with
+        self._streams: set[Hashable] = set()  # whose work may read the tensors
         self.index = item.batch.index
         self.layers = item.batch.layers
 
@@ -52,7 +52,7 @@ class Batch:
         return self._tensors
 
     def record(self) -> tuple[Event, ...]:
-        """Events behind all work that may read the tensors: the calling thread's, and on streams that asked for them."""
+        """Record events behind all work that may read the tensors: on this thread's stream and where they were read."""
         streams = {self._device.stream(), *self._streams}
         return tuple(self._device.record(stream) for stream in streams)
 
@@ -73,24 +73,24 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Turn:
+class _ComputeTimes:
     """The time that computation spends on a layer batch: times seen by the host, and events of the device.
 
-    The batch counts as computed with from when that could begin (it was handed over, its copy was done, and so was
-    the computation before) until all is done (the kernels that read it, and the caller). On a GPU, the host may
-    have gone on to later batches before its kernels begin.
+    Computation counts from when it could begin (the batch was handed over, its copy and the computation before it
+    were done) until the kernels that read the batch and the caller are done. On a GPU, the host may have gone on
+    to later batches before the kernels begin.
     """
 
     batch: int
     nbytes: int
-    asked_seconds: float
+    requested_seconds: float
     handed_over_seconds: float
     given_back_seconds: float
     copied: tuple[Event, ...]
     computed: tuple[Event, ...]
 
-    def count(self, clock: Clock, *, device: Device) -> bool:
-        """Add its spans to ``clock``; False if the device cannot tell their times yet."""
+    def add_to(self, clock: Clock, *, device: Device) -> bool:
+        """Add the spans to ``clock``; False if the device does not know their times yet."""
         begun, ended = [self.handed_over_seconds], [self.given_back_seconds]
         for events, times in ((self.copied, begun), (self.computed, ended)):
             for event in events:
@@ -98,8 +98,8 @@ class _Turn:
                 if passed is None:
                     return False
                 times.append(passed)
-        # Count no moment twice: two batches may be computed with at once, on different streams.
-        waiting = max(self.asked_seconds, clock.stopped)
+        # Count no moment twice: two batches may be in computation at once, on different streams.
+        waiting = max(self.requested_seconds, clock.last_stop_seconds)
         working = clock.add(Activity.WAITING_IN, waiting, max(waiting, *begun), batch=self.batch)
         stop = max(working, *ended)
         clock.add(Activity.WORKING, working, stop, batch=self.batch, nbytes=self.nbytes)
@@ -113,7 +113,7 @@ class Sweep:
     ends when it is closed, left as a context manager, or dropped.
 
     Attributes:
-        prompt: Whether a prompt is processed in it, which decides the prediction that it is compared with.
+        prompt: Whether a prompt is processed in it: decides with which prediction it is compared.
         tokens: Tokens of the forward pass in it; None if there are several, or if it is unknown.
     """
 
@@ -137,7 +137,7 @@ class Sweep:
         self._on_drop = on_drop
         self._held: InFlight | None = None
         self._batch: Batch | None = None
-        self._asked_seconds = self._handed_over_seconds = 0.0
+        self._requested_seconds = self._handed_over_seconds = 0.0
         self._received = 0
         self.began_seconds = time.perf_counter()
         self.ended = False
@@ -150,12 +150,12 @@ class Sweep:
         return self._received == len(self._order)
 
     async def receive(self) -> Batch | None:
-        """The next batch, or None after the last. The one before it has to be given back first."""
+        """The next batch, or None after the last. The previous one has to be given back first."""
         if self.ended:
             raise ClosedError("this sweep has ended; ask the pipeline for a new one")
         if self.complete:
             return None
-        self._asked_seconds = time.perf_counter()
+        self._requested_seconds = time.perf_counter()
         while True:
             try:
                 item = await self._source.get()
@@ -181,17 +181,17 @@ class Sweep:
         batch, self._batch = self._batch, None
         if item is not None and batch is not None:
             computed = tuple(batch.record() if after is None else after)
-            turn = _Turn(
+            times = _ComputeTimes(
                 batch=item.batch.index,
                 nbytes=item.batch.tensor_bytes,
-                asked_seconds=self._asked_seconds,
+                requested_seconds=self._requested_seconds,
                 handed_over_seconds=self._handed_over_seconds,
                 given_back_seconds=time.perf_counter(),
                 copied=() if item.copied is None else (item.copied,),
                 computed=computed,
             )
             self._route.done(item, computed)
-            self._clock.later(partial(turn.count, device=self._device))
+            self._clock.add_later(partial(times.add_to, device=self._device))
 
     def end(self) -> None:
         """Give back the batch that is held, and let the pipeline begin another sweep. May be called again."""

@@ -10,7 +10,7 @@
     ├── BusyError           a second sweep was asked for while one is under way
     └── ClosedError         used before it was opened or after it was closed
 
-Every message names what was needed, what was there and what to do, in one sentence or two. Errors that
+Every message names what was needed, what was available and what to do, in one sentence or two. Errors that
 arise inside a stage leave it as themselves, with a note that names the stage and the layer batch.
 """
 
@@ -70,7 +70,7 @@ class ClosedError(LayerstreamError):
 
 
 def echo_of(error: BaseException) -> ClosedError:
-    """An error for all callers but the first that ``error`` reaches: one object raised again collects tracebacks."""
+    """A new error for each further caller that ``error`` affects: one object raised repeatedly collects tracebacks."""
     if isinstance(error, ClosedError):
         return ClosedError(*error.args)
     echo = ClosedError(f"streaming has failed before: {error}")
@@ -78,7 +78,7 @@ def echo_of(error: BaseException) -> ClosedError:
     return echo
 
 
-class _Numbered(Protocol):
+class _AnyBatch(Protocol):
     """A layer batch, planned or arrived."""
 
     @property
@@ -88,8 +88,8 @@ class _Numbered(Protocol):
 
 
 @contextmanager
-def annotated(stage: str, batch: _Numbered) -> Iterator[None]:
-    """Add to an error raised in the body a note of where in the pipeline it arose."""
+def annotated(stage: str, batch: _AnyBatch) -> Iterator[None]:
+    """Add the stage and the layer batch to an error raised in the body, as a note."""
     try:
         yield
     except Exception as error:

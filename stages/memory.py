@@ -50,25 +50,25 @@ class HostMemory:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        # Huge pages begin at multiples of their size, so map more; what is not touched takes no memory.
-        huge = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        size = nbytes + HUGE_PAGE_BYTES if huge else max(nbytes, mmap.PAGESIZE)
+        # Huge pages begin at multiples of their size, so map more; pages that are never written take no memory.
+        huge_bytes = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        size = nbytes + HUGE_PAGE_BYTES if huge_bytes else max(nbytes, mmap.PAGESIZE)
         try:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise DeviceError(
                 f"the system refused {nbytes} bytes of host memory ({error}); lower the host budget or free memory"
             ) from error
-        skipped = -address_of(self._map) % HUGE_PAGE_BYTES if huge else 0
-        self.address = address_of(self._map) + skipped
-        if huge:
+        skipped_bytes = -address_of(self._map) % HUGE_PAGE_BYTES if huge_bytes else 0
+        self.address = address_of(self._map) + skipped_bytes
+        if huge_bytes:
             # Only whole huge pages: of the last one, all would be allocated though only a part is used.
-            self._advise("MADV_HUGEPAGE", skipped, huge)
+            self._advise("MADV_HUGEPAGE", skipped_bytes, huge_bytes)
         self._advise("MADV_DONTFORK", 0, size)
-        self.tensor = tensor_over(self._map)[skipped : skipped + nbytes]
+        self.tensor = tensor_over(self._map)[skipped_bytes : skipped_bytes + nbytes]
 
     def _advise(self, name: str, start: int, nbytes: int) -> None:
-        # Only Linux has these; they are optimisations.
+        # Only on Linux, and an optimisation.
         if hasattr(mmap, name):
             try:
                 self._map.madvise(getattr(mmap, name), start, nbytes)
@@ -101,8 +101,8 @@ class Image:
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
         """The uint8 view ``[nbytes]`` at ``offset``, which must lie inside one part."""
-        which = bisect_right(self._starts, offset) - 1
-        return self._parts[which].narrow(0, offset - self._starts[which], nbytes)
+        index = bisect_right(self._starts, offset) - 1
+        return self._parts[index].narrow(0, offset - self._starts[index], nbytes)
 
     def tensors(self, views: Sequence[TensorView]) -> Mapping[str, torch.Tensor]:
         """All tensors of this image by name, as views of its bytes; made once."""
@@ -114,9 +114,9 @@ class Image:
         dtype = getattr(torch, view.dtype)
         if view.nbytes == 0:
             return torch.empty(view.shape, dtype=dtype, device=self._device)
-        which = bisect_right(self._starts, view.offset) - 1
-        part = self._parts[which]
-        start = part.storage_offset() + view.offset - self._starts[which]
+        index = bisect_right(self._starts, view.offset) - 1
+        part = self._parts[index]
+        start = part.storage_offset() + view.offset - self._starts[index]
         # One operation instead of slice, view and view again: a batch may hold hundreds of tensors.
         return torch.empty(0, dtype=dtype, device=part.device).set_(
             part.untyped_storage(), start // dtype.itemsize, view.shape, strides_of(view.shape)

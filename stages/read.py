@@ -38,11 +38,11 @@ async def read_stage(
 ) -> None:
     """Read layer batches in the order of ``route``, until cancelled.
 
-    One loop starts reads and another waits for them, so that the disk has the next batch's requests in its
-    queue while the last ones of this batch are still in progress.
+    One loop starts reads and another waits for them, so that the disk has the next batch's requests queued
+    while the last ones of this batch are in progress.
 
     Args:
-        route: Tells which batch is next.
+        route: Decides which batch is next.
         reader: Fills slots from the files.
         mapped: The same reader, if computation uses its mapping of the files instead of slots.
         arena: The ring of host slots.
@@ -59,15 +59,7 @@ async def read_stage(
         while True:
             item = route.next()
             with annotated("read", item.batch):
-                await _start_reads(
-                    item,
-                    reader=reader,
-                    mapped=mapped,
-                    arena=arena,
-                    residents=residents,
-                    threads=threads,
-                    request_bytes=request_bytes,
-                )
+                await _start_reads(item, reader, mapped, arena, residents, threads, request_bytes)
             await started.put(item)
 
     async def finish() -> None:
@@ -82,8 +74,7 @@ async def read_stage(
                 times = [read.result() for read in item.reads]
                 if mapped is not None:
                     item.host = mapped.image(item.batch)
-            if times:
-                idle_since = _count(clock, item.batch, times, idle_since=idle_since)
+            idle_since = _count_work(clock, item.batch, times, idle_since=idle_since)
             if item.batch.host_resident and not item.batch.device_resident:
                 residents.arrived(item.batch)
             await out.put(item)
@@ -93,9 +84,8 @@ async def read_stage(
         tasks.create_task(finish(), name="layerstream-read-finish")
 
 
-async def _start_reads(
+async def _start_reads(  # noqa: PLR0917 - those of the stage, by the same names
     item: InFlight,
-    *,
     reader: Reader,
     mapped: MmapReader | None,
     arena: RingArena,
@@ -111,9 +101,9 @@ async def _start_reads(
         return
     if mapped is not None:
         item.reads = [
-            threads.submit(_timed, mapped.touch, extent)
+            threads.submit(_timed, mapped.fault_in, extent)
             for extent, _ in _requests(batch, request_bytes)
-            if not mapped.touched_lately(extent)
+            if not mapped.faulted_in_recently(extent)
         ]
         return
     if batch.host_resident:
@@ -126,26 +116,28 @@ async def _start_reads(
         return
     item.host = Image([(0, destination)])
     buffer = memoryview(destination.numpy().data)  # the same bytes, as a buffer for preadv
-    for extent, at in _requests(batch, request_bytes):
-        padded = -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
-        item.reads.append(threads.submit(_timed, reader.read, extent, buffer[at : at + padded]))
+    for extent, start in _requests(batch, request_bytes):
+        stop = start + -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        item.reads.append(threads.submit(_timed, reader.read, extent, buffer[start:stop]))
 
 
 def _requests(batch: LayerBatch, request_bytes: int) -> Iterator[tuple[Extent, int]]:
     """The extents to read with one call each, and their offsets in the host image."""
     for read in batch.reads:
-        for at in range(0, read.nbytes, request_bytes):
-            nbytes = min(request_bytes, read.nbytes - at)
+        for start in range(0, read.nbytes, request_bytes):
+            nbytes = min(request_bytes, read.nbytes - start)
             yield (
-                Extent(file=read.file, offset=read.file_offset + at, nbytes=nbytes),
-                read.host_offset + at,
+                Extent(file=read.file, offset=read.file_offset + start, nbytes=nbytes),
+                read.host_offset + start,
             )
 
 
-def _count(
+def _count_work(
     clock: Clock, batch: LayerBatch, times: Sequence[tuple[float, float]], *, idle_since: float
 ) -> float:
-    """Count the reading of ``batch``, from when its requests began and ended; returns when it was done."""
+    """Count the reading of ``batch`` from the times of its requests; returns since when the stage is idle."""
+    if not times:
+        return idle_since
     # Requests of two batches overlap: each batch counts from the end of the one before it.
     begin = max(idle_since, min(start for start, _ in times))
     # Small requests may have ended before the last ones of the batch before.

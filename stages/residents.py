@@ -31,7 +31,7 @@ class Residents:
         self._device = device
         self._memory: dict[int, _Memory] = {}
         self._loaded: set[int] = set()
-        self._loading: dict[int, LayerBatch] = {}  # as it was when that began
+        self._loading: dict[int, LayerBatch] = {}  # by index, as planned when loading began
         self._changed = asyncio.Event()
         self.add(batches)
 
@@ -48,19 +48,19 @@ class Residents:
         """
         new = [b for b in batches if not b.streamed and b.index not in self._memory]
         if new:
-            # They may take the place of a prompt's activations, which allocators keep when they are freed: on a CPU, half
-            # of what a prompt of 1024 tokens took stayed in the heap beside the new residents.
+            # They may replace a prompt's activations, which allocators keep when they are freed: on a CPU, half of
+            # what a prompt of 1024 tokens took stayed in the heap in addition to the new residents.
             self._device.trim()
         added = []
         try:
             for batch in new:
                 added.append(batch.index)
-                self._take(batch)
+                self._allocate(batch)
         except BaseException:
             self.remove(added)
             raise
 
-    def _take(self, batch: LayerBatch) -> None:
+    def _allocate(self, batch: LayerBatch) -> None:
         host = self._device.host_memory(batch.host_bytes) if batch.host_resident else None
         try:
             device = (
@@ -73,7 +73,7 @@ class Residents:
         self._memory[batch.index] = _Memory(host=host, device=device)
 
     def remove(self, indices: Iterable[int]) -> None:
-        """Free the memory of these; nothing reads or writes it any more."""
+        """Free the memory of these batches, which must not be read or written any more."""
         for index in indices:
             memory = self._memory.pop(index, None)
             self._loaded.discard(index)
@@ -92,7 +92,7 @@ class Residents:
         ]
 
     async def loaded(self, batch: LayerBatch) -> bool:
-        """Whether ``batch`` is a resident that is loaded already. If this returns False, the caller loads it.
+        """Whether ``batch`` is a resident that is loaded already. After False, the caller must load it.
 
         If it is being loaded, this waits for the outcome: with few batches, the prefetch of the next sweep gets
         to a resident that this sweep is still loading.
@@ -108,14 +108,14 @@ class Residents:
         return False
 
     def arrived(self, batch: LayerBatch) -> None:
-        """Note that ``batch`` is loaded, in all images that are resident."""
+        """Mark ``batch`` as loaded, in all images that are resident."""
         # A late report of a copy into memory that was freed meanwhile must not count for its successor.
         if self._loading.get(batch.index) is batch:
             self._loaded.add(batch.index)
-        self.gave_up(batch)
+        self.loading_ended(batch)
 
-    def gave_up(self, batch: LayerBatch) -> None:
-        """Note that ``batch`` is not being loaded any more, whether it arrived or not."""
+    def loading_ended(self, batch: LayerBatch) -> None:
+        """Mark ``batch`` as no longer being loaded, whether it arrived or not."""
         if self._loading.get(batch.index) is batch:
             del self._loading[batch.index]
         self._changed.set()

@@ -29,13 +29,13 @@ class HeldSlot:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class InFlight:
-    """A layer batch on its way from disk to computation, with what it holds of the arenas."""
+    """A layer batch on its way from disk to computation, with the slots that it holds."""
 
     batch: LayerBatch
     wanted: bool = True
-    """False: it will not be computed with; the next stage that gets it drops it."""
+    """False: no computation needs it, and the next stage that gets it drops it."""
     resident: bool = False
-    """It was loaded before: nothing is read."""
+    """It has been loaded already: nothing is read."""
     reads: list[Future[tuple[float, float]]] = field(default_factory=list)
     host: Image | None = None
     device: Image | None = None
@@ -55,7 +55,7 @@ class InFlight:
         return slot
 
     def cancel(self) -> None:
-        """Mark as not wanted, and cancel the reads that have not begun; the others run to their end."""
+        """Mark as not wanted, and cancel the reads that have not begun; the others are completed."""
         self.wanted = False
         for read in self.reads:
             read.cancel()
@@ -72,8 +72,8 @@ class InFlight:
 class Route:
     """The order in which layer batches are read, sweep after sweep.
 
-    It wraps around: the last batch of a sweep is followed by the first of the next one, on the guess that the
-    next sweep takes the same route. If the guess was wrong, ``redirect`` keeps those batches under way that the
+    It wraps around: the last batch of a sweep is followed by the first of the next one, assuming that the
+    next sweep takes the same route. If it does not, ``redirect`` keeps those batches under way that the
     new route needs, in its order, and drops the rest.
     """
 
@@ -85,7 +85,7 @@ class Route:
         self.under_way: deque[InFlight] = deque()  # in the order in which they are read
 
     def next(self) -> InFlight:
-        """The next batch to read. The number under way is bounded by the room in the arenas, not here."""
+        """The next batch to read. The number under way is bounded by the size of the arenas, not here."""
         item = InFlight(batch=self._batches[self._order[self._position]])
         self._position = (self._position + 1) % len(self._order)
         self.under_way.append(item)
@@ -111,15 +111,15 @@ class Route:
             item.cancel()
 
     def restart(self) -> None:
-        """Let the next batch that arrives be the first of the route."""
+        """Make the next batch that arrives the first of the route."""
         self.redirect(self._order)
 
     def drop(self, item: InFlight) -> None:
-        """Give back what ``item`` holds, though it was not computed with: the device slot after its copies."""
+        """Give back the slots of ``item``, which was not computed with: the device slot after its copies."""
         self.done(item, () if item.copied is None else (item.copied,))
 
     def done(self, item: InFlight, after: Sequence[Event]) -> None:
-        """Give back what ``item`` holds: the device slot after ``after``, the computation that reads it."""
+        """Give back the slots of ``item``: the device slot after ``after``, the computation that reads it."""
         if item not in self.under_way:  # dropped already: the pipeline was closed
             return
         self.under_way.remove(item)
@@ -127,10 +127,10 @@ class Route:
         # A device resident whose copies have begun arrives in any case; loading it again would overwrite what
         # may be computed with by then.
         if item.copied is None or not item.batch.device_resident:
-            self._residents.gave_up(item.batch)
+            self._residents.loading_ended(item.batch)
 
     async def empty(self) -> None:
-        """Drop everything under way, once no thread writes into its slots. For use when the stages have ended."""
+        """Drop everything under way, once no thread writes into its slots. Call it after the stages have ended."""
         for item in tuple(self.under_way):
             item.cancel()
         for item in tuple(self.under_way):

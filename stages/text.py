@@ -16,7 +16,7 @@ __all__ = [
 _ROUNDS_UP = 999.5  # what would print as 1000
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
-_ABSURD_BYTES = 1 << 63  # more than any machine can address
+_TOO_MANY_BYTES = 1 << 63  # more than any machine can address
 
 _UNITS = {
     "": 1,
@@ -28,24 +28,24 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes that ``text`` says, such as "4GiB", "900 MB" or "4096".
+    """Parse a size such as "4GiB", "900 MB" or "4096"; returns bytes.
 
     Raises:
-        ValueError: It says nothing of the kind, or nothing above zero.
+        ValueError: It is not a size, or not above zero.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     count = float(match[1]) * unit if match and unit else 0
-    if not 1 <= count < _ABSURD_BYTES:
+    if not 1 <= count < _TOO_MANY_BYTES:
         raise ValueError(f"not a size: {text!r}; write it like 4GiB or 900MB")
     return int(count)
 
 
 def parse_size(text: str, *, of_bytes: int) -> int:
-    """As ``parse_bytes``, or a share of ``of_bytes`` such as "80%".
+    """Parse a size as ``parse_bytes`` does, or a share of ``of_bytes`` such as "80%"; returns bytes.
 
     Raises:
-        ValueError: It is neither, or a share of nothing, or of more than all.
+        ValueError: It is neither, or a share that is not above 0% and up to 100%.
     """
     number = text.strip().removesuffix("%")
     if number == text.strip():
@@ -60,10 +60,10 @@ def parse_size(text: str, *, of_bytes: int) -> int:
 
 
 def parse_rate(text: str) -> float:
-    """The bytes per second that ``text`` says, such as "7GB/s" or "25 GiB/s".
+    """Parse a rate such as "7GB/s" or "25 GiB/s"; returns bytes per second.
 
     Raises:
-        ValueError: It says nothing of the kind, or nothing above zero.
+        ValueError: It is not a rate, or not above zero.
     """
     size = text.strip().removesuffix("/s")
     try:
@@ -83,7 +83,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_decimal(count: float) -> str:
-    """``count`` bytes with four digits and a decimal unit, e.g. "690.6 GB": bandwidths are given in such."""
+    """``count`` bytes with four digits and a decimal unit, as usual for bandwidths, e.g. "690.6 GB"."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if abs(value) < _ROUNDS_UP:
@@ -93,7 +93,7 @@ def format_decimal(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``seconds`` as people say it, e.g. "1.25 ms", "98.99 s", "3 h 31 min"."""
+    """``seconds`` in units that suit their size, e.g. "1.25 ms", "98.99 s", "3 h 31 min"."""
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 10 * _MINUTE:
@@ -109,19 +109,19 @@ def format_seconds(seconds: float) -> str:
 def format_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)
 ) -> str:
-    """The table as plain text, without a title.
+    """Format a table as plain text, without a title.
 
     Args:
-        columns: Their names.
-        rows: Of cells.
-        left: Numbers of the columns that are flush left; figures are flush right.
+        columns: Names of the columns.
+        rows: The cells of each row.
+        left: Indices of the columns that are aligned left; the others, with numbers, are aligned right.
     """
     lines = [tuple(columns), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -1,4 +1,4 @@
-"""Blocking calls off the event loop, in threads of our own, never abandoned."""
+"""Blocking calls off the event loop, in threads of our own, which are never abandoned."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -27,7 +27,7 @@ class Threads:
         return self._pool.submit(call, *args, **kwargs)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``call`` and wait for it, to its end even if the waiting task is cancelled.
+        """Run ``call`` and wait until it ends, even if the waiting task is cancelled.
 
         Raises:
             ClosedError: The pool was closed before the call had begun.
@@ -35,11 +35,11 @@ class Threads:
         future = self.submit(call, *args, **kwargs)
         try:
             await wait_all([future])
-            if future.cancelled():  # closed before a thread had taken it up
+            if future.cancelled():  # closed before a thread had started it
                 raise ClosedError("the pipeline was closed")
             return future.result()
         finally:
-            del future  # an error that it holds would hold this frame, and so itself
+            del future  # its exception would refer to this frame, and so to itself
 
     def close(self) -> None:
         """Drop the calls that have not begun and wait for those that have."""
@@ -68,7 +68,7 @@ async def wait_all(futures: Iterable[Future[T]], *, droppable: bool = False) -> 
 
 
 async def finish_in_thread(call: Callable[[], T]) -> T:
-    """Run one long call in a thread of its own, to its end even if the waiting task is cancelled."""
+    """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled."""
     threads = Threads("once", 1)
     try:
         return await threads.run(call)
@@ -77,13 +77,13 @@ async def finish_in_thread(call: Callable[[], T]) -> T:
 
 
 class Once:
-    """Work that is done once and to its end, however many tasks ask for it and are cancelled."""
+    """Work that is done once and completely, however many tasks request it and are cancelled."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``work``, or wait until it has been done. A cancellation is raised only then."""
+        """Do ``work``, or wait until it is done. A cancellation is raised only then."""
         if self._task is None:
             self._task = asyncio.create_task(work())
         await _all_done([self._task])

@@ -67,9 +67,14 @@ pythonpath = $root/tests
 addopts = --import-mode=importlib
 faulthandler_timeout = 75
 INI
+# The tests of memory come after those of results: the driver has loaded most kernels by then.
+cuda_tests=()
+for name in cuda_results cuda_slots cuda_memory devices cuda_clock; do
+    cuda_tests+=("$root/tests/stages/test_$name.py")
+done
 timeout -k 5 200 "$python" -m pytest -c "$work/pytest.ini" --rootdir "$root" -p no:cacheprovider -q -rsfE \
     --basetemp "$work/scratch/tests" --junitxml "$work/tests.xml" "${tests[@]}" \
-    "$root/tests/stages/test_cuda.py" "$root/tests/stages/test_devices.py" 2>&1 | tee -- "$out/gpu_tests.log"
+    "${cuda_tests[@]}" 2>&1 | tee -- "$out/gpu_tests.log"
 tested=${PIPESTATUS[0]}
 rm -rf -- "$work/scratch/tests"
 wait "$making"

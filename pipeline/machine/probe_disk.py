@@ -117,7 +117,7 @@ def measure_mmap(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, Ra
                 format_bytes(nbytes),
             )
             return {}
-        rate, cost = _read_concurrently(lambda _, extent: reader.touch(extent), cold)
+        rate, cost = _read_concurrently(lambda _, extent: reader.fault_in(extent), cold)
         if not reader.resident_bytes(cold[0]):
             logger.info("this kernel has no MADV_POPULATE_READ: mapped files are not measured")
             return {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from layerstream.pipeline.planning.prediction import Prediction
 from layerstream.stages.compute import Sweep
 from layerstream.stages.telemetry.clock import Clock
-from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
+from layerstream.stages.telemetry.forecast import PredictionChecker, SweepPrediction
 from layerstream.stages.telemetry.spans import Occupancy, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
@@ -30,7 +30,7 @@ class SweepLog:
     def __init__(self, *, on_gpu: bool) -> None:
         self.loading = False
         self._completed = 0
-        self._forecasts = Forecasts(on_gpu=on_gpu)
+        self._forecasts = PredictionChecker(on_gpu=on_gpu)
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
 
     def count(self, sweep: Sweep, prediction: Prediction) -> None:
@@ -65,7 +65,7 @@ class SweepLog:
     ) -> Timings:
         """What the stages of ``clocks`` did in these sweeps, since ``opened_seconds``."""
         stages = tuple(clock.sums() for clock in clocks)
-        last = max(clock.stopped for clock in clocks)
+        last = max(clock.last_stop_seconds for clock in clocks)
         busy = {f"{stage.name}_seconds": stage.busy_seconds for stage in stages}
         return Timings(
             sweeps=self._completed,

@@ -35,7 +35,7 @@ class CpuDevice:
         return platform.machine()
 
     def free_bytes(self) -> int | None:
-        """None: the host's memory is all there is."""
+        """None: the device uses host memory."""
         return None
 
     def host_memory(self, nbytes: int) -> HostMemory:
@@ -47,14 +47,14 @@ class CpuDevice:
         memory.close()
 
     def device_memory(self, nbytes: int) -> torch.Tensor:
-        """Ordinary memory, page-aligned, gone with its last view."""
+        """Ordinary memory, page-aligned, freed with its last view."""
         return HostMemory(nbytes).tensor
 
     def drain(self) -> None:
         """Nothing to do: work is done when it returns."""
 
     def trim(self) -> None:
-        """Return what the C library and MKL keep to the system."""
+        """Return memory that the C library and MKL keep unused to the system."""
         LibraryMemory().release()
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:

@@ -46,11 +46,11 @@ class CudaDevice:
         self._clock = CudaClock(self.torch_device)
 
     def model_name(self) -> str:
-        """As the driver calls it."""
+        """The driver's name for it."""
         return torch.cuda.get_device_name(self.torch_device)
 
     def free_bytes(self) -> int:
-        """What the driver has free, and what torch's allocator keeps but does not use."""
+        """What the driver has free, plus what torch's allocator keeps unused."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         stats = torch.cuda.memory_stats(self.torch_device)
         held = stats.get("reserved_bytes.all.current", 0) - stats.get(
@@ -65,14 +65,16 @@ class CudaDevice:
         registered with the driver instead.
         """
         memory = HostMemory(nbytes)
-        memory.tensor.zero_()  # registering faults pages in one by one; touching them first does it in bulk
+        memory.tensor.zero_()  # registering faults pages in one by one, zeroing in bulk
         # In one piece: a copy that spans two registrations is refused, and a segment may lie anywhere.
-        refusal = self._cudart("cudaHostRegister", memory.address, nbytes, 0) if nbytes else None
-        if refusal is not None:
+        error_text = (
+            self._call_runtime("cudaHostRegister", memory.address, nbytes, 0) if nbytes else None
+        )
+        if error_text is not None:
             memory.close()
             raise DeviceError(
                 f"{self.torch_device} refused to page-lock {nbytes} bytes of host memory "
-                f"({refusal}); lower the host budget or raise the limit on locked "
+                f"({error_text}); lower the host budget or raise the limit on locked "
                 "memory (ulimit -l)"
             )
         return memory
@@ -81,25 +83,29 @@ class CudaDevice:
         """Unregister and close ``memory``, once no copy reads it any more."""
         try:
             self._stream.synchronize()
-            refusal = self._cudart("cudaHostUnregister", memory.address) if memory.nbytes else None
-            if refusal is not None:
-                logger.warning("cudaHostUnregister failed: %s", refusal)
-        except RuntimeError as error:  # a kernel has faulted: nothing runs on this device any more
+            error_text = (
+                self._call_runtime("cudaHostUnregister", memory.address) if memory.nbytes else None
+            )
+            if error_text is not None:
+                logger.warning("cudaHostUnregister failed: %s", error_text)
+        except (
+            RuntimeError
+        ) as error:  # a kernel has faulted, and nothing runs on this device any more
             logger.warning(
                 "%s has failed, host memory stays registered: %s", self.torch_device, error
             )
         finally:
             memory.close()
 
-    def _cudart(self, name: str, *args: int) -> str | None:
-        """Call the CUDA runtime with this device current; returns what it has to complain of."""
+    def _call_runtime(self, name: str, *args: int) -> str | None:
+        """Call the CUDA runtime with this device current; returns the error's text, None on success."""
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.torch_device):
             code = int(getattr(cudart, name)(*args))
             if code == 0:
                 return None
-            # The runtime remembers a failure for this thread, and torch would raise it at the next kernel,
-            # which has nothing to do with it. torch has no call to clear it but to meet it.
+            # The runtime keeps the failure as this thread's last error, and torch would raise it at the next,
+            # unrelated kernel launch. torch has no call that clears it, so a kernel is launched to catch it.
             try:
                 torch.empty(1, device=self.torch_device).fill_(0)
             except RuntimeError as error:
@@ -107,7 +113,7 @@ class CudaDevice:
         return str(torch.cuda.CudaError(code))
 
     def device_memory(self, nbytes: int) -> torch.Tensor:
-        """Memory from torch's caching allocator, so that its counters tell the whole truth."""
+        """Memory from torch's caching allocator, so that its counters are complete."""
         try:
             memory = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
         except torch.cuda.OutOfMemoryError as error:
@@ -126,12 +132,12 @@ class CudaDevice:
         try:
             torch.cuda.synchronize(self.torch_device)
         except RuntimeError:
-            # Sticky: whoever computes has been told, or is told at his next call. Nothing runs any more, so
-            # memory may go; raising here would hide the error that the pipeline is being closed for.
+            # The error is sticky: the caller's computation has raised it, or will at its next call. Nothing runs
+            # any more, so memory may be freed; raising here would hide the error that closes the pipeline.
             logger.exception("%s has failed", self.torch_device)
 
     def trim(self) -> None:
-        """Give the free blocks of the caching allocator back to the driver."""
+        """Return the free blocks of the caching allocator to the driver."""
         with torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()
 
@@ -154,17 +160,17 @@ class CudaDevice:
         return torch.cuda.stream(stream)
 
     def record(self, stream: Hashable = None) -> Event:
-        """``stream``, or else the calling thread's current one, as far as it is filled."""
+        """An event behind the work so far on ``stream``, by default the calling thread's current one."""
         # Blocking: a thread that waits for it would otherwise spin on a core.
         event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream if isinstance(stream, torch.cuda.Stream) else self.stream())
         return event
 
     def wait(self, event: Event) -> None:
-        """Let the calling thread's current stream wait for ``event``."""
+        """Make the calling thread's current stream wait for ``event``."""
         event.wait(torch.cuda.current_stream(self.torch_device))  # type: ignore[attr-defined]
 
     def passed_at(self, event: Event) -> float | None:
-        """When the device came to ``event``."""
+        """When the device reached ``event``, by the host's clock."""
         assert isinstance(event, torch.cuda.Event)  # noqa: S101
         return self._clock.passed_at(event)

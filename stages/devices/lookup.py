@@ -13,14 +13,14 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     """The device called ``name``: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        DeviceError: No such device here.
+        DeviceError: This machine has no such device.
     """
     torch_device = _torch_device(name)
     return CpuDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
 
 
 def missing_device(name: str) -> str | None:
-    """The full name of a device that could be, but is not here, such as "cuda:0"; None for one that is.
+    """The full name of a device that this machine lacks, such as "cuda:0"; None for one that it has.
 
     Raises:
         DeviceError: There is no such kind of device.

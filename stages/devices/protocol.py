@@ -1,4 +1,4 @@
-"""What the stages ask of a device: memory, copies, and events with which they tell one another what has been done."""
+"""What the stages need of a device: memory, copies, and events that order them."""
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -32,47 +32,47 @@ class Device(Protocol):
         """Whether computation reads host images where they lie, so that only fused tensors are copied."""
 
     def model_name(self) -> str:
-        """What the device is called by its maker, to tell it from others."""
+        """The maker's name for the device, which distinguishes it from others."""
 
     def free_bytes(self) -> int | None:
-        """Device memory that this process may still take; None where that is the host's."""
+        """Device memory that this process may still take; None if the device uses host memory."""
 
     def host_memory(self, nbytes: int) -> HostMemory:
-        """Host memory that copies to this device run at full speed from. The caller closes it."""
+        """Host memory from which copies to this device run at full speed. The caller releases it."""
 
     def release_host_memory(self, memory: HostMemory) -> None:
-        """Close memory that ``host_memory`` gave."""
+        """Close memory from ``host_memory``."""
 
     def device_memory(self, nbytes: int) -> torch.Tensor:
         """Device memory, uint8 ``[nbytes]``.
 
         Raises:
-            DeviceError: The device has not that much free.
+            DeviceError: The device does not have that much free.
         """
 
     def drain(self) -> None:
-        """Block until the device has done all that it was given: its memory is about to be freed."""
+        """Block until the device has done all its work: its memory is about to be freed."""
 
     def trim(self) -> None:
-        """Give back what allocators keep and nobody uses: other things are about to need it, or nothing is."""
+        """Return memory that allocators keep unused, for other consumers or because the device is being closed."""
 
     def copy(self, copies: Sequence[Copy], *, after: Sequence[Event]) -> Event:
         """Start ``copies`` once ``after`` has passed; the event passes when they are done."""
 
     def stream(self) -> Hashable:
-        """What the calling thread's work on the device is queued on now. Equal for equal streams."""
+        """The stream on which the calling thread's work is queued now. Equal for equal streams."""
 
     def computing_on(self, stream: Hashable) -> AbstractContextManager[object]:
-        """Queue the calling thread's work on ``stream``, which ``stream()`` gave in any thread."""
+        """Queue the calling thread's work on ``stream``, which ``stream()`` returned in any thread."""
 
     def record(self, stream: Hashable = None) -> Event:
-        """The work queued on ``stream`` so far; by default on the calling thread's own."""
+        """An event behind the work queued on ``stream`` so far, by default the calling thread's stream."""
 
     def wait(self, event: Event) -> None:
-        """Let the work that the calling thread gives to the device from now on wait for ``event``."""
+        """Make work that the calling thread queues from now on wait for ``event``."""
 
     def passed_at(self, event: Event) -> float | None:
         """When ``event`` passed, by ``time.perf_counter``. Returns at once.
 
-        None: it has not passed yet, or the device has failed, and it never will.
+        None if it has not passed yet, or never will because the device has failed.
         """

@@ -1,1 +1,1 @@
-"""What this process takes of the host, as the kernel counts it."""
+"""What this process uses of the host, as the kernel counts it."""

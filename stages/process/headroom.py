@@ -12,7 +12,7 @@ MARGIN = 0.1
 
 
 def host_available_bytes(process: Path = Path("/proc/self")) -> int:
-    """Host RAM that a process may still take: the least of what the system and each of its cgroups allow.
+    """Host RAM that a process may still take: the minimum over the system and each of its cgroups.
 
     A cgroup's page cache can be reclaimed, so it counts as free.
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # took 580 MB, whatever the size of the matrices. A block has about six shapes, so this is enough for ten requests
 # whose prompts differ in length; compiling a kernel again takes 0.3 ms.
 KERNELS_KEPT = 64
-# torch has a cache of its own in front of that in each thread; it saves no time that could be measured.
+# torch has a cache of its own in front of that in each thread; it saves no measurable time.
 _KEPT_PER_THREAD = 1
 # glibc gives threads heaps of their own, up to eight per core, and returns free memory only from the main one. With
 # two heaps, requests took 10 to 20 MB less than with 16, and no more time.
@@ -38,7 +38,7 @@ def limit_library_memory() -> None:
     kernels = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     if not kernels.isdecimal() or int(kernels) > KERNELS_KEPT:
         logger.warning(
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY is %s, and plans count %d kernels of 0.3 MB: more is beside the budget",
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY is %s, and plans count %d kernels of 0.3 MB: more exceed the budget",
             kernels,
             KERNELS_KEPT,
         )
@@ -63,7 +63,7 @@ class LibraryMemory:
         with suppress(OSError):  # not every build has it under this name
             path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
             libraries.append(ctypes.CDLL(str(path)))
-        # The first name is that in the MKL that is linked into torch, the second that in a library of its own.
+        # The first name is used by the MKL that is linked into torch, the second by a separate MKL library.
         names = ("mkl_serv_free_buffers", "MKL_Free_Buffers")
         self._free_buffers: list[Callable[[], object]] = [
             getattr(each, name) for each in libraries for name in names if hasattr(each, name)
@@ -72,7 +72,7 @@ class LibraryMemory:
         self._next_trim = 0.0
 
     def release(self) -> None:
-        """Return it to the system, without the GIL. Heaps are trimmed less often where that takes long.
+        """Return the unused memory to the system, without the GIL. Heaps are trimmed less often where that takes long.
 
         Trimming takes 0.2 ms, but 50 ms in a process with some hundred thousand holes in its heap, and all threads
         that allocate wait for it.

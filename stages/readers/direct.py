@@ -69,7 +69,7 @@ class DirectReader:
             ) from error
 
     def _read_direct(self, extent: Extent, into: memoryview) -> bool:
-        """Whether ``extent`` could be read directly; if not, a buffered read has to try."""
+        """Whether ``extent`` could be read directly; if not, it has to be a buffered read."""
         assert self._direct is not None  # noqa: S101
         descriptor, done = self._direct.descriptors[extent.file], 0
         while done < extent.nbytes:
@@ -85,7 +85,7 @@ class DirectReader:
                 break
             # A short read may end inside a block; the next one has to begin on a block again.
             whole = (done + got) // BLOCK_BYTES * BLOCK_BYTES
-            # Less than a block: the file shrank, or its filesystem returns small pieces. A buffered read tells which.
+            # Less than a block: the file shrank, or its filesystem returns small pieces. A buffered read shows which.
             if whole <= done:
                 return False
             done = whole
@@ -102,7 +102,7 @@ class DirectReader:
             os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def interrupt(self) -> None:
-        """Nothing to do: a read in progress is over soon."""
+        """Nothing to do: a read in progress ends soon."""
 
     def close(self) -> None:
         """Close the files."""

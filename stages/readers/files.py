@@ -15,10 +15,10 @@ class WeightFiles:
 
     Args:
         paths: The files.
-        flags: For ``os.open``, besides those of reading.
+        flags: For ``os.open``, in addition to those for reading.
 
     Raises:
-        ReadError: A file cannot be opened; the others are closed again.
+        ReadError: A file cannot be opened; the others have been closed again.
     """
 
     def __init__(self, paths: Sequence[Path], flags: int = 0) -> None:
@@ -36,14 +36,14 @@ class WeightFiles:
 
     @staticmethod
     def error(path: Path, offset: int, error: OSError) -> ReadError:
-        """What to raise when a system call on ``path`` fails with ``error``."""
+        """The error to raise when a system call on ``path`` fails with ``error``."""
         return ReadError(
             f"{path}: reading at offset {offset} failed: {error.strerror or error} (errno {error.errno}); "
             "check the disk and that the file is readable"
         )
 
     def shrank(self, file: int, needed: int) -> ReadError:
-        """What to raise when ``file`` has fewer than ``needed`` bytes."""
+        """The error to raise when ``file`` has fewer than ``needed`` bytes."""
         size = os.fstat(self.descriptors[file]).st_size
         return ReadError(
             f"{self.paths[file]}: holds {size} bytes now, but {needed} are needed: it was changed while it "

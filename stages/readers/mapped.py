@@ -21,8 +21,8 @@ __all__ = ["MmapReader"]
 logger = logging.getLogger(__name__)
 
 # Mapped pages seldom leave memory from one second to the next, and asking the kernel about 3 GB of them takes 25 ms
-# of a core that computes, and as much again to hand the calls to threads. Pages that did leave are faulted in by
-# the computation.
+# of a core that is needed for computing, and as much again to hand the calls to threads. Pages that did leave are
+# faulted in by the computation.
 _RECHECK_SECONDS = 5.0
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap before 3.13
@@ -31,11 +31,11 @@ _MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap before 3.13
 class MmapReader:
     """Maps the files: once they are in the page cache, as fast as weights in memory.
 
-    On a CPU, computation uses the mapping itself (``touch``, then ``image``), with no slot and no copy. Other
+    On a CPU, computation uses the mapping itself (``fault_in``, then ``image``), with no slot and no copy. Other
     devices copy from slots, which ``read`` fills.
 
     A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So the size is
-    checked before each batch; a file that is truncated between that check and the batch's last use still kills.
+    checked before each batch; truncation between that check and the batch's last use still does.
 
     Raises:
         ReadError: A file cannot be opened or mapped.
@@ -57,10 +57,10 @@ class MmapReader:
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         self._mincore = libc.mincore
         self._mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        self._touched_at: dict[Extent, float] = {}
+        self._faulted_in_at: dict[Extent, float] = {}
         self._images: dict[int, Image] = {}
-        # Of files that this user neither owns nor may write, mincore says that every page is in memory.
-        self._askable = [
+        # Of files that this user neither owns nor may write, mincore claims that every page is in memory.
+        self._reports_residency = [
             path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths
         ]
 
@@ -79,19 +79,19 @@ class MmapReader:
         source = self._tensors[extent.file].narrow(0, extent.offset, extent.nbytes)
         torch.frombuffer(into, dtype=torch.uint8, count=extent.nbytes).copy_(source)
 
-    def touch(self, extent: Extent) -> None:
+    def fault_in(self, extent: Extent) -> None:
         """Fault the pages of ``extent`` in ahead of their use, without the GIL.
 
         Raises:
             ReadError: The file is too short, or the disk reports an error.
         """
         self._check(extent.file, extent.offset + extent.nbytes)
-        if self.touched_lately(extent):
+        if self.faulted_in_recently(extent):
             return
-        first = extent not in self._touched_at
-        self._touched_at[extent] = time.monotonic()
+        first = extent not in self._faulted_in_at
+        self._faulted_in_at[extent] = time.monotonic()
         # Populating walks even pages that are in memory one by one: 0.18 s of processor time for 3 GB in every
-        # sweep. Asking first takes 0.02 s.
+        # sweep. Asking the kernel first takes 0.02 s.
         if not first and self.resident_bytes(extent) == extent.nbytes:
             return
         address = self._addresses[extent.file] + extent.offset
@@ -104,10 +104,10 @@ class MmapReader:
                 self._files.paths[extent.file], extent.offset, OSError(code, os.strerror(code))
             )
 
-    def touched_lately(self, extent: Extent) -> bool:
-        """Whether ``extent`` was in memory a few seconds ago, so that ``touch`` has nothing to do."""
-        touched_at = self._touched_at.get(extent)
-        return touched_at is not None and time.monotonic() - touched_at < _RECHECK_SECONDS
+    def faulted_in_recently(self, extent: Extent) -> bool:
+        """Whether ``extent`` was in memory a few seconds ago, so that ``fault_in`` has nothing to do."""
+        faulted_in_at = self._faulted_in_at.get(extent)
+        return faulted_in_at is not None and time.monotonic() - faulted_in_at < _RECHECK_SECONDS
 
     def image(self, batch: LayerBatch) -> Image:
         """The host image of ``batch``: views of the mapping, one part per read.
@@ -132,7 +132,7 @@ class MmapReader:
 
     def resident_bytes(self, extent: Extent) -> int | None:
         """How much of ``extent``, which begins on a page, is in the page cache; None if the kernel does not say."""
-        if not self._askable[extent.file]:
+        if not self._reports_residency[extent.file]:
             return None
         # A byte for each page, zero where it is not in memory.
         pages = ctypes.create_string_buffer(-(-extent.nbytes // mmap.PAGESIZE))
@@ -153,7 +153,7 @@ class MmapReader:
             raise self._files.shrank(file, needed)
 
     def interrupt(self) -> None:
-        """Nothing to do: a page fault is over soon."""
+        """Nothing to do: a page fault ends soon."""
 
     def close(self) -> None:
         """Close the files. A mapping stays until its last view is dropped."""

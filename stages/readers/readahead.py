@@ -19,7 +19,7 @@ _STEP_BYTES = 8 << 20
 
 
 def fits_page_cache(nbytes: int) -> bool:
-    """Whether the page cache may hold that much without taking memory that processes need."""
+    """Whether the page cache may hold ``nbytes`` without taking memory that processes need."""
     return nbytes <= host_available_bytes() * (1 - MARGIN)
 
 
@@ -27,7 +27,7 @@ class Readahead:
     """Requests files from the system, in order, in a thread of its own; a context manager.
 
     Importing code and tracing a model take seconds in which the disk would idle. Errors are left to the reader
-    that comes later.
+    that is opened later.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -36,7 +36,7 @@ class Readahead:
         self._thread = threading.Thread(target=self._run, name="layerstream-readahead", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         if hasattr(os, "posix_fadvise"):
             self._thread.start()
 

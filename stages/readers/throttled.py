@@ -23,7 +23,7 @@ class ThrottledReader(DirectReader):
         super().__init__(paths)
         self._rate = bytes_per_second
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when the imitated disk is done with all requests so far
+        self._free_at = 0.0  # when the simulated disk is done with all requests so far
         self._closing = threading.Event()
 
     def read(self, extent: Extent, into: memoryview) -> None:
@@ -35,5 +35,5 @@ class ThrottledReader(DirectReader):
         self._closing.wait(max(0.0, due - time.perf_counter()))
 
     def interrupt(self) -> None:
-        """Make all waiting reads return, and later ones not wait."""
+        """Make all waiting reads return at once, and later ones, too."""
         self._closing.set()

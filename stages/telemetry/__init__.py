@@ -1,1 +1,1 @@
-"""What the stages did with their time: spans, their sums, and what they tell."""
+"""What the stages did with their time: spans, their sums, and the bottleneck they show."""

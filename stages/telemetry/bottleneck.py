@@ -9,10 +9,10 @@ __all__ = ["Bottleneck", "find_bottleneck", "overlap_efficiency"]
 
 # A stage that is busy for this share of the time hides the others.
 _DOMINATES = 0.9
-# Below this, most of the time goes to hand-offs, not to work.
-_IDLE = 0.5
-# A share of the time between sweeps that is worth reporting.
-_SHOWS = 0.05
+# If the busiest stage is busy for less than this, most of the time goes to hand-offs, not to work.
+_MOST = 0.5
+# A share of idle time between sweeps that is worth reporting.
+_REPORTED = 0.05
 
 _REMEDIES = {
     "read": "a faster disk, or a larger host budget, which keeps more layers in RAM",
@@ -26,9 +26,9 @@ class Bottleneck:
     """What takes the largest part of the time."""
 
     name: str
-    """Of a stage; "caller" if mostly no sweep was asked for; "nothing" before any work."""
+    """The stage; "caller" if no sweep was requested most of the time; "nothing" before any work."""
     share: float
-    """Of the time that passed."""
+    """Its share of the time that passed."""
     sentence: str
     """What it is, and what to change."""
 
@@ -40,38 +40,38 @@ def overlap_efficiency(stages: Sequence[StageTimings], *, wall_seconds: float) -
 
 
 def find_bottleneck(stages: Sequence[StageTimings], *, wall_seconds: float) -> Bottleneck:
-    """What takes the largest part of ``wall_seconds``, in which ``stages`` did what they tell."""
+    """What takes the largest part of ``wall_seconds``, according to the timings of ``stages``."""
     longest = max(stages, key=lambda stage: stage.busy_seconds, default=None)
     if longest is None or not longest.items or wall_seconds <= 0:
         return Bottleneck(name="nothing", share=0.0, sentence="nothing has been streamed yet")
     share = overlap_efficiency(stages, wall_seconds=wall_seconds)
-    asleep = _unasked_share(stages, wall_seconds)
-    if asleep > max(share, _IDLE):
+    idle = _idle_share(stages, wall_seconds)
+    if idle > max(share, _MOST):
         sentence = (
-            f"for {asleep:.0%} of the time nobody asked for a sweep: the caller holds things back. "
+            f"for {idle:.0%} of the time nobody asked for a sweep: the caller holds things back. "
             "What helps: asking for the next sweep sooner"
         )
-        return Bottleneck(name="caller", share=asleep, sentence=sentence)
-    within = share / max(1 - asleep, share)  # of the time in which there was a sweep
+        return Bottleneck(name="caller", share=idle, sentence=sentence)
+    within = share / max(1 - idle, share)  # of the time in which there was a sweep
     if within >= _DOMINATES:
         words, remedy = "holds the sweeps back", _REMEDIES.get(longest.name, "making it faster")
-    elif within >= _IDLE:
+    elif within >= _MOST:
         words = "is the longest stage, but the stages overlap only in part"
         remedy = "more slots (a larger budget or a smaller layer batch size); then a faster stage"
     else:
         words = "is the longest stage, but most of the time goes to hand-offs and waiting in turn"
         remedy = "larger layer batches, and room for several of them"
-    between = f", and {asleep:.0%} pass between sweeps" if asleep >= _SHOWS else ""
+    between = f", and {idle:.0%} pass between sweeps" if idle >= _REPORTED else ""
     sentence = (
         f"{longest.name} {words}: busy {share:.0%} of the time{between}. What helps: {remedy}"
     )
     return Bottleneck(name=longest.name, share=share, sentence=sentence)
 
 
-def _unasked_share(stages: Sequence[StageTimings], wall_seconds: float) -> float:
-    """The share of the time in which computation neither worked nor waited for weights."""
+def _idle_share(stages: Sequence[StageTimings], wall_seconds: float) -> float:
+    """The share of the time in which no sweep was requested: computation neither worked nor waited for weights."""
     for stage in stages:
         if stage.name == "compute":
-            asked = stage.busy_seconds + stage.waited_in_seconds + stage.waited_out_seconds
-            return max(0.0, 1 - asked / wall_seconds)
+            in_sweeps = stage.busy_seconds + stage.waited_in_seconds + stage.waited_out_seconds
+            return max(0.0, 1 - in_sweeps / wall_seconds)
     return 0.0

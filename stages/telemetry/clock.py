@@ -1,4 +1,4 @@
-"""Collects what timings tell: the spans of a stage, and how much of something is in use."""
+"""Collects what timings are made of: the spans of a stage, and how much of something is in use."""
 
 import threading
 import time
@@ -9,17 +9,20 @@ from layerstream.stages.telemetry.spans import SPANS_KEPT, Activity, Span, Stage
 
 __all__ = ["Clock", "Gauge"]
 
-# Work whose times the device has still to tell. A GPU's queue holds about this many kernels before it blocks the
-# host; anything older was given to a device that has failed.
+# Entries of work whose times the device does not know yet. A GPU's queue holds about this many kernels before it
+# blocks the host; anything older was given to a device that has failed.
 _PENDING_KEPT = 1024
-# The device is asked about this many at once, or when the sums are wanted: not anew for each layer batch.
-_ASKED_TOGETHER = 64
+# The device is queried about this many at once, or when the sums are requested: not for each layer batch.
+_QUERIED_TOGETHER = 64
 
 
 class Clock:
     """Collects the spans of one stage. Sums are exact; of the spans themselves the latest are kept.
 
     A span costs a microsecond or two, and a layer batch has less than ten, so it is always on.
+
+    Attributes:
+        last_stop_seconds: When the last span ended; 0 before any.
     """
 
     def __init__(self, name: str) -> None:
@@ -29,8 +32,8 @@ class Clock:
         self._items = 0
         self._bytes = 0
         self._pending: deque[Callable[[Clock], bool]] = deque(maxlen=_PENDING_KEPT)
-        self._counting = threading.Lock()  # timings may be asked for in any thread
-        self.stopped = 0.0  # when the last span ended
+        self._counting = threading.Lock()  # timings may be requested in any thread
+        self.last_stop_seconds = 0.0
 
     def add(
         self, activity: Activity, start: float, stop: float, *, batch: int, nbytes: int = 0
@@ -41,18 +44,18 @@ class Clock:
             self._items += 1
             self._bytes += nbytes
         self.spans.append(Span(activity, batch, start, stop, nbytes))
-        self.stopped = max(self.stopped, stop)
+        self.last_stop_seconds = max(self.last_stop_seconds, stop)
         return stop
 
-    def later(self, count: Callable[["Clock"], bool]) -> None:
+    def add_later(self, count: Callable[["Clock"], bool]) -> None:
         """Add spans that only the device can time, once it can.
 
         Args:
             count: Adds them to this clock and returns True, or returns False if the device does not know yet.
-                Called in the order given. If a device has failed, the oldest are forgotten.
+                Calls are made in order. If a device has failed, the oldest are forgotten.
         """
         self._pending.append(count)
-        if len(self._pending) >= _ASKED_TOGETHER:
+        if len(self._pending) >= _QUERIED_TOGETHER:
             self._count()
 
     def _count(self) -> None:
@@ -84,7 +87,7 @@ class Gauge:
         self._opened = self._changed = time.perf_counter()
 
     def change(self, by: int) -> float:
-        """Count ``by`` more in use, or less; returns the present, by ``time.perf_counter``."""
+        """Count ``by`` more in use, or less; returns the current ``time.perf_counter``."""
         now = time.perf_counter()
         self._area += self._amount * (now - self._changed)
         self._changed = now

@@ -1,9 +1,9 @@
-"""What a plan predicts of sweeps, beside what was measured. Plain data."""
+"""What a plan predicts of sweeps, and what was measured. Plain data."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-__all__ = ["Forecast", "Forecasts", "SweepPrediction"]
+__all__ = ["PredictionCheck", "PredictionChecker", "SweepPrediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class SweepPrediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class PredictionCheck:
     """Sums over the completed sweeps: what the plan predicted, and what was measured."""
 
     sweeps: int
@@ -96,7 +96,7 @@ class Forecast:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON; each key carries its unit."""
+        """The same as plain data for JSON; each key names its unit."""
         return {
             "sweeps": self.sweeps,
             "predicted": asdict(self.predicted),
@@ -105,12 +105,12 @@ class Forecast:
         }
 
 
-class Forecasts:
+class PredictionChecker:
     """Adds up the predictions of the sweeps that are completed.
 
     Args:
-        on_gpu: Computation goes on while batches are handed over, and its time is that of its kernels. On a CPU the
-            compute stage is busy with the hand-off too, so its time is compared with the sum of both predictions.
+        on_gpu: Computation goes on during hand-offs, and its time is that of its kernels. On a CPU the compute stage
+            is busy with the hand-off too, so its time is compared with the sum of both predictions.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
@@ -120,22 +120,22 @@ class Forecasts:
         self._predicted = SweepPrediction.nothing()
 
     def count(self, predicted: SweepPrediction, seconds: float) -> None:
-        """Count a sweep that took ``seconds``, of which ``predicted`` was predicted."""
+        """Count a sweep that took ``seconds`` and for which ``predicted`` was predicted."""
         self._sweeps += 1
         self._seconds += seconds
         self._predicted = self._predicted.plus(predicted)
 
     def sums(
         self, *, read_seconds: float, transfer_seconds: float, compute_seconds: float
-    ) -> Forecast:
-        """The sums so far, beside how long each stage was busy."""
+    ) -> PredictionCheck:
+        """The sums so far, together with how long each stage was busy."""
         predicted = self._predicted
-        handed_over = 0.0 if self._on_gpu else predicted.overhead_seconds
-        return Forecast(
+        hand_off_seconds = 0.0 if self._on_gpu else predicted.overhead_seconds
+        return PredictionCheck(
             sweeps=self._sweeps,
             predicted=replace(
                 predicted,
-                compute_seconds=predicted.compute_seconds + handed_over,
+                compute_seconds=predicted.compute_seconds + hand_off_seconds,
                 overhead_seconds=0.0,
             ),
             measured=SweepPrediction(

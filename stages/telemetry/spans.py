@@ -16,9 +16,9 @@ class Activity(StrEnum):
     """For the stage before it: this stage is faster."""
     WORKING = "working"
     WAITING_OUT = "waiting out"
-    """For room, or for the stage after it: this stage is ahead."""
+    """For memory, or for the stage after it: this stage is ahead."""
     HOLDING = "holding"
-    """What a slot does."""
+    """Of a slot: a batch is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Occupancy:
     """How full a ring of slots has been since the pipeline was opened.
 
     A full host ring while computation waits means that reading is ahead of the copies. An almost empty one
-    means that each batch is computed with as soon as it is there.
+    means that each batch is computed with as soon as it arrives.
     """
 
     name: str

@@ -9,7 +9,7 @@ from layerstream.stages.telemetry.bottleneck import (
     find_bottleneck,
     overlap_efficiency,
 )
-from layerstream.stages.telemetry.forecast import Forecast
+from layerstream.stages.telemetry.forecast import PredictionCheck
 from layerstream.stages.telemetry.spans import (
     SPANS_KEPT,
     Occupancy,
@@ -38,8 +38,8 @@ class Timings:
     occupancy: tuple[Occupancy, ...] = ()
     latest: tuple[SweepSpan, ...] = ()
     """The latest sweeps, oldest first."""
-    # The plan's predictions for the same sweeps; None for a part of a run.
-    forecast: Forecast | None = None
+    forecast: PredictionCheck | None = None
+    """The plan's predictions for the same sweeps; None for a part of a run."""
 
     @property
     def overlap_efficiency(self) -> float:
@@ -55,7 +55,7 @@ class Timings:
     def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
         """The same for a part of the time, in which the caller has counted ``sweeps``.
 
-        Times are ``time.perf_counter``'s. Occupancy stays that of the whole run, and there is no forecast.
+        Times are ``time.perf_counter``'s. Occupancy stays that of the whole run, and predictions are left out.
         """
         return replace(
             self,
@@ -96,7 +96,7 @@ class Timings:
         write_trace(path, tracks, labels=self.labels, start_seconds=self.start_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums as plain data for JSON; each key carries its unit. The spans are for ``write_trace``."""
+        """The sums as plain data for JSON; each key names its unit. The spans are for ``write_trace``."""
         stages = [asdict(replace(stage, spans=())) for stage in self.stages]
         occupancy = [asdict(replace(ring, spans=())) for ring in self.occupancy]
         for each in (*stages, *occupancy):

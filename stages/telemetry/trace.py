@@ -51,7 +51,7 @@ def trace_events(
             begin = _nanoseconds(span.start_seconds - start_seconds)
             end = _nanoseconds(span.stop_seconds - start_seconds)
             yield {
-                "name": _name(span, labels),
+                "name": _event_name(span, labels),
                 "cat": str(span.activity),
                 "ph": "X",
                 "pid": _PROCESS,
@@ -84,7 +84,7 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def _name(span: Span, labels: Sequence[str]) -> str:
+def _event_name(span: Span, labels: Sequence[str]) -> str:
     layers = f" {labels[span.batch]}" if 0 <= span.batch < len(labels) else ""
     batch = f"{span.batch}{layers}" if span.batch >= 0 else ""
     return (

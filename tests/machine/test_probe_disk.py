@@ -259,7 +259,7 @@ def test_if_files_are_all_in_the_page_cache_a_sample_is_dropped_from_it(files, m
 def test_files_that_cannot_be_dropped_from_memory_show_no_rate(files, mapped, caplog):
     caplog.set_level(logging.INFO, logger="layerstream")
     for file in range(2):
-        mapped.touch(Extent(file=file, offset=0, nbytes=SIZE // 2))  # mapped in: they stay
+        mapped.fault_in(Extent(file=file, offset=0, nbytes=SIZE // 2))  # mapped in: they stay
     assert measure_mmap(files, [0, 1]) == {}
     assert "in the page cache, or the system does not tell" in caplog.text
 

@@ -1,6 +1,6 @@
 """A KV cache in host RAM: for whom there is one, what it moves, and that it changes no bit.
 
-On a GPU it is proven in test_cuda.py; here both of its places are the processor's memory.
+On a GPU it is proven in test_cuda_memory.py; here both of its places are the processor's memory.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The ring arena: slots in turn, for batches of any size, never twice the same bytes."""
+"""The ring arena: slots in order, for batches of any size, never the same bytes twice."""
 
 import asyncio
 
@@ -27,7 +27,7 @@ def arena(nbytes: int = CAPACITY) -> RingArena:
 
 
 async def take_now(ring: RingArena, nbytes: int) -> Slot | None:
-    """A slot if there is room for it at once; a wait is cancelled."""
+    """A slot if it fits at once; a wait is cancelled."""
     taking = asyncio.create_task(ring.take(nbytes))
     await asyncio.sleep(0)
     if taking.done():
@@ -43,7 +43,7 @@ def overlap(a: Slot, b: Slot) -> bool:
 
 
 @given(st.lists(st.tuples(sizes, st.integers(0, 7)), max_size=40))
-def test_live_slots_never_overlap_and_the_ring_never_loses_room(steps):
+def test_live_slots_never_overlap_and_the_ring_never_loses_space(steps):
     async def main():
         ring, live = arena(), []
         for nbytes, which in steps:
@@ -54,7 +54,7 @@ def test_live_slots_never_overlap_and_the_ring_never_loses_room(steps):
                 assert not any(overlap(slot, other) for other in live)
                 live.append(slot)
             elif not live:
-                pytest.fail(f"an empty ring of {CAPACITY} bytes has no room for {nbytes}")
+                pytest.fail(f"an empty ring of {CAPACITY} bytes cannot hold {nbytes}")
             if live and which < len(live):
                 ring.give_back(live.pop(which))
             assert ring.used_bytes == sum(slot.nbytes for slot in live)
@@ -69,10 +69,12 @@ def test_live_slots_never_overlap_and_the_ring_never_loses_room(steps):
 
 
 @given(st.lists(st.tuples(st.integers(1, CAPACITY), st.integers(0, 7)), max_size=60))
-def test_a_slot_gets_the_events_of_everything_that_lay_where_it_lies_now(steps):
+def test_a_slot_gets_the_events_of_everything_that_lay_in_its_place(steps):
     async def main():
         ring, live = arena(), []
-        due: list[set[Work]] = [set() for _ in range(CAPACITY)]  # by byte: who may still use it
+        due: list[set[Work]] = [
+            set() for _ in range(CAPACITY)
+        ]  # by byte: work that may still use it
         for nbytes, which in steps:
             slot = await take_now(ring, nbytes)
             if slot is not None:
@@ -97,7 +99,7 @@ def test_first_in_first_out_every_batch_of_a_plan_gets_its_slot(batches, slots):
         ring, live = arena(ring_bytes(batches, slots=slots)), []
         for nbytes in batches * 5:
             while (slot := await take_now(ring, nbytes)) is None:
-                ring.give_back(live.pop(0))  # IndexError: the ring is empty and still has no room
+                ring.give_back(live.pop(0))  # IndexError: the ring is empty and still too small
             live.append(slot)
 
     run(main())
@@ -115,7 +117,7 @@ def test_a_slot_spans_several_that_were_given_back_and_gets_the_events_of_each()
         assert second.after == (work[1], work[2])  # the middle one lay under both
         ring.give_back(first)
         ring.give_back(second)
-        assert (await ring.take(30)).after == ()  # covered since: forgotten
+        assert (await ring.take(30)).after == ()  # overwritten since: dropped
 
     run(main())
 
@@ -130,7 +132,7 @@ def test_events_of_many_rounds_do_not_pile_up():
     run(main())
 
 
-def test_whoever_waits_for_room_gets_it_when_a_slot_is_given_back():
+def test_a_wait_for_space_ends_when_a_slot_is_given_back():
     async def main():
         ring = arena(10)
         first = await ring.take(10)
@@ -155,7 +157,7 @@ def test_a_cancelled_wait_takes_nothing():
     run(main())
 
 
-def test_a_wait_cancelled_in_the_moment_that_room_comes_takes_nothing():
+def test_a_wait_that_is_cancelled_as_space_becomes_free_takes_nothing():
     async def main():
         ring = arena(10)
         first = await ring.take(10)
@@ -189,7 +191,7 @@ def test_giving_a_slot_back_twice_is_refused():
     run(main())
 
 
-def test_a_slot_that_was_given_back_shows_no_bytes_any_more():
+def test_a_slot_that_was_given_back_has_no_bytes_any_more():
     async def main():
         ring = arena()
         slot = await ring.take(8)

@@ -1,6 +1,6 @@
-"""``CudaDevice`` itself, on a fake runtime: devices and streams of threads, page-locking, errors that stay.
+"""``CudaDevice`` itself, on a fake runtime: devices and streams of threads, page-locking, sticky errors.
 
-The conformance suite of all devices runs on it too, in test_devices.py.
+The conformance suite of all devices runs on it, too, in test_devices.py.
 """
 
 import threading
@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
-from support.fake_cuda import POISON, FakeCuda, RunningCudaDevice
+from support.fake_cuda import FakeCuda, RunningCudaDevice
+from support.fake_device import POISON
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
@@ -36,8 +37,8 @@ class CopiesOverComputation(RunningCudaDevice):
         return super().copy(copies, after=())
 
 
-def swept(folder, device, *, sweeps=2):
-    """Stream a checkpoint past kernels that run late; what they saw, and what is right."""
+def streams_correctly(folder, device, *, sweeps=2):
+    """Stream a checkpoint past kernels that run late; returns whether they saw the right bytes."""
     expected = write_checkpoint(folder, blocks=6)
     plan = arranged(plan_for(folder, GPU), slots=2, on_host=(2,), on_device=(4,))
     seen = []
@@ -51,7 +52,7 @@ def swept(folder, device, *, sweeps=2):
                             device.launch(
                                 lambda name=name, tensor=tensor: seen.append((name, tensor.clone()))
                             )
-                        # The first kernels come before any thread has seen a copy.
+                        # The first kernels run before any thread has seen a copy done.
                         if device.holds_copies:
                             device.finish()
                             device.release_copies()
@@ -69,7 +70,7 @@ def swept(folder, device, *, sweeps=2):
 def test_a_pipeline_streams_to_a_device_whether_or_not_it_is_current(
     runtime, tmp_path, index, hold_copies
 ):
-    assert swept(tmp_path, RunningCudaDevice(index, hold_copies=hold_copies))
+    assert streams_correctly(tmp_path, RunningCudaDevice(index, hold_copies=hold_copies))
     assert runtime.pageable_copies == 0
     assert runtime.registered == {}
     assert runtime.device == 0  # of this thread, which is the event loop's
@@ -79,7 +80,7 @@ def test_a_pipeline_streams_to_a_device_whether_or_not_it_is_current(
     ("kind", "hold_copies"), [(ComputesWithoutTheCopy, True), (CopiesOverComputation, False)]
 )
 def test_a_missing_wait_is_seen(tmp_path, kind, hold_copies):
-    assert not swept(tmp_path, kind(hold_copies=hold_copies))
+    assert not streams_correctly(tmp_path, kind(hold_copies=hold_copies))
 
 
 def test_a_copy_is_put_on_its_own_stream_and_done_later(runtime):
@@ -112,22 +113,24 @@ def test_host_memory_is_page_locked_in_one_piece_for_its_device(runtime):
     assert runtime.registered == {}
 
 
-def test_memory_that_cannot_be_page_locked_is_refused_and_spoils_no_later_kernel(
+def test_memory_that_cannot_be_page_locked_is_refused_and_fails_no_later_kernel(
     runtime, monkeypatch
 ):
     device = RunningCudaDevice()
     monkeypatch.setattr(runtime, "cudaHostRegister", lambda *_: runtime.fail(2))
     with pytest.raises(DeviceError, match=r"refused to page-lock 4096 bytes .* \(ulimit -l\)"):
         device.host_memory(4096)
-    device.device_memory(1).fill_(0)  # meets no error of before
+    device.device_memory(1).fill_(0)  # raises no earlier error
 
 
-def test_unregistering_what_is_not_registered_is_told_and_spoils_no_later_kernel(runtime, caplog):
+def test_unregistering_memory_that_is_not_registered_is_logged_and_fails_no_later_kernel(
+    runtime, caplog
+):
     device = RunningCudaDevice()
     memory = device.host_memory(4096)
     runtime.registered.clear()
     device.release_host_memory(memory)
-    assert "cudaHostUnregister failed: what fake CUDA says of 713" in caplog.text
+    assert "cudaHostUnregister failed: fake CUDA's text for error 713" in caplog.text
     device.device_memory(1).fill_(0)
 
 
@@ -142,7 +145,7 @@ def test_memory_of_the_allocator_that_a_kernel_still_uses_is_not_copied_to():
     device.release_host_memory(host)
 
 
-def test_each_thread_computes_on_the_stream_that_it_was_given(runtime):
+def test_each_thread_computes_on_its_own_current_stream(runtime):
     device = RunningCudaDevice()
     stream, seen = device.new_stream(), []
 
@@ -165,7 +168,7 @@ def test_devices_are_opened_by_name(name, index):
     device = open_device(name)
     assert isinstance(device, CudaDevice)
     assert device.torch_device == torch.device("cuda", index)
-    assert device.model_name() == f"a fake, number {index}"
+    assert device.model_name() == f"fake GPU {index}"
 
 
 def test_a_device_beyond_the_last_one_is_refused():
@@ -173,7 +176,7 @@ def test_a_device_beyond_the_last_one_is_refused():
         open_device("cuda:2")
 
 
-def test_a_device_that_has_failed_is_closed_without_a_word_of_its_own(monkeypatch, caplog):
+def test_a_device_that_has_failed_is_closed_without_raising_another_error(monkeypatch, caplog):
     device = RunningCudaDevice()
     memory = device.host_memory(4096)
 

@@ -1,4 +1,4 @@
-"""What libraries are told to keep, and what the environment has said already."""
+"""Limits on the memory that libraries keep, unless the environment sets them already."""
 
 import ctypes
 import os
@@ -7,36 +7,36 @@ import pytest
 
 from layerstream.stages.process import libraries
 
-SAID = {
+ENVIRONMENTS = {
     "nothing": ({}, [(-8, 2)]),
     "heaps": ({"MALLOC_ARENA_MAX": "4"}, []),
-    "heaps as glibc calls them now": ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, []),
-    "another thing to glibc": ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}, [(-8, 2)]),
+    "heaps by glibc's tunable": ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, []),
+    "another tunable of glibc": ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}, [(-8, 2)]),
 }
 
 
-class C:
-    """A C library that takes note of what it is told."""
+class RecordingLibrary:
+    """A C library that records calls of ``mallopt``."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, int]] = []
+        self.options: list[tuple[int, int]] = []
 
-    def mallopt(self, what: int, value: int) -> int:
-        self.told.append((what, value))
+    def mallopt(self, option: int, value: int) -> int:
+        self.options.append((option, value))
         return 1
 
 
-@pytest.mark.parametrize("case", SAID)
+@pytest.mark.parametrize("case", ENVIRONMENTS)
 def test_heaps_are_left_as_the_environment_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, told = SAID[case]
-    library = C()
-    monkeypatch.setattr(os, "environ", dict(said))
+    environment, options = ENVIRONMENTS[case]
+    library = RecordingLibrary()
+    monkeypatch.setattr(os, "environ", dict(environment))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     libraries.limit_library_memory()
-    assert library.told == told
+    assert library.options == options
 
 
-def test_a_c_library_without_heaps_to_count_is_told_nothing(
+def test_a_c_library_without_mallopt_is_not_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})
@@ -65,7 +65,7 @@ def test_a_heap_that_is_slow_to_trim_is_trimmed_the_more_rarely(
     assert len(trimmed) * 0.05 < 0.06 * now[0]
 
 
-def test_more_kernels_than_plans_count_are_warned_of(
+def test_a_warning_is_logged_for_more_kernels_than_plans_count(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})

@@ -1,4 +1,4 @@
-"""What the reader of mapped files promises beyond the conformance suite of all readers."""
+"""What the reader of mapped files guarantees beyond the conformance suite of all readers."""
 
 import ctypes
 import errno
@@ -48,25 +48,25 @@ def test_a_mapped_batch_shows_the_bytes_of_each_read_at_its_place_in_the_host_im
     reader.close()
 
 
-def test_touching_brings_an_extent_into_memory(files):
+def test_faulting_in_brings_an_extent_into_memory(files):
     drop_from_cache(files[0])
     reader = MmapReader(files)
-    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
+    reader.fault_in(Extent(file=0, offset=0, nbytes=SIZE))
     assert cached_pages(files[0]) == 6
     reader.close()
 
 
-def test_a_mapping_that_shrank_is_an_error_before_any_byte_is_touched(files):
+def test_a_mapping_that_shrank_is_an_error_before_any_byte_is_accessed(files):
     reader = MmapReader(files)
     os.truncate(files[0], BLOCK_BYTES)
     with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
-        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
+        reader.fault_in(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
     with pytest.raises(ReadError, match=r"a\.bin: holds 4096 bytes now, but 8192"):
         reader.image(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
     reader.close()
 
 
-def test_an_error_while_touching_names_file_and_offset(files, monkeypatch):
+def test_an_error_while_faulting_in_names_file_and_offset(files, monkeypatch):
     reader = MmapReader(files)
 
     def broken(_address, _nbytes, _advice):
@@ -75,26 +75,26 @@ def test_an_error_while_touching_names_file_and_offset(files, monkeypatch):
 
     monkeypatch.setattr(reader, "_madvise", broken)
     with pytest.raises(ReadError, match=rf"a\.bin.*offset {BLOCK_BYTES}.*Input/output"):
-        reader.touch(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
+        reader.fault_in(Extent(file=0, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES))
     reader.close()
 
 
-def test_on_an_older_kernel_touching_starts_the_read_ahead_instead(files, monkeypatch):
+def test_on_an_older_kernel_faulting_in_starts_the_read_ahead_instead(files, monkeypatch):
     reader = MmapReader(files)
-    asked = []
+    advices = []
 
     def old_kernel(_address, _nbytes, advice):
-        asked.append(advice)
+        advices.append(advice)
         ctypes.set_errno(errno.EINVAL)
         return 0 if advice == mmap.MADV_WILLNEED else -1
 
     monkeypatch.setattr(reader, "_madvise", old_kernel)
-    reader.touch(Extent(file=0, offset=0, nbytes=SIZE))
-    assert asked[-1] == mmap.MADV_WILLNEED
+    reader.fault_in(Extent(file=0, offset=0, nbytes=SIZE))
+    assert advices[-1] == mmap.MADV_WILLNEED
     reader.close()
 
 
-def test_a_tensor_that_somebody_kept_stays_readable_after_its_mapping_was_closed(files):
+def test_a_tensor_that_is_still_referenced_stays_readable_after_its_mapping_was_closed(files):
     expected = files[0].read_bytes()
     reader = MmapReader(files)
     image = reader.image(batch_of(Read(file=0, file_offset=0, host_offset=0, nbytes=8192)))
@@ -105,7 +105,7 @@ def test_a_tensor_that_somebody_kept_stays_readable_after_its_mapping_was_closed
     assert mappings_of(files[0].parent) == []
 
 
-def test_a_mapping_tells_how_much_is_in_memory_and_drops_it(tmp_path):
+def test_a_mapping_reports_how_much_is_in_memory_and_drops_it(tmp_path):
     path = tmp_path / "file"
     with path.open("wb") as stream:
         stream.write(os.urandom(16 * BLOCK_BYTES + 100))
@@ -120,7 +120,7 @@ def test_a_mapping_tells_how_much_is_in_memory_and_drops_it(tmp_path):
         left = reader.resident_bytes(whole)
         if left == whole.nbytes:
             pytest.skip("this filesystem keeps files in memory")
-        reader.touch(half)
+        reader.fault_in(half)
         assert reader.resident_bytes(half) == half.nbytes
     finally:
         reader.close()

@@ -1,4 +1,4 @@
-"""Files come into the page cache while something else goes on, and nothing is left of who asked for them."""
+"""Files are brought into the page cache in the background, and stopping leaves nothing behind."""
 
 import os
 import threading
@@ -24,7 +24,7 @@ def cached_share(path: Path) -> float | None:
     return None if resident is None else resident / whole.nbytes
 
 
-def dropped(path: Path) -> None:
+def drop(path: Path) -> None:
     """Take ``path`` out of the page cache, or skip the test where the system does not let us."""
     reader = MmapReader([path])
     reader.evict(Extent(file=0, offset=0, nbytes=path.stat().st_size))
@@ -39,14 +39,14 @@ def test_what_is_read_ahead_is_in_the_page_cache_when_it_is_mapped(tmp_path: Pat
         file.write(b"\1" * (24 * MIB + 123))
         file.flush()
         os.fsync(file.fileno())
-    dropped(path)
+    drop(path)
     ahead = Readahead([tmp_path / "missing", path])
     ahead.start()
     ahead._thread.join()
     ahead.stop()
     reader = MmapReader([path])
-    # Waits for what is on its way.
-    reader.touch(Extent(file=0, offset=0, nbytes=path.stat().st_size))
+    # Waits for reads that are in progress.
+    reader.fault_in(Extent(file=0, offset=0, nbytes=path.stat().st_size))
     reader.close()
     assert cached_share(path) == 1.0
 

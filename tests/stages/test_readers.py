@@ -1,4 +1,4 @@
-"""One conformance suite for all readers, and what each of them promises beyond it."""
+"""One conformance suite for all readers, and what each of them guarantees beyond it."""
 
 import errno
 import fcntl
@@ -59,7 +59,7 @@ WITH_PREADV = tuple(name for name in READERS if name != "mmap")
 
 @pytest.fixture
 def open_reader(monkeypatch):
-    """A function that opens a reader of the kind named; all of them are closed in the end."""
+    """A function that opens a reader of the given kind; all are closed after the test."""
     opened = []
 
     def open_reader(kind, paths):
@@ -185,7 +185,7 @@ def test_closing_leaves_no_descriptor_and_no_mapping(kind, files, open_reader):
 
 
 @pytest.mark.parametrize("kind", ["refused at open", "refused at the first read"])
-def test_where_direct_reads_are_refused_it_says_so_once_and_reads_on(
+def test_where_direct_reads_are_refused_one_warning_is_logged_and_reads_go_on(
     kind, files, open_reader, caplog
 ):
     reader = open_reader(kind, files)
@@ -203,7 +203,7 @@ def test_a_read_leaves_nothing_in_the_page_cache(kind, tmp_path, open_reader):
     path.write_bytes(os.urandom(size))
     drop_from_cache(path)
     if cached_pages(path):
-        pytest.skip("this filesystem does not drop its page cache when asked")
+        pytest.skip("this filesystem does not drop its page cache on request")
     reader = open_reader(kind, [path])
     read(reader, 1 << 20, 1 << 20)
     assert cached_pages(path) == 0
@@ -212,7 +212,7 @@ def test_a_read_leaves_nothing_in_the_page_cache(kind, tmp_path, open_reader):
     assert cached_pages(path) == 0
 
 
-def test_a_tensor_that_somebody_kept_stays_readable_after_its_host_memory_was_closed():
+def test_a_tensor_that_is_still_referenced_stays_readable_after_its_host_memory_was_closed():
     memory = HostMemory(1 << 20)
     memory.tensor.fill_(7)
     kept = memory.tensor[100:200]
@@ -220,7 +220,7 @@ def test_a_tensor_that_somebody_kept_stays_readable_after_its_host_memory_was_cl
     assert torch.equal(kept, torch.full((100,), 7, dtype=torch.uint8))
 
 
-def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_imitates(files):
+def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_simulates(files):
     rate = 400_000
     reader = ThrottledReader(files, rate)
     begin = time.perf_counter()
@@ -232,7 +232,7 @@ def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_imitates(f
     reader.close()
 
 
-def test_interrupting_a_throttled_reader_frees_who_waits_and_lets_no_one_wait_again(files):
+def test_interrupting_a_throttled_reader_ends_all_waits_now_and_later(files):
     reader = ThrottledReader(files, 1)  # a byte per second
     waiting = threading.Event()
 
@@ -252,7 +252,7 @@ def test_interrupting_a_throttled_reader_frees_who_waits_and_lets_no_one_wait_ag
     reader.close()
 
 
-def test_a_descriptor_that_cannot_be_opened_for_want_of_rights_is_said(files, monkeypatch):
+def test_a_file_that_cannot_be_opened_without_permission_is_named(files, monkeypatch):
     def denied(*_args, **_named):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -1,4 +1,4 @@
-"""Timings: no moment is counted twice, traces are what the sums say, and the bottleneck has its right name."""
+"""Timings: no moment is counted twice, traces agree with the sums, and the bottleneck is named correctly."""
 
 import asyncio
 import json
@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
-from support.fake_device import FakeDevice, ScriptedClock
+from support.fake_device import FakeDevice
 from support.loop import run
 
 from layerstream.pipeline import Pipeline
 from layerstream.stages.telemetry.clock import Clock, Gauge
-from layerstream.stages.telemetry.forecast import Forecasts, SweepPrediction
+from layerstream.stages.telemetry.forecast import PredictionChecker, SweepPrediction
 from layerstream.stages.telemetry.spans import Activity, StageTimings
 from layerstream.stages.telemetry.timings import Timings
 
@@ -22,19 +22,19 @@ BLOCKS = 6
 BATCHES = BLOCKS + 2
 
 
-def look(batch, seen):
+def count_tensors(batch, seen):
     return seen + len(batch.tensors)
 
 
-def toil(batch, seen):
-    """Computation that takes long beside reading a few kilobytes."""
+def compute_slowly(batch, seen):
+    """Computation that takes long compared with reading a few kilobytes."""
     matrix = torch.ones(400, 400)
     for _ in range(20):
         matrix = (matrix @ matrix).clamp(0, 1)
     return seen + len(batch.tensors)
 
 
-async def swept(plan, compute=look, *, sweeps=4, device=None):
+async def swept(plan, compute=count_tensors, *, sweeps=4, device=None):
     """Timings of whole sweeps, and of those after the first."""
     async with Pipeline(plan, device=device) as pipeline:
         await pipeline.run(compute, 0)
@@ -46,12 +46,12 @@ async def swept(plan, compute=look, *, sweeps=4, device=None):
 
 
 def slow_disk(folder):
-    """A plan whose reads take far longer than all else: 1 MB/s, tens of milliseconds for each batch."""
+    """A plan whose reads take far longer than everything else: 1 MB/s, tens of milliseconds for each batch."""
     plan = arranged(plan_for(folder, CPU, reader="throttled"))
     return replace(plan, throttle_bytes_per_second=1e6)
 
 
-ARRANGED = {
+RESIDENTS = {
     "streamed": {},
     "one slot": {"slots": 1},
     "some resident": {"on_host": (1, 4), "on_device": (2,)},
@@ -60,7 +60,7 @@ ARRANGED = {
 
 
 @pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
-@pytest.mark.parametrize("residents", ARRANGED.values(), ids=ARRANGED)
+@pytest.mark.parametrize("residents", RESIDENTS.values(), ids=RESIDENTS)
 def test_a_trace_has_a_track_for_each_stage_and_slot_without_overlaps_and_adds_up_to_the_sums(
     tmp_path, hardware, residents
 ):
@@ -102,7 +102,7 @@ def test_a_trace_has_a_track_for_each_stage_and_slot_without_overlaps_and_adds_u
     assert "2 model.layers.1" in computed
 
 
-def test_with_a_slow_disk_reading_is_named_and_hides_all_else(tmp_path):
+def test_with_a_slow_disk_reading_is_named_and_hides_everything_else(tmp_path):
     write_checkpoint(tmp_path, blocks=BLOCKS)
     plan = slow_disk(tmp_path)
     _, steady = run(swept(plan))
@@ -117,7 +117,7 @@ def test_with_a_slow_disk_reading_is_named_and_hides_all_else(tmp_path):
 
 def test_with_a_heavy_computation_computing_is_named(tmp_path):
     write_checkpoint(tmp_path, blocks=BLOCKS)
-    _, steady = run(swept(arranged(plan_for(tmp_path, CPU)), toil))
+    _, steady = run(swept(arranged(plan_for(tmp_path, CPU)), compute_slowly))
     assert steady.bottleneck().name == "compute"
     assert "faster device" in steady.summary()
 
@@ -133,7 +133,7 @@ def stage(name, busy, waited_in=0.0):
     )
 
 
-SAID = {
+BOTTLENECKS = {
     "read": ((9.5, 1.0, 1.0, 9.0), "read", "a faster disk"),
     "transfer": ((1.0, 9.5, 1.0, 9.0), "transfer", "larger VRAM budget"),
     "compute": ((1.0, 1.0, 9.5, 0.5), "compute", "a faster device"),
@@ -144,9 +144,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("case", SAID)
+@pytest.mark.parametrize("case", BOTTLENECKS)
 def test_the_bottleneck_says_what_to_change(case):
-    (read, transfer, compute, waited), name, words = SAID[case]
+    (read, transfer, compute, waited), name, words = BOTTLENECKS[case]
     stages = (stage("read", read), stage("transfer", transfer), stage("compute", compute, waited))
     found = Timings(sweeps=1, wall_seconds=10.0, stages=stages).bottleneck()
     assert found.name == name
@@ -169,7 +169,7 @@ def test_a_stretch_of_time_takes_its_share_of_the_spans_that_reach_into_it():
     assert (part.busy_seconds, part.waited_out_seconds, part.bytes, part.items) == (2, 1, 150, 1)
 
 
-def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
+def test_sums_stay_exact_when_the_oldest_spans_are_dropped():
     clock = Clock("read")
     for second in range(10_000):
         clock.add(Activity.WORKING, second, second + 1, batch=0, nbytes=3)
@@ -181,20 +181,14 @@ def test_sums_stay_exact_when_the_oldest_spans_are_let_go():
 
 
 COPY, KERNEL = 0.01, 0.04
-LOOKS = 1e-3  # more than all looks at a scripted clock take together
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """What takes time is the device, and what a test says."""
-    return ScriptedClock().install(monkeypatch)
+CLOCK_READS = 1e-3  # more than all reads of a scripted clock take together
 
 
 def compute_on(device, clock, streams=1):
-    """A computation of one kernel for each stream, which the host gives to the device and is through with.
+    """A computation of one kernel for each stream, which the host launches without waiting for it.
 
-    Time stands still until all have been given, and does not go on behind the last: whatever else is waited for,
-    these kernels do not come to their end.
+    Time stands still until all have been launched, and does not go on after the last: whatever else is waited
+    for, these kernels do not finish.
     """
     others = [device.new_stream() for _ in range(streams - 1)]
 
@@ -235,12 +229,12 @@ def test_spans_are_the_devices_times_and_those_of_kernels_side_by_side_count_onc
     _, transfer, compute = timings.stages
     assert before.items < compute.items == 2 * BATCHES
     assert compute.spans[-1].stop_seconds > returned
-    # Copies wait for the kernel that reads their slot; of that, nothing is the copy's.
-    assert transfer.busy_seconds == pytest.approx(transfer.items * COPY, abs=LOOKS)
-    assert transfer.waited_out_seconds >= KERNEL - COPY - LOOKS
-    # A copy may come to its end between a batch's being handed over and its kernels' being given to the device.
+    # Copies wait for the kernel that reads their slot; that wait is not work.
+    assert transfer.busy_seconds == pytest.approx(transfer.items * COPY, abs=CLOCK_READS)
+    assert transfer.waited_out_seconds >= KERNEL - COPY - CLOCK_READS
+    # A copy may end between the hand-over of a batch and the launch of its kernels.
     busy = compute.busy_seconds / compute.items
-    assert KERNEL - LOOKS <= busy <= KERNEL + COPY + LOOKS
+    assert KERNEL - CLOCK_READS <= busy <= KERNEL + COPY + CLOCK_READS
     assert compute.busy_seconds + compute.waited_in_seconds <= timings.wall_seconds + 1e-6
     for stage in timings.stages:
         assert all(a.stop_seconds <= b.start_seconds for a, b in pairwise(stage.spans))
@@ -262,7 +256,7 @@ def test_a_caller_who_keeps_a_batch_is_computing_however_fast_the_device_is(tmp_
     assert timings.between(began, ended, sweeps=1).bottleneck().name == "compute"
 
 
-SAID_OF_A_SWEEP = SweepPrediction(
+PREDICTED = SweepPrediction(
     seconds=1.0,
     read_seconds=0.5,
     transfer_seconds=0.5,
@@ -271,24 +265,24 @@ SAID_OF_A_SWEEP = SweepPrediction(
 )
 
 
-@pytest.mark.parametrize(("on_gpu", "said"), [(False, 0.5), (True, 0.3)])
-def test_a_processors_time_is_compared_with_hand_overs_and_a_gpus_without(on_gpu, said):
-    forecasts = Forecasts(on_gpu=on_gpu)
-    forecasts.count(SAID_OF_A_SWEEP, 1.0)
-    forecast = forecasts.sums(read_seconds=0.5, transfer_seconds=0.5, compute_seconds=said)
-    assert forecast.errors()["compute"] == pytest.approx(0.0)
+@pytest.mark.parametrize(("on_gpu", "seconds"), [(False, 0.5), (True, 0.3)])
+def test_a_processors_time_is_compared_with_hand_offs_and_a_gpus_without(on_gpu, seconds):
+    checker = PredictionChecker(on_gpu=on_gpu)
+    checker.count(PREDICTED, 1.0)
+    check = checker.sums(read_seconds=0.5, transfer_seconds=0.5, compute_seconds=seconds)
+    assert check.errors()["compute"] == pytest.approx(0.0)
 
 
-def test_work_that_a_failed_device_never_ends_is_let_go_and_what_comes_before_it_counts():
+def test_work_that_a_failed_device_never_finishes_is_dropped_and_earlier_work_counts():
     clock = Clock("compute")
 
     def counted(clock):
         clock.add(Activity.WORKING, 0.0, 1.0, batch=0)
         return True
 
-    clock.later(counted)
+    clock.add_later(counted)
     for _ in range(5000):
-        clock.later(lambda _: False)
+        clock.add_later(lambda _: False)
     assert clock.sums().items == 1
     assert len(clock._pending) < 2000
 

@@ -1,11 +1,11 @@
 """A CUDA runtime of host memory, under the real ``CudaDevice``: its own code runs where there is no GPU.
 
-As on a GPU, the current device and the current streams belong to a thread, a copy lands on whatever stream is
-current, nothing runs before somebody waits for it, and a failure is met again at the next kernel. What a GPU would
-punish later or never, a wait for an event that nobody recorded, say, or memory let go of under a copy, fails at once.
+As on a GPU, the current device and the current streams belong to a thread, a copy is queued on the current stream,
+nothing is sure to run before something waits for it, and a failure is raised again at the next kernel. Errors that a
+GPU would show late or never fail at once, such as waiting for an event that was never recorded, or unregistering
+memory during a copy.
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -15,27 +15,25 @@ from typing import Any
 import torch
 
 from layerstream.stages.devices.cuda import CudaDevice
+from support.fake_cuda_memory import DeviceTensor, PendingCopy, torch_empty
 
-__all__ = ["POISON", "FakeCuda", "RunningCudaDevice"]
+__all__ = ["FakeCuda", "RunningCudaDevice"]
 
-POISON = 0xA5
 ALREADY_REGISTERED, NOT_REGISTERED, INVALID = 712, 713, 1
-_PAGE = 4096
-_BLOCK = 512  # what torch's allocator aligns to
-_torch_empty = torch.empty
+_PAGE_BYTES = 4096
 
 
 class FakeCuda:
-    """The runtime. ``install`` puts it in place of ``torch.cuda``, as far as the library calls that."""
+    """The runtime. ``install`` replaces those parts of ``torch.cuda`` that the library calls."""
 
     def __init__(self, *, devices: int = 2, memory_bytes: int = 1 << 36) -> None:
         self.lock = threading.Condition(threading.RLock())
-        # Streams that do not get on just because a thread waits for them.
+        # Streams that run nothing merely because a thread waits for them.
         self.held: set[Any] = set()
-        self.depth = 0  # of what is run because something else depends on it
+        self.depth = 0  # of nested work, run because other work depends on it
         self.local = threading.local()
         self.devices = devices
-        self.free = [memory_bytes] * devices
+        self.free_bytes = [memory_bytes] * devices
         self.registered: dict[int, tuple[int, int]] = {}  # address: bytes, device
         self.streams: list[Any] = []
         self.pageable_copies = 0
@@ -53,7 +51,7 @@ class FakeCuda:
         return self.local.streams
 
     def fail(self, code: int) -> int:
-        """What the runtime remembers of a failure, for this thread."""
+        """Keep ``code`` as this thread's last error, and return it."""
         self.local.error = code
         return code
 
@@ -61,9 +59,7 @@ class FakeCuda:
         """Put ``kernel`` on the stream of ``device`` that is current in this thread."""
         error, self.local.error = getattr(self.local, "error", 0), 0
         if error:
-            raise RuntimeError(
-                f"CUDA error {error}, met at a kernel that has nothing to do with it"
-            )
+            raise RuntimeError(f"CUDA error {error}, raised at an unrelated kernel")
         with self.lock:
             self.current[device].work.append(kernel)
 
@@ -82,13 +78,13 @@ class FakeCuda:
             "is_available": lambda: True,
             "device_count": lambda: self.devices,
             "current_device": lambda: self.device,
-            "get_device_name": lambda device: f"a fake, number {device.index}",
-            "mem_get_info": lambda device: (self.free[device.index], 1 << 40),
+            "get_device_name": lambda device: f"fake GPU {device.index}",
+            "mem_get_info": lambda device: (self.free_bytes[device.index], 1 << 40),
             "memory_stats": lambda _: {},
             "empty_cache": lambda: None,
             "synchronize": self._synchronize,
             "cudart": lambda: self,
-            "CudaError": lambda code: f"what fake CUDA says of {code}",
+            "CudaError": lambda code: f"fake CUDA's text for error {code}",
             "current_stream": lambda device: self.current[device.index],
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -102,16 +98,16 @@ class FakeCuda:
 
     def _empty(self, *size: Any, device: Any = None, **options: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != "cuda":
-            return _torch_empty(*size, device=device, **options)
-        return DeviceTensor.made(self, torch.device(device).index, *size, **options)
+            return torch_empty(*size, device=device, **options)
+        return DeviceTensor.allocate(self, torch.device(device).index, *size, **options)
 
     # -- cudart ----------------------------------------------------------------------------------
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 0
-        if not nbytes or address % _PAGE:
+        if not nbytes or address % _PAGE_BYTES:
             return self.fail(INVALID)
-        if self.holder(address, nbytes, partly=True) is not None:
+        if self.registered_device(address, nbytes, partly=True) is not None:
             return self.fail(ALREADY_REGISTERED)
         self.registered[address] = nbytes, self.device
         return 0
@@ -120,15 +116,17 @@ class FakeCuda:
         if address not in self.registered:
             return self.fail(NOT_REGISTERED)
         nbytes, _ = self.registered[address]
-        pending = [step for each in self.streams for step in each.work if isinstance(step, _Copy)]
+        pending = [
+            step for each in self.streams for step in each.work if isinstance(step, PendingCopy)
+        ]
         assert not any(step.reads(address, nbytes) for step in pending), (
-            "page-locked memory was let go of under a copy"
+            "page-locked memory was unregistered during a copy"
         )
         del self.registered[address]
         return 0
 
-    def holder(self, address: int, nbytes: int, *, partly: bool = False) -> int | None:
-        """The device that the bytes are page-locked for, all of them in one piece."""
+    def registered_device(self, address: int, nbytes: int, *, partly: bool = False) -> int | None:
+        """The device for which the bytes are page-locked, all of them in one piece."""
         for start, (size, device) in self.registered.items():
             inside = start <= address and address + nbytes <= start + size
             if inside or (partly and address < start + size and start < address + nbytes):
@@ -137,7 +135,7 @@ class FakeCuda:
 
 
 class _Stream:
-    """Work in order. ``done`` of it has been run."""
+    """Work in order, of which the first ``done`` steps have run."""
 
     runtime: FakeCuda
 
@@ -173,7 +171,7 @@ class _Stream:
 
 
 class _Event:
-    """A point in a stream, as soon as somebody has recorded it."""
+    """A point in a stream, once it has been recorded."""
 
     runtime: FakeCuda
 
@@ -193,13 +191,13 @@ class _Event:
         self.seconds = time.perf_counter()
 
     def wait(self, stream: _Stream | None = None) -> None:
-        assert self.stream is not None, "an event was waited for that nobody has recorded"
+        assert self.stream is not None, "waiting for an event that was never recorded"
         stream = self.runtime.current[self.runtime.device] if stream is None else stream
         with self.runtime.lock:
             stream.work.append(self.synchronize)
 
     def synchronize(self) -> None:
-        assert self.stream is not None, "an event was waited for that nobody has recorded"
+        assert self.stream is not None, "waiting for an event that was never recorded"
         with self.runtime.lock:
             while self.stream in self.runtime.held and not (self.runtime.depth or self._passed):
                 self.runtime.lock.wait()
@@ -210,16 +208,16 @@ class _Event:
         return self.stream is not None and self.stream.done >= self.position
 
     def query(self) -> bool:
-        assert self.stream is not None, "an event was asked for that nobody has recorded"
+        assert self.stream is not None, "querying an event that was never recorded"
         with self.runtime.lock:
-            # Events take no time; kernels and copies take as long as may be.
+            # Events take no time; kernels and copies run as late as possible.
             steps = list(self.stream.work)[: self.position - self.stream.done]
             if all(getattr(step, "__func__", None) is _Event._pass for step in steps):
                 self.stream.run_to(self.position)
             return self._passed
 
     def elapsed_time(self, other: "_Event") -> float:
-        assert {self.timed, other.timed} == {True}, "an event was asked for a time, and tells none"
+        assert {self.timed, other.timed} == {True}, "elapsed time of an event without timing"
         return (other.seconds - self.seconds) * 1e3
 
 
@@ -255,88 +253,12 @@ class _CurrentStream:
         self.runtime.local.device, self.runtime.current[self.stream.index] = self.before
 
 
-class _Copy:
-    """A copy on a stream."""
-
-    def __init__(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        self.destination, self.source = destination, source
-
-    def __call__(self) -> None:
-        self.destination.copy_(self.source)
-
-    def reads(self, address: int, nbytes: int) -> bool:
-        return address <= self.source.data_ptr() < address + nbytes
-
-
-class DeviceTensor(torch.Tensor):
-    """Memory of a fake device."""
-
-    runtime: FakeCuda
-    index: int
-
-    @classmethod
-    def made(
-        cls, runtime: FakeCuda, index: int, *size: int, dtype: torch.dtype = torch.float32
-    ) -> "DeviceTensor":
-        nbytes = math.prod(size) * dtype.itemsize
-        if nbytes > runtime.free[index]:
-            raise torch.cuda.OutOfMemoryError(f"fake CUDA out of memory: {nbytes} bytes")
-        runtime.free[index] -= nbytes
-        room = _torch_empty(nbytes + _BLOCK, dtype=torch.uint8).fill_(POISON)
-        skip = -room.data_ptr() % _BLOCK
-        plain = room[skip : skip + nbytes].view(dtype).view(*size)
-        return plain.as_subclass(cls)._of(runtime, index)
-
-    def _of(self, runtime: FakeCuda, index: int) -> "DeviceTensor":
-        self.runtime, self.index = runtime, index
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = next(each for each in args if isinstance(each, cls))
-        runtime, index = vars(tensor)["runtime"], vars(tensor)["index"]
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.copy_ and args[0] is tensor:
-                return _begin_copy(runtime, index, *args, **(kwargs or {}))
-            if func is torch.Tensor.fill_:
-                runtime.launch(lambda: _plain(tensor).fill_(args[1]), index)
-                return tensor
-            if func == torch.Tensor.device.__get__:
-                return torch.device("cuda", index)
-            if func is torch.Tensor.cpu:
-                runtime.current[index].synchronize()
-                return _plain(tensor).clone()
-            result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result is not tensor:
-            return result.as_subclass(cls)._of(runtime, index)
-        return result
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_subclass(torch.Tensor)
-
-
-def _begin_copy(
-    runtime: FakeCuda,
-    index: int,
-    target: torch.Tensor,
-    source: torch.Tensor,
-    non_blocking: bool = False,
-) -> torch.Tensor:
-    holder = runtime.holder(source.data_ptr(), source.nbytes)
-    runtime.launch(_Copy(_plain(target), source), index)
-    if holder is None or not non_blocking:
-        runtime.pageable_copies += source.nbytes > 0
-        runtime.current[index].synchronize()
-    return target
-
-
 class RunningCudaDevice(CudaDevice):
-    """``CudaDevice`` on the fake runtime, with the fake device's ways for tests.
+    """``CudaDevice`` on the fake runtime, with the controls that ``FakeDevice`` has for tests.
 
     Args:
-        index: of the device.
-        hold_copies: copies do not run when a thread waits for them, but only when a kernel depends on them,
+        index: The number of the device.
+        hold_copies: Copies do not run when a thread waits for them, but only when a kernel depends on them,
             until ``release_copies``.
     """
 

@@ -1,10 +1,10 @@
 """A device that keeps streams and events apart, so that a missing wait fails a test without a GPU.
 
-It does everything as late as the waits that it was told of allow: a kernel runs when something depends on it,
-a copy when somebody waits for it. Where a stage forgets a wait, the bytes are not there yet, or not any more.
+It does everything as late as the recorded waits allow: a kernel runs when something depends on it, a copy when
+something waits for it. Where a stage forgets a wait, the bytes are not there yet, or not any more.
 
-Or it works by a clock, as a GPU does: whatever the host does meanwhile, copies and kernels take their time. The
-clock is scripted, so that the host is as fast as may be, and a busy machine makes no difference.
+Or it works by a clock, as a GPU does: copies and kernels take their time, whatever the host does meanwhile. The
+clock is scripted, so that the host takes no time and a busy machine makes no difference.
 """
 
 import threading
@@ -21,17 +21,17 @@ from layerstream.stages.devices.protocol import Copy
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.memory import HostMemory
 
-__all__ = ["POISON", "FakeDevice", "ScriptedClock"]
+__all__ = ["POISON", "FakeDevice", "FakeEvent", "ScriptedClock"]
 
-# What memory holds that nobody has written: as a float it is -2.3e-16, as a bfloat16 the like, never a weight.
+# The bytes of memory that was never written: as a float -2.3e-16, as a bfloat16 similar, never a weight.
 POISON = 0xA5
 
 
 class ScriptedClock:
-    """In place of ``time.perf_counter``: on the busiest machine, what a test does takes no time.
+    """Replaces ``time.perf_counter``, so that the host's work takes no time, however busy the machine is.
 
-    Time passes when the test says so, when somebody waits for a device that works by this clock, and a little
-    whenever anybody looks, so that what comes first is earlier.
+    Time passes when the test says so, when something waits for a device that works by this clock, and a little
+    with every reading, so that what comes first is earlier.
     """
 
     TICK_SECONDS = 1e-7
@@ -51,13 +51,13 @@ class ScriptedClock:
             return self._seconds
 
     def go_to(self, seconds: float) -> None:
-        """Let it be ``seconds``, as soon as time may pass, unless it is later already."""
+        """Advance to ``seconds`` as soon as time may pass, unless it is later already."""
         with self._changed:
             assert self._changed.wait_for(lambda: not self._stopped, timeout=60), "time stood still"
             self._seconds = max(self._seconds, seconds)
 
     def stop(self) -> None:
-        """Who waits for a device waits until ``go_on``."""
+        """Make waits for a device last until ``go_on``."""
         with self._changed:
             self._stopped = True
 
@@ -68,7 +68,7 @@ class ScriptedClock:
 
 
 class _Stream:
-    """Work in order. ``done`` of it has been run. At ``seconds`` the device is through with all of it."""
+    """Work in order, of which the first ``done`` steps have run. At ``seconds`` the device has finished all of it."""
 
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], None]] = deque()
@@ -79,7 +79,7 @@ class _Stream:
         self.waiting.append(work)
         self.seconds = max(self.seconds, time.perf_counter()) + seconds
 
-    def add_wait(self, event: "_FakeEvent") -> None:
+    def add_wait(self, event: "FakeEvent") -> None:
         self.waiting.append(lambda: event.stream.run_to(event.position))
         self.seconds = max(self.seconds, event.seconds)
 
@@ -94,7 +94,9 @@ class _Stream:
             self.done += 1
 
 
-class _FakeEvent:
+class FakeEvent:
+    """A point in a stream."""
+
     def __init__(self, device: "FakeDevice", stream: _Stream) -> None:
         self.device = device
         self.stream = stream
@@ -110,17 +112,17 @@ class _FakeEvent:
 
 
 class FakeDevice:
-    """Host memory that plays a GPU's.
+    """Simulates a GPU with host memory.
 
-    One stream copies. Every thread has a compute stream of its own, as if it had made one current. Tests put
+    One stream copies. Every thread has a compute stream of its own, as if it had made one current. Tests queue
     work on it with ``launch``, and run it with ``finish``.
 
     Args:
-        memory_bytes: size of the device.
-        hold_copies: copies do not run when somebody waits for them on the host, but only when a kernel
-            depends on them, until ``release_copies``: the slowest copy engine there is.
-        clock: given, the device works by it: each copy takes ``copy_seconds``, and a kernel what ``launch``
-            says, from when what it waits for is done.
+        memory_bytes: Size of the device.
+        hold_copies: Copies do not run when the host waits for them, but only when a kernel depends on them,
+            until ``release_copies``: the slowest possible copy engine.
+        clock: If given, the device works by it.
+        copy_seconds: Duration of each copy by that clock, from when its dependencies are done.
     """
 
     torch_device = torch.device("cpu")
@@ -142,7 +144,7 @@ class FakeDevice:
         self._clock = clock
         self._copy_seconds = copy_seconds
         self._free_bytes = memory_bytes
-        self.host_memories = 0  # given out and not released yet
+        self.host_memories = 0  # allocated and not released yet
 
     # -- the protocol ----------------------------------------------------------------------------
 
@@ -159,14 +161,14 @@ class FakeDevice:
         return memory
 
     def release_host_memory(self, memory: HostMemory) -> None:
-        where = memory.tensor.untyped_storage().data_ptr()
+        storage = memory.tensor.untyped_storage().data_ptr()
         with self._changed:
             sources = [
                 step.args[1].untyped_storage().data_ptr()
                 for step in self._copying.waiting
                 if isinstance(step, partial) and step.func is _copy
             ]
-        assert where not in sources, "host memory was released under copies not yet done"
+        assert storage not in sources, "host memory was released during copies"
         self.host_memories -= 1
         memory.close()
 
@@ -180,21 +182,21 @@ class FakeDevice:
         with self._changed:
             streams = list(self._streams)
         for stream in streams:
-            self._until(stream.seconds)
+            self._wait_until(stream.seconds)
             with self._changed:
                 stream.run_to(stream.end)
 
     def trim(self) -> None:
         pass
 
-    def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[FakeEvent]) -> FakeEvent:
         with self._changed:
             for event in after:
                 self._copying.add_wait(event)
             for number, each in enumerate(copies):
                 seconds = 0.0 if number else self._copy_seconds
                 self._copying.add(partial(_copy, *each), seconds=seconds)
-            return _FakeEvent(self, self._copying)
+            return FakeEvent(self, self._copying)
 
     def stream(self) -> _Stream:
         return self._stream
@@ -207,15 +209,15 @@ class FakeDevice:
         finally:
             self._local.stream = before
 
-    def record(self, stream: _Stream | None = None) -> _FakeEvent:
+    def record(self, stream: _Stream | None = None) -> FakeEvent:
         with self._changed:
-            return _FakeEvent(self, self._stream if stream is None else stream)
+            return FakeEvent(self, self._stream if stream is None else stream)
 
-    def wait(self, event: _FakeEvent) -> None:
+    def wait(self, event: FakeEvent) -> None:
         with self._changed:
             self._stream.add_wait(event)
 
-    def passed_at(self, event: _FakeEvent) -> float | None:
+    def passed_at(self, event: FakeEvent) -> float | None:
         with self._changed:
             if self._clock is not None and event.seconds <= self._clock():
                 event.stream.run_to(event.position)
@@ -230,36 +232,36 @@ class FakeDevice:
         return self._local.stream
 
     def new_stream(self) -> _Stream:
-        """A compute stream that is no thread's yet."""
+        """A compute stream that is not yet any thread's current one."""
         with self._changed:
             self._streams.append(_Stream())
             return self._streams[-1]
 
     def launch(self, kernel: Callable[[], None], *, seconds: float = 0.0) -> None:
-        """Put ``kernel`` on the calling thread's compute stream. It runs when something depends on it."""
+        """Queue ``kernel`` on the calling thread's compute stream. It runs when something depends on it."""
         with self._changed:
             self._stream.add(kernel, seconds=seconds)
 
     def finish(self) -> None:
-        """Run all that the calling thread has launched, and what it depends on."""
+        """Run everything that the calling thread has launched, and what it depends on."""
         self.record().synchronize()
 
     def release_copies(self) -> None:
-        """From here on, copies run when somebody waits for them."""
+        """From here on, copies run when something waits for them."""
         with self._changed:
             self.holds_copies = False
             self._changed.notify_all()
 
-    def run_to(self, event: _FakeEvent) -> None:
+    def run_to(self, event: FakeEvent) -> None:
         with self._changed:
             while self.holds_copies and event.stream is self._copying and not event.passed:
                 self._changed.wait()
-        self._until(event.seconds)
+        self._wait_until(event.seconds)
         with self._changed:
             event.stream.run_to(event.position)
             self._changed.notify_all()
 
-    def _until(self, seconds: float) -> None:
+    def _wait_until(self, seconds: float) -> None:
         if self._clock is not None:
             self._clock.go_to(seconds)
 

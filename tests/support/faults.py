@@ -8,13 +8,13 @@ from typing import Self
 from layerstream.stages.batch import Extent
 from layerstream.stages.devices.protocol import Copy
 from layerstream.stages.readers.direct import DirectReader
-from support.fake_device import FakeDevice, _FakeEvent
+from support.fake_device import FakeDevice, FakeEvent
 
 __all__ = ["Gate", "RecordingReader", "SteppedFakeDevice", "Steps", "failing_with"]
 
 
 class Gate:
-    """Stops the thread that comes to it until it is opened, at the end of the `with` block at the latest."""
+    """Blocks the thread that reaches it until it is opened, at the end of the ``with`` block at the latest."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -31,7 +31,7 @@ class Gate:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        # A test that fails must not hang in the end.
+        # A failing test must not hang at its end.
         self.reached.set()
         self.open()
 
@@ -44,7 +44,7 @@ def failing_with(error: Exception) -> Callable[[], None]:
 
 
 class Steps:
-    """Counts steps, from 0, in any thread; does what was asked for at each of them, before it is taken."""
+    """Counts steps, from 0, in any thread; calls the actions that are set before them."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -52,7 +52,7 @@ class Steps:
         self.count = 0
 
     def before(self, step: int, action: Callable[[], None]) -> None:
-        """At ``step`` call ``action``, in the thread that takes the step."""
+        """Before ``step``, call ``action`` in the thread that takes the step."""
         self._actions[step] = action
 
     def take(self) -> None:
@@ -65,15 +65,15 @@ class Steps:
             action()
 
     def wait_for(self, count: int) -> None:
-        """Block until ``count`` steps have been begun."""
+        """Block until ``count`` steps have begun."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.count >= count, timeout=20), (
-                "it stopped short"
+                "too few steps were taken"
             )
 
 
 class RecordingReader(DirectReader):
-    """Direct reads that are noted down, and that stop or fail where a test wants it."""
+    """Direct reads that are recorded, and that stop or fail where a test wants it."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         super().__init__(paths)
@@ -83,7 +83,7 @@ class RecordingReader(DirectReader):
         self._lock = threading.Lock()
 
     def halfway(self, file: int, action: Callable[[], None]) -> None:
-        """When half of the next read of ``file`` is in its slot, call ``action`` in the reading thread."""
+        """Once half of the next read of ``file`` is in its slot, call ``action`` in the reading thread."""
         self._halfway[file] = action
 
     def read(self, extent: Extent, into: memoryview) -> None:
@@ -100,13 +100,13 @@ class RecordingReader(DirectReader):
 
 
 class SteppedFakeDevice(FakeDevice):
-    """A fake device whose copies stop or fail, when they are asked for, where a test wants it."""
+    """A fake device whose copies stop or fail, as they are queued, where a test wants it."""
 
     def __init__(self, **arguments: object) -> None:
         super().__init__(**arguments)
         self.steps = Steps()
 
-    def copy(self, copies: Sequence[Copy], *, after: Sequence[_FakeEvent]) -> _FakeEvent:
+    def copy(self, copies: Sequence[Copy], *, after: Sequence[FakeEvent]) -> FakeEvent:
         if copies:
             self.steps.take()
         return super().copy(copies, after=after)

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layerstream import pipeline, stages
+
 __all__ = ["mappings_of", "nothing_left_behind", "our_tasks", "our_threads"]
+
+
+_OUR_FOLDERS = [Path(package.__file__).parent for package in (pipeline, stages)]
 
 
 def our_threads() -> list[str]:
@@ -17,12 +22,12 @@ def our_threads() -> list[str]:
 
 
 def our_tasks() -> list[asyncio.Task[Any]]:
-    """Tasks of the running loop that run a coroutine of the library's."""
+    """Tasks of the running loop that run a coroutine of the library."""
     return [
         task
         for task in asyncio.all_tasks()
         if (code := getattr(task.get_coro(), "cr_code", None)) is not None
-        and Path(code.co_filename).parent.name in {"pipeline", "stages"}
+        and any(Path(code.co_filename).is_relative_to(folder) for folder in _OUR_FOLDERS)
     ]
 
 
@@ -37,7 +42,7 @@ def _descriptors() -> dict[str, str]:
     for link in Path("/proc/self/fd").iterdir():
         try:
             found[link.name] = str(link.readlink())
-        except OSError:  # the one that listed them
+        except OSError:  # the descriptor that listed them
             continue
     return found
 

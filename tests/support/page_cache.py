@@ -8,6 +8,7 @@ __all__ = ["cached_pages", "drop_from_cache"]
 
 
 def drop_from_cache(path):
+    """Drop ``path`` from the page cache, as far as the filesystem does so."""
     descriptor = os.open(path, os.O_RDWR)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -15,6 +16,7 @@ def drop_from_cache(path):
 
 
 def cached_pages(path):
+    """Pages of ``path`` in the page cache."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     with path.open("rb") as stream:

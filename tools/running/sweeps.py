@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerstream.stages.errors import ModelError
-from layerstream.stages.telemetry.forecast import Forecast, Forecasts, SweepPrediction
+from layerstream.stages.telemetry.forecast import (
+    PredictionCheck,
+    PredictionChecker,
+    SweepPrediction,
+)
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.console.progress import late_progress, waiting
@@ -68,9 +72,9 @@ class Profile:
         return prediction.decode if self.prompt_tokens is None else prediction.prefill
 
     @property
-    def forecast(self) -> Forecast:
+    def forecast(self) -> PredictionCheck:
         """The steady sweeps beside what the plan said of them."""
-        forecasts = Forecasts(on_gpu=self.plan.device_memory is not None)
+        forecasts = PredictionChecker(on_gpu=self.plan.device_memory is not None)
         for seconds in self.steady_seconds:
             forecasts.count(self.predicted, seconds)
         # Of a long run the latest sweeps alone are told stage by stage.
