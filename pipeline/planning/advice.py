@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.candidates import PricedCandidate, search
+from layerstream.pipeline.planning.candidates import search
 from layerstream.pipeline.planning.plan import Budget, ReaderKind
 from layerstream.pipeline.planning.prediction import Advice
+from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import Problem
 from layerstream.stages.errors import PlanError
 from layerstream.stages.text import format_bytes

@@ -3,21 +3,37 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.cost_model import CostModel, Placement
+from layerstream.pipeline.planning.expert_cells import (
+    ExpertCells,
+    cells_bytes,
+    expert_sets,
+    fewest_cells,
+    filled_cells,
+    sources_of,
+    staging_bytes,
+)
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
-from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
-from layerstream.pipeline.planning.prediction import Prediction
-from layerstream.pipeline.planning.problem import LEAST_SLOTS, SLOTS, Problem
+from layerstream.pipeline.planning.plan import ReaderKind
+from layerstream.pipeline.planning.priced_candidate import PricedCandidate
+from layerstream.pipeline.planning.problem import (
+    LEAST_SLOTS,
+    READ_REQUEST_BYTES,
+    READS_IN_FLIGHT,
+    SLOTS,
+    Problem,
+)
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
+from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
-__all__ = ["PricedCandidate", "search"]
+__all__ = ["search"]
 
 # Blocks per layer batch that are tried; larger batches gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -35,44 +51,6 @@ _HOST_FIXED_BYTES = 16 << 20
 _KV_LAYERS_ON_DEVICE = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PricedCandidate:
-    """A placement with its predicted times."""
-
-    placer: Placer
-    placement: Placement
-    prediction: Prediction
-    name: str = ""
-    """What is special about it; empty for most."""
-
-    @property
-    def memory(self) -> tuple[MemoryUse, MemoryUse | None]:
-        """Its use of the host budget and of the VRAM budget."""
-        return self.placer.memory(self.placement.batches, self.placement.arenas)
-
-    @property
-    def need(self) -> MemoryBytes:
-        """The total bytes that it uses on each side."""
-        return self.placer.need(self.placement.batches, self.placement.arenas)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a batch can be read while another one is computed with."""
-        return self.placement.maps or self.placement.slots > LEAST_SLOTS
-
-    @property
-    def preference(self) -> tuple[bool, int, bool, int, int, int]:
-        """A sort key among equally fast candidates; the least is the best."""
-        # The rest of a budget may be used: residents also help where the prediction is wrong, as with
-        # a rate of computation that was measured while something else computed.
-        slots = SLOTS.index(self.placement.slots)
-        mapped = self.placement.reader is ReaderKind.MMAP  # in memory that may be taken away
-        # Mapped batches take no memory, so few large ones save hand-offs.
-        hand_offs = len(self.placement.batches) if self.placement.maps else 0
-        read_bytes = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
-        return bool(self.name), slots, mapped, hand_offs, read_bytes, sum(self.need)
-
-
 def search(problem: Problem) -> list[PricedCandidate]:
     """All candidates for ``problem`` that fit: the best one first, the others by their time.
 
@@ -87,6 +65,7 @@ def search(problem: Problem) -> list[PricedCandidate]:
 class _Search:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        self._sources = sources_of(problem.layers)
 
     def ranked(self) -> list[PricedCandidate]:
         found = self._fitting()
@@ -102,12 +81,17 @@ class _Search:
 
     def _fitting(self) -> list[PricedCandidate]:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
-        for kv_on_host, leaves_overhead in itertools.product(self._kv_places(), (True, False)):
+        # The same with cells for all experts of a token, instead of one.
+        for kv_on_host, cells, leaves_overhead in itertools.product(
+            self._kv_places(), self._fewest_cells(), (True, False)
+        ):
             found = [
                 candidate
                 for reader in self._readers()
                 for candidate in self._of_placer(
-                    self._placer(reader, kv_on_host=kv_on_host), leaves_overhead=leaves_overhead
+                    self._placer(reader, kv_on_host=kv_on_host, cells=cells),
+                    cells,
+                    leaves_overhead=leaves_overhead,
                 )
             ]
             if found:
@@ -134,7 +118,7 @@ class _Search:
             return (False,)
         return (False, True) if problem.kv_on_host is None else (problem.kv_on_host,)
 
-    def _placer(self, reader: ReaderKind, *, kv_on_host: bool) -> Placer:
+    def _placer(self, reader: ReaderKind, *, kv_on_host: bool, cells: ExpertCells) -> Placer:
         problem = self._problem
         kv = problem.memory.kv_bytes if kv_on_host and problem.memory is not None else 0
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in problem.layers)
@@ -153,10 +137,14 @@ class _Search:
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
             overhead_bytes=problem.overhead_bytes,
+            expert_bytes=self._store_bytes(cells),
         )
 
-    def _of_placer(self, placer: Placer, *, leaves_overhead: bool) -> Iterator[PricedCandidate]:
-        problem, cost_model = self._problem, self._cost_model()
+    def _of_placer(
+        self, placer: Placer, cells: ExpertCells, *, leaves_overhead: bool
+    ) -> Iterator[PricedCandidate]:
+        problem = self._problem
+        priced = partial(self._priced, placer, self._cost_model(), cells)
         spare = MemoryBytes(-problem.request_overhead_bytes if leaves_overhead else 0, 0)
         for size in self._sizes():
             batches = placer.batches(size, arenas=problem.arenas)
@@ -171,14 +159,12 @@ class _Search:
                     )
                     if placed not in seen:
                         seen.append(placed)
-                        yield self._priced(placer, cost_model, placed, size=size, slots=slots)
+                        yield priced(placed, size=size, slots=slots)
             # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
             slots = problem.slots or LEAST_SLOTS
             arenas = problem.arenas or placer.arenas(batches, slots)
             if placer.fits(placer.need(batches, arenas), spare=spare):
-                trivial = self._priced(
-                    placer, cost_model, batches, size=size, slots=slots, decode_residents=False
-                )
+                trivial = priced(batches, size=size, slots=slots, decode_residents=False)
                 yield dataclasses.replace(trivial, name="one batch at a time, no residents")
 
     def _slots(self, placer: Placer) -> tuple[int, ...]:
@@ -202,6 +188,7 @@ class _Search:
         self,
         placer: Placer,
         cost_model: CostModel,
+        fewest: ExpertCells,
         batches: Sequence[LayerBatch],
         *,
         size: int,
@@ -210,6 +197,14 @@ class _Search:
     ) -> PricedCandidate:
         arenas = self._problem.arenas or placer.arenas(batches, slots)
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
+        # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
+        free = placer.host_budget_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
+        cells = self._problem.expert_cells or filled_cells(
+            self._sources, fewest, free_bytes=max(0, free)
+        )
+        expert_bytes = self._store_bytes(cells)
+        spare = self._decode_spare()
+        spare = spare._replace(host=spare.host - (expert_bytes - placer.expert_bytes))
         placement = Placement(
             reader=placer.reader,
             on_cpu=self._problem.on_cpu,
@@ -217,15 +212,37 @@ class _Search:
             slots=slots,
             arenas=arenas,
             batches=batches,
-            decode_batches=placer.with_decode_residents(batches, arenas, spare=self._decode_spare())
+            decode_batches=placer.with_decode_residents(batches, arenas, spare=spare)
             if decode_residents
             else batches,
+            expert_cells=cells,
+            expert_bytes=expert_bytes,
+            expert_sets=self._sets_by_layer(cells),
             kv_bytes_per_block=placer.kv_on_host_bytes // max(blocks, 1),
             page_cache_bytes=self._page_cache_bytes(placer, batches),
         )
         return PricedCandidate(
             placer=placer, placement=placement, prediction=cost_model.predict(placement)
         )
+
+    def _fewest_cells(self) -> tuple[ExpertCells, ...]:
+        """The least of cells to try, in this order."""
+        if self._problem.expert_cells is not None:
+            return (self._problem.expert_cells,)
+        if not self._sources:
+            return (ExpertCells(),)
+        return tuple(fewest_cells(self._sources, whole_token=whole) for whole in (True, False))
+
+    def _store_bytes(self, cells: ExpertCells) -> int:
+        """Host memory of the expert store."""
+        staging = staging_bytes(self._sources, request=READ_REQUEST_BYTES, threads=READS_IN_FLIGHT)
+        return cells_bytes(self._sources, cells) + staging
+
+    def _sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
+        found: dict[str, list[ExpertSet]] = {}
+        for experts in expert_sets(self._problem.layers, cells):
+            found.setdefault(experts.layer, []).append(experts)
+        return found
 
     def _decode_spare(self) -> MemoryBytes:
         """Memory for the activations of a prompt, which is free while no prompt is processed."""
@@ -271,7 +288,7 @@ class _Search:
     def _refusal(self) -> str:
         """The message if nothing fits, for the choices that need the least."""
         placers = [
-            self._placer(reader, kv_on_host=kv_on_host)
+            self._placer(reader, kv_on_host=kv_on_host, cells=self._fewest_cells()[-1])
             for reader in self._readers()
             for kv_on_host in self._kv_places()
         ]

@@ -106,7 +106,7 @@ def _split(layer: PlannedLayer) -> tuple[int, int]:
             experts += tensor.nbytes
         else:
             dense += tensor.nbytes
-    return dense, experts
+    return dense, experts + sum(source.nbytes for source in layer.experts)
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.compute_cost import ComputeCost, PassShape
+from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective, Prediction
 from layerstream.pipeline.planning.simulation import BatchCost, simulate
 from layerstream.stages.batch import LayerBatch
+from layerstream.stages.experts.expert_set import ExpertSet
 
 __all__ = ["CostModel", "Placement"]
 
@@ -37,6 +39,11 @@ class Placement:
     """The same with decode residents."""
     page_cache_bytes: int
     """Memory for files in the page cache."""
+    expert_cells: ExpertCells
+    expert_bytes: int
+    """Of the expert store."""
+    expert_sets: Mapping[str, Sequence[ExpertSet]]
+    """By the names of layers; with as many cells as there are."""
     kv_bytes_per_block: int = 0
     """Of a KV cache on the host, copied to the device and back."""
 
@@ -71,7 +78,9 @@ class CostModel:
         """The predicted times of the workload with ``placement``."""
         prefill, decode = self._pass_shapes()
         residents = frozenset(b.index for b in placement.batches if not b.streamed)
-        first = self._sweep(placement, prefill, placement.batches, loaded=frozenset(), first=True)
+        first = self._sweep(
+            placement, prefill, placement.batches, loaded=frozenset(), first=True, empty_cells=True
+        )
         prompt = self._sweep(placement, prefill, placement.batches, loaded=residents)
         # If the second sweep loads the residents, it reads everything as well.
         late = placement.loads_in_second_sweep and self.workload is not None
@@ -128,6 +137,7 @@ class CostModel:
         *,
         loaded: frozenset[int] | None,
         first: bool = False,
+        empty_cells: bool = False,
     ) -> list[BatchCost]:
         """The costs of each batch of a sweep; ``loaded``: residents that are loaded already (None: all)."""
         miss_share = self._miss_share(placement, batches, first=first)
@@ -141,7 +151,13 @@ class CostModel:
             is_loaded = not batch.streamed and (loaded is None or batch.index in loaded)
             costs.append(
                 self._batch(
-                    placement, batch, visited, shape, is_loaded=is_loaded, miss_share=miss_share
+                    placement,
+                    batch,
+                    visited,
+                    shape,
+                    is_loaded=is_loaded,
+                    miss_share=miss_share,
+                    empty_cells=empty_cells,
                 )
             )
         return costs
@@ -158,6 +174,7 @@ class CostModel:
         *,
         is_loaded: bool,
         miss_share: float,
+        empty_cells: bool,
     ) -> BatchCost:
         read, processor = (0.0, 0.0) if is_loaded else self._read(placement, batch, miss_share)
         compute = 0.0
@@ -171,6 +188,9 @@ class CostModel:
             # The KV cache, both ways, in the thread that computes, which waits for it.
             kv_bytes = 2 * placement.kv_bytes_per_block * len(layers)
             compute += kv_bytes / self.rates.pageable_h2d
+        expert_seconds = sum(
+            self._expert_seconds(placement, layer, shape, empty=empty_cells) for layer in layers
+        )
         takes_host_slot = not placement.maps and not is_loaded and not batch.host_resident
         return BatchCost(
             read_seconds=read,
@@ -180,6 +200,10 @@ class CostModel:
             host_bytes=batch.host_bytes if takes_host_slot else 0,
             device_bytes=0 if batch.device_resident else batch.device_bytes,
             copied_away=not batch.uses_host_image,
+            expert_seconds=expert_seconds,
+            expert_wait_seconds=expert_seconds
+            if shape is None or not shape.prompt
+            else max(0.0, expert_seconds - compute),
         )
 
     def _read(
@@ -196,6 +220,18 @@ class CostModel:
         if not placement.on_cpu:  # copied from the mapping into a slot
             seconds += nbytes / rates.host_copy
         return seconds, processor
+
+    def _expert_seconds(
+        self, placement: Placement, layer: PlannedLayer, shape: PassShape | None, *, empty: bool
+    ) -> float:
+        """Seconds to read the experts of ``layer`` that a pass is expected to need and does not find."""
+        tokens = 1 if shape is None else shape.sequences * shape.tokens
+        nbytes = 0.0
+        for experts in placement.expert_sets.get(layer.name, ()):
+            whole = experts.distinct(tokens) * experts.expert_bytes
+            nbytes += whole if empty else experts.missed_bytes(tokens)
+        rate = min(self.rates.disk, self.throttle_bytes_per_second or math.inf)
+        return nbytes / (self.rates.mmap if placement.reader is ReaderKind.MMAP else rate)
 
     def _miss_share(
         self, placement: Placement, batches: Sequence[LayerBatch], *, first: bool

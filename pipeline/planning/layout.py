@@ -10,6 +10,7 @@ import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
+from layerstream.pipeline.planning.expert_source import ExpertSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
@@ -71,6 +72,9 @@ class PlannedLayer:
     """Tensors that computation makes from them before use."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
+
+    experts: tuple[ExpertSource, ...] = ()
+    """Experts that are read on demand; not among ``tensors``."""
 
     @property
     def nbytes(self) -> int:

@@ -51,6 +51,8 @@ class Placer:
     """Of a GPU's KV cache in host RAM."""
     overhead_bytes: int = 0
     """Host memory besides the plan, which residents leave free."""
+    expert_bytes: int = 0
+    """The least that experts on demand take of the host budget; what residents leave is theirs, too."""
 
     @property
     def maps(self) -> bool:
@@ -141,6 +143,7 @@ class Placer:
                     arena_bytes=sum(arenas),
                     resident_bytes=sum(residents),
                     reserved_bytes=sum(reserved),
+                    expert_bytes=self.expert_bytes,
                 ),
                 None,
             )

@@ -9,6 +9,7 @@ from layerstream.pipeline.planning.plan_json import dump, load
 from layerstream.pipeline.planning.prediction import Advice, Candidate, Prediction
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
+from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.text import parse_size
 
 __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
@@ -97,16 +98,18 @@ class MemoryUse:
     """Resident layer batches."""
     reserved_bytes: int
     """KV cache, activations and scratch of the workload."""
+    expert_bytes: int = 0
+    """Cells of experts that are read on demand, and the buffers that they are read into."""
 
     @property
     def taken_bytes(self) -> int:
         """The memory that a running pipeline takes even without requests."""
-        return self.arena_bytes + self.resident_bytes
+        return self.arena_bytes + self.resident_bytes + self.expert_bytes
 
     @property
     def used_bytes(self) -> int:
         """The total."""
-        return self.arena_bytes + self.resident_bytes + self.reserved_bytes
+        return self.taken_bytes + self.reserved_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +161,10 @@ class Plan:
     """Changes that would make it faster."""
     notes: tuple[str, ...]
     """Assumptions and explanations."""
+    experts: tuple[ExpertSet, ...] = ()
+    """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
+    shared_expert_cells: int = 0
+    """Cells that all layers share, for experts of a long prompt on their way through."""
 
     def __post_init__(self) -> None:
         for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):
@@ -173,6 +180,12 @@ class Plan:
     def disk_bytes_per_sweep(self) -> int:
         """Bytes that every sweep but the first reads from disk."""
         return sum(batch.read_bytes for batch in self.batches if batch.streamed)
+
+    @property
+    def expert_bytes_per_step(self) -> float:
+        """Bytes of experts that a decoding step of the workload reads if routing is even, once cells are filled."""
+        sequences = 1 if self.workload is None else self.workload.batch_size
+        return sum(each.missed_bytes(sequences) for each in self.experts)
 
     @property
     def predicted_sweep_seconds(self) -> float:

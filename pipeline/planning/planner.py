@@ -12,21 +12,19 @@ from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
-from layerstream.pipeline.planning.candidates import PricedCandidate, search
+from layerstream.pipeline.planning.candidates import search
+from layerstream.pipeline.planning.expert_cells import ExpertCells, expert_sets
 from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Candidate, Objective
-from layerstream.pipeline.planning.problem import Problem
+from layerstream.pipeline.planning.priced_candidate import PricedCandidate
+from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.errors import PlanError
 
 __all__ = ["make_plan"]
 
-# The best, within noise, on all disks tried, from a virtual one to NVMe; a larger size only delays the last block of
-# a batch.
-_READ_REQUEST_BYTES = 8 << 20
-_READS_IN_FLIGHT = 4
 # Candidates that a plan records, besides the trivial one.
 _MOST_RECORDED = 11
 
@@ -89,6 +87,7 @@ def make_plan(
         loaded_code_bytes=held_bytes,
         arenas=None if running is None else _arenas_of(running),
         kv_on_host=None if running is None else running.kv_cache_on_host,
+        expert_cells=None if running is None else _cells_of(running),
     )
     return _plan(problem, search(problem))
 
@@ -106,8 +105,8 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         device=problem.hardware.device,
         reader=placement.reader,
         throttle_bytes_per_second=problem.throttle_bytes_per_second,
-        read_request_bytes=_READ_REQUEST_BYTES,
-        reads_in_flight=_READS_IN_FLIGHT,
+        read_request_bytes=READ_REQUEST_BYTES,
+        reads_in_flight=READS_IN_FLIGHT,
         layer_batch_size=placement.size,
         host_slots=placement.slots,
         device_slots=placement.slots,
@@ -139,11 +138,19 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
         notes=_notes(problem, best),
+        experts=expert_sets(problem.layers, placement.expert_cells),
+        shared_expert_cells=placement.expert_cells.shared,
     )
 
 
 def _arenas_of(plan: Plan) -> ArenaBytes:
     return ArenaBytes(plan.host_arena_bytes, plan.device_arena_bytes)
+
+
+def _cells_of(plan: Plan) -> ExpertCells:
+    return ExpertCells(
+        own=tuple(each.cells for each in plan.experts), shared=plan.shared_expert_cells
+    )
 
 
 def _memory(

@@ -6,6 +6,7 @@ from functools import cached_property
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
+from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
@@ -16,7 +17,7 @@ from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
-__all__ = ["LEAST_SLOTS", "SLOTS", "Problem"]
+__all__ = ["LEAST_SLOTS", "READS_IN_FLIGHT", "READ_REQUEST_BYTES", "SLOTS", "Problem"]
 
 # More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. Of equally
 # fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
@@ -25,6 +26,11 @@ SLOTS = (3, 2, 4, LEAST_SLOTS)
 # The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were
 # measured after loading torch's libraries. That is no reason to refuse a budget.
 _HOST_UNCERTAIN_BYTES = 16 << 20
+
+# The best, within noise, on all disks tried, from a virtual one to NVMe; a larger size only delays the last block of
+# a batch.
+READ_REQUEST_BYTES = 8 << 20
+READS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class Problem:
     # Of a running pipeline; they cannot change.
     arenas: ArenaBytes | None = None
     kv_on_host: bool | None = None
+    expert_cells: ExpertCells | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

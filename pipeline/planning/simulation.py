@@ -31,6 +31,10 @@ class BatchCost:
     """Of its slot in the device ring; 0: it takes none."""
     copied_away: bool = False
     """Whether the host slot is free after the copy, not after the computation."""
+    expert_seconds: float = 0.0
+    """Of reading experts on demand, for which the reads of later batches make way."""
+    expert_wait_seconds: float = 0.0
+    """How long computation waits for that."""
 
 
 def simulate(
@@ -65,14 +69,17 @@ def simulate(
             may_copy = max(copied, read, device.take(batch.device_bytes))
             copied = may_copy + batch.copy_seconds
             began = max(ready, copied)
-            ready = computed = began + overhead_seconds + batch.compute_seconds
+            if batch.expert_seconds:
+                read = max(read, began) + batch.expert_seconds
+            working = overhead_seconds + batch.compute_seconds
+            ready = computed = began + working + batch.expert_wait_seconds
             begun.append(began)
             host.free(copied if batch.copied_away else computed)
             device.free(computed)
         predictions.append(
             SweepPrediction(
                 seconds=computed - start,
-                read_seconds=sum(batch.read_seconds for batch in batches),
+                read_seconds=sum(batch.read_seconds + batch.expert_seconds for batch in batches),
                 transfer_seconds=sum(batch.copy_seconds for batch in batches),
                 compute_seconds=sum(batch.compute_seconds for batch in batches),
                 overhead_seconds=len(batches) * overhead_seconds + between_seconds,

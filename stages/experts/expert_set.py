@@ -1,6 +1,6 @@
 """The experts of one layer: where their bytes are in the files, and where they go in a cell. Plain data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from layerstream.stages.batch import Extent, TensorView
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
-__all__ = ["CellCopy", "ExpertPiece", "ExpertRead", "ExpertSet"]
+__all__ = ["CellCopy", "ExpertPiece", "ExpertRead", "ExpertSet", "request_bytes"]
 
 # Reading a gap is cheaper than a second request below this; see the layout of layer batches.
 _READ_GAP_BYTES = 256 << 10
@@ -67,6 +67,16 @@ class ExpertSet:
         """Bytes of one expert in the files."""
         return sum(piece.nbytes for piece in self.pieces)
 
+    def distinct(self, tokens: int) -> float:
+        """How many experts ``tokens`` are routed to if routing is even: E (1 - (1 - k/E)^T)."""
+        if not self.per_token:
+            return float(self.experts)
+        return self.experts * (1 - (1 - min(self.per_token / self.experts, 1.0)) ** tokens)
+
+    def missed_bytes(self, tokens: int) -> float:
+        """Bytes that a pass of ``tokens`` reads if routing is even and all cells hold something."""
+        return self.distinct(tokens) * (1 - self.cells / self.experts) * self.expert_bytes
+
     def reads(
         self, expert: int, *, request_bytes: int, file_bytes: tuple[int, ...]
     ) -> Iterator[ExpertRead]:
@@ -112,3 +122,9 @@ def _requests(
         )
         yield ExpertRead(Extent(file=file, offset=begin, nbytes=end - begin), copies)
         begin = end
+
+
+def request_bytes(expert_bytes: Iterable[int], *, most: int) -> int:
+    """The size of a request that reads experts of these sizes at once, or a part of ``most`` bytes of them."""
+    largest = max(expert_bytes)
+    return min(most, -(-largest // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES)

@@ -1,0 +1,98 @@
+"""How many experts of each layer stay in memory, and what a pass then reads. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
+from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
+
+__all__ = [
+    "ExpertCells",
+    "cells_bytes",
+    "expert_sets",
+    "fewest_cells",
+    "filled_cells",
+    "sources_of",
+    "staging_bytes",
+]
+
+# Cells that all layers share while a prompt needs more experts than a layer keeps: one half is read while the other one is
+# computed with. As many as a few requests in flight fill; more bring nothing.
+_SHARED_CELLS = 16
+_FEWEST_SHARED_CELLS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCells:
+    """The cells of the expert store."""
+
+    own: tuple[int, ...] = ()
+    """For each source, how many of its experts are kept."""
+    shared: int = 0
+    """How many pass through cells of all layers."""
+
+
+def sources_of(layers: Sequence[PlannedLayer]) -> tuple[ExpertSource, ...]:
+    """The expert sources of ``layers``, in execution order."""
+    return tuple(source for layer in layers for source in layer.experts)
+
+
+def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
+    """The fewest cells: enough for the experts of a token, or without ``whole_token``, to compute one by one."""
+    if not sources:
+        return ExpertCells()
+    return ExpertCells(
+        own=tuple(
+            min(source.experts, max(source.per_token, 1) if whole_token else 1)
+            for source in sources
+        ),
+        shared=_SHARED_CELLS if whole_token else _FEWEST_SHARED_CELLS,
+    )
+
+
+def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
+    """Bytes of the store with so many cells."""
+    largest = max((source.cell_bytes for source in sources), default=0)
+    own = sum(n * source.cell_bytes for n, source in zip(cells.own, sources, strict=True))
+    return own + cells.shared * largest
+
+
+def staging_bytes(sources: Sequence[ExpertSource], *, request: int, threads: int) -> int:
+    """Bytes of the buffers that experts are read into, before they are copied to their cells."""
+    if not sources:
+        return 0
+    return threads * request_bytes((source.expert_bytes for source in sources), most=request)
+
+
+def filled_cells(
+    sources: Sequence[ExpertSource], cells: ExpertCells, *, free_bytes: int
+) -> ExpertCells:
+    """``cells`` and as many more as fit into ``free_bytes``: as many of each layer, for all are as likely to be needed."""
+    own = list(cells.own)
+    growing = [i for i, source in enumerate(sources) if own[i] < source.experts]
+    while growing:
+        step = sum(sources[i].cell_bytes for i in growing)
+        most = min(sources[i].experts - own[i] for i in growing)
+        added = min(most, free_bytes // step)
+        for i in growing:
+            own[i] += added
+        free_bytes -= added * step
+        growing = [i for i in growing if own[i] < sources[i].experts]
+        if added < most:
+            break
+    for i in growing:  # the rest: one more for the first layers
+        if free_bytes >= sources[i].cell_bytes:
+            own[i] += 1
+            free_bytes -= sources[i].cell_bytes
+    whole = all(n == source.experts for n, source in zip(own, sources, strict=True))
+    return ExpertCells(own=tuple(own), shared=0 if whole else cells.shared)
+
+
+def expert_sets(layers: Sequence[PlannedLayer], cells: ExpertCells) -> tuple[ExpertSet, ...]:
+    """The experts of ``layers`` with their places in files and cells."""
+    found = [(layer.name, source) for layer in layers for source in layer.experts]
+    return tuple(
+        lay_out_experts(source, layer=name, cells=count)
+        for (name, source), count in zip(found, cells.own, strict=True)
+    )
