@@ -1,10 +1,10 @@
-"""What would help: plans again with one thing changed. Pure."""
+"""Advice: what the plan would gain from one change, found by planning again. Pure."""
 
 import dataclasses
 from collections.abc import Iterator
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.candidates import PricedChoice, search
+from layerstream.pipeline.planning.candidates import PricedCandidate, search
 from layerstream.pipeline.planning.plan import Budget, ReaderKind
 from layerstream.pipeline.planning.prediction import Advice
 from layerstream.pipeline.planning.problem import Problem
@@ -16,7 +16,7 @@ __all__ = ["advise"]
 _GIB = 1 << 30
 
 
-def advise(problem: Problem, best: PricedChoice) -> tuple[Advice, ...]:
+def advise(problem: Problem, best: PricedCandidate) -> tuple[Advice, ...]:
     """What ``best`` would gain from more memory, a faster disk or link, and more sequences at a time."""
     placement = best.placement
     fixed = dataclasses.replace(
@@ -24,11 +24,11 @@ def advise(problem: Problem, best: PricedChoice) -> tuple[Advice, ...]:
         reader=placement.reader,
         layer_batch_size=placement.size,
         slots=placement.slots,
-        rings=None,
-        budget=_absolute(problem, best),
+        arenas=None,
+        budget=_budget_in_bytes(problem, best),
     )
     found = []
-    for change, changed in _changes(fixed, _one_batch(best)):
+    for change, changed in _changes(fixed, _one_batch_bytes(best)):
         try:
             prediction = search(changed)[0].prediction
         except PlanError:  # more sequences take more memory
@@ -44,7 +44,7 @@ def advise(problem: Problem, best: PricedChoice) -> tuple[Advice, ...]:
     return tuple(found)
 
 
-def _one_batch(best: PricedChoice) -> tuple[int, int]:
+def _one_batch_bytes(best: PricedCandidate) -> tuple[int, int]:
     """The memory that one more resident layer batch needs: in host RAM, and in VRAM."""
     streamed = sorted(
         (batch.host_bytes, batch.device_bytes) for batch in best.placement.batches if batch.streamed
@@ -53,15 +53,15 @@ def _one_batch(best: PricedChoice) -> tuple[int, int]:
 
 
 def _changes(problem: Problem, one_batch: tuple[int, int]) -> Iterator[tuple[str, Problem]]:
+    """Each change in words, and ``problem`` with it."""
     on_host, on_device = one_batch
     if problem.on_cpu:
         on_host, on_device = on_host + on_device, 0
-    # Less than a layer batch may bring nothing.
-    for nbytes in (_GIB, *(size for size in (on_host,) if size > _GIB)):
-        yield f"{_much(nbytes)} more of host RAM", _more(problem, host=nbytes)
+    for nbytes in _increases(on_host):
+        yield f"{_size_text(nbytes)} more of host RAM", _with_memory(problem, host=nbytes)
     if not problem.on_cpu:
-        for nbytes in (_GIB, *(size for size in (on_device,) if size > _GIB)):
-            yield f"{_much(nbytes)} more of VRAM", _more(problem, vram=nbytes)
+        for nbytes in _increases(on_device):
+            yield f"{_size_text(nbytes)} more of VRAM", _with_memory(problem, vram=nbytes)
     hardware, rates = problem.hardware, problem.rates
     if problem.throttle_bytes_per_second is None:
         faster = dataclasses.replace(
@@ -72,19 +72,24 @@ def _changes(problem: Problem, one_batch: tuple[int, int]) -> Iterator[tuple[str
         faster = dataclasses.replace(hardware, h2d_bytes_per_second=2 * rates.h2d)
         yield "a link to the device twice as fast", dataclasses.replace(problem, hardware=faster)
     if problem.workload is not None:
-        more = dataclasses.replace(problem.workload, batch_size=2 * problem.workload.batch_size)
+        doubled = dataclasses.replace(problem.workload, batch_size=2 * problem.workload.batch_size)
         memory = problem.memory and problem.memory.scaled(2)
         yield (
             "twice the sequences at a time",
-            dataclasses.replace(problem, workload=more, memory=memory),
+            dataclasses.replace(problem, workload=doubled, memory=memory),
         )
 
 
-def _much(nbytes: int) -> str:
+def _increases(one_batch: int) -> tuple[int, ...]:
+    """A GiB, and what a layer batch needs if that is more: less than a layer batch may gain nothing."""
+    return (_GIB, one_batch) if one_batch > _GIB else (_GIB,)
+
+
+def _size_text(nbytes: int) -> str:
     return "1 GiB" if nbytes == _GIB else f"{format_bytes(nbytes)} (one layer batch)"
 
 
-def _absolute(problem: Problem, best: PricedChoice) -> Budget:
+def _budget_in_bytes(problem: Problem, best: PricedCandidate) -> Budget:
     """The budgets in bytes, so that they can be increased."""
     host, device = best.memory
     # Without a host budget the page cache is used as well; setting one would forbid that.
@@ -95,15 +100,16 @@ def _absolute(problem: Problem, best: PricedChoice) -> Budget:
     )
 
 
-def _more(problem: Problem, *, host: int = 0, vram: int = 0) -> Problem:
+def _with_memory(problem: Problem, *, host: int = 0, vram: int = 0) -> Problem:
+    """``problem`` with as many more bytes free, and in the budgets."""
     hardware: Hardware = dataclasses.replace(
         problem.hardware,
         host_available_bytes=problem.hardware.host_available_bytes + host,
         vram_free_bytes=None if problem.on_cpu else (problem.hardware.vram_free_bytes or 0) + vram,
     )
-    was = problem.budget
+    given = problem.budget
     budget = Budget(
-        host=None if was.host is None else int(was.host) + host,
-        vram=None if was.vram is None else int(was.vram) + vram,
+        host=None if given.host is None else int(given.host) + host,
+        vram=None if given.vram is None else int(given.vram) + vram,
     )
     return dataclasses.replace(problem, hardware=hardware, budget=budget)

@@ -1,4 +1,4 @@
-"""The rates that predictions are made with: those known of the machine, and assumptions for the others. Pure."""
+"""The rates that predictions are made with: the known ones of the machine, and assumptions for the others. Pure."""
 
 import itertools
 import math
@@ -7,41 +7,42 @@ from dataclasses import dataclass
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Input, Origin
 
-__all__ = ["Rates", "rates_of", "sizes_of"]
+__all__ = ["Rates", "memory_inputs", "rates_of"]
 
 # Assumptions for rates that were neither measured nor given; each is marked as assumed wherever it is shown.
-_DISK = 1.5e9  # an ordinary, older NVMe disk
-_MMAP_SHARE = 0.5  # of the direct rate: page faults cost processor time
-_H2D = 12e9  # 16 lanes of PCIe 3, from page-locked memory
-_PAGEABLE_SHARE = 0.4  # of that: such copies go through a buffer of the driver
-_HOST_COPY = 5e9  # one thread
-_CPU_WEIGHTS = 5e9  # bytes per second and core, up to the memory bandwidth
-_CPU_FLOPS = 50e9  # per core, bfloat16 with AVX-512
-_GPU_WEIGHTS = 300e9  # memory bandwidth of a small GPU
-_GPU_FLOPS = 30e12
-_DIRECT_CPU = 0.05e-9  # processor seconds per byte; 0.1 to 0.2 s for 3.18 GB were measured
-_MMAP_CPU = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
-# What operations per element (norms, rotations, activation functions) take besides multiplications: 0.2 to 0.35 of
-# their time was measured for prompts of 256 and 1024 tokens on models of 0.1 to 3 GB.
-_ELEMENTWISE = 0.25
-# Blocks of transformers took 1.2 (gpt2) to 2.5 (Mixtral) times as long as the probe's plain block, and hooks come on top.
-_TRANSFORMERS = 2.0
+_DISK_BYTES_PER_SECOND = 1.5e9  # an ordinary, older NVMe disk
+_MMAP_SHARE = 0.5  # of direct reads: page faults cost processor time
+_H2D_BYTES_PER_SECOND = 12e9  # 16 lanes of PCIe 3, from page-locked memory
+_PAGEABLE_SHARE = 0.4  # of page-locked copies: these go through a buffer of the driver
+_HOST_COPY_BYTES_PER_SECOND = 5e9  # one thread
+_CPU_WEIGHT_BYTES_PER_SECOND = 5e9  # per core, up to the memory bandwidth
+_CPU_FLOPS_PER_SECOND = 50e9  # per core, bfloat16 with AVX-512
+_GPU_WEIGHT_BYTES_PER_SECOND = 300e9  # memory bandwidth of a small GPU
+_GPU_FLOPS_PER_SECOND = 30e12
+_DIRECT_CPU_SECONDS_PER_BYTE = 0.05e-9  # 0.1 to 0.2 s for 3.18 GB were measured
+_MMAP_CPU_SECONDS_PER_BYTE = 0.5e-9  # 1.1 to 5.4 s for 3.18 GB were measured
+# Time of operations per element (norms, rotations, activation functions), as a share of that of multiplications: 0.2 to
+# 0.35 was measured for prompts of 256 and 1024 tokens on models of 0.1 to 3 GB.
+_ELEMENTWISE_SHARE = 0.25
+# Blocks of transformers took 1.2 (gpt2) to 2.5 (Mixtral) times as long as the probe's plain block; hooks take more.
+_TRANSFORMERS_FACTOR = 2.0
 # Plain blocks per second, as fast as Python runs and kernels are launched.
-_CPU_BLOCKS, _GPU_BLOCKS = 5000.0, 3000.0
-# Of the operations per second of matrix products.
-_CPU_ATTENTION, _GPU_ATTENTION = 0.3, 0.5
-# Operations of one token's attention, per byte of weights that products go through.
-_CPU_STEP, _GPU_STEP = 0.5, 1.0
-# Of copies in host RAM, and of the GPU's weights: half is read, half is written.
-_CPU_GROWTH, _GPU_GROWTH = 0.2, 0.5
+_CPU_BLOCKS_PER_SECOND, _GPU_BLOCKS_PER_SECOND = 5000.0, 3000.0
+# Operations per second of attention, as a share of those of matrix products.
+_CPU_ATTENTION_SHARE, _GPU_ATTENTION_SHARE = 0.3, 0.5
+# Operations of one token's attention, per byte of weights in matrix products.
+_CPU_STEP_FLOPS_PER_BYTE, _GPU_STEP_FLOPS_PER_BYTE = 0.5, 1.0
+# Rate of appending to KV caches, as a share of copies in host RAM, and of reading a GPU's weights: half is read, half
+# is written.
+_CPU_GROWTH_SHARE, _GPU_GROWTH_SHARE = 0.2, 0.5
 # Computing with mapped weights took this much longer than with residents on huge pages: 0.24 s instead of 0.18 for
-# 3.1 GB. Part of that was asking for pages, which has become rarer since: a later run took 0.16 to 0.18 s, so that this
-# errs on the slow side. Not measured again.
-_MAPPED = 0.3
-# Of one batch through three stages: some switches between threads and the event loop.
-_OVERHEAD = 0.5e-3
+# 3.1 GB. Part of that was page faults, which have become rarer since: a later run took 0.16 to 0.18 s, so this errs on
+# the slow side. Not measured again.
+_MAPPED_SHARE = 0.3
+# One batch through three stages: some switches between threads and the event loop.
+_OVERHEAD_SECONDS_PER_BATCH = 0.5e-3
 
-_ASSUMED_AT = (1, 16, 256, 4096)  # tokens
+_ASSUMED_AT_TOKENS = (1, 16, 256, 4096)
 _ITEM_BYTES = 2
 
 
@@ -56,17 +57,19 @@ class Rates:
     host_copy: float
     h2d: float
     pageable_h2d: float
-    """From memory that is not page-locked, and assumed for the way back."""
+    """From memory that is not page-locked; the same is assumed for copies from the device."""
     compute: tuple[ComputeRate, ...]
     elementwise: float
     """Time of operations per element divided by that of multiplications."""
     attention_flops_per_second: float
     step_attention_flops_per_second: float
+    """Of a pass with one token per sequence."""
     kv_growth_bytes_per_second: float
+    """Of appending to KV caches."""
     blocks_per_second: float
-    """Plain ones, as far as Python and launches allow."""
+    """Of plain blocks, as far as Python and launches allow."""
     launches_ahead: bool
-    """Computation goes on meanwhile: on a GPU."""
+    """The device computes while Python launches further kernels: a GPU."""
     mapped_seconds_per_byte: float
     """Additional time of computation with weights in the page cache."""
     direct_cpu_seconds_per_byte: float
@@ -74,7 +77,7 @@ class Rates:
     overhead_seconds_per_batch: float
     inputs: tuple[Input, ...]
 
-    def used(self, *, kv_on_host: bool) -> tuple[Input, ...]:
+    def used_inputs(self, *, kv_on_host: bool) -> tuple[Input, ...]:
         """The inputs that the prediction depends on: pageable copies only with a KV cache on the host."""
         return tuple(
             each
@@ -84,28 +87,29 @@ class Rates:
 
     @property
     def block_seconds(self) -> float:
-        """Of the Python and the launches of a block of transformers, whatever its size."""
-        return _TRANSFORMERS / self.blocks_per_second
+        """Time of the Python and the launches of a block of transformers, whatever its size."""
+        return _TRANSFORMERS_FACTOR / self.blocks_per_second
 
     def weights_per_second(self, tokens: float) -> float:
-        """Bytes of weights that a pass of so many tokens computes with per second.
+        """Bytes of weights that a pass of ``tokens`` computes with per second.
 
         Between two known sizes of a pass, and beyond the largest, its time is interpolated linearly in the number
         of tokens: first the time to read the weights dominates, then that of multiplications.
         """
+        # Pairs of tokens and seconds per byte.
         known = [(rate.tokens, 1 / rate.bytes_per_second) for rate in self.compute]
         first, last = known[0], known[-1]
         if tokens <= first[0]:
             return 1 / first[1]
         if tokens >= last[0]:
             return 1 / (last[1] * tokens / last[0])
-        for (few, little), (many, much) in itertools.pairwise(known):
-            if tokens <= many:
-                return 1 / (little + (much - little) * (tokens - few) / (many - few))
+        for (fewer, shorter), (more, longer) in itertools.pairwise(known):
+            if tokens <= more:
+                return 1 / (shorter + (longer - shorter) * (tokens - fewer) / (more - fewer))
         raise AssertionError(tokens)
 
 
-def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
+def memory_inputs(hardware: Hardware) -> tuple[Input, ...]:
     """Free memory of ``hardware``, and how much of the files is in memory already, in bytes."""
     return tuple(
         Input(
@@ -120,50 +124,33 @@ def sizes_of(hardware: Hardware) -> tuple[Input, ...]:
 
 def rates_of(hardware: Hardware) -> Rates:
     """The rates of ``hardware``, with assumptions for unknown ones."""
-    inputs: list[Input] = []
-
-    def rate(name: str, assumed: float) -> float:
-        value: float | None = getattr(hardware, name)
-        known = hardware.figures.get(name, Figure(origin=Origin.GIVEN))
-        if value is None:
-            value, known = assumed, Figure(origin=Origin.ASSUMED)
-        inputs.append(
-            Input(
-                name=name,
-                value=value,
-                origin=known.origin,
-                least=known.least,
-                most=known.most,
-                age_seconds=known.age_seconds,
-            )
-        )
-        return value
-
-    disk = rate("disk_bytes_per_second", _DISK)
-    compute = _compute(hardware, inputs)
+    lookup = _RateLookup(hardware)
+    rate = lookup.rate
     on_cpu = hardware.device == "cpu"
+    disk = rate("disk_bytes_per_second", _DISK_BYTES_PER_SECOND)
+    compute, probed = lookup.compute()
     multiplied = compute[-1].bytes_per_second * compute[-1].tokens
+    weights = compute[0].bytes_per_second
     attention = rate(
         "attention_flops_per_second",
-        multiplied * (_CPU_ATTENTION if on_cpu else _GPU_ATTENTION),
+        multiplied * (_CPU_ATTENTION_SHARE if on_cpu else _GPU_ATTENTION_SHARE),
     )
-    weights = compute[0].bytes_per_second
     step_attention = rate(
-        "step_attention_flops_per_second", weights * (_CPU_STEP if on_cpu else _GPU_STEP)
+        "step_attention_flops_per_second",
+        weights * (_CPU_STEP_FLOPS_PER_BYTE if on_cpu else _GPU_STEP_FLOPS_PER_BYTE),
     )
-    blocks = rate("blocks_per_second", _CPU_BLOCKS if on_cpu else _GPU_BLOCKS)
-    direct_cpu = rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU)
-    mmap_cpu = rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU)
-    figure = hardware.figures.get("compute")
-    probed = figure is not None and figure.origin not in {Origin.GIVEN, Origin.ASSUMED}
+    blocks = rate("blocks_per_second", _CPU_BLOCKS_PER_SECOND if on_cpu else _GPU_BLOCKS_PER_SECOND)
+    direct_cpu = rate("direct_read_cpu_seconds_per_byte", _DIRECT_CPU_SECONDS_PER_BYTE)
+    mmap_cpu = rate("mmap_read_cpu_seconds_per_byte", _MMAP_CPU_SECONDS_PER_BYTE)
     mmap = rate("mmap_bytes_per_second", disk * _MMAP_SHARE)
-    host_copy = rate("host_copy_bytes_per_second", _HOST_COPY)
+    host_copy = rate("host_copy_bytes_per_second", _HOST_COPY_BYTES_PER_SECOND)
     growth = rate(
-        "kv_growth_bytes_per_second", host_copy * _CPU_GROWTH if on_cpu else weights * _GPU_GROWTH
+        "kv_growth_bytes_per_second",
+        host_copy * _CPU_GROWTH_SHARE if on_cpu else weights * _GPU_GROWTH_SHARE,
     )
     h2d = pageable = math.inf
     if not on_cpu:
-        h2d = rate("h2d_bytes_per_second", _H2D)
+        h2d = rate("h2d_bytes_per_second", _H2D_BYTES_PER_SECOND)
         pageable = rate("pageable_h2d_bytes_per_second", h2d * _PAGEABLE_SHARE)
     return Rates(
         disk=disk,
@@ -172,41 +159,72 @@ def rates_of(hardware: Hardware) -> Rates:
         h2d=h2d,
         pageable_h2d=pageable,
         compute=compute,
-        elementwise=_ELEMENTWISE,
+        elementwise=_ELEMENTWISE_SHARE,
         attention_flops_per_second=attention,
         step_attention_flops_per_second=step_attention,
         kv_growth_bytes_per_second=growth,
         blocks_per_second=blocks,
         launches_ahead=not on_cpu,
-        mapped_seconds_per_byte=_MAPPED / compute[0].bytes_per_second if probed else 0.0,
+        mapped_seconds_per_byte=_MAPPED_SHARE / weights if probed else 0.0,
         direct_cpu_seconds_per_byte=direct_cpu,
         mmap_cpu_seconds_per_byte=mmap_cpu,
-        overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD),
-        inputs=tuple(inputs),
+        overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD_SECONDS_PER_BATCH),
+        inputs=tuple(lookup.inputs),
     )
 
 
-def _compute(hardware: Hardware, inputs: list[Input]) -> tuple[ComputeRate, ...]:
-    known = hardware.figures.get("compute", Figure(origin=Origin.GIVEN))
-    compute = hardware.compute
-    if not compute:
-        known = Figure(origin=Origin.ASSUMED)
-        on_cpu = hardware.device == "cpu"
-        weights = _CPU_WEIGHTS * hardware.cores if on_cpu else _GPU_WEIGHTS
-        flops = _CPU_FLOPS * hardware.cores if on_cpu else _GPU_FLOPS
-        compute = tuple(
+class _RateLookup:
+    """Looks up rates of ``hardware``, and records each with its origin in ``inputs``."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+        self.inputs: list[Input] = []
+
+    def rate(self, name: str, assumed: float) -> float:
+        """The rate of this name, or ``assumed`` if it is unknown."""
+        value: float | None = getattr(self._hardware, name)
+        figure = self._figure(name)
+        if value is None:
+            value, figure = assumed, Figure(origin=Origin.ASSUMED)
+        self.inputs.append(
+            Input(
+                name=name,
+                value=value,
+                origin=figure.origin,
+                least=figure.least,
+                most=figure.most,
+                age_seconds=figure.age_seconds,
+            )
+        )
+        return value
+
+    def compute(self) -> tuple[tuple[ComputeRate, ...], bool]:
+        """The rates of computation, and whether this library measured them."""
+        compute, figure = self._hardware.compute, self._figure("compute")
+        probed = figure.origin not in {Origin.GIVEN, Origin.ASSUMED}
+        if not compute:
+            compute, figure = self._assumed_compute(), Figure(origin=Origin.ASSUMED)
+        self.inputs += [
+            Input(
+                name=f"compute at {rate.tokens} tokens",
+                value=rate.bytes_per_second,
+                origin=figure.origin,
+                age_seconds=figure.age_seconds,
+            )
+            for rate in compute
+        ]
+        return compute, probed
+
+    def _figure(self, name: str) -> Figure:
+        return self._hardware.figures.get(name, Figure(origin=Origin.GIVEN))
+
+    def _assumed_compute(self) -> tuple[ComputeRate, ...]:
+        on_cpu, cores = self._hardware.device == "cpu", self._hardware.cores
+        weights = _CPU_WEIGHT_BYTES_PER_SECOND * cores if on_cpu else _GPU_WEIGHT_BYTES_PER_SECOND
+        flops = _CPU_FLOPS_PER_SECOND * cores if on_cpu else _GPU_FLOPS_PER_SECOND
+        return tuple(
             ComputeRate(
                 tokens=tokens, bytes_per_second=min(weights, flops * _ITEM_BYTES / (2 * tokens))
             )
-            for tokens in _ASSUMED_AT
+            for tokens in _ASSUMED_AT_TOKENS
         )
-    inputs += [
-        Input(
-            name=f"compute at {rate.tokens} tokens",
-            value=rate.bytes_per_second,
-            origin=known.origin,
-            age_seconds=known.age_seconds,
-        )
-        for rate in compute
-    ]
-    return compute

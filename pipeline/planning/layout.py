@@ -22,14 +22,14 @@ _READ_GAP_BYTES = 256 << 10
 # A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
 _COPY_GAP_BYTES = 16 << 10
 
-# Names of modules whose rows are looked up.
+# Names of embedding tables, whose rows are looked up.
 _TABLE = re.compile("emb|wte|wpe|shared")
 _MATRIX_DIMENSIONS = 2
 
-# Matrices begin at multiples of this in a GPU's images: cuBLASLt chooses kernels by the alignment of its operands, up to
-# this, and transformers' own tensors have at least as much. Another kernel may round otherwise.
+# Matrices begin at multiples of this in a GPU's images: cuBLASLt chooses kernels by the alignment of its operands, up
+# to this, and transformers' own tensors have at least as much. Another kernel may round otherwise.
 _DEVICE_ALIGNMENT = 256
-# Sufficient for every vector load: within one copy, vectors, and on a CPU all tensors, may follow one another so.
+# Sufficient for every vector load: in one copy, vectors, and on a CPU all tensors, may follow one another like this.
 _LEAST_ALIGNMENT = 16
 # The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
 _VECTOR_BYTES = 64
@@ -45,8 +45,8 @@ class TensorSource:
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
     """One, unless the tensor is fused from several."""
-    # transformers computes with a copy of it, which needs an aligned place of its own.
     copied: bool = False
+    """Whether transformers computes with a copy of it, which needs an aligned place of its own."""
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +69,8 @@ class PlannedLayer:
     tensors: tuple[TensorSource, ...]
     scratch_bytes: int = 0
     """Tensors that computation makes from them before use."""
-    # It must be resident: computation uses it more than once, or at an unknown time.
     always_resident: bool = False
+    """Whether it must be resident: computation uses it more than once, or at an unknown time."""
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,7 @@ def planned_layers(
             looked up. A table that is also the head's matrix stays in the head.
     """
 
-    def streams(layer: Layer, name: str) -> bool:
+    def is_streamed(layer: Layer, name: str) -> bool:
         if not gathers_tables or layer.kind is not LayerKind.EMBEDDING:
             return True
         is_matrix = len(checkpoint.tensors[name].shape) == _MATRIX_DIMENSIONS
@@ -105,7 +105,7 @@ def planned_layers(
         PlannedLayer(
             name=layer.name,
             kind=layer.kind,
-            tensors=tuple(source(name) for name in layer.tensors if streams(layer, name)),
+            tensors=tuple(source(name) for name in layer.tensors if is_streamed(layer, name)),
         )
         for layer in layers
     ]
@@ -113,7 +113,7 @@ def planned_layers(
 
 
 class _Piece(NamedTuple):
-    """An extent of a tensor, found in the host image."""
+    """Where an extent of a tensor is in the host image."""
 
     host_offset: int
     read: int
@@ -134,14 +134,14 @@ def layout_batch(
         layers: Those of the batch, in execution order.
         index: The batch's place in execution order.
         file_bytes: Size of each file of the checkpoint.
-        reads_host_images: Computation runs on the CPU. A tensor that has the right form in the file is then used
-            where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
+        reads_host_images: Whether computation runs on the CPU. A tensor that has the right form in the file is then
+            used where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
             another alignment, some float32 kernels give other bits.)
     """
     sources = _distinct(layers)
     reads = _coalesce([extent for source in sources for extent in source.extents], file_bytes)
-    find = _Finder(reads)
-    places = [(source, [find(extent) for extent in source.extents]) for source in sources]
+    host_image = _HostImage(reads)
+    places = [(source, [host_image.find(each) for each in source.extents]) for source in sources]
     copied = [
         (source, pieces)
         for source, pieces in places
@@ -150,14 +150,14 @@ def layout_batch(
     if reads_host_images and 2 * _bytes_of(copied) >= _bytes_of(places):
         # Most has to be copied for fusing, so copy the rest too: then the host slot is free after the copy.
         copied = places
-    segments, at, device_bytes = _device_image(copied, congruent=reads_host_images)
+    segments, offsets, device_bytes = _device_image(copied, congruent=reads_host_images)
     views = tuple(
         TensorView(
             name=source.name,
             dtype=source.dtype,
             shape=source.shape,
-            place=Place.DEVICE if source.name in at else Place.HOST,
-            offset=at[source.name] if source.name in at else pieces[0].host_offset,
+            place=Place.DEVICE if source.name in offsets else Place.HOST,
+            offset=offsets.get(source.name, pieces[0].host_offset),
             nbytes=source.nbytes,
         )
         for source, pieces in places
@@ -168,7 +168,7 @@ def layout_batch(
         reads=reads,
         segments=segments,
         tensors=views,
-        host_bytes=sum(_up(read.nbytes, BLOCK_BYTES) for read in reads),
+        host_bytes=sum(_round_up(read.nbytes, BLOCK_BYTES) for read in reads),
         device_bytes=device_bytes,
         scratch_bytes=sum(layer.scratch_bytes for layer in layers),
     )
@@ -194,7 +194,7 @@ def _coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Rea
         if not extent.nbytes:
             continue
         start = extent.offset // BLOCK_BYTES * BLOCK_BYTES
-        stop = min(_up(extent.offset + extent.nbytes, BLOCK_BYTES), file_bytes[extent.file])
+        stop = min(_round_up(extent.offset + extent.nbytes, BLOCK_BYTES), file_bytes[extent.file])
         if spans and spans[-1][0] == extent.file and start <= spans[-1][2] + _READ_GAP_BYTES:
             spans[-1][2] = max(spans[-1][2], stop)
         else:
@@ -204,23 +204,23 @@ def _coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Rea
         reads.append(
             Read(file=file, file_offset=start, host_offset=host_offset, nbytes=stop - start)
         )
-        host_offset += _up(stop - start, BLOCK_BYTES)
+        host_offset += _round_up(stop - start, BLOCK_BYTES)
     return tuple(reads)
 
 
-class _Finder:
-    """Finds extents in the host image."""
+class _HostImage:
+    """The host image that ``reads`` fill."""
 
     def __init__(self, reads: Sequence[Read]) -> None:
         self._reads = reads
         self._starts = [(read.file, read.file_offset) for read in reads]
 
-    def __call__(self, extent: Extent) -> _Piece:
+    def find(self, extent: Extent) -> _Piece:
         if not extent.nbytes:
             return _Piece(0, 0, 0)
-        which = bisect_right(self._starts, (extent.file, extent.offset)) - 1
-        read = self._reads[which]
-        return _Piece(read.host_offset + extent.offset - read.file_offset, which, extent.nbytes)
+        index = bisect_right(self._starts, (extent.file, extent.offset)) - 1
+        read = self._reads[index]
+        return _Piece(read.host_offset + extent.offset - read.file_offset, index, extent.nbytes)
 
 
 def _device_image(
@@ -234,7 +234,7 @@ def _device_image(
     """
     segments: list[list[int]] = []  # [host_offset, device_offset, nbytes]
     last_read = -1
-    at: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     end = 0
     for source, pieces in sorted(places, key=lambda place: place[1][0]):
         first = pieces[0]
@@ -243,14 +243,15 @@ def _device_image(
         if segments and not fused and first.read == last_read:
             vector = len(source.shape) < _MATRIX_DIMENSIONS
             multiple = _LEAST_ALIGNMENT if congruent or vector else _DEVICE_ALIGNMENT
-            offset = _follows(segments[-1], first.host_offset, max(multiple, source.item_bytes))
+            multiple = max(multiple, source.item_bytes)
+            offset = _extended_offset(segments[-1], first.host_offset, multiple)
             if offset and congruent and (offset - first.host_offset) % _VECTOR_BYTES:
                 offset = None
         if offset is None:
             keeps = congruent and not fused and first.host_offset % source.item_bytes == 0
             shift = first.host_offset % _DEVICE_ALIGNMENT if keeps else 0
-            offset = _up(end, _DEVICE_ALIGNMENT) + shift
-        at[source.name] = offset
+            offset = _round_up(end, _DEVICE_ALIGNMENT) + shift
+        offsets[source.name] = offset
         for piece in pieces:
             if not piece.nbytes:
                 continue
@@ -264,12 +265,12 @@ def _device_image(
             end = max(end, offset)
     return (
         tuple(Segment(host_offset=h, device_offset=d, nbytes=n) for h, d, n in segments),
-        at,
-        _up(end, _DEVICE_ALIGNMENT),
+        offsets,
+        _round_up(end, _DEVICE_ALIGNMENT),
     )
 
 
-def _follows(segment: Sequence[int], host_offset: int, multiple: int) -> int | None:
+def _extended_offset(segment: Sequence[int], host_offset: int, multiple: int) -> int | None:
     """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it.
 
     None if the gap is too large, or the offset not a multiple of ``multiple``.
@@ -280,5 +281,5 @@ def _follows(segment: Sequence[int], host_offset: int, multiple: int) -> int | N
     return offset if 0 <= gap <= _COPY_GAP_BYTES and offset % multiple == 0 else None
 
 
-def _up(nbytes: int, multiple: int) -> int:
+def _round_up(nbytes: int, multiple: int) -> int:
     return -(-nbytes // multiple) * multiple

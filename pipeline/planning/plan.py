@@ -17,7 +17,7 @@ __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload
 _VERSION = 3
 
 # An arbitrary amount of free memory, to check whether a share such as "80%" can be parsed.
-_MUCH_BYTES = 1 << 40
+_SOME_FREE_BYTES = 1 << 40
 
 
 class ReaderKind(StrEnum):
@@ -57,8 +57,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         # Raise here, where the mistake was made.
-        self.vram_bytes(_MUCH_BYTES)
-        self.host_bytes(_MUCH_BYTES)
+        self.vram_bytes(_SOME_FREE_BYTES)
+        self.host_bytes(_SOME_FREE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +94,18 @@ class MemoryUse:
     arena_bytes: int
     """The ring of slots."""
     resident_bytes: int
-    """Layer batches that stay."""
+    """Resident layer batches."""
     reserved_bytes: int
     """KV cache, activations and scratch of the workload."""
 
     @property
     def taken_bytes(self) -> int:
-        """What a running pipeline holds even without requests."""
+        """The memory that a running pipeline takes even without requests."""
         return self.arena_bytes + self.resident_bytes
 
     @property
     def used_bytes(self) -> int:
-        """All of it."""
+        """The total."""
         return self.arena_bytes + self.resident_bytes + self.reserved_bytes
 
 
@@ -142,13 +142,13 @@ class Plan:
     kv_cache_bytes: int
     """Of that, the KV cache."""
     overhead_bytes: int
-    """Host memory not counted above: code that was loaded, and what requests take besides tensors."""
-    # The KV cache is in host RAM, and is copied to the device layer by layer.
+    """Host memory not counted above: loaded code, and memory of requests besides tensors."""
     kv_cache_on_host: bool
+    """Whether the KV cache is in host RAM, and is copied to the device layer by layer."""
     always_resident: tuple[int, ...]
     """Batches that must be resident."""
     decode_residents: tuple[int, ...]
-    """Batches that stay only while no prompt is processed."""
+    """Batches that are resident only while no prompt is processed."""
     prediction: Prediction
     inputs: tuple[Input, ...]
     """The figures that it was made with, and their origin."""
@@ -188,14 +188,14 @@ class Plan:
         """The plan for the first sweep on a CPU: with as few residents as its rings allow.
 
         The system needs up to two seconds per GiB to provide new memory, besides the time to read into it. So that the
-        first token does not wait for that, the second sweep loads the residents. On a GPU, their memory has been
-        provided and always_resident when the pipeline is open.
+        first token does not wait for that, the second sweep loads the residents. On a GPU, their memory is provided and
+        page-locked before the pipeline is open.
         """
         if self.device_memory is not None or self.reader is ReaderKind.MMAP:
             return self
         always_resident = set(self.always_resident)
 
-        def passing(batch: LayerBatch) -> LayerBatch:
+        def streamed(batch: LayerBatch) -> LayerBatch:
             fits = (
                 batch.host_bytes <= self.host_arena_bytes
                 and batch.device_bytes <= self.device_arena_bytes
@@ -204,17 +204,17 @@ class Plan:
                 return batch
             return replace(batch, host_resident=False, device_resident=False)
 
-        return replace(self, batches=tuple(map(passing, self.batches)))
+        return replace(self, batches=tuple(map(streamed, self.batches)))
 
     def while_decoding(self) -> Self:
         """The plan while no prompt is processed: with its decode residents."""
-        staying = set(self.decode_residents)
+        decode_residents = set(self.decode_residents)
         on_cpu = self.device_memory is None
         # A mapped host image is in the page cache, and takes no memory of ours.
         on_host = on_cpu and self.reader is not ReaderKind.MMAP
 
-        def kept(batch: LayerBatch) -> LayerBatch:
-            if batch.index not in staying:
+        def resident(batch: LayerBatch) -> LayerBatch:
+            if batch.index not in decode_residents:
                 return batch
             return replace(
                 batch,
@@ -222,7 +222,7 @@ class Plan:
                 device_resident=not on_cpu or batch.device_bytes > 0,
             )
 
-        return replace(self, batches=tuple(kept(batch) for batch in self.batches))
+        return replace(self, batches=tuple(map(resident, self.batches)))
 
     def describe(self) -> str:
         """The plan as text."""

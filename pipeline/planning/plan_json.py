@@ -13,7 +13,7 @@ __all__ = ["dump", "load"]
 
 P = TypeVar("P")
 
-# Fields of a plan whose keys are older than their names: what was written stays readable.
+# Fields of a plan whose keys are older than their names: plans written before stay readable.
 _KEYS = {"always_resident": "pinned", "overhead_bytes": "beside_bytes"}
 _FIELDS = {key: field for field, key in _KEYS.items()}
 
@@ -48,7 +48,7 @@ def load(kind: type[P], text: str, *, version: int) -> P:
 
 
 def _decode(kind: Any, raw: Any) -> Any:
-    """``raw`` JSON as a value of type ``kind``: the types that plans are made of, checked."""
+    """``raw`` JSON as a value of type ``kind``, one of the types that plans consist of; checked."""
     if get_origin(kind) in (Union, types.UnionType):
         return _decode_union(get_args(kind), raw)
     if get_origin(kind) is tuple:

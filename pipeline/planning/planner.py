@@ -1,7 +1,7 @@
 """Checkpoint + Hardware + Workload + Budget -> Plan. Pure: no file and no device is touched.
 
-Every reasonable layer batch size, slot count and reader is fitted into the budgets (``residence``), and its time
-predicted (``pricing``); the fastest is chosen. The plan also records its prediction and the alternatives.
+Every reasonable layer batch size, slot count and reader is fitted into the budgets (``placement``), and its time
+predicted (``cost_model``); the fastest is chosen. The plan also records its prediction and the alternatives.
 """
 
 import math
@@ -11,10 +11,10 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.advice import advise
-from layerstream.pipeline.planning.assumptions import sizes_of
-from layerstream.pipeline.planning.candidates import PricedChoice, search
+from layerstream.pipeline.planning.assumptions import memory_inputs
+from layerstream.pipeline.planning.candidates import PricedCandidate, search
 from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
-from layerstream.pipeline.planning.placement import Arenas
+from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Candidate, Objective
 from layerstream.pipeline.planning.problem import Problem
@@ -25,10 +25,10 @@ __all__ = ["make_plan"]
 
 # The best, within noise, on all disks tried, from a virtual one to NVMe; a larger size only delays the last block of
 # a batch.
-_REQUEST_BYTES = 8 << 20
-_REQUESTS = 4
+_READ_REQUEST_BYTES = 8 << 20
+_READS_IN_FLIGHT = 4
 # Candidates that a plan records, besides the trivial one.
-_TOLD = 11
+_MOST_RECORDED = 11
 
 
 def make_plan(
@@ -49,8 +49,7 @@ def make_plan(
 ) -> Plan:
     """Decide how ``checkpoint`` is streamed on ``hardware``.
 
-    In every candidate, what slots leave of the budgets goes to residents: VRAM first, then host RAM. Of candidates
-    with equal predicted times, the one that reads the least from disk is chosen.
+    Residents fill the budgets, VRAM first. Of equally fast candidates, the one that reads the least is chosen.
 
     Args:
         checkpoint: The weight files.
@@ -60,18 +59,17 @@ def make_plan(
         objective: "latency" counts the first sweep, "throughput" only what repeats.
         layers: What to stream, in execution order; by default all tensors, grouped by their names.
         memory: Of the workload, if it was measured; by default it is estimated from config.json.
-        reader: "direct", "mmap" or "throttled"; by default the faster of the first two. With a host budget
-            given, the page cache counts for what it holds now, and is not expected to hold more.
+        reader: "direct", "mmap" or "throttled"; by default the faster of the first two. With a host budget, the page
+            cache is expected to hold what it holds now, and no more.
         throttle_bytes_per_second: The rate of the throttled reader.
         layer_batch_size: Blocks per layer batch, instead of the planner's choice.
         slots: On the host and on the device each, instead of the planner's choice.
-        held_bytes: Host memory that loading code for this model took. It is not the pipeline's, so no plan is
-            refused because of it, but residents leave it free.
-        running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, rings and
-            reader stay, and so does the place of the KV cache, since running requests have theirs there.
+        held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
+        running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, arenas,
+            reader and place of the KV cache stay, since running requests use them.
 
     Raises:
-        PlanError: No plan fits the budget, or an argument makes no sense.
+        PlanError: No plan fits the budget, or an argument is invalid.
     """
     if running is not None:
         reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second
@@ -84,22 +82,20 @@ def make_plan(
         objective=_objective(objective),
         layers=tuple(layers or planned_layers(checkpoint, group_layers(checkpoint))),
         memory=_memory(checkpoint, workload, memory),
-        reader=_reader(reader, throttle_bytes_per_second),
+        reader=_reader_kind(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,
         layer_batch_size=layer_batch_size,
         slots=slots,
-        held_bytes=held_bytes,
-        rings=None
-        if running is None
-        else Arenas(running.host_arena_bytes, running.device_arena_bytes),
+        loaded_code_bytes=held_bytes,
+        arenas=None if running is None else _arenas_of(running),
         kv_on_host=None if running is None else running.kv_cache_on_host,
     )
     return _plan(problem, search(problem))
 
 
-def _plan(problem: Problem, choices: Sequence[PricedChoice]) -> Plan:
-    """The plan for the first of ``choices``, which records the others."""
-    best = choices[0]
+def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
+    """The plan for the first of ``candidates``, with a record of the others."""
+    best = candidates[0]
     placement, (host_memory, device_memory) = best.placement, best.memory
     return Plan(
         checkpoint=str(problem.checkpoint.path),
@@ -110,8 +106,8 @@ def _plan(problem: Problem, choices: Sequence[PricedChoice]) -> Plan:
         device=problem.hardware.device,
         reader=placement.reader,
         throttle_bytes_per_second=problem.throttle_bytes_per_second,
-        read_request_bytes=_REQUEST_BYTES,
-        reads_in_flight=_REQUESTS,
+        read_request_bytes=_READ_REQUEST_BYTES,
+        reads_in_flight=_READS_IN_FLIGHT,
         layer_batch_size=placement.size,
         host_slots=placement.slots,
         device_slots=placement.slots,
@@ -123,27 +119,31 @@ def _plan(problem: Problem, choices: Sequence[PricedChoice]) -> Plan:
         workload=problem.workload,
         workload_bytes=problem.workload_bytes,
         kv_cache_bytes=0 if problem.memory is None else problem.memory.kv_bytes,
-        overhead_bytes=best.frame.held_bytes,
-        kv_cache_on_host=best.frame.kv_on_host_bytes > 0,
+        overhead_bytes=best.placer.overhead_bytes,
+        kv_cache_on_host=best.placer.kv_on_host_bytes > 0,
         always_resident=tuple(
             batch.index
             for batch in placement.batches
-            if not best.frame.always_resident.isdisjoint(batch.layers)
+            if not best.placer.always_resident.isdisjoint(batch.layers)
         ),
         decode_residents=tuple(
-            then.index
-            for now, then in zip(placement.batches, placement.decode_batches, strict=True)
-            if now.streamed and not then.streamed
+            batch.index
+            for batch, decoding in zip(placement.batches, placement.decode_batches, strict=True)
+            if batch.streamed and not decoding.streamed
         ),
         prediction=best.prediction,
         inputs=(
-            *sizes_of(problem.hardware),
-            *problem.rates.used(kv_on_host=best.frame.kv_on_host_bytes > 0),
+            *memory_inputs(problem.hardware),
+            *problem.rates.used_inputs(kv_on_host=best.placer.kv_on_host_bytes > 0),
         ),
-        candidates=tuple(_told(choice, chosen=choice is best) for choice in _telling(choices)),
+        candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
         notes=_notes(problem, best),
     )
+
+
+def _arenas_of(plan: Plan) -> ArenaBytes:
+    return ArenaBytes(plan.host_arena_bytes, plan.device_arena_bytes)
 
 
 def _memory(
@@ -154,7 +154,7 @@ def _memory(
     return estimate_memory(checkpoint.config, workload)
 
 
-def _notes(problem: Problem, best: PricedChoice) -> tuple[str, ...]:
+def _notes(problem: Problem, best: PricedCandidate) -> tuple[str, ...]:
     """Assumptions, and explanations of the plan."""
     notes = []
     if best.placement.reader is ReaderKind.MMAP and problem.reader is None:
@@ -165,10 +165,10 @@ def _notes(problem: Problem, best: PricedChoice) -> tuple[str, ...]:
             if problem.memory.measured
             else "estimated from config.json"
         )
-        w = problem.workload
+        workload = problem.workload
         notes.append(
-            f"KV cache and activations are {how} for {w.batch_size} x ({w.prompt_tokens} + "
-            f"{w.new_tokens}) tokens"
+            f"KV cache and activations are {how} for {workload.batch_size} x ({workload.prompt_tokens} + "
+            f"{workload.new_tokens}) tokens"
         )
     elif problem.workload is not None:
         notes.append(
@@ -177,22 +177,22 @@ def _notes(problem: Problem, best: PricedChoice) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _telling(choices: Sequence[PricedChoice]) -> list[PricedChoice]:
+def _to_record(candidates: Sequence[PricedCandidate]) -> list[PricedCandidate]:
     """The best of each layer batch size and reader, and the trivial plan."""
-    best = choices[0].placement
-    kinds: dict[tuple[int, str], PricedChoice] = {}
-    for choice in choices:
-        kinds.setdefault((choice.placement.size, choice.placement.reader), choice)
-    told = list(kinds.values())[:_TOLD]
-    trivial = [c for c in choices if c.name and c.placement.reader is best.reader]
-    told += sorted(trivial, key=lambda choice: choice.placement.size)[:1]
-    return [choice for choice in choices if any(choice is each for each in told)]
+    best = candidates[0].placement
+    kinds: dict[tuple[int, str], PricedCandidate] = {}
+    for candidate in candidates:
+        kinds.setdefault((candidate.placement.size, candidate.placement.reader), candidate)
+    recorded = list(kinds.values())[:_MOST_RECORDED]
+    trivial = [each for each in candidates if each.name and each.placement.reader is best.reader]
+    recorded += sorted(trivial, key=lambda candidate: candidate.placement.size)[:1]
+    return [candidate for candidate in candidates if any(candidate is each for each in recorded)]
 
 
-def _told(choice: PricedChoice, *, chosen: bool) -> Candidate:
-    placement, need = choice.placement, choice.need
+def _record(candidate: PricedCandidate, *, chosen: bool) -> Candidate:
+    placement, need = candidate.placement, candidate.need
     return Candidate(
-        name=choice.name,
+        name=candidate.name,
         layer_batch_size=placement.size,
         slots=placement.slots,
         reader=placement.reader,
@@ -200,8 +200,8 @@ def _told(choice: PricedChoice, *, chosen: bool) -> Candidate:
         vram_used_bytes=need.vram,
         resident_batches=sum(not batch.streamed for batch in placement.batches),
         batches=len(placement.batches),
-        sweep_seconds=choice.prediction.decode.seconds,
-        request_seconds=choice.prediction.request_seconds,
+        sweep_seconds=candidate.prediction.decode.seconds,
+        request_seconds=candidate.prediction.request_seconds,
         chosen=chosen,
     )
 
@@ -212,17 +212,17 @@ def _objective(given: Objective | str) -> Objective:
     return Objective(given)
 
 
-def _reader(problem: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
+def _reader_kind(given: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
     # Written so that NaN is refused too; JSON knows no infinity.
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
         raise PlanError(
             f"throttle_bytes_per_second is {rate!r}, but must be a number above nothing"
         )
-    if problem is None:
+    if given is None:
         return None if rate is None else ReaderKind.THROTTLED
-    if problem not in list(ReaderKind):
-        raise PlanError(f"reader {problem!r} is unknown; use one of {', '.join(ReaderKind)}")
-    kind = ReaderKind(problem)
+    if given not in list(ReaderKind):
+        raise PlanError(f"reader {given!r} is unknown; use one of {', '.join(ReaderKind)}")
+    kind = ReaderKind(given)
     if (kind is ReaderKind.THROTTLED) != (rate is not None):
         raise PlanError("the throttled reader and throttle_bytes_per_second go together")
     return kind

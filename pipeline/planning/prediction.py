@@ -1,4 +1,4 @@
-"""A plan's predictions: times, the candidates that it was chosen from, and what would help. Plain data."""
+"""A plan's predictions: times, the candidates that it was chosen from, and advice. Plain data."""
 
 from dataclasses import dataclass
 from enum import StrEnum

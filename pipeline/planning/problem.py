@@ -1,4 +1,4 @@
-"""The arguments of ``make_plan``, checked, and what follows from them. Pure."""
+"""The arguments of ``make_plan``, checked, and budgets and rates derived from them. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +8,7 @@ from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.overheads import overheads
-from layerstream.pipeline.planning.placement import Arenas
+from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
@@ -22,8 +22,8 @@ __all__ = ["LEAST_SLOTS", "SLOTS", "Problem"]
 # fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
 LEAST_SLOTS = 1
 SLOTS = (3, 2, 4, LEAST_SLOTS)
-# The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were seen
-# after loading torch's libraries. That is no reason to refuse a budget.
+# The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were
+# measured after loading torch's libraries. That is no reason to refuse a budget.
 _HOST_UNCERTAIN_BYTES = 16 << 20
 
 
@@ -42,9 +42,9 @@ class Problem:
     throttle_bytes_per_second: float | None
     layer_batch_size: int | None
     slots: int | None
-    held_bytes: int
+    loaded_code_bytes: int
     # Of a running pipeline; they cannot change.
-    rings: Arenas | None = None
+    arenas: ArenaBytes | None = None
     kv_on_host: bool | None = None
 
     def __post_init__(self) -> None:
@@ -74,25 +74,25 @@ class Problem:
 
     @property
     def workload_bytes(self) -> int:
-        """Memory of requests besides weights."""
+        """Memory of the workload's requests besides weights."""
         return 0 if self.memory is None else self.memory.reserved_bytes
 
     @property
     def overhead_bytes(self) -> int:
-        """Memory of this process besides the plan: code that was loaded, and what requests take besides tensors."""
-        return self.held_bytes + self.request_overhead_bytes
+        """Memory of this process besides the plan: loaded code, and the overhead of requests."""
+        return self.loaded_code_bytes + self.request_overhead_bytes
 
     @cached_property
     def request_overhead_bytes(self) -> int:
         """Memory of the workload's requests on a CPU besides tensors."""
         if not self.on_cpu or self.workload is None:
             return 0
-        w = self.workload
-        # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in the
-        # files are one module: counted separately, those of a large mixture would come to 200 MB for each request.
+        # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in
+        # the files are one module: counted separately, those of a large mixture would be 200 MB for each request.
         modules = sum(len(layer.tensors) for layer in self.layers)
-        found = overheads(self.checkpoint.config, modules=modules, rows=w.prompt_tokens)
-        return found.of(w.batch_size)
+        rows = self.workload.prompt_tokens
+        found = overheads(self.checkpoint.config, modules=modules, rows=rows)
+        return found.of(self.workload.batch_size)
 
     @cached_property
     def rates(self) -> Rates:
@@ -102,8 +102,8 @@ class Problem:
     @cached_property
     def host_budget_bytes(self) -> int:
         """Host memory that may be used."""
-        # Memory that this model has taken already is not free any more, but in its budget.
-        free = self.hardware.host_available_bytes + self.held_bytes
+        # Memory that loading code for this model took is not free any more, but counts in its budget.
+        free = self.hardware.host_available_bytes + self.loaded_code_bytes
         given = self.budget.host_bytes(free)
         return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)
 
@@ -118,12 +118,12 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _budget(given: int | None, free: int, what: str, *, uncertain: int = 0) -> int:
+def _budget(given: int | None, free: int, side: str, *, uncertain: int = 0) -> int:
     if given is None:
         return int(free * (1 - MARGIN))
     if given > free + uncertain:
         raise PlanError(
-            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {what} that are "
+            f"the budget of {format_bytes(given)} is more than the {format_bytes(free)} of {side} that are "
             "free; lower it or free memory"
         )
     return given

@@ -1,4 +1,4 @@
-"""The machine for the next plan: with rates learnt from completed sweeps, and without the model that runs on it. Pure."""
+"""The hardware for the next plan: with rates learnt from completed sweeps, as if the running plan did not run. Pure."""
 
 import statistics
 from collections import defaultdict
@@ -16,37 +16,37 @@ __all__ = ["hardware_without", "learn"]
 
 # Enough to show a rate, and not the latency of a few requests.
 _LEAST_BYTES = 64 << 20
-_OF_STEPS = (
+_STEP_RATES = (
     "step_attention_flops_per_second",
     "kv_growth_bytes_per_second",
     "blocks_per_second",
 )
 # At least this share of computation's time counts as work, even if hand-offs were predicted to take more.
-_LEAST_WORK = 0.2
+_LEAST_WORK_SHARE = 0.2
 
 
 def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
 
     The rate of the disk is learnt from direct reads, and that of the link from copies to a GPU. The rates of
-    computation are scaled by what the plan predicted of sweeps with a single forward pass, divided by what they took;
-    those for other numbers of tokens are scaled like the nearest. What ``timings`` do not show stays as it was.
+    computation are scaled by the times that the plan predicted for sweeps with a single forward pass, divided by the
+    measured ones; those for other numbers of tokens are scaled like the nearest. Other rates stay as they were.
 
     Args:
-        hardware: That ``plan`` was made with.
-        plan: The one that was run.
-        timings: Of the pipeline that ran it.
+        hardware: The hardware that ``plan`` was made with.
+        plan: The plan that was run.
+        timings: Those of the pipeline that ran it.
     """
     fields: dict[str, Any] = {}
-    if plan.reader is ReaderKind.DIRECT and (rate := _link(timings, stage=0)):
+    if plan.reader is ReaderKind.DIRECT and (rate := _reached_rate(timings, stage=0)):
         fields["disk_bytes_per_second"] = rate
-    if plan.device_memory is not None and (rate := _link(timings, stage=1)):
+    if plan.device_memory is not None and (rate := _reached_rate(timings, stage=1)):
         fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
     # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
     on_cpu = plan.device_memory is None
     overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
-    if factors := _factors(plan, timings, overhead_seconds=overhead):
+    if factors := _speed_factors(plan, timings, overhead_seconds=overhead):
         fields |= _scaled(known, factors)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)
     return replace(
@@ -63,8 +63,8 @@ def hardware_without(
 
     Args:
         plan: The running one.
-        hardware: With the rates for the new plan.
-        now: With the memory that is free while ``plan`` runs.
+        hardware: The hardware with the rates for the new plan.
+        now: The hardware with the memory that is free while ``plan`` runs.
         as_budgeted: Count at least the budget of ``plan`` as free: some of it is used by running requests, but that
             is no reason to refuse the same budget again.
     """
@@ -81,32 +81,32 @@ def hardware_without(
     )
 
 
-def _steady(timings: Timings) -> list[SweepSpan]:
+def _steady_sweeps(timings: Timings) -> list[SweepSpan]:
     """The sweeps that are typical of later ones, and of which all spans were kept."""
     since = timings.complete_since_seconds
     return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
 
 
-def _link(timings: Timings, *, stage: int) -> float | None:
+def _reached_rate(timings: Timings, *, stage: int) -> float | None:
     """Bytes per second that a stage reached; None if it had too few bytes."""
-    passed = [
+    parts = [
         timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
-        for sweep in _steady(timings)
+        for sweep in _steady_sweeps(timings)
     ]
-    nbytes, seconds = sum(each.bytes for each in passed), sum(each.busy_seconds for each in passed)
+    nbytes, seconds = sum(part.bytes for part in parts), sum(part.busy_seconds for part in parts)
     return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
 
 
-def _factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
+def _speed_factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
     """How many times as fast as predicted passes were computed, by their number of tokens."""
     found = defaultdict(list)
-    for sweep in _steady(timings):
+    for sweep in _steady_sweeps(timings):
         if sweep.tokens is None:
             continue
         predicted = _predicted_seconds(plan, sweep.tokens)
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
         if stage.bytes >= _LEAST_BYTES and predicted > 0:
-            found[sweep.tokens].append(predicted / _seconds(stage, overhead_seconds))
+            found[sweep.tokens].append(predicted / _compute_seconds(stage, overhead_seconds))
     return {tokens: statistics.median(factors) for tokens, factors in found.items()}
 
 
@@ -114,19 +114,20 @@ def _predicted_seconds(plan: Plan, tokens: int) -> float:
     """Computation in a sweep of ``tokens``: between a decoding step and a prompt, interpolated linearly."""
     if plan.workload is None:
         return 0.0
-    few = plan.workload.batch_size
-    many = few * plan.workload.prompt_tokens
+    step_tokens = plan.workload.batch_size
+    prompt_tokens = step_tokens * plan.workload.prompt_tokens
     step, prompt = (
         sweep.compute_seconds for sweep in (plan.prediction.decode, plan.prediction.prefill)
     )
-    if tokens <= few or many == few:
+    if tokens <= step_tokens or prompt_tokens == step_tokens:
         return step
-    return step + (prompt - step) * (tokens - few) / (many - few)
+    return step + (prompt - step) * (tokens - step_tokens) / (prompt_tokens - step_tokens)
 
 
-def _seconds(stage: StageTimings, overhead_seconds: float) -> float:
-    handed_over = stage.items * overhead_seconds
-    return max(stage.busy_seconds - handed_over, _LEAST_WORK * stage.busy_seconds)
+def _compute_seconds(stage: StageTimings, overhead_seconds: float) -> float:
+    """The busy time of the compute stage without hand-offs."""
+    hand_offs = stage.items * overhead_seconds
+    return max(stage.busy_seconds - hand_offs, _LEAST_WORK_SHARE * stage.busy_seconds)
 
 
 def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
             )
             for rate in known.compute
         ),
-        # It matters in long prompts, the others in steps.
+        # Attention matters in long prompts, the others in steps.
         "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],
-        **{name: getattr(known, name) * factors[min(factors)] for name in _OF_STEPS},
+        **{name: getattr(known, name) * factors[min(factors)] for name in _STEP_RATES},
     }

@@ -1,4 +1,4 @@
-"""The time of a sweep: a simulation of the three stages for one plan. Pure.
+"""The time of sweeps: a simulation of the three stages for one plan. Pure.
 
 The design's formula, ``max(D / disk, H / h2d, C) + batches x overhead``, holds for stages that never wait
 for one another. With few slots and batches of different sizes they do wait; so each batch is followed through the
@@ -13,9 +13,9 @@ from layerstream.pipeline.planning.prediction import SweepPrediction
 
 __all__ = ["BatchCost", "simulate"]
 
-# How many batches may be under way besides the one that is computed with, however large the rings are: two in
+# How many batches may be in flight besides the one that is computed with, however large the rings are: two in
 # the read stage, one on its way into the queue behind it, one in each of the two queues, one being copied.
-_AHEAD = 6
+_BATCHES_AHEAD = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class BatchCost:
     host_bytes: int = 0
     """Of its slot in the host ring; 0: it takes none."""
     device_bytes: int = 0
-    """Of its slot in the device ring."""
+    """Of its slot in the device ring; 0: it takes none."""
     copied_away: bool = False
-    """The host slot is free after the copy, not after the computation."""
+    """Whether the host slot is free after the copy, not after the computation."""
 
 
 def simulate(
@@ -44,32 +44,32 @@ def simulate(
     """Simulate consecutive sweeps, each given as the costs of its batches in the order of its route.
 
     Args:
-        sweeps: Prefetch runs on from each to the next.
+        sweeps: The batches of each; prefetch runs on from one sweep to the next.
         host_ring_bytes: Size of the ring of host slots.
         device_ring_bytes: Size of the ring of device slots.
-        overhead_seconds: That computation spends on the hand-off of each batch.
-        between_seconds: From the end of a sweep until computation wants the first batch of the next.
+        overhead_seconds: Time that computation spends on the hand-off of each batch.
+        between_seconds: Time from the end of a sweep until computation needs the first batch of the next.
     """
     host, device = _Ring(host_ring_bytes), _Ring(device_ring_bytes)
-    read_done = copied = computed = 0.0
-    # When computation began with each of the last few.
-    begun: deque[float] = deque([0.0] * _AHEAD, maxlen=_AHEAD)
-    costs = []
+    # The times at which the latest batch was read, copied and computed.
+    read = copied = computed = 0.0
+    # When computation began with each of the last few batches.
+    begun: deque[float] = deque([0.0] * _BATCHES_AHEAD, maxlen=_BATCHES_AHEAD)
+    predictions = []
     for batches in sweeps:
         start = computed
         ready = computed + between_seconds
         for batch in batches:
-            room = max(host.take(batch.host_bytes), begun[0])
-            read_done = max(read_done, room) + batch.read_seconds
-            landed = copied = (
-                max(copied, read_done, device.take(batch.device_bytes)) + batch.copy_seconds
-            )
-            began = max(ready, landed)
+            may_read = max(host.take(batch.host_bytes), begun[0])
+            read = max(read, may_read) + batch.read_seconds
+            may_copy = max(copied, read, device.take(batch.device_bytes))
+            copied = may_copy + batch.copy_seconds
+            began = max(ready, copied)
             ready = computed = began + overhead_seconds + batch.compute_seconds
             begun.append(began)
-            host.freed(landed if batch.copied_away else computed)
-            device.freed(computed)
-        costs.append(
+            host.free(copied if batch.copied_away else computed)
+            device.free(computed)
+        predictions.append(
             SweepPrediction(
                 seconds=computed - start,
                 read_seconds=sum(batch.read_seconds for batch in batches),
@@ -78,37 +78,38 @@ def simulate(
                 overhead_seconds=len(batches) * overhead_seconds + between_seconds,
             )
         )
-    return costs
+    return predictions
 
 
 class _Ring:
-    """A simulated ``RingArena``, with the times at which slots are freed instead of waiting."""
+    """A simulated ``RingArena``: instead of waiting for slots, it tells the time at which they are free."""
 
     def __init__(self, nbytes: int) -> None:
         self._bytes = nbytes
-        self._live: deque[tuple[int, float]] = deque()  # (offset, when it is freed), oldest first
+        # The offset of each slot in use and the time at which it is freed, the oldest first.
+        self._live: deque[tuple[int, float]] = deque()
         self._end = 0
         self._now = 0.0
-        self._taken: int | None = None  # the offset of the slot whose end is not known yet
+        self._taken: int | None = None  # the offset of the slot that is not freed yet
 
     def take(self, nbytes: int) -> float:
         """The time at which the next slot is available."""
         self._taken = None
         if not nbytes:
             return 0.0
-        self._settle()
+        self._expire()
         while (offset := self._find(nbytes)) is None:
             self._now = max(self._now, self._live[0][1])
-            self._settle()
+            self._expire()
         self._taken, self._end = offset, offset + nbytes
         return self._now
 
-    def freed(self, at: float) -> None:
-        """Let the slot that was taken last be freed at that time."""
+    def free(self, at_seconds: float) -> None:
+        """Free the slot that was taken last at that time."""
         if self._taken is not None:
-            self._live.append((self._taken, at))
+            self._live.append((self._taken, at_seconds))
 
-    def _settle(self) -> None:
+    def _expire(self) -> None:
         # A slot that is freed before an older one is available only after that one.
         while self._live and self._live[0][1] <= self._now:
             self._live.popleft()

@@ -1,4 +1,4 @@
-"""What-ifs: the hardware of another machine, or of this one with some figures given. Pure."""
+"""What-ifs: the hardware of another machine, or of this one with some figures replaced. Pure."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from layerstream.stages.text import format_bytes
 __all__ = ["WhatIf"]
 
 # Rates that depend on this machine's processor.
-_OF_THE_PROCESSOR = (
+_PROCESSOR_RATES = (
     "host_copy_bytes_per_second",
     "attention_flops_per_second",
     "step_attention_flops_per_second",
@@ -29,53 +29,50 @@ _OF_THE_PROCESSOR = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """Figures that are given for a machine; None: as on this one.
-
-    Attributes:
-        missing_device: Such as "cuda:0", of a GPU that is not here; its VRAM is the budget's.
-        ram_bytes: Host RAM that is free.
-        disk_bytes_per_second: Of direct reads.
-        h2d_bytes_per_second: Host to device, from page-locked memory.
-    """
+    """Figures that are given for a machine; None: as on this one."""
 
     missing_device: str | None = None
+    """Such as "cuda:0", for a GPU that this machine lacks; its VRAM is the budget's."""
     ram_bytes: int | None = None
+    """Free host RAM."""
     disk_bytes_per_second: float | None = None
+    """Of direct reads."""
     h2d_bytes_per_second: float | None = None
+    """Host to device, from page-locked memory."""
 
     @property
-    def asked(self) -> bool:
+    def is_given(self) -> bool:
         """Whether any figure is given."""
         return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
 
     def complete(self, hardware: Hardware, budget: Budget) -> Hardware:
         """``hardware`` with the given figures.
 
-        If a size of memory is not given but a budget for it is, it is as large as the budget. Rates measured of one disk
-        or processor are not used for another one.
+        If a size of memory is not given but a budget for it is, it is as large as the budget. Rates measured with one
+        disk or processor are not used for another one.
 
         Args:
-            hardware: This machine; for the CPU, if the GPU asked for is missing.
-            budget: Of the machine asked for.
+            hardware: This machine, as a CPU device if the GPU is missing.
+            budget: The budget on the other machine.
 
         Raises:
-            PlanError: A GPU of unknown size, a link to no device, or a figure that makes no sense.
+            PlanError: A GPU of unknown size, a bandwidth to a device on a CPU, or an invalid figure.
         """
-        if not self.asked:
+        if not self.is_given:
             return hardware
         changes: dict[str, Any] = {"cached_bytes": 0}  # nothing is cached
         host = self.ram_bytes
         if host is None:
-            here = hardware.host_available_bytes
-            wanted = budget.host_bytes(here) or 0
-            host = wanted if wanted > here else None
+            available = hardware.host_available_bytes
+            budgeted = budget.host_bytes(available) or 0
+            host = budgeted if budgeted > available else None
         if host is not None:
             changes["host_available_bytes"] = host
         if self.missing_device is not None:
             changes |= {
                 "device": self.missing_device,
                 "vram_free_bytes": self._vram_bytes(budget),
-                **dict.fromkeys(_OF_THE_PROCESSOR),
+                **dict.fromkeys(_PROCESSOR_RATES),
                 "compute": (),
             }
         if self.disk_bytes_per_second is not None:
@@ -92,7 +89,7 @@ class WhatIf:
 
     def notes(self, hardware: Hardware) -> tuple[str, ...]:
         """Notes that a report for such ``hardware`` must have."""
-        if not self.asked:
+        if not self.is_given:
             return ()
         notes = [
             "this is a what-if: figures marked as given hold for the machine that was asked about"

@@ -8,7 +8,7 @@ from layerstream.stages.text import format_table
 
 __all__ = ["Block", "Drawing", "Facts", "Section", "Sentences", "Table", "as_markdown", "as_text"]
 
-_COLUMNS = 96  # of a sentence
+_SENTENCE_COLUMNS = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table: the first column names a row, the others are figures, except those that are flush ``left``."""
+    """A table: the first column names a row, the others are figures, except those that are aligned ``left``."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -64,14 +64,18 @@ def _text(section: Section) -> Iterator[str]:
             yield ""
         match block:
             case Facts(pairs=pairs):
-                width = max(len(name) for name, _ in pairs)
-                lines = [f"{name:{width}}  {value}" for name, value in pairs]
+                width = max(len(label) for label, _ in pairs)
+                lines = [f"{label:{width}}  {value}" for label, value in pairs]
             case Table(columns=columns, rows=rows, left=left):
                 lines = format_table(columns, rows, left=left).splitlines()
             case Drawing(lines=drawn):
                 lines = list(drawn)
-            case Sentences(lines=said):
-                lines = [part for line in said for part in textwrap.wrap(line, _COLUMNS)]
+            case Sentences(lines=sentences):
+                lines = [
+                    line
+                    for sentence in sentences
+                    for line in textwrap.wrap(sentence, _SENTENCE_COLUMNS)
+                ]
         yield from (f"  {line}".rstrip() for line in lines)
 
 
@@ -85,9 +89,9 @@ def _markdown(section: Section) -> Iterator[str]:
     for block in section.blocks:
         match block:
             case Facts(pairs=pairs):
-                yield "\n".join(f"- **{name}**: {_escaped(value)}" for name, value in pairs)
+                yield "\n".join(f"- **{label}**: {_escaped(value)}" for label, value in pairs)
             case Table(columns=columns, rows=rows, left=left):
-                ruler = [":---" if place in left else "---:" for place in range(len(columns))]
+                ruler = [":---" if column in left else "---:" for column in range(len(columns))]
                 yield "\n".join(map(_row, (columns, ruler, *rows)))
             case Drawing(lines=lines):
                 yield "\n".join(("```", *lines, "```"))

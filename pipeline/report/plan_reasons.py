@@ -1,4 +1,4 @@
-"""The reasons for a plan: its arithmetic, its alternatives, what would help, and its inputs."""
+"""The reasons for a plan: its arithmetic, its alternatives, advice, and its inputs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +12,9 @@ from layerstream.stages.text import format_bytes, format_decimal, format_seconds
 __all__ = ["reasons"]
 
 # A smaller gain counts as none: predictions are not that exact.
-_NOTHING = 0.005
+_LEAST_GAIN = 0.005
 _MATRIX_DIMENSIONS = 2
-_TOLD = 8
+_MOST_CANDIDATES = 8
 
 
 def reasons(plan: Plan) -> Iterator[Section]:
@@ -29,12 +29,12 @@ def reasons(plan: Plan) -> Iterator[Section]:
 def _arithmetic(plan: Plan) -> Section:
     """The figures of a sweep that can be checked by dividing."""
     sweep = plan.prediction.decode
-    then = frozenset(plan.decode_residents)
-    read = sum(b.read_bytes for b in plan.batches if b.streamed and b.index not in then)
-    copied = sum(b.copied_bytes for b in plan.batches if not (b.device_resident or b.index in then))
+    others = [b for b in plan.batches if b.index not in plan.decode_residents]
+    read_bytes = sum(b.read_bytes for b in others if b.streamed)
+    copied_bytes = sum(b.copied_bytes for b in others if not b.device_resident)
     stages = (
-        ("read", read, sweep.read_seconds),
-        ("transfer", copied, sweep.transfer_seconds),
+        ("read", read_bytes, sweep.read_seconds),
+        ("transfer", copied_bytes, sweep.transfer_seconds),
         ("compute", sum(map(_matrix_bytes, plan.batches)), sweep.compute_seconds),
     )
     rows = [
@@ -75,7 +75,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
 
 
 def _candidates(plan: Plan) -> Section:
-    rows = [_candidate(plan, each) for each in _told(plan.candidates)]
+    rows = [_candidate_row(plan, each) for each in _selected(plan.candidates)]
     columns = (
         "batch size",
         "slots",
@@ -93,37 +93,37 @@ def _candidates(plan: Plan) -> Section:
     )
 
 
-def _told(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates to show, with the chosen one and the trivial one among them."""
-    some = {id(each) for each in candidates[:_TOLD]}
-    return [each for each in candidates if id(each) in some or each.chosen or each.name]
+def _selected(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates in the report, with the chosen one and the trivial one among them."""
+    fastest = {id(each) for each in candidates[:_MOST_CANDIDATES]}
+    return [each for each in candidates if id(each) in fastest or each.chosen or each.name]
 
 
-def _candidate(plan: Plan, each: Candidate) -> tuple[str, ...]:
-    slower = each.request_seconds / max(plan.prediction.request_seconds, 1e-9)
+def _candidate_row(plan: Plan, candidate: Candidate) -> tuple[str, ...]:
+    times = candidate.request_seconds / max(plan.prediction.request_seconds, 1e-9)
     return (
-        f"{each.layer_batch_size}{' (trivial)' if each.name else ''}",
-        str(each.slots),
-        each.reader,
-        f"{each.resident_batches} of {each.batches}",
-        format_bytes(each.host_used_bytes),
-        *((format_bytes(each.vram_used_bytes),) if plan.device_memory is not None else ()),
-        format_seconds(each.sweep_seconds),
-        format_seconds(each.request_seconds),
-        "<- chosen" if each.chosen else f"{slower:.2f} x the time",
+        f"{candidate.layer_batch_size}{' (trivial)' if candidate.name else ''}",
+        str(candidate.slots),
+        candidate.reader,
+        f"{candidate.resident_batches} of {candidate.batches}",
+        format_bytes(candidate.host_used_bytes),
+        *((format_bytes(candidate.vram_used_bytes),) if plan.device_memory is not None else ()),
+        format_seconds(candidate.sweep_seconds),
+        format_seconds(candidate.request_seconds),
+        "<- chosen" if candidate.chosen else f"{times:.2f} x the time",
     )
 
 
 def _advice(plan: Plan) -> Section:
-    found = sorted(((_gain(plan, each), each) for each in plan.advice), key=lambda pair: -pair[0])
+    gains = sorted(((_gain(plan, each), each) for each in plan.advice), key=lambda pair: -pair[0])
     rows = [
         (
             each.change,
             format_seconds(each.sweep_seconds),
             format_seconds(each.request_seconds),
-            f"{1 + gain:.2f} x as fast" if gain >= _NOTHING else _nothing(gain),
+            _gain_text(gain),
         )
-        for gain, each in found
+        for gain, each in gains
     ]
     request = "request" if plan.workload is not None else "10 sweeps"
     return Section(
@@ -132,24 +132,26 @@ def _advice(plan: Plan) -> Section:
     )
 
 
-def _nothing(gain: float) -> str:
-    return "brings nothing" if gain > -_NOTHING else f"{-gain:.0%} slower"
+def _gain_text(gain: float) -> str:
+    if gain >= _LEAST_GAIN:
+        return f"{1 + gain:.2f} x as fast"
+    return "brings nothing" if gain > -_LEAST_GAIN else f"{-gain:.0%} slower"
 
 
 def _gain(plan: Plan, advice: Advice) -> float:
     """The relative gain in tokens per second, including prompts: 1.0 is twice as many."""
-    before = plan.prediction
-    was = 1 / before.request_seconds if before.request_seconds else 0.0
-    becomes = 1 / advice.request_seconds if advice.request_seconds else 0.0
+    predicted = plan.prediction
+    before = 1 / predicted.request_seconds if predicted.request_seconds else 0.0
+    after = 1 / advice.request_seconds if advice.request_seconds else 0.0
     if plan.workload is not None:
-        was *= plan.workload.batch_size
-        becomes *= round(advice.tokens_per_second * advice.sweep_seconds)
-    return becomes / was - 1 if was else 0.0
+        before *= plan.workload.batch_size
+        after *= round(advice.tokens_per_second * advice.sweep_seconds)
+    return after / before - 1 if before else 0.0
 
 
 def _inputs(plan: Plan) -> Section:
     rows = [
-        (*_named(each), _known(each))
+        (_label(each.name), _value_text(each.name, each.value), _origin_text(each))
         for each in plan.inputs
         if each.value  # an empty page cache is no input
     ]
@@ -169,7 +171,7 @@ def _inputs(plan: Plan) -> Section:
     return Section(title="What it was made with", blocks=blocks)
 
 
-_NAMES = {
+_LABELS = {
     "host_available_bytes": "host RAM, free",
     "vram_free_bytes": "VRAM, free",
     "cached_bytes": "files in the page cache",
@@ -188,11 +190,11 @@ _NAMES = {
 }
 
 
-def _named(known: Input) -> tuple[str, str]:
-    return _NAMES.get(known.name, known.name.replace("_", " ")), _value(known.name, known.value)
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
 
 
-def _value(name: str, value: float) -> str:
+def _value_text(name: str, value: float) -> str:
     """``value`` with its unit, which is in the name of its field."""
     if name.endswith("_seconds_per_byte"):
         return f"{value * 1e9:.3g} s/GB"
@@ -207,20 +209,21 @@ def _value(name: str, value: float) -> str:
     return f"{format_decimal(value)}/s"
 
 
-def _known(known: Input) -> str:
-    match known.origin:
+def _origin_text(figure: Input) -> str:
+    match figure.origin:
         case Origin.MEASURED:
             how = "measured just now"
         case Origin.CONTENDED:
             how = "measured BESIDE OTHER PROCESSES"
         case Origin.CACHED:
-            how = f"measured {format_seconds(known.age_seconds or 0)} ago"
+            how = f"measured {format_seconds(figure.age_seconds or 0)} ago"
         case Origin.GIVEN:
             how = "given"
         case Origin.LEARNT:
             how = "learnt from this model's sweeps"
         case Origin.ASSUMED:
             how = "ASSUMED"
-    if known.least is None or known.most is None:
+    if figure.least is None or figure.most is None:
         return how
-    return f"{how} ({_value(known.name, known.least)} to {_value(known.name, known.most)})"
+    least, most = (_value_text(figure.name, value) for value in (figure.least, figure.most))
+    return f"{how} ({least} to {most})"

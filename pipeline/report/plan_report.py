@@ -1,4 +1,4 @@
-"""Plans -> text: the decision and the predicted speed. ``reasons`` has the reasons.
+"""Plans -> text: the decision and the predicted speed. ``plan_reasons`` has the reasons.
 
 For timings see ``Timings.summary``.
 """
@@ -25,7 +25,7 @@ from layerstream.stages.text import format_bytes, format_seconds
 
 __all__ = ["describe_plan", "report_plan", "summarize_plan"]
 
-_BAR = 10  # characters
+_BAR_COLUMNS = 10
 _MAP_COLUMNS = 76
 
 _LEGEND = {
@@ -51,8 +51,8 @@ def report_plan(plan: Plan, *, markdown: bool = False) -> str:
 def summarize_plan(plan: Plan) -> dict[str, Any]:
     """The decision as plain data for JSON; each key carries its unit."""
     predicted, host, device = plan.prediction, plan.host_memory, plan.device_memory
-    stays = [batch for batch in plan.batches if not batch.streamed]
-    on_device = [batch for batch in stays if _letter(plan, batch) == "d"]
+    residents = [batch for batch in plan.batches if not batch.streamed]
+    on_device = [batch for batch in residents if _mark(plan, batch) == "d"]
     return {
         "checkpoint": plan.checkpoint,
         "device": plan.device,
@@ -63,7 +63,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "host_slots": plan.host_slots,
         "device_slots": plan.device_slots,
         "reader": plan.reader,
-        "host_resident_layer_batches": len(stays) - len(on_device),
+        "host_resident_layer_batches": len(residents) - len(on_device),
         "vram_resident_layer_batches": len(on_device),
         "decode_resident_layer_batches": len(plan.decode_residents),
         "kv_cache_on_host": plan.kv_cache_on_host,
@@ -85,25 +85,25 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _decision(plan: Plan) -> Section:
-    asked = "weights alone"
-    if plan.workload is not None:
-        w = plan.workload
-        asked = f"{w.batch_size} x ({w.prompt_tokens} prompt + {w.new_tokens} new) tokens"
+    workload, requests = plan.workload, "weights alone"
+    if workload is not None:
+        tokens = f"{workload.prompt_tokens} prompt + {workload.new_tokens} new"
+        requests = f"{workload.batch_size} x ({tokens}) tokens"
     size = format_bytes(plan.first_sweep_bytes)
     blocks: list[Block] = [
         Facts(pairs=list(_facts(plan))),
-        Facts(pairs=list(_memories(plan))),
-        Drawing(lines=list(_map(plan))),
-        Table(columns=_TIMES, rows=list(_times(plan)), left=(0, len(_TIMES) - 1)),
-        Facts(pairs=list(_speeds(plan))),
+        Facts(pairs=list(_memory_facts(plan))),
+        Drawing(lines=list(_layer_map(plan))),
+        Table(columns=_TIME_COLUMNS, rows=list(_time_rows(plan)), left=(0, len(_TIME_COLUMNS) - 1)),
+        Facts(pairs=list(_speed_facts(plan))),
     ]
     return Section(
-        title=f"{plan.checkpoint}: {size} of weights on {plan.device}, {asked}", blocks=blocks
+        title=f"{plan.checkpoint}: {size} of weights on {plan.device}, {requests}", blocks=blocks
     )
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    letters = [_letter(plan, batch) for batch in plan.batches]
+    marks = [_mark(plan, batch) for batch in plan.batches]
     yield (
         "layer batch size",
         f"{plan.layer_batch_size}: {len(plan.batches)} layer batches, {_slots(plan)}",
@@ -112,25 +112,27 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "reader", plan.reader if plan.reader is ReaderKind.MMAP else f"{plan.reader}, {how}"
     streamed = sum(batch.streamed for batch in plan.batches)
     where = {"h": "in host RAM", "d": "in VRAM"}
-    stay = ", ".join(f"{letters.count(a)} stay {b}" for a, b in where.items() if a in letters)
+    residents = ", ".join(
+        f"{marks.count(mark)} stay {side}" for mark, side in where.items() if mark in marks
+    )
     yield (
         "every sweep",
         (
             f"reads {format_bytes(plan.disk_bytes_per_sweep)} in {streamed} layer batches; "
-            f"{stay or 'none stays'}"
+            f"{residents or 'none stays'}"
         ),
     )
     if plan.decode_residents:
-        grown = "VRAM" if plan.device_memory else "host RAM"
-        yield "while decoding", f"{len(plan.decode_residents)} more stay in {grown}"
+        side = "VRAM" if plan.device_memory else "host RAM"
+        yield "while decoding", f"{len(plan.decode_residents)} more stay in {side}"
     if plan.kv_cache_on_host:
         yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
 
 
-def _memories(plan: Plan) -> Iterator[tuple[str, str]]:
+def _memory_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.device_memory is not None:
-        yield "VRAM", _memory(plan.device_memory)
-    yield "host RAM", _memory(plan.host_memory)
+        yield "VRAM", _memory_bar(plan.device_memory)
+    yield "host RAM", _memory_bar(plan.host_memory)
     if plan.overhead_bytes:
         size = format_bytes(plan.overhead_bytes)
         yield (
@@ -147,65 +149,64 @@ def _slots(plan: Plan) -> str:
     )
 
 
-def _memory(memory: MemoryUse) -> str:
+def _memory_bar(memory: MemoryUse) -> str:
     parts = {
         "slots": memory.arena_bytes,
         "residents": memory.resident_bytes,
         "workload": memory.reserved_bytes,
     }
-    bar, reached = "", 0
+    bar, total = "", 0
     for name, nbytes in parts.items():
-        reached += nbytes
-        bar = bar.ljust(round(_BAR * reached / memory.budget_bytes), name[0])
-    told = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
+        total += nbytes
+        bar = bar.ljust(round(_BAR_COLUMNS * total / memory.budget_bytes), name[0])
+    sizes = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
     used, budget = format_bytes(memory.used_bytes), format_bytes(memory.budget_bytes)
-    return f"[{bar:.<{_BAR}}] {used} of {budget}: {told}"
+    return f"[{bar:.<{_BAR_COLUMNS}}] {used} of {budget}: {sizes}"
 
 
-def _map(plan: Plan) -> Iterator[str]:
-    letters = [_letter(plan, batch) * len(batch.layers) for batch in plan.batches]
-    apart = " " if any(len(group) > 1 for group in letters) else ""
+def _layer_map(plan: Plan) -> Iterator[str]:
+    groups = [_mark(plan, batch) * len(batch.layers) for batch in plan.batches]
+    gap = " " if any(len(group) > 1 for group in groups) else ""
     row = ""
-    for group in letters:
-        if row and len(row) + len(apart) + len(group) > _MAP_COLUMNS:
+    for group in groups:
+        if row and len(row) + len(gap) + len(group) > _MAP_COLUMNS:
             yield row
             row = ""
-        row += (apart if row else "") + group
+        row += (gap if row else "") + group
     while len(row) > _MAP_COLUMNS:
         yield row[:_MAP_COLUMNS]
         row = row[_MAP_COLUMNS:]
     yield row
-    together = ", layer batches apart" if apart else ""
-    drawn = {letter for group in letters for letter in group}
-    yield f"one mark per layer{together}"
-    yield "; ".join(f"{mark} {means}" for mark, means in _LEGEND.items() if mark in drawn)
+    yield f"one mark per layer{', layer batches apart' if gap else ''}"
+    drawn = {mark for group in groups for mark in group}
+    yield "; ".join(f"{mark} {meaning}" for mark, meaning in _LEGEND.items() if mark in drawn)
 
 
-def _letter(plan: Plan, batch: LayerBatch) -> str:
+def _mark(plan: Plan, batch: LayerBatch) -> str:
     on_cpu = plan.device_memory is None
     if batch.streamed:
-        grows = batch.index in plan.decode_residents
-        return ("*" if on_cpu else "+") if grows else "."
+        decode_resident = batch.index in plan.decode_residents
+        return ("*" if on_cpu else "+") if decode_resident else "."
     return "d" if batch.device_resident and not on_cpu else "h"
 
 
-_TIMES = ("predicted", "time", "read", "transfer", "compute", "hand-offs", "held back by")
+_TIME_COLUMNS = ("predicted", "time", "read", "transfer", "compute", "hand-offs", "held back by")
 
 
-def _times(plan: Plan) -> Iterator[Sequence[str]]:
+def _time_rows(plan: Plan) -> Iterator[Sequence[str]]:
     predicted = plan.prediction
     late = plan.workload is not None and plan.at_first() != plan
-    yield _time("first sweep" if late else "first sweep (loads what stays)", predicted.first)
+    yield _time_row("first sweep" if late else "first sweep (loads what stays)", predicted.first)
     if late:
-        yield _time("second sweep (loads what stays)", predicted.second)
+        yield _time_row("second sweep (loads what stays)", predicted.second)
     if plan.workload is None:
-        yield _time("every further sweep", predicted.decode)
+        yield _time_row("every further sweep", predicted.decode)
         return
-    yield _time("prompt of a later request", predicted.prefill)
-    yield _time("every further token", predicted.decode)
+    yield _time_row("prompt of a later request", predicted.prefill)
+    yield _time_row("every further token", predicted.decode)
 
 
-def _time(name: str, sweep: SweepPrediction) -> Sequence[str]:
+def _time_row(name: str, sweep: SweepPrediction) -> Sequence[str]:
     parts = (
         sweep.seconds,
         sweep.read_seconds,
@@ -216,21 +217,21 @@ def _time(name: str, sweep: SweepPrediction) -> Sequence[str]:
     return (name, *map(format_seconds, parts), sweep.bottleneck)
 
 
-def _speeds(plan: Plan) -> Iterator[tuple[str, str]]:
+def _speed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     predicted, sweep = plan.prediction, plan.prediction.decode
     if plan.workload is not None:
-        first = predicted.objective is Objective.LATENCY
+        loading_counts = predicted.objective is Objective.LATENCY
         yield (
             "speed",
             f"{predicted.tokens_per_second:.3g} tokens/s while decoding; "
             f"{format_seconds(predicted.request_seconds)} for a whole request"
-            + (", loading included" if first else ""),
+            + (", loading included" if loading_counts else ""),
         )
-    apart = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
+    stage_seconds = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
     yield (
         "bottleneck",
         (
-            f"{sweep.bottleneck}; one stage after another {format_seconds(apart)}, "
+            f"{sweep.bottleneck}; one stage after another {format_seconds(stage_seconds)}, "
             f"overlapped at best {sweep.ceiling:.2f} times faster"
         ),
     )

@@ -1,4 +1,4 @@
-"""The predicted time of computing a layer: its matrices, attention, and what Python takes."""
+"""The predicted time of computing a layer: its matrices, attention, and Python."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from support.checkpoints import CPU, GPU
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.measurement import ComputeRate
 from layerstream.pipeline.planning.assumptions import rates_of
-from layerstream.pipeline.planning.compute_cost import PassShape, Work
+from layerstream.pipeline.planning.compute_cost import ComputeCost, PassShape
 from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 
@@ -39,13 +39,13 @@ def block(nbytes: int) -> PlannedLayer:
 def seconds(nbytes: int, *, tokens: int, context: int = 0, hardware=CPU, **known) -> float:
     rates = rates_of(dataclasses.replace(hardware, **{**KNOWN, **known}))
     shape = PassShape(sequences=1, tokens=tokens, context=context, prompt=tokens > 1)
-    return Work(CONFIG, rates).seconds(block(nbytes), shape)
+    return ComputeCost(CONFIG, rates).seconds(block(nbytes), shape)
 
 
 def test_a_small_block_takes_the_time_of_its_python_and_a_large_one_that_of_its_matrices():
-    nothing = seconds(256, tokens=1)
-    assert nothing == pytest.approx(2 / 5000, rel=1e-2)
-    assert nothing < seconds(256, tokens=1, blocks_per_second=1000.0)
+    overhead = seconds(256, tokens=1)
+    assert overhead == pytest.approx(2 / 5000, rel=1e-2)
+    assert overhead < seconds(256, tokens=1, blocks_per_second=1000.0)
     assert seconds(10**9, tokens=1) == pytest.approx(0.1, rel=1e-2)
 
 
@@ -66,14 +66,14 @@ def test_attention_grows_with_pairs_of_tokens_at_a_rate_of_its_own():
 
 
 def test_a_step_attends_with_one_token_and_copies_its_cache_to_append_to_it():
-    nothing = seconds(256, tokens=1)
-    attending = 4 * 1024 * 1024 / 5e9
-    copying = 2 * 1024 * 2 * 1024 / 4e9  # keys and values of 1024 elements in two bytes
-    assert seconds(256, tokens=1, context=1024) - nothing == pytest.approx(attending + copying)
+    overhead = seconds(256, tokens=1)
+    attention = 4 * 1024 * 1024 / 5e9
+    copies = 2 * 1024 * 2 * 1024 / 4e9  # keys and values of 1024 elements in two bytes
+    assert seconds(256, tokens=1, context=1024) - overhead == pytest.approx(attention + copies)
 
 
 def test_operations_per_element_take_a_share_of_multiplying_and_none_of_reading_weights():
-    of_multiplying = 0.1 / 64  # one token's share, with weights of 1 GB
-    assert seconds(10**9, tokens=1) - 0.1 - 2 / 5000 < of_multiplying
+    multiplication = 0.1 / 64  # one token's share, with weights of 1 GB
+    assert seconds(10**9, tokens=1) - 0.1 - 2 / 5000 < multiplication
     long = seconds(10**9, tokens=640) - 2 / 5000
     assert 1.1 < long / 1.0 < 1.4

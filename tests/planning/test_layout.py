@@ -1,4 +1,4 @@
-"""The layout of a layer batch: executed on bytes, every tensor comes out as it lies in the files."""
+"""The layout of a layer batch: executed on bytes, it gives every tensor as it is in the files."""
 
 import itertools
 
@@ -62,7 +62,7 @@ def contents(file_bytes):
 
 
 def executed(batch, files):
-    """The two images, after the reads and the segments, done with as little cleverness as possible."""
+    """The two images after the reads and the segments, executed in the simplest way."""
     host = np.full(batch.host_bytes, 0xA5, np.uint8)
     for read in batch.reads:
         piece = files[read.file][read.file_offset : read.file_offset + read.nbytes]
@@ -169,7 +169,7 @@ def test_on_the_cpu_tensors_keep_the_alignment_that_they_have_in_the_file(checkp
 
 
 @given(checkpoints())
-def test_on_the_cpu_nothing_is_copied_that_can_be_used_where_it_was_read(checkpoint):
+def test_on_the_cpu_a_tensor_that_is_usable_where_it_was_read_is_not_copied(checkpoint):
     file_bytes, sources = checkpoint
     in_place = [
         each
@@ -196,9 +196,7 @@ def test_five_hundred_neighbouring_tensors_are_one_read_and_on_a_gpu_one_segment
 
 
 @pytest.mark.parametrize(("width", "segments"), [(512, 1), (960, 2)])
-def test_on_a_gpu_a_matrix_is_aligned_as_torch_aligns_its_own_whatever_lies_before_it(
-    width, segments
-):
+def test_on_a_gpu_a_matrix_is_aligned_as_torch_aligns_its_own_whatever_precedes_it(width, segments):
     norm = source("norm", extent(0, 2 * width), dtype="bfloat16")
     matrix = TensorSource(
         name="matrix",
@@ -213,7 +211,7 @@ def test_on_a_gpu_a_matrix_is_aligned_as_torch_aligns_its_own_whatever_lies_befo
     assert len(batch.segments) == segments
 
 
-def test_layers_that_travel_together_and_lie_side_by_side_are_one_read_and_one_segment():
+def test_neighbouring_layers_of_one_batch_are_one_read_and_one_segment():
     layers = [layer(source(f"{i}", extent(104 + 4096 * i, 4096)), name=f"{i}") for i in range(6)]
     batch = layout_batch(layers, index=0, file_bytes=[104 + 6 * 4096], reads_host_images=False)
     assert batch.layers == ("0", "1", "2", "3", "4", "5")

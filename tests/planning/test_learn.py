@@ -1,4 +1,4 @@
-"""What is learnt of a machine from completed sweeps: planned again with it, they would have been predicted."""
+"""Rates learnt from completed sweeps: a plan made with them predicts the measured times."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ KNOWN = {
 def checkpoint(tmp_path_factory):
     """The headers of a model of 240 MB."""
     family = FAMILIES["llama-3.1-8b"]
-    recipe = CheckpointSpec(
+    spec = CheckpointSpec(
         family="llama-3.1-8b",
         config=scaled(family.config, layers=8, hidden=1024, vocab=4096),
         dtype="bfloat16",
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
         seed=0,
         sparse=True,
     )
-    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("model"), recipe).folder)
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("model"), spec).folder)
 
 
 def planned(checkpoint: Checkpoint, hardware: Hardware) -> Plan:
@@ -52,8 +52,8 @@ def planned(checkpoint: Checkpoint, hardware: Hardware) -> Plan:
     return make_plan(checkpoint, hardware, workload=workload, reader="direct", layer_batch_size=1)
 
 
-def swept(plan: Plan, *, times: dict[int, float], overhead_seconds: float) -> Timings:
-    """Timings of a sweep for each number of tokens, whose computation took so many seconds."""
+def timings_of(plan: Plan, *, times: dict[int, float], overhead_seconds: float) -> Timings:
+    """Timings of a sweep for each number of tokens in ``times``, with its seconds of computation."""
     clocks = [Clock(name) for name in ("read", "transfer", "compute")]
     now, sweeps = 0.0, []
     batches = len(plan.batches)
@@ -75,11 +75,11 @@ def swept(plan: Plan, *, times: dict[int, float], overhead_seconds: float) -> Ti
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("times", [0.5, 2.0])
-def test_planned_again_the_computation_is_predicted_as_it_was_measured(checkpoint, machine, times):
+def test_a_new_plan_predicts_the_computation_as_it_was_measured(checkpoint, machine, times):
     hardware = dataclasses.replace(machine, **KNOWN)
     plan = planned(checkpoint, hardware)
     before = plan.prediction
-    timings = swept(
+    timings = timings_of(
         plan,
         times={
             1: times * before.decode.compute_seconds,
@@ -95,36 +95,38 @@ def test_planned_again_the_computation_is_predicted_as_it_was_measured(checkpoin
         assert learnt.figures[name].origin is Origin.LEARNT
 
 
-def test_a_prompt_shows_how_fast_prompts_are_and_a_step_how_fast_steps(checkpoint):
+def test_prompts_and_steps_are_learnt_separately(checkpoint):
     hardware = dataclasses.replace(CPU, **KNOWN)
     plan = planned(checkpoint, hardware)
     before = plan.prediction
-    took = {1: 0.5 * before.decode.compute_seconds, PROMPT: 3 * before.prefill.compute_seconds}
-    timings = swept(plan, times=took, overhead_seconds=OVERHEAD)
+    measured = {1: 0.5 * before.decode.compute_seconds, PROMPT: 3 * before.prefill.compute_seconds}
+    timings = timings_of(plan, times=measured, overhead_seconds=OVERHEAD)
     after = planned(checkpoint, learn(hardware, plan, timings)).prediction
-    # Attention is taken to be as fast in steps as it was in the prompt.
-    assert after.decode.compute_seconds == pytest.approx(took[1], rel=0.06)
-    assert after.prefill.compute_seconds == pytest.approx(took[PROMPT], rel=0.05)
+    # Attention is assumed to be as fast in steps as it was in the prompt.
+    assert after.decode.compute_seconds == pytest.approx(measured[1], rel=0.06)
+    assert after.prefill.compute_seconds == pytest.approx(measured[PROMPT], rel=0.05)
 
 
-def test_passes_of_other_sizes_are_compared_with_what_lies_between_a_step_and_a_prompt(checkpoint):
+def test_passes_of_other_sizes_are_compared_with_times_between_those_of_a_step_and_of_a_prompt(
+    checkpoint,
+):
     hardware = dataclasses.replace(CPU, **KNOWN)
     plan = planned(checkpoint, hardware)
     step, prompt = (
         each.compute_seconds for each in (plan.prediction.decode, plan.prediction.prefill)
     )
     middle = step + (prompt - step) * (100 - 1) / (PROMPT - 1)
-    timings = swept(plan, times={100: 2 * middle}, overhead_seconds=OVERHEAD)
+    timings = timings_of(plan, times={100: 2 * middle}, overhead_seconds=OVERHEAD)
     rates = {each.tokens: each.bytes_per_second for each in learn(hardware, plan, timings).compute}
     assert rates == {
         each.tokens: pytest.approx(each.bytes_per_second / 2) for each in KNOWN["compute"]
     }
 
 
-def test_sweeps_of_several_passes_teach_nothing_of_computation(checkpoint):
+def test_nothing_is_learnt_of_computation_from_sweeps_with_several_passes(checkpoint):
     hardware = dataclasses.replace(CPU, **KNOWN)
     plan = planned(checkpoint, hardware)
-    timings = swept(plan, times={1: 5.0}, overhead_seconds=OVERHEAD)
+    timings = timings_of(plan, times={1: 5.0}, overhead_seconds=OVERHEAD)
     shared = dataclasses.replace(timings.latest[0], tokens=None)
     learnt = learn(hardware, plan, dataclasses.replace(timings, latest=(shared,)))
     assert learnt.compute == hardware.compute

@@ -1,4 +1,4 @@
-"""What requests take that is no tensor, and how much there is for all of them together."""
+"""Memory of requests besides tensors, and the memory that there is for all requests together."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,8 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 
 WIDEST, VOCABULARY = 4096, 6000
-MODULE = 2200  # bytes of a clone of one
-SCRATCH = 900_000
+MODULE_BYTES = 2200  # of a clone of one
+SCRATCH_BYTES = 900_000
 MIB = 1 << 20
 
 
@@ -33,17 +33,17 @@ def module() -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
-def tree(module: Any) -> int:
-    return MODULE * len(list(module.modules()))
+def tree_bytes(module: Any) -> int:
+    return MODULE_BYTES * len(list(module.modules()))
 
 
-def panels(columns: int, rows: int) -> int:
-    """What MKL packs two float32 matrices into, so many columns wide and rows high."""
+def panel_bytes(columns: int, rows: int) -> int:
+    """Bytes that MKL packs two float32 matrices into, with so many columns and rows."""
     return 2 * 192 * 4 * (columns + rows)
 
 
-def beside(module: Any, dtype: str, call: str, *shape: int, **options: Any) -> int:
-    """What a request with ids of ``shape`` is priced at on a CPU more than on a GPU."""
+def overhead_bytes(module: Any, dtype: str, call: str, *shape: int, **options: Any) -> int:
+    """Bytes that a request with ids of ``shape`` reserves more on a CPU than on a GPU."""
     config = module.config.to_dict() | {"dtype": dtype}
     on_cpu, on_gpu = (
         Estimator(
@@ -51,33 +51,37 @@ def beside(module: Any, dtype: str, call: str, *shape: int, **options: Any) -> i
         )
         for on_cpu in (True, False)
     )
-    named = {"input_ids": torch.ones(shape, dtype=torch.long), **options}
-    return getattr(on_cpu, call)((), named).nbytes - getattr(on_gpu, call)((), named).nbytes
+    arguments = {"input_ids": torch.ones(shape, dtype=torch.long), **options}
+    cpu, gpu = (getattr(each, call)((), arguments).nbytes for each in (on_cpu, on_gpu))
+    return cpu - gpu
 
 
 @pytest.mark.parametrize(
     ("shape", "options", "packed"),
     [
         ((1, 2), {}, 0),  # so few rows are multiplied as they are
-        ((1, 5), {"logits_to_keep": 1}, panels(WIDEST, 5)),
-        ((4, 5), {}, panels(VOCABULARY, 20)),
-        ((50, 100), {}, panels(VOCABULARY, 720)),  # and never higher than that
+        ((1, 5), {"logits_to_keep": 1}, panel_bytes(WIDEST, 5)),
+        ((4, 5), {}, panel_bytes(VOCABULARY, 20)),
+        ((50, 100), {}, panel_bytes(VOCABULARY, 720)),  # and never higher than that
     ],
     ids=["two tokens", "the last logits", "all logits", "many tokens"],
 )
-def test_in_float32_a_request_on_a_cpu_takes_what_its_matrices_are_packed_into(
+def test_in_float32_a_request_on_a_cpu_takes_the_memory_its_matrices_are_packed_into(
     shape: tuple[int, int], options: dict[str, Any], packed: int, module: Any
 ) -> None:
-    assert beside(module, "float32", "forward", *shape, **options) == tree(module) + packed
+    assert (
+        overhead_bytes(module, "float32", "forward", *shape, **options)
+        == tree_bytes(module) + packed
+    )
 
 
 def test_a_generation_has_as_many_logits_as_it_verifies_tokens(module: Any) -> None:
-    one = beside(module, "float32", "generation", 1, 8, max_new_tokens=4)
-    assert one == tree(module) + panels(WIDEST, 8)
-    more = beside(
+    one = overhead_bytes(module, "float32", "generation", 1, 8, max_new_tokens=4)
+    assert one == tree_bytes(module) + panel_bytes(WIDEST, 8)
+    more = overhead_bytes(
         module, "float32", "generation", 1, 8, max_new_tokens=4, prompt_lookup_num_tokens=5
     )
-    assert more == tree(module) + panels(VOCABULARY, 8)
+    assert more == tree_bytes(module) + panel_bytes(VOCABULARY, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (50, 100)])
@@ -85,7 +89,9 @@ def test_in_bfloat16_a_request_on_a_cpu_takes_scratch_whatever_its_size(
     shape: tuple[int, int], module: Any
 ) -> None:
     for call in ("forward", "generation"):
-        assert beside(module, "bfloat16", call, *shape) == tree(module) + SCRATCH
+        assert (
+            overhead_bytes(module, "bfloat16", call, *shape) == tree_bytes(module) + SCRATCH_BYTES
+        )
 
 
 SIZES = [8 * MIB] * 6
@@ -98,7 +104,7 @@ def planned(module: Any, hardware: Any, **budget: int) -> Plan:
     return plan_of(SIZES, hardware, config=config, workload=WORKLOAD, **budget)
 
 
-def room(plan: Plan, module: Any) -> int:
+def request_bytes(plan: Plan, module: Any) -> int:
     return request_memory_of(plan, module, module.config.to_dict() | {"dtype": "bfloat16"}).nbytes
 
 
@@ -108,28 +114,28 @@ def with_free(plan: Plan, side: str, free: int) -> Plan:
     return replace(plan, **{side: replace(memory, budget_bytes=memory.used_bytes + free)})
 
 
-def test_on_a_cpu_there_is_what_is_reserved_and_free_and_what_each_takes_beside(
+def test_on_a_cpu_requests_have_the_reserved_and_the_free_memory_and_their_overheads(
     module: Any,
 ) -> None:
     plan = planned(module, CPU)
     assert plan.workload_bytes > 4 * MIB
-    each = tree(module) + SCRATCH
+    overhead = tree_bytes(module) + SCRATCH_BYTES
     plan = with_free(plan, "host_memory", plan.overhead_bytes + 5 * MIB)
-    assert room(plan, module) == plan.workload_bytes + 5 * MIB + 3 * each
-    # What requests take beside is in the plan already: it is not free a second time.
+    assert request_bytes(plan, module) == plan.workload_bytes + 5 * MIB + 3 * overhead
+    # The overhead of requests is in the plan already: it is not free a second time.
     plan = with_free(plan, "host_memory", plan.overhead_bytes - MIB)
-    assert room(plan, module) == plan.workload_bytes + 4 * MIB + 3 * each
-    assert room(replace(plan, workload=None), module) == plan.workload_bytes + 4 * MIB
+    assert request_bytes(plan, module) == plan.workload_bytes + 4 * MIB + 3 * overhead
+    assert request_bytes(replace(plan, workload=None), module) == plan.workload_bytes + 4 * MIB
 
 
-def test_on_a_gpu_there_is_what_vram_has_reserved_and_free(module: Any) -> None:
+def test_on_a_gpu_requests_have_the_reserved_and_the_free_vram(module: Any) -> None:
     plan = planned(module, GPU)
     assert not plan.kv_cache_on_host
     plan = with_free(with_free(plan, "host_memory", 99 * MIB), "device_memory", 5 * MIB)
-    assert room(plan, module) == plan.workload_bytes + 5 * MIB
+    assert request_bytes(plan, module) == plan.workload_bytes + 5 * MIB
 
 
-def test_however_little_a_plan_reserves_requests_may_take_small_change(module: Any) -> None:
+def test_however_little_a_plan_reserves_requests_may_take_a_few_mib(module: Any) -> None:
     for hardware, side in ((CPU, "host_memory"), (GPU, "device_memory")):
         plan = replace(with_free(planned(module, hardware), side, 0), workload_bytes=1)
-        assert room(replace(plan, workload=None), module) == 1 + 4 * MIB
+        assert request_bytes(replace(plan, workload=None), module) == 1 + 4 * MIB

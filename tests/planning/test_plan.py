@@ -1,4 +1,4 @@
-"""Budgets, workloads and plans as data: what makes no sense is refused, and JSON is read back or refused."""
+"""Budgets, workloads and plans as data: invalid ones are refused, and JSON is read back or refused."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_budget_is_a_number_of_bytes_or_a_string_with_a_unit(text, nbytes):
         1.5,
     ],
 )
-def test_a_budget_that_is_no_size_is_refused_where_it_is_written(nonsense):
+def test_a_budget_that_is_not_a_size_is_refused_when_it_is_made(nonsense):
     with pytest.raises(PlanError, match="host budget"):
         Budget(host=nonsense)
     with pytest.raises(PlanError, match="VRAM budget"):
@@ -56,7 +56,7 @@ def test_a_budget_that_is_no_size_is_refused_where_it_is_written(nonsense):
 
 @pytest.mark.parametrize("field", ["batch_size", "prompt_tokens", "new_tokens"])
 @pytest.mark.parametrize("nonsense", [0, -1, 1.5, "8", True, None])
-def test_a_workload_that_makes_no_sense_is_refused(field, nonsense):
+def test_an_invalid_workload_is_refused(field, nonsense):
     with pytest.raises(PlanError, match=f"{field} is .*whole number from 1"):
         Workload(**{field: nonsense})
 
@@ -105,7 +105,7 @@ NOT_PLANS = {
 
 
 @pytest.mark.parametrize("text", NOT_PLANS.values(), ids=NOT_PLANS)
-def test_what_is_not_a_plan_is_refused(text):
+def test_text_that_is_not_a_plan_is_refused(text):
     with pytest.raises(PlanError, match=r"plan|workload"):
         Plan.from_json(text)
 

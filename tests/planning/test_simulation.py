@@ -1,4 +1,4 @@
-"""What a sweep is predicted to take: the played-through time against the formula, the ring, and the trivial plans."""
+"""The predicted time of a sweep: the simulation against the formula, the real ring, and the trivial plans."""
 
 import asyncio
 import dataclasses
@@ -16,8 +16,6 @@ from layerstream.pipeline.planning.simulation import BatchCost, _Ring, simulate
 from layerstream.stages.arena import RingArena
 
 MIB = 1 << 20
-WIDE = 1 << 40  # a ring in which everything finds room
-
 seconds = st.floats(0, 10, allow_nan=False)
 sweeps = st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=12)
 
@@ -32,7 +30,7 @@ def cost(read: float, copy: float, compute: float, nbytes: int = 1) -> BatchCost
     )
 
 
-def played(batches, *, slots=1 << 30, overhead=0.0, times=6):
+def simulated(batches, *, slots=1 << 30, overhead=0.0, times=6):
     return simulate(
         [batches] * times,
         host_ring_bytes=slots,
@@ -46,7 +44,7 @@ def played(batches, *, slots=1 << 30, overhead=0.0, times=6):
 def test_no_sweep_is_faster_than_its_busiest_stage_or_slower_than_one_stage_after_another(
     batches, slots
 ):
-    costs = played([cost(*each) for each in batches], slots=slots, times=8)
+    costs = simulated([cost(*each) for each in batches], slots=slots, times=8)
     busy = [sum(stage) for stage in zip(*batches, strict=True)]
     total = sum(each.seconds for each in costs)
     # Prefetch runs ahead, so one sweep may borrow from the one before it; all of them together do not.
@@ -61,14 +59,14 @@ def test_no_sweep_is_faster_than_its_busiest_stage_or_slower_than_one_stage_afte
     ids=["read", "transfer", "compute"],
 )
 def test_where_one_stage_dominates_a_sweep_takes_what_the_formula_says(batch, seconds):
-    steady = played([cost(*batch)] * 10, slots=3)[3]
+    steady = simulated([cost(*batch)] * 10, slots=3)[3]
     assert steady.seconds == pytest.approx(seconds)
     assert max(steady.read_seconds, steady.transfer_seconds, steady.compute_seconds) == seconds
     assert steady.ceiling == pytest.approx(7 / 5)
 
 
 def test_hand_offs_are_added_where_computing_is_the_bottleneck():
-    steady = played([cost(1, 1, 5)] * 10, slots=3, overhead=0.25)[3]
+    steady = simulated([cost(1, 1, 5)] * 10, slots=3, overhead=0.25)[3]
     assert steady.seconds == pytest.approx(10 * 5.25)
     assert steady.overhead_seconds == pytest.approx(2.5)
 
@@ -76,7 +74,7 @@ def test_hand_offs_are_added_where_computing_is_the_bottleneck():
 @given(sweeps)
 def test_with_one_slot_a_sweep_is_the_sum_of_its_stages(batches):
     # The next batch is read into the host slot when this one was computed with, as on a CPU.
-    costs = played([cost(*each) for each in batches], slots=1)
+    costs = simulated([cost(*each) for each in batches], slots=1)
     for each in costs:
         assert each.seconds == pytest.approx(sum(map(sum, batches)), abs=1e-9)
 
@@ -95,7 +93,7 @@ def test_a_host_slot_that_comes_free_with_the_copy_lets_the_next_read_begin():
     assert costs[2].seconds == pytest.approx(4 * 3)  # computing hides read and copy
 
 
-def test_the_time_between_two_steps_counts_only_where_nobody_waits_for_anything_else():
+def test_the_time_between_two_steps_counts_only_where_computation_is_the_bottleneck():
     def steady(batch):
         return simulate(
             [[batch] * 3] * 5,
@@ -117,12 +115,12 @@ steps = st.lists(
 
 
 @given(st.integers(60, 150), steps)
-def test_the_predicted_ring_gives_each_slot_when_and_where_the_real_one_does(capacity, wanted):
-    asyncio.run(_compare(capacity, wanted))
+def test_the_predicted_ring_gives_each_slot_when_and_where_the_real_one_does(capacity, steps):
+    asyncio.run(_compare(capacity, steps))
 
 
-async def _compare(capacity, wanted):
-    """Drive both rings: the real one by a clock that jumps to when the next slots are given back."""
+async def _compare(capacity, steps):
+    """Drive both rings: the real one by a clock that jumps to the time when the next slots are returned."""
     predicted, real = _Ring(capacity), RingArena(torch.empty(capacity, dtype=torch.uint8))
     now, held = 0.0, []
 
@@ -131,7 +129,7 @@ async def _compare(capacity, wanted):
             real.give_back(slot)
             held.remove((due, slot))
 
-    for nbytes, holding in wanted:
+    for nbytes, held_seconds in steps:
         at = predicted.take(nbytes)
         if not nbytes:  # takes none
             assert at == 0
@@ -146,12 +144,12 @@ async def _compare(capacity, wanted):
             await asyncio.sleep(0)
         slot = taking.result()
         assert (at, predicted._taken) == (now, slot.offset)
-        predicted.freed(now + holding)
-        held.append((now + holding, slot))
+        predicted.free(now + held_seconds)
+        held.append((now + held_seconds, slot))
 
 
 @st.composite
-def requests(draw):
+def plan_arguments(draw):
     machine = draw(st.sampled_from([CPU, GPU]))
     hardware = dataclasses.replace(
         machine,
@@ -168,19 +166,19 @@ def requests(draw):
     }
 
 
-@given(requests())
-def test_a_plan_is_never_slower_by_its_own_model_than_the_trivial_plans(request):
+@given(plan_arguments())
+def test_a_plan_is_never_slower_by_its_own_model_than_the_trivial_plans(arguments):
     try:
-        plan = plan_of(**request)
+        plan = plan_of(**arguments)
     except PlanError:
         return
     (chosen,) = [each for each in plan.candidates if each.chosen]
     assert any(each.name for each in plan.candidates)
-    # Past no computation that is known of, slots come before what little a resident more would bring.
-    equal = 1.01 if request["workload"] else 1.1
-    # One slot with residents is for where nothing else fits, whatever the model says of it.
+    # If the time of computation is not known, more slots come before the small gain of a further resident.
+    equal = 1.01 if arguments["workload"] else 1.1
+    # One slot with residents is for where nothing else fits, whatever time the model predicts.
     rivals = [each for each in plan.candidates if each.name or each.slots > 1]
     assert all(chosen.request_seconds <= equal * each.request_seconds for each in rivals)
-    alone = plan_of(**request, layer_batch_size=1, slots=1)
-    bare = next(each for each in alone.candidates if each.name)
-    assert plan.prediction.request_seconds <= equal * bare.request_seconds
+    alone = plan_of(**arguments, layer_batch_size=1, slots=1)
+    trivial = next(each for each in alone.candidates if each.name)
+    assert plan.prediction.request_seconds <= equal * trivial.request_seconds

@@ -1,4 +1,4 @@
-"""What a workload takes beside the weights: counted on the meta device as on the real one, or estimated above it."""
+"""Memory of a workload besides the weights: the same on the meta device as on a real one, and the estimate near it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.config import load_config, resolve_model_class
 from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.assumptions import rates_of
-from layerstream.pipeline.planning.compute_cost import Work
+from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.workload_memory import estimate_memory, kv_bytes
 from layerstream.tools.synthetic.families import FAMILIES
 
@@ -85,24 +85,24 @@ def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
     with LiveBytes() as live:
         output = model(**prompt)
         sampled(output.logits)
-    held = output.get("past_key_values", output.get("cache_params"))
+    cache = output.get("past_key_values", output.get("cache_params"))
     name = "past_key_values" if "past_key_values" in output else "cache_params"
     del output
-    prefill, held_bytes = live.peak_bytes, live.now_bytes
+    prefill, cache_bytes_now = live.peak_bytes, live.now_bytes
     live.peak_bytes = live.now_bytes
     with live:
-        output = model(**step, **{name: held})
+        output = model(**step, **{name: cache})
         sampled(output.logits)
     del output
-    counters = 8 * len(held.layers)  # a sliding window keeps its size in a tensor
+    counters = 8 * len(cache.layers)  # a sliding window keeps its size in a tensor
     assert 0 <= live.now_bytes - memory.kv_bytes <= counters
     assert 0 <= live.peak_bytes - memory.kv_bytes - memory.decode_bytes <= counters
-    assert 0 <= prefill - min(held_bytes, memory.kv_bytes) - memory.prefill_bytes <= counters
+    assert 0 <= prefill - min(cache_bytes_now, memory.kv_bytes) - memory.prefill_bytes <= counters
 
 
 @pytest.mark.parametrize("case", CACHING)
 @torch.no_grad()
-def test_the_cache_is_priced_to_the_byte(case: str, tmp_path: Path) -> None:
+def test_the_cache_is_estimated_to_the_byte(case: str, tmp_path: Path) -> None:
     settings = {"sliding_window": 8} if case in {"mixtral", "gemma3"} else {}
     folder = save_model(tmp_path, case, torch.bfloat16, **settings)
     config = json.loads((folder / "config.json").read_text())
@@ -158,14 +158,16 @@ def test_a_bias_on_relative_positions_is_estimated_for_every_pair(
     estimated = estimate_memory(config, Workload(batch_size=batch, prompt_tokens=512, new_tokens=1))
     assert estimated is not None
     assert 1 <= estimated.prefill_bytes / live.peak_bytes <= 1.5
-    # Attention in blocks has a bias for those near by alone.
+    # Blockwise attention has a bias for near positions only.
     near = estimate_memory(config | {"local_radius": 7}, Workload(prompt_tokens=512, new_tokens=1))
     assert near is not None
     assert near.prefill_bytes < estimated.prefill_bytes / 4
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.tuples(*[st.integers(1, 5000)] * 3), st.integers(0, 2))
-def test_more_of_anything_takes_no_less(family: str, sizes: tuple[int, ...], grown: int) -> None:
+def test_more_of_anything_takes_no_less_memory(
+    family: str, sizes: tuple[int, ...], grown: int
+) -> None:
     names = ("batch_size", "prompt_tokens", "new_tokens")
     less = dict(zip(names, sizes, strict=True))
     more = {**less, names[grown]: less[names[grown]] + 1}
@@ -180,7 +182,7 @@ def test_more_of_anything_takes_no_less(family: str, sizes: tuple[int, ...], gro
 
 
 @pytest.mark.parametrize("case", ["bert", "t5", "vit", "whisper", "resnet"])
-def test_a_model_that_does_not_go_on_from_text_is_not_measured(case: str) -> None:
+def test_a_model_that_does_not_generate_text_is_not_measured(case: str) -> None:
     assert measure_memory(built(case, on_meta=True), Workload()) is None
 
 
@@ -229,8 +231,8 @@ def test_opening_a_model_for_a_workload_measures_it_and_finds_the_same_layers(
     ],
     ids=json.dumps,
 )
-def test_a_config_of_nonsense_makes_no_trouble(odd: dict[str, Any]) -> None:
+def test_a_config_of_nonsense_is_estimated_or_ignored(odd: dict[str, Any]) -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **odd}
     memory = estimate_memory(config, Workload())
     assert memory is None or memory.reserved_bytes > 0
-    Work(config, rates_of(CPU))
+    ComputeCost(config, rates_of(CPU))

@@ -1,4 +1,4 @@
-"""What a plan says of itself: the decision, the arithmetic, what is assumed; as text, as Markdown, for machines."""
+"""The report of a plan: the decision, the arithmetic, the assumptions; as text, as Markdown, as data."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ FAST_GPU = dataclasses.replace(GPU, **KNOWN)
 
 @pytest.fixture
 def streamed():
-    """A plan for a GPU with something in every place."""
+    """A plan for a GPU with residents on both sides."""
     return plan_of(
         SIZES, FAST_GPU, host=16 * MIB + 24 * MIB, vram=64 * MIB + 24 * MIB, workload=Workload()
     )
@@ -50,7 +50,7 @@ def seconds_of(text):
     return float(number) * {"ms": 1e-3, "s": 1}[unit]
 
 
-def test_bytes_divided_by_seconds_are_the_rates_that_it_was_made_with(streamed):
+def test_bytes_divided_by_seconds_are_the_rates_of_the_hardware(streamed):
     lines = report_plan(streamed).splitlines()
     rates = {"read": 1e9, "transfer": 1e10}
     for stage, rate in rates.items():
@@ -60,7 +60,7 @@ def test_bytes_divided_by_seconds_are_the_rates_that_it_was_made_with(streamed):
         assert bytes_of(quotient.removesuffix("/s")) == pytest.approx(rate, rel=0.01)
 
 
-def test_the_map_has_a_mark_for_each_layer_where_it_lives(streamed):
+def test_the_map_has_a_mark_for_each_layer_that_shows_its_residence(streamed):
     lines = [line.strip() for line in streamed.describe().splitlines()]
     drawn = "".join(lines[: lines.index("one mark per layer")]).replace(" ", "")
     marks = re.search(r"[.hd+]{20,}$", drawn)[0]
@@ -84,26 +84,26 @@ def test_layer_batches_of_several_layers_stand_apart_and_wrap():
     assert "layer batches apart" in text
 
 
-def test_memory_stands_against_the_budget_of_both_sides(streamed):
+def test_memory_is_compared_with_the_budget_of_both_sides(streamed):
     text = streamed.describe()
     assert re.search(r"VRAM +\[s*r+w+\.*\] .* of 88 MiB: slots .*, residents .*, workload", text)
     assert re.search(r"host RAM +\[[srw.]{10}\] .* of 40 MiB: slots", text)
 
 
-def test_a_plan_for_the_cpu_tells_of_no_vram():
+def test_a_plan_for_the_cpu_does_not_mention_vram():
     text = report_plan(plan_of(SIZES, FAST_CPU, host=40 * MIB))
     assert "VRAM" not in text
     assert "per_second" not in text
 
 
-def test_weights_alone_are_sweeps_and_no_tokens():
+def test_a_plan_without_a_workload_mentions_sweeps_and_no_tokens():
     text = report_plan(plan_of(SIZES, FAST_CPU, host=40 * MIB))
     assert "weights alone" in text
     assert "every further sweep" in text
     assert "token" not in text.replace("tokens in a pass", "").partition("What it was made")[0]
 
 
-def test_what_is_assumed_is_marked_and_what_is_known_says_how():
+def test_assumed_figures_are_marked_and_others_have_their_origin():
     figures = {
         "disk_bytes_per_second": Figure(origin=Origin.MEASURED, least=9e8, most=1.1e9),
         "mmap_bytes_per_second": Figure(origin=Origin.CACHED, age_seconds=7500.0),
@@ -117,11 +117,11 @@ def test_what_is_assumed_is_marked_and_what_is_known_says_how():
     assert row["copies in host RAM"].endswith("given")
     assert row["compute at 1 tokens"].endswith("learnt from this model's sweeps")
     assert row["hand-offs of a layer batch"].endswith("ASSUMED")
-    assert text.count("ASSUMED") == 2  # and what that means
+    assert text.count("ASSUMED") == 2  # and once in the note on it
     assert "ASSUMED" not in report_plan(plan_of(SIZES, FAST_CPU, host=40 * MIB))
 
 
-def test_advice_comes_by_its_gain_and_says_where_there_is_none(streamed):
+def test_advice_is_sorted_by_gain_and_says_where_there_is_none(streamed):
     part = report_plan(streamed).partition("What would help")[2].partition("What it was")[0]
     rows = [line for line in part.splitlines() if "x as fast" in line or "nothing" in line]
     gains = [float(found[1]) for row in rows if (found := re.search(r"([0-9.]+) x as fast", row))]
@@ -131,7 +131,7 @@ def test_advice_comes_by_its_gain_and_says_where_there_is_none(streamed):
     assert "a disk twice as fast" in part
 
 
-def test_a_gib_that_is_less_than_a_layer_batch_is_told_beside_one_that_holds_it():
+def test_advice_on_a_gib_that_is_less_than_a_layer_batch_comes_with_one_on_a_whole_batch():
     sizes = [MIB, *[3 << 30] * 8, MIB]
     hardware = dataclasses.replace(FAST_GPU, compute=())
     plan = plan_of(sizes, hardware, host=10 << 30, vram=10 << 30)
@@ -142,13 +142,13 @@ def test_a_gib_that_is_less_than_a_layer_batch_is_told_beside_one_that_holds_it(
     assert sweeps["3 GiB (one layer batch) more of VRAM"] < 0.9 * now
 
 
-def test_the_trivial_plan_is_told_of_with_how_much_longer_it_takes(streamed):
+def test_the_trivial_plan_is_listed_with_how_much_longer_it_takes(streamed):
     text = report_plan(streamed)
     trivial = next(line for line in text.splitlines() if "1 (trivial)" in line)
     times = float(re.search(r"([0-9.]+) x the time", trivial)[1])
     one = next(each for each in streamed.candidates if each.name and each.layer_batch_size == 1)
-    taken = one.request_seconds / streamed.prediction.request_seconds
-    assert times == pytest.approx(taken, abs=0.01)
+    expected = one.request_seconds / streamed.prediction.request_seconds
+    assert times == pytest.approx(expected, abs=0.01)
     assert text.count("<- chosen") == 1
 
 
@@ -168,30 +168,30 @@ def test_the_report_fits_a_terminal_and_is_the_same_in_markdown(hardware):
     assert markdown.count("```") == 2
 
 
-def test_machines_get_the_decision_with_units_in_the_keys(streamed):
+def test_the_summary_has_the_decision_with_units_in_the_keys(streamed):
     summary = json.loads(json.dumps(summarize_plan(streamed)))
     assert summary["vram_budget_bytes"] == 88 * MIB
     assert summary["host_used_bytes"] == streamed.host_memory.used_bytes
     assert summary["predicted_sweep_seconds"] == streamed.predicted_sweep_seconds
     assert summary["bottleneck"] in {"read", "transfer", "compute", "hand-offs"}
     assert summary["assumed"] == []
-    stay = summary["host_resident_layer_batches"] + summary["vram_resident_layer_batches"]
-    assert stay == sum(not batch.streamed for batch in streamed.batches) > 0
+    residents = summary["host_resident_layer_batches"] + summary["vram_resident_layer_batches"]
+    assert residents == sum(not batch.streamed for batch in streamed.batches) > 0
 
 
-def test_what_stays_while_decoding_is_told_and_drawn(tmp_path):
+def test_decode_residents_are_listed_and_drawn(tmp_path):
     write_checkpoint(tmp_path, blocks=40, rows=4000)
     config = {"hidden_size": 64, "num_hidden_layers": 40, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
     checkpoint = Checkpoint.open(tmp_path)
-    asked = {
+    arguments = {
         "workload": Workload(prompt_tokens=2000),
         "layer_batch_size": 1,
         "reader": "direct",
     }
-    reserved = make_plan(checkpoint, FAST_GPU, **asked).device_memory.reserved_bytes
+    reserved = make_plan(checkpoint, FAST_GPU, **arguments).device_memory.reserved_bytes
     budget = Budget(vram=reserved + 6 * MIB, host=20 * MIB)
-    plan = make_plan(checkpoint, FAST_GPU, budget=budget, **asked)
+    plan = make_plan(checkpoint, FAST_GPU, budget=budget, **arguments)
     assert plan.decode_residents
     text = plan.describe()
     assert f"{len(plan.decode_residents)} more stay in VRAM" in text

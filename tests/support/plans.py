@@ -1,4 +1,4 @@
-"""Plans for checkpoints that are nowhere: sizes of layers, and nothing else."""
+"""Plans for checkpoints without files, made from the sizes of their layers alone."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ __all__ = ["model", "plan_of"]
 
 
 def model(sizes, *, always_resident=(), fused=(), config=None):
-    """A checkpoint and its layers, ``sizes`` in bytes: blocks, but for the first and the last."""
+    """A checkpoint and its layers, ``sizes`` in bytes: an embedding, blocks and a head."""
     layers, offset = [], 0
     for i, nbytes in enumerate(sizes):
         half = nbytes // 4 * 2
         extents = (Extent(file=0, offset=offset, nbytes=nbytes),)
-        if i in fused:  # its two halves, the other way round
+        if i in fused:  # its two halves in reverse order
             extents = (
                 Extent(file=0, offset=offset + half, nbytes=nbytes - half),
                 Extent(file=0, offset=offset, nbytes=half),
@@ -50,6 +50,7 @@ def plan_of(
     config=None,
     **arguments,
 ):
+    """A plan for ``model(sizes)``; by default of direct reads on ``CPU``."""
     checkpoint, layers = model(sizes, always_resident=always_resident, fused=fused, config=config)
     budget = Budget(host=host, vram=vram)
     arguments.setdefault("reader", "direct")

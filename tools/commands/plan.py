@@ -98,7 +98,7 @@ async def _hardware(
         checkpoint,
         "cpu" if asked.missing_device else args.device,
         fresh=args.fresh,
-        measure=args.fresh or not asked.asked,
+        measure=args.fresh or not asked.is_given,
     )
     return asked.complete(here, budget)
 
