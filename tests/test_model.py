@@ -328,7 +328,7 @@ def test_a_failed_read_reaches_every_request(tmp_path: Path) -> None:
 def test_large_weights_are_absent_outside_of_a_pass_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.modeling.assembly.WHOLE_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.modeling.assembly.SMALL_WEIGHT_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:

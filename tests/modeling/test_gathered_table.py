@@ -157,7 +157,7 @@ REFUSED: dict[str, Callable[[GatheredTable], Any]] = {
 def test_any_other_use_of_a_large_table_is_refused_aloud(
     source: TableSource, use: Callable[[GatheredTable], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gathered_table, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(gathered_table, "SMALL_WEIGHT_BYTES", 0)
     with pytest.raises(ModelError, match=r"takes the whole table.*let the table stream"):
         use(gathered(source))
 
@@ -330,7 +330,7 @@ def test_models_compute_the_same_with_gathered_tables(
 def test_a_large_tied_head_is_refused_not_computed_with_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gathered_table, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(gathered_table, "SMALL_WEIGHT_BYTES", 0)
     model: Any = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
     )

@@ -32,7 +32,7 @@ def moved(monkeypatch):
         moves.append((id(layer), device.type))
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
-    monkeypatch.setattr(host_kv_cache, "_move", move)
+    monkeypatch.setattr(host_kv_cache, "_move_layer", move)
     return moves
 
 

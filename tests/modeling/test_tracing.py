@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from support.models import CASES, save_model
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.modeling.recipes import Tracer
+from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.pipeline.modeling.tracing import (
-    Recipe,
     TracedModel,
     load_config,
     resolve_model_class,
