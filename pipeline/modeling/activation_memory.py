@@ -58,6 +58,7 @@ class PromptPass:
     """The forward pass that processes a workload's prompt, and its memory."""
 
     inputs: Mapping[str, Any]
+    """Its arguments."""
 
     def __init__(self, module: Any, workload: Workload, device: torch.device | None = None) -> None:
         self._module = module
@@ -234,9 +235,8 @@ class _FusedAttention(TorchFunctionMode):
             attn_mask = float_mask
         *batch, heads, queries, _ = query.shape
         output = torch.empty((*batch, queries, heads, value.shape[-1]), dtype=query.dtype)
-        torch.empty(
-            (*batch, queries, heads), dtype=torch.float32
-        )  # the sums of softmax, while it runs
+        # The sums of softmax, while the kernel runs.
+        torch.empty((*batch, queries, heads), dtype=torch.float32)
         return output.transpose(-2, -3)
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,10 @@ class Assembly:
     layers: tuple[ModelLayer, ...]
     """The layers that stream or are resident, without gathered tables."""
     memory: WorkloadMemory | None
-    """The memory that ``workload`` takes in addition to the weights, measured in a pass on the meta device; None without
-    a workload, or if it could not be measured."""
+    """The memory that ``workload`` takes in addition to the weights, measured in a pass on the meta device.
+
+    None without a workload, or if it could not be measured.
+    """
 
     def __init__(
         self,

@@ -30,9 +30,9 @@ def source_name(tensor: str) -> str:
 class Absent(nn.Parameter):
     """The placeholder of a parameter whose layer batch is not loaded.
 
-    It has the true shape, dtype and device, since models read these at any time. Some also compute with small parameters
-    at any time (the codebooks of audio codecs, tables of relative positions), which are read from their files each
-    time. Computing with a large one raises an error, instead of using memory that holds another layer by then.
+    It has the true shape, dtype and device, since models read these at any time. Some also compute with small
+    parameters at any time (the codebooks of audio codecs, tables of relative positions), which are read from their
+    files each time. Computing with a large one raises an error, instead of using memory that holds another layer by then.
     """
 
     recipe: str
@@ -78,7 +78,8 @@ class Absent(nn.Parameter):
         def fetch(leaf: Any) -> Any:
             if not isinstance(leaf, cls):
                 return leaf
-            if leaf.fetch is None or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way to ask
+            is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
+            if leaf.fetch is None or is_written:
                 raise ModelError(
                     f"{leaf.recipe} is used ({func}) while its layer is not loaded: weights stream, and are "
                     "there only while their module runs"

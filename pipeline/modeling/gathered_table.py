@@ -169,7 +169,8 @@ class GatheredTable(torch.nn.Parameter):
         def read_whole(leaf: Any) -> Any:
             if not isinstance(leaf, cls):
                 return leaf
-            if leaf.nbytes > SMALL_WEIGHT_BYTES or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way
+            is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
+            if leaf.nbytes > SMALL_WEIGHT_BYTES or is_written:
                 raise _refusal(str(func))
             # transformers computes with the bytes in the mapped file, and some kernels give other bits at other
             # addresses modulo the widest vectors.

@@ -1,7 +1,7 @@
 """A transformers model on the meta device, and what each of its weights is made from.
 
-transformers' own ``from_pretrained`` runs with ``Tracer``s in place of the checkpoint's tensors. So the module tree, the
-renames and conversions of the checkpoint, the ties between parameters and the values that are not weights (rotary
+transformers' own ``from_pretrained`` runs with ``Tracer``s in place of the checkpoint's tensors. So the module tree,
+the renames and conversions of the checkpoint, the ties between parameters and the values that are not weights (rotary
 frequencies, position ids) are exactly those of transformers, for every architecture, and no weights are read.
 """
 
