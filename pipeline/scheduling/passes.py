@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
-from layerstream.pipeline.modeling.model_layers import Use
+from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.devices.protocol import Device, Event
@@ -31,7 +31,7 @@ class Scheduler(Protocol):
     def call_on_loop(self, what: Callable[..., None], *args: Any) -> None:
         """Have ``what(*args)`` called on the event loop. If it may not be any more, Futures in ``args`` fail."""
 
-    def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
+    def absent_buffers(self, index: int) -> Mapping[WeightPlace, torch.Tensor]:
         """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
 
     def batch_wanted(

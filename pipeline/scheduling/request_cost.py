@@ -201,7 +201,7 @@ class Estimator:
             batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
         )
         cache, other = self._estimated(asked)
-        if not shape.told:
+        if not shape.is_known:
             of_one, batch = self._estimated(self._workload), self._workload.batch_size
             cache = max(cache, rows * of_one.cache // batch)
             other = max(other, rows * of_one.other // batch)
@@ -244,7 +244,7 @@ class Estimator:
         self, setting: GenerationSettings, named: Mapping[str, Any], shape: Shape
     ) -> bool:
         return (
-            shape.told
+            shape.is_known
             and takes_criteria(self._module)
             and not self._encoder_decoder
             and setting.get("use_cache") is not False
@@ -265,7 +265,7 @@ class Estimator:
     def _checked(self, words: str, shape: Shape, parts: Parts, cost: RequestCost) -> RequestCost:
         if self._fits(parts):
             return cost
-        if not shape.told:
+        if not shape.is_known:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
             return RequestCost(
                 nbytes=self._memory.nbytes,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.modeling.binding import Binding, Bound
-from layerstream.pipeline.modeling.model_layers import Use
+from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
 from layerstream.pipeline.scheduling.passes import PassCancelled, PassRunner
@@ -107,7 +107,7 @@ class SweepScheduler:
                 if isinstance(future, Future):
                     _fail(future, ClosedError("the model was closed"))
 
-    def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
+    def absent_buffers(self, index: int) -> Mapping[WeightPlace, torch.Tensor]:
         """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
         return self._bindings[index].absent_buffers()
 
