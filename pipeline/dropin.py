@@ -53,9 +53,9 @@ class _Closer:
         self._host = host
         self.model = model
         self._lock = threading.Lock()
-        reference = weakref.ref(self)
+        ref = weakref.ref(self)
         # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
-        threading._register_atexit(lambda: (closer := reference()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
+        threading._register_atexit(lambda: (closer := ref()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def __call__(self) -> None:
         if self._lock.acquire(blocking=False):

@@ -27,8 +27,8 @@ __all__ = ["StreamedModel"]
 
 T = TypeVar("T")
 
-# A sweep costs the same for one request and for twenty, and memory bounds them anyway. Each that runs costs a thread and
-# a clone of the module tree, which is a megabyte or two.
+# A sweep costs the same for one request and for twenty, and memory bounds them anyway. Each that runs costs a thread
+# and a clone of the module tree, which is a megabyte or two.
 _MAX_REQUESTS = 16
 
 
@@ -123,6 +123,7 @@ class StreamedModel:
             ModelError: The model cannot be built, or the checkpoint does not match it.
             PlanError: The budget is too small.
             DeviceError: The device is not there.
+            ClosedError: The model was opened before.
         """
         if self._engine is not None or self._closed:
             raise ClosedError("a model is opened once; call StreamedModel.open again")

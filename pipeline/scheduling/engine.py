@@ -39,7 +39,7 @@ class Engine:
         scheduler: Makes the sweeps that requests take part in.
         device: Where computation runs.
         estimator: Estimates the memory of requests.
-        memory: For all requests together.
+        memory: The memory for all requests together.
         threads: The number of worker threads.
         cache_on_host: Requests that bring no KV cache get one in host RAM.
     """
@@ -176,8 +176,8 @@ class Engine:
         """Make a request for a forward pass that belongs to none, and wait until it is admitted.
 
         Args:
-            runner: Of the calling thread.
-            entry: Path of the module that is called.
+            runner: The pass runner of the calling thread.
+            entry: The path of the module that is called.
             inputs: Its positional arguments.
             named: Its keyword arguments.
 
@@ -185,7 +185,13 @@ class Engine:
             The keyword arguments to call it with, and what to call when the pass has ended.
         """
         request = self._request(
-            "forward", lambda model: model, inputs, named, threads=0, runner=runner, whole=not entry
+            "forward",
+            lambda model: model,
+            inputs,
+            named,
+            threads=0,
+            runner=runner,
+            whole_model=not entry,
         )
         with_cache = request.named
         request.inputs, request.named = (), {}  # the call is made by the caller
@@ -226,16 +232,16 @@ class Engine:
         *,
         threads: int,
         runner: PassRunner | None = None,
-        whole: bool = True,  # of the model, not of a module in it
+        whole_model: bool = True,
     ) -> Request:
         self.requests.check_open()
         named = dict(named)
         generator = named.pop("generator", None) if what == "generate" else None
-        if self._cache_on_host and whole:
+        if self._cache_on_host and whole_model:
             named = with_host_cache(self._module, what, inputs, named)
-        price = self._estimator.generation if what == "generate" else self._estimator.forward
+        estimate = self._estimator.generation if what == "generate" else self._estimator.forward
         try:
-            cost = price(inputs, named)
+            cost = estimate(inputs, named)
         except AdmissionError:
             self._scheduler.call_on_loop(self.requests.refused)
             raise

@@ -93,10 +93,10 @@ class PassStates:
         """A pass gives back the batch that it held, and waits for another one.
 
         Args:
-            runner: Of the pass.
+            runner: The runner of the pass.
             released: The event behind its work with the batch that it held, if any.
-            index: Of the layer batch that it waits for.
-            entry: If that is the first of the pass, the path of the module that the pass begins in.
+            index: The index of the layer batch that it waits for.
+            entry: The path of the module that the pass begins in, if this is its first batch; else None.
             future: Gets the batch, or an error.
         """
         self.batch_released(runner, released)
@@ -130,7 +130,7 @@ class PassStates:
         )
 
     def batch_released(self, runner: PassRunner, released: Event | None) -> None:
-        """The pass of ``runner`` has given back its batch, if any; ``released`` is the event behind its work with it."""
+        """The pass has given back its batch, if any; ``released`` is the event behind its work with it."""
         if released is not None:
             self._holders.discard(runner)
             self._events.append(released)

@@ -180,7 +180,7 @@ class PassRunner:
         )
         try:
             self._held = bound = future.result()
-        except BaseException:  # an interrupt may come after the batch was handed to us
+        except BaseException:  # an interrupt may come after the batch was handed out
             self._scheduler.call_on_loop(self._scheduler.wait_given_up, self)
             raise
         self._visited.append(index)

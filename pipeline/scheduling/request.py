@@ -21,7 +21,7 @@ __all__ = ["CLOSED", "Method", "Request", "Requests"]
 
 logger = logging.getLogger(__name__)
 
-# Given a clone of the module tree, returns what to call with the inputs.
+# Returns what to call with the inputs, given a clone of the module tree.
 Method = Callable[[Any], Callable[..., Any]]
 
 CLOSED = "the model was closed before this request's turn came"
@@ -41,13 +41,13 @@ class Request:
     runner: PassRunner
     reservation: Reservation
     generator: torch.Generator | None
-    """What it samples from, instead of torch's default one."""
+    """The generator that it samples from, instead of torch's default one."""
     passes_before: int
     """Passes that its runner has made for earlier requests."""
     tokens: int = 0
-    """Generated so far; written in the thread of its passes alone."""
+    """Tokens generated so far; written only in the thread of its passes."""
     end_level: int = logging.INFO
-    """At which its end is logged."""
+    """The level at which its end is logged."""
     created_seconds: float = field(default_factory=time.perf_counter)
 
 
@@ -152,7 +152,7 @@ class Requests:
         self._admission.close(CLOSED)
 
     def stats(self, timings: Timings) -> Stats:
-        """What requests have done, and are doing now."""
+        """The current counters and gauges."""
         return self._counters.stats(
             timings,
             tokens=self._counters.tokens + sum(request.tokens for request in self._active),

@@ -54,7 +54,7 @@ class Estimator:
         module: The transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
         workload: The requests that the plan reserves memory for.
-        memory: For all requests together.
+        memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
         reserved: The plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
     """

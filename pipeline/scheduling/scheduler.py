@@ -26,8 +26,8 @@ from layerstream.stages.errors import ClosedError, DeviceError, echo_of
 
 __all__ = ["SweepScheduler"]
 
-# How long the start of a sweep waits for requests between two passes: sampling takes milliseconds, and a pass that comes
-# too late loses a sweep. But waiting for nothing delays all others.
+# How long the start of a sweep waits for requests between two passes: sampling takes milliseconds, and a pass that
+# comes too late loses a sweep. But waiting for nothing delays all others.
 _PATIENCE_SECONDS = 0.005
 _PATIENCE_SHARE = 0.05  # of a sweep
 

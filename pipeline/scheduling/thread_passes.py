@@ -13,8 +13,8 @@ from layerstream.stages.errors import ModelError
 
 __all__ = ["BeginPass", "ThreadPasses", "ThreadTurn"]
 
-# Makes a request for a pass that belongs to none; see ``Engine``. Takes the runner of the pass, the path of the module that
-# is called, and its inputs; returns the keyword arguments to call it with, and what to call when the pass has ended.
+# Makes a request for a pass that belongs to none; see ``Engine``. Takes the runner of the pass, the path of the module
+# that is called, and its inputs; returns the keyword arguments to call it with, and a function for the end of the pass.
 BeginPass = Callable[
     [PassRunner, str, Sequence[Any], Mapping[str, Any]],
     tuple[Mapping[str, Any], Callable[[Outcome], None]],

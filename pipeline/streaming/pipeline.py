@@ -209,7 +209,7 @@ class Pipeline:
             )
 
     def _current_sweep(self) -> Sweep | None:
-        """The sweep under way. The reference is weak, so that a sweep that is dropped without being closed is noticed."""
+        """The sweep under way. The reference is weak, so that a sweep dropped without being closed is noticed."""
         return self._current() if self._current is not None else None
 
     async def run(

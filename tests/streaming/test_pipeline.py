@@ -1,4 +1,4 @@
-"""The pipeline on real checkpoints: every tensor of every batch; one sweep at a time; use before and after it is open."""
+"""The pipeline on real checkpoints: every tensor of every batch; one sweep at a time; use when it is not open."""
 
 import asyncio
 import os
@@ -133,7 +133,7 @@ def test_a_batch_of_empty_tensors_arrives_like_any_other(tmp_path):
     run(main(GPU, FakeDevice(), on_host=[1]))
 
 
-# -- one sweep at a time, run(), and use before and after it is open ------------------------------------------
+# -- one sweep at a time, run(), and use when it is not open ------------------------------------------
 
 
 def test_a_second_sweep_at_the_same_time_is_refused_and_the_first_goes_on(checkpoint):

@@ -1,4 +1,4 @@
-"""What the pipeline reads, and when: ahead, along a route, residents once; and files that change, reads that are dropped."""
+"""What the pipeline reads, and when: ahead, along a route, residents once; files that shrink, dropped reads."""
 
 import asyncio
 import os
