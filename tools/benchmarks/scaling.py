@@ -29,8 +29,8 @@ from layerstream.tools.console.arguments import byte_count, positive_int
 
 __all__ = ["main"]
 
-# Rate of the throttled reader: below half of a slow disk's, so that the throttle is the bottleneck; and a layer takes no
-# more than ten times the 1 ms of overhead that is allowed, so that overhead not hidden behind reading shows.
+# Rate of the throttled reader: below half of a slow disk's, so that the throttle is the bottleneck. A layer takes at
+# most ten times the 1 ms of overhead that is allowed, so that overhead not hidden behind reading shows.
 _THROTTLE_BYTES_PER_SECOND = 400_000_000
 _LAYER_BYTES = 4 << 20
 _FEW_LAYERS, _MANY_LAYERS = 12, 96

@@ -69,7 +69,7 @@ class Observations:
 
 
 def main() -> int:
-    """Run the soak and print its result; 1 if anything is wrong."""
+    """Run the soak and print its result; exit code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a model with a tokenizer; it is also loaded whole")
     parser.add_argument("--requests", type=positive_int, default=500, help="(default: 500)")

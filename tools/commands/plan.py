@@ -136,10 +136,10 @@ def _plan(
         layer_batch_size=args.layer_batch_size,
     )
     all_bytes = sum(layer.nbytes for layer in planned_layers(checkpoint, groups))
-    gathered_bytes = all_bytes - sum(layer.nbytes for layer in layers)
+    table_bytes = all_bytes - sum(layer.nbytes for layer in layers)
     notes = list(plan.notes)
-    if gathered_bytes:
+    if table_bytes:
         notes.append(
-            f"embedding tables of {format_bytes(gathered_bytes)} stay in their files: the rows that are looked up are read"
+            f"embedding tables of {format_bytes(table_bytes)} stay in their files: the rows that are looked up are read"
         )
     return replace(plan, notes=(*notes, *what_if.notes(hardware)))

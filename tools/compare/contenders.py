@@ -44,7 +44,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotMeasured:
-    """A contender without result, and why."""
+    """A contender without result."""
 
     name: str
     why: str

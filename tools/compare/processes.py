@@ -59,7 +59,7 @@ class ContenderProcess:
         """Send ``message`` and wait for the answer.
 
         Raises:
-            ContenderError: It fails, takes too long, or answers something else.
+            ContenderError: The contender fails, takes too long, or answers anything but JSON.
         """
         assert self._process.stdin is not None  # noqa: S101 - it was started with pipes
         assert self._process.stdout is not None  # noqa: S101
@@ -73,9 +73,8 @@ class ContenderProcess:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._process.stdout], [], [], left)[0]:
                 raise ContenderError(f"not done within {self._timeout_seconds:g} s")
-            piece = self._process.stdout.read(
-                1 << 16
-            )  # what is available, since the pipe is unbuffered
+            # The pipe is unbuffered: this returns what is available.
+            piece = self._process.stdout.read(1 << 16)
             if not piece:
                 raise self._failure()
             line += piece

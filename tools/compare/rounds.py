@@ -1,8 +1,8 @@
 """Runs the contenders in turn, one after the other, for a number of rounds.
 
 Every turn is a process of its own, so that no contender holds memory while another one is measured, or reads ahead
-between its passes. In a turn the model is opened; then the weights are dropped from the page cache and the first pass is
-cold. The passes right after it are warm: they find what cache and process could keep of the pass before.
+between its passes. In a turn the model is opened; then the weights are dropped from the page cache, so that the first
+pass is cold. The passes right after it are warm: they find what cache and process could keep of the pass before.
 """
 
 import statistics

@@ -69,9 +69,8 @@ def waiting(label: str) -> Iterator[None]:
         bar.add_task(label, total=None)
         bar.start()
 
-    timer = threading.Timer(
-        _QUIET_SECONDS, show
-    )  # a thread, since the block may block an event loop
+    # A thread, since the block may block an event loop.
+    timer = threading.Timer(_QUIET_SECONDS, show)
     timer.daemon = True
     timer.start()
     try:

@@ -31,11 +31,11 @@ class GenerationResult:
     prompt_tokens: int
     """Number of tokens in the prompt."""
     open_seconds: float
-    """From the call until the model was ready."""
+    """Time from the call until the model was ready."""
     first_token_seconds: float
-    """From the prompt to the first token."""
+    """Time from the prompt to the first token."""
     seconds: float
-    """From the prompt to the last token."""
+    """Time from the prompt to the last token."""
     timings: Timings
     """Sweeps and stages, as the pipeline counts them."""
     host_budget_bytes: int

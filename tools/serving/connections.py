@@ -14,7 +14,7 @@ from layerstream.tools.serving.errors import ApiError
 __all__ = ["Connection"]
 
 # Time limit for the header of a request, from the beginning of the connection for the first one, else from its own
-# first byte; also for the rest of a body whose request has been answered, so that the body is dropped.
+# first byte; also for the rest of a body whose request has been answered, and which is dropped.
 _WAIT_SECONDS = 30
 
 
