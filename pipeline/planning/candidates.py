@@ -102,12 +102,12 @@ class _Search:
 
     def _fitting(self) -> list[PricedCandidate]:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
-        for kv_on_host, leaves_overhead in itertools.product(self._kv_places(), (True, False)):
+        for kv_on_host, with_overhead in itertools.product(self._kv_places(), (True, False)):
             found = [
                 candidate
                 for reader in self._readers()
                 for candidate in self._of_placer(
-                    self._placer(reader, kv_on_host=kv_on_host), leaves_overhead=leaves_overhead
+                    self._placer(reader, kv_on_host=kv_on_host), with_overhead=with_overhead
                 )
             ]
             if found:
@@ -155,9 +155,9 @@ class _Search:
             overhead_bytes=problem.overhead_bytes,
         )
 
-    def _of_placer(self, placer: Placer, *, leaves_overhead: bool) -> Iterator[PricedCandidate]:
+    def _of_placer(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:
         problem, cost_model = self._problem, self._cost_model()
-        spare = MemoryBytes(-problem.request_overhead_bytes if leaves_overhead else 0, 0)
+        spare = MemoryBytes(-problem.request_overhead_bytes if with_overhead else 0, 0)
         for size in self._sizes():
             batches = placer.batches(size, arenas=problem.arenas)
             for slots in self._slots(placer):
