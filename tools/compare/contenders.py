@@ -12,7 +12,7 @@ from typing import Any
 
 from layerstream.stages.text import format_bytes
 
-__all__ = ["PEER_NAMES", "Contender", "NotMeasured", "Selection", "select_contenders"]
+__all__ = ["PEER_NAMES", "Contender", "ContenderSelection", "NotMeasured", "select_contenders"]
 
 PEER_NAMES = ("accelerate", "airllm", "llama.cpp")
 
@@ -51,7 +51,7 @@ class NotMeasured:
 
 
 @dataclass(slots=True)
-class Selection:
+class ContenderSelection:
     """The contenders to measure, in the order of their turns, and those left out."""
 
     contenders: list[Contender]
@@ -64,7 +64,7 @@ class Selection:
 
 def select_contenders(
     args: argparse.Namespace, *, files: Sequence[Path], model_bytes: int, free_bytes: int
-) -> Selection:
+) -> ContenderSelection:
     """Select layerstream, the lower bounds, and the peers in ``args.against`` that are installed.
 
     Args:
@@ -73,7 +73,7 @@ def select_contenders(
         model_bytes: Bytes of the weights.
         free_bytes: Memory that is free now, without the limit.
     """
-    selection = Selection([Contender(name="layerstream", opener="layerstream")], [])
+    selection = ContenderSelection([Contender(name="layerstream", opener="layerstream")], [])
     _add_lower_bounds(selection, args, files=files, model_bytes=model_bytes, free_bytes=free_bytes)
     add = {"accelerate": _add_accelerate, "airllm": _add_airllm, "llama.cpp": _add_llama_cpp}
     for name in args.against:
@@ -82,7 +82,7 @@ def select_contenders(
 
 
 def _add_lower_bounds(
-    selection: Selection,
+    selection: ContenderSelection,
     args: argparse.Namespace,
     *,
     files: Sequence[Path],
@@ -114,7 +114,7 @@ def _add_lower_bounds(
         )
 
 
-def _add_accelerate(selection: Selection, args: argparse.Namespace) -> None:
+def _add_accelerate(selection: ContenderSelection, args: argparse.Namespace) -> None:
     python = dict(args.python).get("accelerate", sys.executable)
     if not _can_import(python, "accelerate", "transformers"):
         selection.leave_out("accelerate", _not_installed(python, "accelerate transformers"))
@@ -133,7 +133,7 @@ def _add_accelerate(selection: Selection, args: argparse.Namespace) -> None:
         )
 
 
-def _add_airllm(selection: Selection, args: argparse.Namespace) -> None:
+def _add_airllm(selection: ContenderSelection, args: argparse.Namespace) -> None:
     python = dict(args.python).get("airllm", sys.executable)
     if not _can_import(python, "airllm", "transformers"):
         selection.leave_out("airllm", _not_installed(python, "airllm"))
@@ -143,7 +143,7 @@ def _add_airllm(selection: Selection, args: argparse.Namespace) -> None:
     )
 
 
-def _add_llama_cpp(selection: Selection, args: argparse.Namespace) -> None:
+def _add_llama_cpp(selection: ContenderSelection, args: argparse.Namespace) -> None:
     folders = ["", "bin", "build/bin"] if args.llama_cpp else []
     path = ":".join(str(args.llama_cpp / folder) for folder in folders) or None
     server = shutil.which("llama-server", path=path)
