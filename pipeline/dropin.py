@@ -53,9 +53,9 @@ class _Closer:
         self._host = host
         self.model = model
         self._lock = threading.Lock()
-        this = weakref.ref(self)
+        ref = weakref.ref(self)
         # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
-        threading._register_atexit(lambda: (closer := this()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
+        threading._register_atexit(lambda: (closer := ref()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def __call__(self) -> None:
         if self._lock.acquire(blocking=False):
@@ -68,7 +68,7 @@ class _Closable:
     """The additional methods of a drop-in model."""
 
     def close(self) -> None:
-        """Give back memory, threads and files. May be called again."""
+        """Free memory, threads and files. May be called again."""
         vars(self)["_layerstream_close"]()
 
     def __enter__(self) -> Self:
@@ -103,13 +103,13 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     Use it as the model itself: ``model(...)``, ``model.generate(...)``, ``transformers.pipeline(model=model)``.
     It is an instance of its transformers class; ``close()`` it, or use it as a context manager.
 
-    Each call, from any thread, is a request: it waits for the memory that it may need, and gives it back when it
-    returns. What you keep of a result is not in the budget, as with any transformers model. That includes
+    Each call, from any thread, is a request: it waits for the memory that it may need, and frees it when it returns.
+    What you keep of a result is not in the budget, as with any transformers model. That includes
     ``past_key_values``; they count during a call that gets them.
 
     Args:
         source: A folder, a safetensors file, or a hub id.
-        options: As for ``StreamedModel.open``.
+        options: The arguments of ``StreamedModel.open``.
     """
     host = _LoopThread()
     model = StreamedModel.open(source, **options)

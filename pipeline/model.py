@@ -27,9 +27,9 @@ __all__ = ["StreamedModel"]
 
 T = TypeVar("T")
 
-# A sweep costs the same for one request and for twenty, and memory bounds them anyway. A place costs a thread and,
-# while a request has it, a clone of the module tree, which is a megabyte or two.
-_REQUESTS = 16
+# A sweep costs the same for one request and for twenty, and memory bounds them anyway. Each that runs costs a thread
+# and a clone of the module tree, which is a megabyte or two.
+_MAX_REQUESTS = 16
 
 
 class StreamedModel:
@@ -37,7 +37,7 @@ class StreamedModel:
 
     Attributes:
         plan: How its weights stream.
-        hardware: What the plan was made for.
+        hardware: The machine that the plan was made for.
         module: The transformers model itself. Call it in a thread, not on the event loop.
     """
 
@@ -65,7 +65,7 @@ class StreamedModel:
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
         slots: int | None = None,
-        max_requests: int = _REQUESTS,
+        max_requests: int = _MAX_REQUESTS,
         objective: Objective | str = Objective.LATENCY,
         hardware: Hardware | None = None,
         measure: bool = True,
@@ -74,7 +74,7 @@ class StreamedModel:
         revision: str | None = None,
         **model_options: Any,
     ) -> Self:
-        """The model in ``source``, for ``async with``; nothing happens before that.
+        """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
 
         Args:
             source: A folder, a safetensors file, or a hub id such as "org/name".
@@ -84,22 +84,15 @@ class StreamedModel:
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: Rate of the throttled reader.
             layer_batch_size: Blocks per layer batch, instead of the planner's choice.
-            slots: On the host and on the device each, instead of the planner's choice.
+            slots: Slots on the host and on the device each, instead of the planner's choice.
+            max_requests: Requests that share sweeps at the same time; more of them wait.
             objective: What the plan optimises: "latency" of a single, first request, or "throughput".
             hardware: The machine; by default it is probed.
-            measure: False measures nothing: the plan is made with cached rates and assumptions. On a new machine this
-                saves a second or two.
-            max_requests: Requests that share sweeps at the same time; more of them wait.
+            measure: False plans with cached rates and assumptions, which saves a second or two on a new machine.
             model_class: The transformers class; by default the config's ``architectures[0]``.
             dtype: As in ``from_pretrained``.
-            revision: Of a hub id.
+            revision: The revision of a hub id.
             model_options: Other arguments of ``from_pretrained``, such as ``attn_implementation``.
-
-        Entering raises:
-            CheckpointError: Files are missing or corrupt.
-            ModelError: The model cannot be built, or the checkpoint does not match it.
-            PlanError: The budget is too small.
-            DeviceError: The device is not there.
         """
         options = Options(
             device=device,
@@ -123,6 +116,15 @@ class StreamedModel:
     # -- life ------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        """Open the model.
+
+        Raises:
+            CheckpointError: Files are missing or corrupt.
+            ModelError: The model cannot be built, or the checkpoint does not match it.
+            PlanError: The budget is too small.
+            DeviceError: The device is not there.
+            ClosedError: The model was opened before.
+        """
         if self._engine is not None or self._closed:
             raise ClosedError("a model is opened once; call StreamedModel.open again")
         try:
@@ -149,7 +151,7 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way and give everything back. May be called again, and by several tasks."""
+        """Fail the requests under way and free everything. May be called again, and by several tasks."""
         self._closed = True
         await self._closing.run(self._resources.aclose)
 
@@ -196,7 +198,7 @@ class StreamedModel:
         """Generate one sequence, and yield the id of each new token as soon as it is made.
 
         Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer does
-        not slow generation down: ids are queued for it, at most as many as were asked for.
+        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them.
 
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
@@ -212,23 +214,23 @@ class StreamedModel:
         finally:
             generating.cancel()
             await asyncio.wait([generating])
-            # Mark an error as retrieved: a caller that leaves early does not want it.
+            # Mark an error as retrieved: a caller that leaves early does not use it.
             generating.cancelled() or generating.exception()
 
     async def replan(self, *, budget: Budget | None = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
 
         Layer batches, slots and reader stay, and with them what was read ahead and all KV caches. Which layers are
-        resident may change; with a smaller budget the memory of some is given back. Running requests go on, and
-        keep what they have reserved until they end, even if the new budget is smaller. Waiting requests that need
-        more than there is now are refused.
+        resident may change; with a smaller budget the memory of some is freed. Running requests continue, and keep
+        what they have reserved until they end, even if the new budget is smaller. Waiting requests that need more than
+        there is now are refused.
 
         Args:
-            budget: From now on; by default that of the last plan.
+            budget: The new budget; by default that of the last plan.
 
         Raises:
             PlanError: No plan fits that budget; the old one stays.
-            DeviceError: The memory is not there; the old plan stays, and loads its residents again.
+            DeviceError: There is not enough memory; the old plan stays, and loads its residents again.
             ClosedError: The model is not open.
         """
         engine = self._open_engine()
@@ -241,7 +243,9 @@ class StreamedModel:
             await self._pipeline.adopt(plan)
             await finish_in_thread(self._scheduler.device.trim)  # for other processes
             memory = request_memory_of(plan, self.module, self._opening.checkpoint.config)
-            self._scheduler.residency.replace(plan, request_bytes=memory.beside_residents_bytes)
+            self._scheduler.residency.replace(
+                plan, request_bytes=memory.shared_with_residents_bytes
+            )
             engine.resize(memory)
             self.plan, self.hardware = plan, hardware
             self._budget = budget or self._budget
@@ -253,8 +257,8 @@ class StreamedModel:
         """The running plan as it would be on ``hardware``, with other residents and predictions.
 
         Args:
-            hardware: With as much free memory as it would have without this model.
-            budget: By default that of the running plan.
+            hardware: A machine, with as much free memory as it would have without this model.
+            budget: The budget; by default that of the running plan.
 
         Raises:
             PlanError: No plan fits that budget.
@@ -268,7 +272,7 @@ class StreamedModel:
         return self._pipeline.timings()
 
     def stats(self) -> Stats:
-        """Counters and gauges of requests, sweeps and stages, as they are now."""
+        """The current counters and gauges of requests, sweeps and stages."""
         return self._open_engine().requests.stats(self._pipeline.timings())
 
     def in_request(self) -> bool:

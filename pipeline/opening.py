@@ -53,10 +53,10 @@ class Options:
     dtype: torch.dtype | str
     revision: str | None
     model_options: Mapping[str, Any]
-    """For transformers."""
+    """Arguments of ``from_pretrained``."""
 
     def on_cpu(self) -> bool:
-        """Whether computation will run on the host's own processor; opens the device to know."""
+        """Whether computation will run on the host's own processor. Opens the device."""
         name = self.device if self.hardware is None else self.hardware.device
         return open_device(name).reads_host_images
 
@@ -71,39 +71,41 @@ class Opening:
     layout: Assembly
     hardware: Hardware
     plan: Plan
-    # The planner for this model; takes hardware, budget, and the arguments that choose a plan.
     make_plan: Callable[..., Plan]
+    """The planner for this model; takes hardware, budget, and the arguments that choose a plan."""
 
 
 async def open_model(
     source: str | os.PathLike[str], options: Options, resources: AsyncExitStack
 ) -> Opening:
-    """Find the model in ``source``, trace it, and plan it; ``resources`` stops what goes on in the background."""
-    before = anonymous_bytes()
-    on_cpu = await finish_in_thread(options.on_cpu)  # the first look at a GPU takes seconds
+    """Find the model in ``source``, trace it, and plan it; ``resources`` stops what runs in the background."""
+    initial_bytes = anonymous_bytes()
+    on_cpu = await finish_in_thread(
+        options.on_cpu
+    )  # opening a GPU for the first time takes seconds
     if on_cpu:
-        limit_library_memory()  # before threads of ours have their own heaps
+        limit_library_memory()  # before worker threads have heaps of their own
     path = await resolve_model_path_async(source, revision=options.revision)
     checkpoint = await Checkpoint.open_async(path)
-    ahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
-    resources.callback(ahead.stop)
+    readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
+    resources.callback(readahead.stop)
     traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
-    held = max(0, (anonymous_bytes() or 0) - (before or 0))
-    planned = functools.partial(
+    held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
+    make_model_plan = functools.partial(
         make_plan,
         checkpoint,
         workload=options.workload,
         objective=options.objective,
         layers=layout.planned(checkpoint),
         memory=layout.memory,
-        held_bytes=held,
+        held_bytes=held_bytes,
     )
     plan = await finish_in_thread(
-        lambda: planned(
+        lambda: make_model_plan(
             hardware,
             budget=options.budget,
             reader=options.reader,
@@ -125,7 +127,7 @@ async def open_model(
         layout=layout,
         hardware=hardware,
         plan=plan,
-        make_plan=planned,
+        make_plan=make_model_plan,
     )
 
 
@@ -133,10 +135,10 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
     """Start reading ahead while the model is traced, if its files will probably be mapped."""
     mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
     unbounded = options.budget is None or options.budget.host is None
-    ahead = Readahead([file.path for file in checkpoint.files])
+    readahead = Readahead([file.path for file in checkpoint.files])
     if mapped and unbounded and on_cpu and fits_page_cache(checkpoint.total_bytes):
-        ahead.start()
-    return ahead
+        readahead.start()
+    return readahead
 
 
 def _trace(checkpoint: Checkpoint, options: Options) -> tuple[TracedModel, Assembly]:

@@ -50,7 +50,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     move_buffers(module, device.torch_device)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
-    residency = Residency(plan, request_bytes=memory.beside_residents_bytes)
+    residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     pipeline = await resources.enter_async_context(Pipeline(residency.first, device=device))
     always_bound = _always_bound(layout, plan)
     await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
@@ -72,7 +72,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         device=device,
         estimator=estimator,
         memory=memory,
-        places=options.max_requests,
+        threads=options.max_requests,
         cache_on_host=plan.kv_cache_on_host,
     )
     hook_modules(module, layout.batch_of_module(plan), engine.passes)
@@ -90,7 +90,7 @@ def _always_bound(layout: Assembly, plan: Plan) -> list[int]:
 
 
 async def _load(
-    kept: Sequence[int],
+    indices: Sequence[int],
     pipeline: Pipeline,
     bindings: Sequence[Binding],
     *,
@@ -98,15 +98,15 @@ async def _load(
     device: Device,
     resources: AsyncExitStack,
 ) -> None:
-    """Load the layer batches ``kept``, and bind them until ``resources`` is closed."""
-    if not kept:
+    """Load the layer batches of these indices, and bind them until ``resources`` is closed."""
+    if not indices:
         return
 
     def unbind(binding: Binding) -> None:
         binding.unbind()
         put_buffers(module, binding.absent_buffers())
 
-    async for batch in pipeline.sweep(kept):
+    async for batch in pipeline.sweep(indices):
         binding = bindings[batch.index]
         # A module that outlives its model must not keep the memory of all residents.
         resources.callback(unbind, binding)

@@ -1,4 +1,4 @@
-"""The module of a streamed model, called as it is: who sees its passes, and whose memory they take."""
+"""The module of a streamed model, called directly: how its passes are counted, and what memory they reserve."""
 
 import asyncio
 import logging
@@ -32,23 +32,23 @@ def stopping_at(gate: Gate, module: Any) -> None:
 
 
 async def while_a_pass_stops(model: StreamedModel, gate: Gate) -> asyncio.Task[Any]:
-    """A task that calls the module itself in a thread, in the middle of which it stands."""
+    """A task that calls the module itself in a thread, stopped in the middle of the pass."""
     stopping_at(gate, model.module)
     calling = asyncio.create_task(asyncio.to_thread(model.module, IDS))
     await happens(gate.reached)
     return calling
 
 
-def test_a_pass_of_no_request_is_counted_as_one(tmp_path: Path) -> None:
+def test_a_pass_without_a_request_is_counted_as_one(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
         with Gate() as gate:
             async with await open_streaming(folder) as model:
                 calling = await while_a_pass_stops(model, gate)
-                riding = model.stats()
-                assert (riding.requests_riding, riding.requests_started) == (1, 1)
-                assert riding.reserved_bytes > 0
+                running = model.stats()
+                assert (running.requests_riding, running.requests_started) == (1, 1)
+                assert running.reserved_bytes > 0
                 gate.open()
                 await calling
                 with pytest.raises(IndexError):
@@ -65,7 +65,7 @@ def test_a_pass_of_no_request_is_counted_as_one(tmp_path: Path) -> None:
         run(main())
 
 
-def test_the_end_of_a_request_is_told_and_that_of_a_bare_pass_only_to_who_debugs(
+def test_the_end_of_a_request_is_logged_as_info_and_that_of_a_single_pass_as_debug(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
@@ -73,7 +73,7 @@ def test_the_end_of_a_request_is_told_and_that_of_a_bare_pass_only_to_who_debugs
     with load_streamed(folder, device="cpu", budget=Budget(host="64MiB")) as model:
         model(IDS)
         model.generate(IDS, **GREEDY)
-        vars(model)["_layerstream_close"]._host.run(turns())  # it has heard of the end by then
+        vars(model)["_layerstream_close"]._host.run(turns())  # after the calls that report the ends
     ends = [each for each in caplog.records if hasattr(each, "outcome")]
     assert [each.levelname for each in ends] == ["DEBUG", "INFO"]
     assert [each.getMessage().split(":")[0] for each in ends] == [
@@ -82,7 +82,7 @@ def test_the_end_of_a_request_is_told_and_that_of_a_bare_pass_only_to_who_debugs
     ]
 
 
-def test_draining_waits_for_a_pass_of_no_request_and_takes_no_more(tmp_path: Path) -> None:
+def test_draining_waits_for_a_pass_without_a_request_and_refuses_new_ones(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
     expected = transformers.LlamaForCausalLM.from_pretrained(folder)(IDS).logits
 
@@ -103,7 +103,7 @@ def test_draining_waits_for_a_pass_of_no_request_and_takes_no_more(tmp_path: Pat
         run(main())
 
 
-def test_no_sweep_waits_for_a_pass_of_no_request_that_waits_for_its_turn(
+def test_no_sweep_waits_for_a_pass_that_waits_for_its_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("layerstream.pipeline.scheduling.scheduler._PATIENCE_SECONDS", 1000.0)
@@ -122,7 +122,7 @@ def test_no_sweep_waits_for_a_pass_of_no_request_that_waits_for_its_turn(
         run(main())
 
 
-def test_a_request_of_a_thread_that_comes_with_the_drain_is_refused_or_waited_for(
+def test_a_request_of_a_thread_that_is_made_during_the_drain_is_refused_or_waited_for(
     tmp_path: Path,
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
@@ -130,17 +130,17 @@ def test_a_request_of_a_thread_that_comes_with_the_drain_is_refused_or_waited_fo
     async def main() -> None:
         async with await open_streaming(folder) as model:
             engine = model._open_engine()
-            priced, gate = engine._estimator.forward, Gate()
+            estimate, gate = engine._estimator.forward, Gate()
 
-            def slowly(*asked: Any) -> Any:
-                need = priced(*asked)
+            def estimate_slowly(*arguments: Any) -> Any:
+                cost = estimate(*arguments)
                 gate()
-                return need
+                return cost
 
-            engine._estimator.forward = slowly  # type: ignore[method-assign]
+            engine._estimator.forward = estimate_slowly  # type: ignore[method-assign]
             with gate:
                 calling = asyncio.create_task(asyncio.to_thread(model.module, IDS))
-                await happens(gate.reached)  # it was asked for before, and nobody knows of it yet
+                await happens(gate.reached)  # it was made before the drain, and is not queued yet
                 await model.drain()
                 gate.open()
                 with pytest.raises(ClosedError, match="no more requests"):
@@ -150,7 +150,7 @@ def test_a_request_of_a_thread_that_comes_with_the_drain_is_refused_or_waited_fo
         run(main())
 
 
-def test_a_cache_that_is_kept_between_passes_is_the_callers_and_counts_while_one_runs(
+def test_a_cache_that_the_caller_keeps_between_passes_counts_only_while_a_pass_runs(
     tmp_path: Path,
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
@@ -159,7 +159,7 @@ def test_a_cache_that_is_kept_between_passes_is_the_callers_and_counts_while_one
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            price = model._open_engine()._estimator.forward
+            estimate = model._open_engine()._estimator.forward
             ids, past = IDS, None
             for _ in range(8):
                 new = ids if past is None else ids[:, -1:]
@@ -169,8 +169,8 @@ def test_a_cache_that_is_kept_between_passes_is_the_callers_and_counts_while_one
                 await turns()
                 assert model.stats().reserved_bytes == 0
                 if past is not None:
-                    kept = {"past_key_values": past}
-                    assert price((new,), kept).nbytes > price((new,), {}).nbytes
+                    cache = {"past_key_values": past}
+                    assert estimate((new,), cache).nbytes > estimate((new,), {}).nbytes
                 past = output.past_key_values
                 ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
             assert torch.equal(ids, expected)
@@ -179,7 +179,7 @@ def test_a_cache_that_is_kept_between_passes_is_the_callers_and_counts_while_one
         run(main())
 
 
-def test_a_request_admitted_when_its_threads_are_gone_hears_that_the_model_was_closed(
+def test_a_request_admitted_after_its_threads_are_closed_raises_that_the_model_was_closed(
     tmp_path: Path,
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
@@ -195,7 +195,7 @@ def test_a_request_admitted_when_its_threads_are_gone_hears_that_the_model_was_c
         run(main())
 
 
-def test_threads_that_call_a_drop_in_while_it_is_closed_all_come_to_an_end(tmp_path: Path) -> None:
+def test_threads_that_call_a_drop_in_while_it_is_closed_all_end(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
     for _ in range(5):
         model = load_streamed(folder, device="cpu", budget=Budget(host="64MiB"))

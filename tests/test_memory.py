@@ -58,8 +58,8 @@ asyncio.run(main())
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of more than half a GiB."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
-    at = tmp_path_factory.mktemp("memory") / "model"
-    return save_model(at, "llama", **sizes, vocab_size=8000, head_dim=256, max_shard_size="200MB")
+    path = tmp_path_factory.mktemp("memory") / "model"
+    return save_model(path, "llama", **sizes, vocab_size=8000, head_dim=256, max_shard_size="200MB")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(
 def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(
     folder: Path, idle_bytes: int
 ) -> None:
-    """As a container's: what the machine has beyond it does not count."""
+    """The limit is that of a container: the machine's memory beyond it does not count."""
     with memory_cgroup() as group:
         allowed = idle_bytes + 300 * MIB
         result = run_in(group, PROGRAM, str(folder), "none", limit_bytes=allowed)
@@ -101,8 +101,8 @@ def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(
     assert report["added"] <= 300 * MIB
 
 
-# Many requests at once, of many lengths; prints the most that was ever added, looked at with every token.
-MANY = """
+# Many requests at once, of many lengths; prints the most memory that was ever added, measured at every token.
+MANY_REQUESTS = """
 import asyncio, gc, json, re, sys
 import torch
 from layerstream.pipeline import Budget, StreamedModel, Workload
@@ -142,11 +142,11 @@ asyncio.run(main())
 """
 
 
-def after_many(folder: Path, budget: int, prompt: int, rows: int, lengths: list[int]) -> Any:
-    """What ``MANY`` prints."""
-    given = [str(folder), *map(str, (budget, prompt, rows)), json.dumps(lengths)]
+def report_of_many(folder: Path, budget: int, prompt: int, rows: int, lengths: list[int]) -> Any:
+    """What ``MANY_REQUESTS`` prints."""
+    arguments = [str(folder), *map(str, (budget, prompt, rows)), json.dumps(lengths)]
     result = subprocess.run(
-        [sys.executable, "-c", MANY, *given],
+        [sys.executable, "-c", MANY_REQUESTS, *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -170,19 +170,21 @@ def test_many_requests_of_many_lengths_stay_within_the_budget(dtype: str, tmp_pa
     budget = 100 * MIB
     choose = random.Random(7)
     lengths = [*range(1, 64), *(choose.randrange(1, 64) for _ in range(24))]
-    report = after_many(folder, budget, 64, 2, lengths)
+    report = report_of_many(folder, budget, 64, 2, lengths)
     assert report["requests"] == 63 + 24
     assert report["streamed"] > 0
     assert report["added"] <= 1.05 * budget
 
 
-def test_layers_that_stay_after_a_prompt_do_not_stay_beside_its_memory(tmp_path: Path) -> None:
-    """What its activations have left in the heap is returned before they come."""
+def test_decode_residents_and_the_memory_of_a_prompt_are_never_held_together(
+    tmp_path: Path,
+) -> None:
+    """Memory that activations have left in the heap is returned before decode residents are added."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2}
     folder = save_model(tmp_path / "model", "mixtral", **sizes, **heads, num_hidden_layers=6)
     budget = 190 * MIB
-    report = after_many(folder, budget, 1024, 1, [1024] * 3)
+    report = report_of_many(folder, budget, 1024, 1, [1024] * 3)
     assert report["decode_residents"] > 2
     assert report["streamed"] > 0
     assert report["added"] <= 1.05 * budget

@@ -1,4 +1,4 @@
-"""What a streamed model counts, as Prometheus reads it. Needs the extra ``serve``, but no service.
+"""A streamed model's statistics as Prometheus metrics. Needs the extra ``serve``, but no running service.
 
 registry = CollectorRegistry()
 registry.register(StatsCollector(model.stats))
@@ -14,12 +14,12 @@ from layerstream.pipeline import Stats
 
 __all__ = ["StatsCollector"]
 
-# Name behind "layerstream_", what it means, and the field of Stats. "_total" is added to counters.
+# Metric name without "layerstream_", its description, and the field of Stats. Prometheus appends "_total" to counters.
 _COUNTERS = (
     ("sweeps", "Sweeps over the weights", "sweeps"),
     ("passes", "Forward passes begun; they share sweeps", "passes"),
     ("requests_started", "Requests admitted", "requests_started"),
-    ("requests_completed", "Requests that came to their end", "requests_completed"),
+    ("requests_completed", "Requests that ended normally", "requests_completed"),
     ("requests_cancelled", "Requests cancelled by their callers", "requests_cancelled"),
     ("requests_failed", "Requests that failed", "requests_failed"),
     ("requests_refused", "Requests that would never have fitted", "requests_refused"),
@@ -28,11 +28,15 @@ _COUNTERS = (
     ("read_bytes", "Bytes of weights read", "bytes_read"),
 )
 _GAUGES = (
-    ("requests_waiting", "Requests that wait for memory or a place", "requests_waiting"),
-    ("requests_riding", "Requests admitted and not done", "requests_riding"),
-    ("riders_aboard", "Forward passes in the sweep under way", "riders_aboard"),
-    ("reserved_bytes", "KV cache and activations of riding requests", "reserved_bytes"),
-    ("reservable_bytes", "What there is for that", "reservable_bytes"),
+    ("requests_waiting", "Requests that wait for memory or a free place", "requests_waiting"),
+    ("requests_riding", "Requests that are running", "requests_riding"),
+    ("riders_aboard", "Forward passes in the current sweep", "riders_aboard"),
+    (
+        "reserved_bytes",
+        "Memory reserved for KV cache and activations of running requests",
+        "reserved_bytes",
+    ),
+    ("reservable_bytes", "Memory that requests can reserve", "reservable_bytes"),
     ("tokens_per_sweep", "Tokens for each sweep, on average", "tokens_per_sweep"),
     ("bytes_per_token", "Bytes read for each token, on average", "bytes_per_token"),
     ("open_seconds", "Time since the model was opened", "open_seconds"),
@@ -40,17 +44,17 @@ _GAUGES = (
 
 
 class StatsCollector(Collector):
-    """Gives a registry what ``StreamedModel.stats`` returns at the time of asking."""
+    """Exports what ``StreamedModel.stats`` returns at the time of each scrape."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self._stats = stats
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing beforehand: a registry asks for it where it would else call ``collect``."""
+        """Describe no metrics, which keeps the registry from calling ``collect`` on registration."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """All counters and gauges."""
+        """Yield all counters and gauges."""
         stats = self._stats()
         for name, meaning, field in _COUNTERS:
             yield CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""The memory of a workload besides the weights, counted in forward passes on the meta device.
+"""The memory that a workload takes in addition to the weights, counted in forward passes on the meta device.
 
 No weight is read and nothing is computed: the bytes that are alive at any moment follow from shapes.
 """
@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.fake_values import FakeValues
-from layerstream.pipeline.modeling.meta_pass import on_meta
+from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
 from layerstream.pipeline.planning.plan import Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 
@@ -27,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 # Blocks have 4 to 10 operations per module. A model that loops over its tokens has thousands, which take seconds.
 _OPERATIONS_PER_MODULE = 40
-_LEAST_OPERATIONS = 2000
+_BASE_OPERATIONS = 2000
 
-# Of torch.nn.attention.SDPBackend: the one that computes the scores of all queries and keys.
-_MATH = 0
+# The member of torch.nn.attention.SDPBackend that computes the scores of all queries and keys.
+_MATH_BACKEND = 0
 
 
 def measure_memory(
@@ -41,30 +40,31 @@ def measure_memory(
     Args:
         module: Its weights and buffers are not counted.
         workload: Every sequence is as long as the prompt; with more than one, padding is assumed.
-        device: Where it will be computed, which decides the memory of attention; the CPU by default.
+        device: The device that will compute it, which decides the memory of attention; the CPU by default.
     """
-    prompt = PromptPass.of(module, workload, device)
-    if prompt is None:
+    prompt_pass = PromptPass.of(module, workload, device)
+    if prompt_pass is None:
         return None
-    clone = clone_modules(module)  # its copies of buffers are no activations
+    clone = clone_modules(module)  # outside: its copies of buffers are not activations
     try:
-        with torch.no_grad(), prompt.watched():
-            prompt.done(clone(**prompt.inputs))
-    except Exception as error:  # noqa: BLE001 - whatever a model does without values
+        with torch.no_grad(), prompt_pass.counting():
+            prompt_pass.finish(clone(**prompt_pass.inputs))
+    except Exception as error:  # noqa: BLE001 - a model without values may raise anything
         logger.debug("the prompt's activations were not measured: %s", error)
-    return prompt.memory()
+    return prompt_pass.memory()
 
 
 class PromptPass:
     """The forward pass that processes a workload's prompt, and its memory."""
 
     inputs: Mapping[str, Any]
+    """Its arguments."""
 
     def __init__(self, module: Any, workload: Workload, device: torch.device | None = None) -> None:
         self._module = module
         self._workload = workload
         self._live = LiveBytes(
-            limit=_LEAST_OPERATIONS + _OPERATIONS_PER_MODULE * sum(1 for _ in module.modules())
+            limit=_BASE_OPERATIONS + _OPERATIONS_PER_MODULE * sum(1 for _ in module.modules())
         )
         self._modes = (
             _FusedAttention(device or torch.device("cpu")),
@@ -81,50 +81,50 @@ class PromptPass:
     ) -> "PromptPass | None":
         """The pass; None if ``module`` does not generate text from text alone."""
         accepted = inspect.signature(module.forward).parameters
-        able = getattr(module, "can_generate", bool)()
-        if not able or module.config.is_encoder_decoder or "input_ids" not in accepted:
+        can_generate = getattr(module, "can_generate", bool)()
+        if not can_generate or module.config.is_encoder_decoder or "input_ids" not in accepted:
             return None
         return cls(module, workload, device)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Count what is alive while the block runs, all of it on the meta device."""
-        with ExitStack() as entered:
-            entered.enter_context(on_meta())
+    def counting(self) -> Iterator[None]:
+        """Count the bytes that are alive while the block runs; all its tensors are on the meta device."""
+        with ExitStack() as stack:
+            stack.enter_context(on_meta())
             for mode in self._modes:
-                entered.enter_context(mode)
+                stack.enter_context(mode)
             yield
 
-    def done(self, output: Any) -> None:
-        """Take the output of the pass. To be called inside ``watched``."""
-        _sample(output.logits)
+    def finish(self, output: Any) -> None:
+        """Take the output of the pass. Call it inside ``counting``."""
+        _sample_token(output.logits)
         self._output = output
         self._peak_bytes = self._live.peak_bytes
 
     def memory(self) -> WorkloadMemory | None:
-        """The memory of the workload; makes a pass with the last token. None if that or the prompt's pass fails."""
+        """The memory of the workload, for which the last token's pass runs too; None if one of the two passes fails."""
         if self._output is None:
             return None
         try:
             return self._memory()
-        except Exception as error:  # noqa: BLE001 - whatever a model does without values
+        except Exception as error:  # noqa: BLE001 - a model without values may raise anything
             logger.debug("the activations of a step were not measured: %s", error)
             return None
 
     def _memory(self) -> WorkloadMemory:
         workload = self._workload
-        name, cache = _cache_of(self._output)
+        argument, cache = _cache_of(self._output)
         self._output = None
         prompt_bytes = _storage_bytes(cache)
         inputs = self._inputs(1, workload.prompt_tokens + workload.new_tokens)
-        if name:
-            inputs[name] = cache
+        if argument:
+            inputs[argument] = cache
         clone = clone_modules(self._module)
-        with torch.no_grad(), self.watched():
-            _grow(cache, workload.new_tokens - 1)
+        with torch.no_grad(), self.counting():
+            _extend_cache(cache, workload.new_tokens - 1)
             self._live.peak_bytes = self._live.now_bytes
             output = clone(**inputs)
-            _sample(output.logits)
+            _sample_token(output.logits)
         _, cache = _cache_of(output)
         kv_bytes = _storage_bytes(cache)
         return WorkloadMemory(
@@ -135,13 +135,13 @@ class PromptPass:
             measured=True,
         )
 
-    def _inputs(self, tokens: int, seen: int) -> dict[str, Any]:
-        """The inputs that generation passes for ``tokens`` new ones of ``seen``."""
+    def _inputs(self, tokens: int, total_tokens: int) -> dict[str, Any]:
+        """The inputs that generation passes for ``tokens`` new tokens of ``total_tokens``."""
         batch = self._workload.batch_size
         accepted = inspect.signature(self._module.forward).parameters
         inputs: dict[str, Any] = {
             "input_ids": torch.ones((batch, tokens), dtype=torch.long, device="meta"),
-            "attention_mask": torch.ones((batch, seen), dtype=torch.long, device="meta"),
+            "attention_mask": torch.ones((batch, total_tokens), dtype=torch.long, device="meta"),
             "use_cache": True,
             "logits_to_keep": 1,
         }
@@ -151,8 +151,11 @@ class PromptPass:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations have made and that are still alive. Views count once.
 
+    Args:
+        limit: How many operations may run; None for any number.
+
     Attributes:
-        now_bytes: Alive at present.
+        now_bytes: What is alive at present.
         peak_bytes: The most that was alive at any time; may be reset.
     """
 
@@ -160,37 +163,37 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now_bytes = 0
         self.peak_bytes = 0
-        self._left = limit
+        self._operations_left = limit
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the tensors that ``func`` makes."""
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                raise RuntimeError("the pass takes too many operations to be worth its while")
+        if self._operations_left is not None:
+            self._operations_left -= 1
+            if self._operations_left < 0:
+                raise RuntimeError("the pass takes too many operations to be measured")
         result = func(*args, **(kwargs or {}))
-        given: set[int] | None = None
+        inputs: set[int] | None = None
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if type(tensor) is not torch.Tensor:
                 continue
             storage = tensor.untyped_storage()
             if id(storage) in self._alive:
                 continue
-            if given is None:
-                given = {id(each.untyped_storage()) for each in _tensors_in(args)}
-            if id(storage) not in given:  # else a view of a weight or an input
+            if inputs is None:
+                inputs = {id(each.untyped_storage()) for each in _tensors_in(args)}
+            if id(storage) not in inputs:  # else a view of a weight or an input
                 self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = id(storage), storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def forget(_: Any) -> None:
             del self._alive[key]
             self.now_bytes -= nbytes
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, forget)
         self.now_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
@@ -198,7 +201,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _FusedAttention(TorchFunctionMode):
     """Makes attention on the meta device take the memory of the kernel that the real device would choose.
 
-    The meta device itself always computes all scores.
+    torch's own attention on the meta device always computes all scores.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -209,9 +212,9 @@ class _FusedAttention(TorchFunctionMode):
         """Make the tensors that a fused kernel makes, if the device would use one."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            made = self._fused(*args, **kwargs)
-            if made is not None:
-                return made
+            result = self._fused(*args, **kwargs)
+            if result is not None:
+                return result
         return func(*args, **kwargs)
 
     def _fused(
@@ -222,18 +225,19 @@ class _FusedAttention(TorchFunctionMode):
             each if each is None else self._stand_in(each)
             for each in (query, key, value, attn_mask)
         ]
-        choose: Callable[..., int] = torch._fused_sdp_choice  # noqa: SLF001 - no public way to ask
-        if choose(*stand_ins, *rest, **options) == _MATH:
+        choose_backend: Callable[..., int] = torch._fused_sdp_choice  # noqa: SLF001 - no public way to ask
+        if choose_backend(*stand_ins, *rest, **options) == _MATH_BACKEND:
             return None
         if attn_mask is not None and attn_mask.dtype is torch.bool:
-            # It is turned into numbers, where it does not hold.
-            numbers = torch.empty(attn_mask.shape, dtype=query.dtype)
+            # torch makes a mask of numbers from the negation of a boolean one.
+            float_mask = torch.empty(attn_mask.shape, dtype=query.dtype)
             attn_mask.logical_not()
-            attn_mask = numbers
+            attn_mask = float_mask
         *batch, heads, queries, _ = query.shape
-        attended = torch.empty((*batch, queries, heads, value.shape[-1]), dtype=query.dtype)
-        torch.empty((*batch, queries, heads), dtype=torch.float32)  # sums, while it runs
-        return attended.transpose(-2, -3)
+        output = torch.empty((*batch, queries, heads, value.shape[-1]), dtype=query.dtype)
+        # The sums of softmax, while the kernel runs.
+        torch.empty((*batch, queries, heads), dtype=torch.float32)
+        return output.transpose(-2, -3)
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the shape of ``tensor`` on the real device, in almost no memory."""
@@ -241,27 +245,27 @@ class _FusedAttention(TorchFunctionMode):
         return row.expand(tensor.shape)
 
 
-def _sample(logits: torch.Tensor) -> None:
-    """Make the tensors of the most expensive choice of the next token: top-p sampling, as in transformers."""
+def _sample_token(logits: torch.Tensor) -> None:
+    """Make the tensors of the most expensive way to choose a token: top-p sampling, as in transformers."""
     scores = logits[:, -1].to(torch.float32, copy=True)
-    best, _order = torch.sort(scores)
-    best.softmax(dim=-1).cumsum(dim=-1)
+    sorted_scores, _order = torch.sort(scores)
+    sorted_scores.softmax(dim=-1).cumsum(dim=-1)
 
 
-def _grow(cache: Any, tokens: int) -> None:
-    """Add ``tokens`` per sequence to ``cache``."""
+def _extend_cache(cache: Any, tokens: int) -> None:
+    """Add ``tokens`` to each sequence in ``cache``."""
     for layer in getattr(cache, "layers", ()):
-        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        pair = [getattr(layer, name, None) for name in ("keys", "values")]
         # Of shape (batch, heads, tokens, size); a recurrent layer has none.
-        states = [each for each in held if isinstance(each, torch.Tensor) and each.dim() == 4]  # noqa: PLR2004
-        if tokens and len(states) == len(held):
+        states = [each for each in pair if isinstance(each, torch.Tensor) and each.dim() == 4]  # noqa: PLR2004
+        if tokens and len(states) == len(pair):
             layer.update(
                 *(each.new_empty((*each.shape[:2], tokens, each.shape[3])) for each in states)
             )
 
 
 def _cache_of(output: Any) -> tuple[str, Any]:
-    """The cache that a model passes to its next step, and the name of the argument."""
+    """The name of the argument by which a model gets its cache at the next step, and the cache."""
     for name in ("past_key_values", "cache_params", "state"):
         cache = getattr(output, name, None)
         if cache is not None:
@@ -270,7 +274,7 @@ def _cache_of(output: Any) -> tuple[str, Any]:
 
 
 def _storage_bytes(cache: Any) -> int:
-    """Bytes of memory that ``cache`` keeps alive, without its counters."""
+    """Bytes of the tensors in ``cache``, without its counters."""
     storages = [each.untyped_storage() for each in _tensors_in(cache) if each.dim()]
     return sum({id(storage): storage.nbytes() for storage in storages}.values())
 

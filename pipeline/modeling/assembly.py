@@ -1,4 +1,4 @@
-"""Prepares a traced model for streaming: which weights are in which layer, and which are gathered."""
+"""Prepares a traced model for streaming: which weights are in which layer, which are gathered, and what is bound."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,18 +12,15 @@ from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers, source_name
 from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.gathered_table import (
-    WHOLE_BYTES,
+    SMALL_WEIGHT_BYTES,
     GatheredTable,
     TableSource,
-    congruent,
+    empty_congruent,
 )
-from layerstream.pipeline.modeling.model_layers import (
-    ModelLayer,
-    gathered_uses,
-    model_layers,
-    uses_of,
-)
-from layerstream.pipeline.modeling.tracing import Recipe, TracedModel
+from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
+from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.tracing import TracedModel
+from layerstream.pipeline.modeling.weight_places import gathered_places, places_of
 from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
@@ -33,14 +30,22 @@ __all__ = ["Assembly", "move_buffers"]
 
 
 class Assembly:
-    """A traced model, prepared for streaming: which weights are in which layer, and which are gathered.
+    """A traced model that is prepared for streaming.
 
-    Attributes:
-        memory: Of ``workload`` besides the weights, measured in a pass on the meta device; None without a workload,
-            or if it could not be measured.
+    Args:
+        traced: The model.
+        checkpoint: Its weight files.
+        workload: What to measure the memory of.
+        device: The device that will compute; the CPU by default.
     """
 
+    layers: tuple[ModelLayer, ...]
+    """The layers that stream or are resident, without gathered tables."""
     memory: WorkloadMemory | None
+    """The memory that ``workload`` takes in addition to the weights, measured in a pass on the meta device.
+
+    None without a workload, or if it could not be measured.
+    """
 
     def __init__(
         self,
@@ -51,17 +56,17 @@ class Assembly:
     ) -> None:
         self.traced = traced
         self._checkpoint = checkpoint
-        uses = uses_of(traced)
-        prompt = None if workload is None else PromptPass.of(traced.module, workload, device)
-        traces = trace_execution(traced.module, prompt)
-        self.memory = prompt.memory() if prompt else None
-        self._gathered = gathered_uses(traced, uses, traces)
-        self._uses = {
+        places = places_of(traced)
+        prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
+        traces = trace_execution(traced.module, prompt_pass)
+        self.memory = prompt_pass.memory() if prompt_pass else None
+        self._gathered = gathered_places(traced, places, traces)
+        self._places = {
             name: rest
-            for name, places in uses.items()
-            if (rest := [use for use in places if use not in self._gathered.get(name, ())])
+            for name, where in places.items()
+            if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
-        self.layers = model_layers(traced, checkpoint, self._uses, traces)
+        self.layers = model_layers(traced, checkpoint, self._places, traces)
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""
@@ -73,7 +78,7 @@ class Assembly:
             name=layer.name,
             kind=layer.kind,
             tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
-            scratch_bytes=sum(r.scratch_bytes for r in recipes if r.pieces is None),
+            scratch_bytes=sum(each.scratch_bytes for each in recipes if each.pieces is None),
             always_resident=layer.always_resident,
         )
 
@@ -86,8 +91,8 @@ class Assembly:
             binding = Binding(
                 self.traced.module,
                 device,
-                [(self.traced.recipes[name], self._uses[name]) for name in names],
-                lambda recipe: _fetcher(recipe, self._checkpoint, device),
+                [(self.traced.recipes[name], self._places[name]) for name in names],
+                lambda recipe: _make_fetch(recipe, self._checkpoint, device),
             )
             binding.unbind()
             put_buffers(self.traced.module, binding.absent_buffers())
@@ -95,10 +100,10 @@ class Assembly:
         return bindings
 
     def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
-        """Put tables that gather rows from the files into the embeddings; returns their open files."""
+        """Put tables that read rows from the files into the embeddings; returns the open files."""
         files: dict[int, TableSource] = {}
         with ExitStack() as opened:
-            for name, uses in self._gathered.items():
+            for name, places in self._gathered.items():
                 recipe = self.traced.recipes[name]
                 extent = _extents(recipe, checkpoint)[0]
                 if extent.file not in files:
@@ -111,13 +116,13 @@ class Assembly:
                     dtype=getattr(torch, recipe.dtype),
                     device=device,
                 )
-                for use in uses:
-                    self.traced.module.get_submodule(use.module)._parameters[use.name] = table  # noqa: SLF001
+                for place in places:
+                    self.traced.module.get_submodule(place.module)._parameters[place.name] = table  # noqa: SLF001
             opened.pop_all()  # the caller closes them from here on
         return list(files.values())
 
     def batch_of_module(self, plan: Plan) -> dict[str, int]:
-        """The index of the layer batch that each module needs, by the module's path; batches that are always bound apart."""
+        """The index of the layer batch that each module needs, by its path; without batches that are always bound."""
         index_of = {name: batch.index for batch in plan.batches for name in batch.layers}
         return {
             path: index_of[layer.name]
@@ -128,7 +133,7 @@ class Assembly:
 
 
 def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
-    """The pieces of files that the recipe's tensor consists of."""
+    """The parts of files that the recipe's tensor consists of."""
     extents = []
     for piece in recipe.pieces or ():
         info = checkpoint.tensors[piece.source]
@@ -137,31 +142,31 @@ def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
     return tuple(extents) or (Extent(file=0, offset=0, nbytes=0),)
 
 
-def _fetcher(
+def _make_fetch(
     recipe: Recipe, checkpoint: Checkpoint, device: torch.device
 ) -> Callable[[], torch.Tensor] | None:
     """A function that reads a small parameter from its files; None for a large one."""
     extents = _extents(recipe, checkpoint)
-    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > WHOLE_BYTES:
+    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > SMALL_WEIGHT_BYTES:
         return None
 
     def fetch() -> torch.Tensor:
         offset = 0 if recipe.scratch_bytes else extents[0].offset
-        found = congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
-        octets: Any = found.view(-1).view(torch.uint8).numpy()
-        buffer = memoryview(octets).cast("B")
+        tensor = empty_congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
+        raw_bytes: Any = tensor.view(-1).view(torch.uint8).numpy()
+        buffer = memoryview(raw_bytes).cast("B")
         begin = 0
         for extent in extents:
             with TableSource(checkpoint.files[extent.file].path) as source:
                 source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
             begin += extent.nbytes
-        return found.to(device)
+        return tensor.to(device)
 
     return fetch
 
 
 def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
-    """What has to be read for a recipe: its pieces, or the tensors that it is computed from."""
+    """What is read for a recipe: its pieces, or the tensors that it is computed from."""
     if recipe.pieces is not None:
         return [
             TensorSource(

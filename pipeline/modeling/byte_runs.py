@@ -1,8 +1,8 @@
 """Which bytes of a checkpoint a tensor is made of, as long as operations only place them.
 
-A tensor's bytes in logical (row by row) order are given as runs of bytes of checkpoint tensors,
-whatever its strides. Reshapes leave the runs as they are, slices and splits cut them, concatenation
-and stacking join them; after any other operation the tensor has none.
+A tensor's bytes in logical (row by row) order are given as runs of bytes of checkpoint tensors, whatever its strides.
+Reshapes leave the runs as they are, slices and splits cut them, concatenation and stacking join them; after any other
+operation the tensor has none.
 """
 
 import math
@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Run", "Runs", "merge", "place"]
+__all__ = ["Run", "Runs", "merge_runs", "propagate_runs"]
 
-# Each run becomes a segment of its own in the plan (about 100 bytes of JSON) and in the transfer (a
-# copy of its own, some microseconds). Fused experts need two per expert, at most about a thousand
-# today. What needs more is cut across its rows, in runs of some KiB; one strided copy does that
-# better, and that is what a replay does.
+# Each run becomes a segment of its own in the plan (about 100 bytes of JSON) and in the transfer (a copy of its own,
+# some microseconds). Fused experts need two per expert, at most about a thousand today. A tensor that needs more is cut
+# across its rows, in runs of some KiB; a replay does that better, with one strided copy.
 _MAX_RUNS = 4096
 
 _aten = torch.ops.aten
 
-# Results of these hold what their input holds, in an order that depends only on logical positions:
-# not on strides (as_strided), and not on values (_conj, _neg_view).
+# Results of these hold elements of their input in an order that depends only on logical positions: not on strides
+# (as_strided), and not on values (_conj, _neg_view).
 _VIEWS = frozenset(
     {
         _aten.clone.default,
@@ -58,35 +57,35 @@ class Run(NamedTuple):
 Runs = tuple[Run, ...]
 
 
-def place(
+def propagate_runs(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, results: int
 ) -> Sequence[Runs | None]:
-    """The runs of each result of an operation of torch.
+    """The runs of each result of a torch operation.
 
     Args:
         func: The operation, an OpOverload.
-        args: Its arguments. Tensors have an attribute `runs`, unless they are no checkpoint's.
+        args: Its arguments. Tensors that come from the checkpoint have an attribute ``runs``.
         kwargs: Its keyword arguments.
         results: How many tensors it returns.
 
     Returns:
-        For each result its runs, or None if it is more than placement, or more than 4096 runs.
+        For each result its runs; None if the operation does more than place bytes, or for more than 4096 runs.
     """
-    # Tying pads biases, mostly by nothing, which is a clone.
-    unpadded = func is _aten.constant_pad_nd.default and not any(args[1])
-    if (func in _VIEWS or unpadded) and args[0].runs is not None:
-        return _cut_as_views(func, *args, **kwargs)
-    if func in {_aten.cat.default, _aten.stack.default} and _joinable(args[0]):
+    # Tying weights pads biases, mostly by nothing, which is a clone.
+    is_unpadded = func is _aten.constant_pad_nd.default and not any(args[1])
+    if (func in _VIEWS or is_unpadded) and args[0].runs is not None:
+        return _runs_of_views(func, *args, **kwargs)
+    if func in {_aten.cat.default, _aten.stack.default} and _can_join(args[0]):
         tensors = args[0]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        # Stacking along a dimension lays bytes as concatenating along it does.
+        # Stacking along a dimension orders bytes as concatenating along it does.
         dims = tensors[0].dim() + (func is _aten.stack.default)
-        return [_join(tensors, rows=math.prod(tensors[0].shape[: dim % dims]))]
+        return [_runs_of_joined(tensors, rows=math.prod(tensors[0].shape[: dim % dims]))]
     return [None] * results
 
 
-def merge(runs: Iterable[Run]) -> Runs | None:
-    """Join runs that run on in their source; None if too many remain."""
+def merge_runs(runs: Iterable[Run]) -> Runs | None:
+    """Join runs that are contiguous in their source; None if too many remain."""
     merged: list[Run] = []
     for run in runs:
         last = merged[-1] if merged else None
@@ -99,40 +98,44 @@ def merge(runs: Iterable[Run]) -> Runs | None:
     return tuple(merged)
 
 
-def _cut_as_views(func: Any, whole: Any, *args: Any, **kwargs: Any) -> list[Runs | None]:
-    """Let torch take the same views of a contiguous tensor: their strides tell what goes where."""
+def _runs_of_views(func: Any, whole: Any, *args: Any, **kwargs: Any) -> list[Runs | None]:
+    """Let torch take the same views of a contiguous tensor; their strides show which bytes go where."""
     starts = list(accumulate((run.nbytes for run in whole.runs), initial=0))
     contiguous = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
-    placed: list[Runs | None] = []
+    results: list[Runs | None] = []
     for view in pytree.tree_leaves(func(contiguous, *args, **kwargs)):
         spans = _spans(view)
-        placed.append(
+        results.append(
             None
             if spans is None
-            else merge(run for span in spans for run in _cut(whole.runs, starts, *span))
+            else merge_runs(run for span in spans for run in _cut(whole.runs, starts, *span))
         )
-    return placed
+    return results
 
 
 def _spans(view: torch.Tensor) -> list[tuple[int, int]] | None:
     """The bytes of a contiguous tensor that a view of it holds, as (start, end).
 
-    None if the view does not go through them in rising order, or if they are too many.
+    None if the view does not visit them in rising order, or if they are too many.
     """
     if view.numel() == 0:
         return []
-    dims = [(int(n), int(step)) for n, step in zip(view.shape, view.stride(), strict=True) if n > 1]
+    dims = [
+        (int(size), int(step))
+        for size, step in zip(view.shape, view.stride(), strict=True)
+        if size > 1
+    ]
     row = 1
     while dims and dims[-1][1] == row:
         row *= dims.pop()[0]
     extent = row
-    for n, step in reversed(dims):
+    for size, step in reversed(dims):
         if step < extent:
             return None
-        extent = step * n
-    if math.prod(n for n, _ in dims) > _MAX_RUNS:
+        extent = step * size
+    if math.prod(size for size, _ in dims) > _MAX_RUNS:
         return None
-    rows = product(*(range(0, n * step, step) for n, step in dims))
+    rows = product(*(range(0, size * step, step) for size, step in dims))
     first = int(view.storage_offset())
     itemsize = view.element_size()
     return [
@@ -141,23 +144,23 @@ def _spans(view: torch.Tensor) -> list[tuple[int, int]] | None:
     ]
 
 
-def _joinable(tensors: Sequence[torch.Tensor]) -> bool:
-    # torch promotes mixed dtypes, and takes empty tensors of any rank.
+def _can_join(tensors: Sequence[torch.Tensor]) -> bool:
+    # torch promotes mixed dtypes, and accepts empty tensors of any rank.
     return (
         all(getattr(tensor, "runs", None) is not None for tensor in tensors)
         and len({(tensor.dtype, tensor.dim()) for tensor in tensors}) == 1
     )
 
 
-def _join(tensors: Sequence[Any], *, rows: int) -> Runs | None:
-    """The runs of tensors of so many rows each: the first row of each, the second row of each..."""
+def _runs_of_joined(tensors: Sequence[Any], *, rows: int) -> Runs | None:
+    """The runs of tensors of ``rows`` rows each: the first row of each, the second row of each..."""
     if rows > _MAX_RUNS:
         return None
     parts = [
         (tensor.runs, list(accumulate((run.nbytes for run in tensor.runs), initial=0)))
         for tensor in tensors
     ]
-    return merge(
+    return merge_runs(
         run
         for row in range(rows)
         for runs, starts in parts
@@ -166,7 +169,7 @@ def _join(tensors: Sequence[Any], *, rows: int) -> Runs | None:
 
 
 def _cut(runs: Runs, starts: Sequence[int], begin: int, end: int) -> Iterator[Run]:
-    """The bytes `begin` to `end` of runs, given where each starts."""
+    """The bytes ``begin`` to ``end`` of runs; ``starts`` tells where each run starts."""
     index = bisect_right(starts, begin) - 1
     while begin < end:
         source, start, nbytes = runs[index]

@@ -1,4 +1,4 @@
-"""What a call of ``forward`` or ``generate`` asks for: its arguments by name, with the defaults of the configs."""
+"""The arguments of a call to ``forward`` or ``generate``, by name and with the defaults of the configs."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ __all__ = [
     "wants_cache",
 ]
 
-# Inputs that are not tokens: how many tokens a model makes of them is unknown here.
-_OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
+# How many tokens a model makes of these inputs is not known here.
+_NON_TOKEN_INPUTS = ("pixel_values", "input_features", "input_values")
 
-# transformers' defaults: new tokens, and tokens that assisted generation looks ahead.
-_NEW_TOKENS = 20
-_CANDIDATES = 20
+# transformers' defaults: new tokens, and candidate tokens of assisted generation.
+_DEFAULT_NEW_TOKENS = 20
+_DEFAULT_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +31,19 @@ class Shape:
 
     rows: int
     length: int
-    """New to the model."""
+    """New tokens in each row."""
     past: int
-    """In the cache that comes with them."""
+    """Tokens in the cache that is passed with them."""
     decoder: int
-    """Of an encoder-decoder's decoder."""
+    """Tokens of an encoder-decoder's decoder."""
     prefix: int
     """Ids in each row, before the generated ones."""
     cached: bool
-    """A KV cache is made, or comes with them."""
+    """Whether a KV cache is made, or passed with them."""
     on_host: bool
-    """That cache is in host RAM, while the model computes on a GPU."""
-    told: bool
-    """False: for some inputs it is not known how many tokens they make."""
+    """Whether that cache is in host RAM, while the model computes on a GPU."""
+    is_known: bool
+    """Whether it is known how many tokens the model makes of the inputs; images and sounds are not counted."""
 
 
 class GenerationSettings:
@@ -55,10 +55,10 @@ class GenerationSettings:
 
     def get(self, name: str) -> Any:
         """The value of ``name``; None if it is not set."""
-        return next(iter(self.said(name)), None)
+        return next(iter(self.values_of(name)), None)
 
-    def said(self, name: str) -> list[Any]:
-        """All values that are set for ``name``, the one in effect first."""
+    def values_of(self, name: str) -> list[Any]:
+        """All values set for ``name``, the one in effect first."""
         values = (getattr(config, name, None) for config in self._configs)
         return [value for value in (self._named.get(name), *values) if value is not None]
 
@@ -67,20 +67,20 @@ class GenerationSettings:
         value = self.get(name)
         return int(value) if isinstance(value, (int, float)) else default
 
-    def new_tokens(self, begun: int) -> int:
-        """How many tokens are generated in each row at most, after ``begun`` ones."""
-        if (new := self.get("max_new_tokens")) is not None:
-            return max(int(new), 1)
+    def new_tokens(self, prompt_tokens: int) -> int:
+        """How many tokens are generated in each row at most, after ``prompt_tokens``."""
+        if (new_tokens := self.get("max_new_tokens")) is not None:
+            return max(int(new_tokens), 1)
         if (length := self.get("max_length")) is not None:
-            return max(int(length) - begun, 1)
-        return _NEW_TOKENS
+            return max(int(length) - prompt_tokens, 1)
+        return _DEFAULT_NEW_TOKENS
 
     def candidates(self) -> int:
         """How many candidate tokens assisted generation verifies in one pass."""
-        if (looked_up := self.number("prompt_lookup_num_tokens", 0)) > 0:
-            return looked_up
+        if (lookup_tokens := self.number("prompt_lookup_num_tokens", 0)) > 0:
+            return lookup_tokens
         if self._named.get("assistant_model") is not None:
-            return max(self.number("num_assistant_tokens", _CANDIDATES), 1)
+            return max(self.number("num_assistant_tokens", _DEFAULT_CANDIDATES), 1)
         return 0
 
 
@@ -92,7 +92,7 @@ def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> d
 
 
 def takes_criteria(module: Any) -> bool:
-    """Whether the model's ``generate`` is one that takes stopping criteria by name."""
+    """Whether the model's ``generate`` takes stopping criteria by name."""
     generate = getattr(module, "generate", None)
     return generate is not None and "stopping_criteria" in inspect.signature(generate).parameters
 
@@ -102,15 +102,15 @@ def is_encoder_decoder(module: Any) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
-def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
-    """Whether a call makes a KV cache. For a forward pass the model's config decides, for a generation it does not.
+def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
+    """Whether a call makes a KV cache. By default a generation does; for a forward pass the model's config decides.
 
     Args:
         module: The transformers model.
-        what: "forward" or "generate".
+        method: "forward" or "generate".
         named: All arguments, by name.
     """
-    if what == "generate":
+    if method == "generate":
         return GenerationSettings(module, named).get("use_cache") is not False
     wants = named.get("use_cache")
     if wants is None and hasattr(module, "config"):
@@ -118,47 +118,47 @@ def wants_cache(module: Any, what: str, named: Mapping[str, Any]) -> bool:
     return bool(wants)
 
 
-def shape_of(module: Any, what: str, named: Mapping[str, Any]) -> Shape:
-    """How many tokens a call of ``what``, "forward" or "generate", has; ``named`` are all its arguments."""
+def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
+    """How many tokens a call of ``method``, "forward" or "generate", has; ``named`` are all its arguments."""
     given = dict(named)
     main = getattr(module, "main_input_name", "input_ids")
-    if "inputs" in given:  # as generate calls it
+    if "inputs" in given:  # generate's name for it
         given.setdefault(main, given["inputs"])
-    rows, length = _tokens(given, "input_ids", "inputs_embeds")
-    decoder_rows, decoder = _tokens(given, "decoder_input_ids", "decoder_inputs_embeds")
+    rows, length = _rows_and_tokens(given, "input_ids", "inputs_embeds")
+    decoder_rows, decoder = _rows_and_tokens(given, "decoder_input_ids", "decoder_inputs_embeds")
     past: Any = given.get("past_key_values")
     cached = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
-    first = [
+    first_dims = [
         value.shape[0]
         for value in given.values()
         if isinstance(value, torch.Tensor) and value.dim()
     ]
-    ids = _tokens(given, "input_ids", "")[1]
+    ids = _rows_and_tokens(given, "input_ids", "")[1]
     if is_encoder_decoder(module):
-        ids = max(decoder, 1)  # the decoder begins with a start token
+        ids = max(decoder, 1)  # the decoder starts with one token
     return Shape(
-        rows=max(rows, decoder_rows) or max(first, default=1),
+        rows=max(rows, decoder_rows) or max(first_dims, default=1),
         length=max(length, 1),
         past=int(cached),
         decoder=decoder,
         prefix=ids,
-        cached=cached > 0 or wants_cache(module, what, named),
-        on_host=_on_host(named),
-        told=bool(rows or decoder_rows) and not _others(given),
+        cached=cached > 0 or wants_cache(module, method, named),
+        on_host=_has_host_cache(named),
+        is_known=bool(rows or decoder_rows) and not _has_non_token_inputs(given),
     )
 
 
-def _on_host(named: Mapping[str, Any]) -> bool:
+def _has_host_cache(named: Mapping[str, Any]) -> bool:
     """Whether the call's KV cache is in host RAM, while it computes on a GPU."""
     return getattr(named.get("past_key_values"), "on_host", False)
 
 
-def _others(given: Mapping[str, Any]) -> bool:
-    return any(given.get(name) is not None for name in _OTHER_INPUTS)
+def _has_non_token_inputs(given: Mapping[str, Any]) -> bool:
+    return any(given.get(name) is not None for name in _NON_TOKEN_INPUTS)
 
 
-def _tokens(given: Mapping[str, Any], ids: str, embeds: str) -> tuple[int, int]:
-    """Rows and tokens in each, of token ids or of their embeddings; zeros without any."""
+def _rows_and_tokens(given: Mapping[str, Any], ids: str, embeds: str) -> tuple[int, int]:
+    """Rows, and tokens in each, of token ids or their embeddings; zeros if there are neither."""
     value = given.get(ids)
     if isinstance(value, torch.Tensor) and value.dim() and not value.is_floating_point():
         return (value.shape[0] if value.dim() > 1 else 1), value.shape[-1]

@@ -1,4 +1,4 @@
-"""A model's config.json, and the class that it is for."""
+"""A model's config.json, and the model class that it describes."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,9 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     """Read a model's config.json.
 
     Args:
-        folder: Where config.json lies.
-        model_class: A class whose own config is wanted, which may be a part of what the file
-            says (the text half of CLIP), or of a type that is in no list of transformers; None for
-            what the file itself names.
+        folder: The folder of config.json.
+        model_class: A class whose own config is wanted, which may be a part of the file's (the text half of CLIP), or
+            of a type that transformers does not list; None for the type that the file names.
 
     Raises:
         ModelError: The file is missing, is not JSON, or describes no model that transformers knows.
@@ -34,7 +33,7 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     except (OSError, ValueError) as exc:
         raise ModelError(f"{path} is not readable as JSON ({exc}); fetch it anew.") from exc
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    own = getattr(model_class, "config_class", None)  # an AutoModel has none
+    own = getattr(model_class, "config_class", None)  # which an AutoModel does not have
     if own is None and str(model_type) not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{path} is for a model of type {model_type!r}, which transformers "
@@ -49,10 +48,11 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
 
 
 def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
-    """The class of a model: `model_class`, or the first of the config's architectures.
+    """The class of a model: ``model_class``, or the first of the config's architectures.
 
     Raises:
-        ModelError: The config names no architecture, or one that is not transformers' own.
+        ModelError: The config names no architecture or one that transformers does not have, or ``model_class`` is not a
+            model class of transformers.
     """
     import transformers
 
@@ -76,5 +76,5 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
 
 
 def summary_of(exc: Exception) -> str:
-    """An exception in one line."""
+    """The message of an exception in one line."""
     return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__

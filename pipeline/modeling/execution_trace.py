@@ -1,8 +1,8 @@
-"""A forward pass on the meta device: which modules it calls, and when it computes with which weight.
+"""Traces of forward passes on the meta device: which modules are called, and when which weight is used.
 
 No weight is read and no value is known: where a model depends on values, it gets arbitrary ones that let the pass go
-on. So a trace shows the order in which layers are needed, which decides how fast they stream, and where weights
-are used outside the calls of their own modules; it shows no results.
+on. So a trace shows the order in which layers are needed, which decides how fast they stream, and which weights
+are used outside the calls of their own modules; it has no results.
 """
 
 import inspect
@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.fake_values import FakeValues
-from layerstream.pipeline.modeling.meta_pass import on_meta
+from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
 
 __all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "trace_execution"]
 
@@ -29,29 +28,31 @@ _aten = torch.ops.aten
 
 
 class ModuleCall(NamedTuple):
-    """A module is called."""
+    """The call of a module."""
 
     module: str
     within: tuple[str, ...]
-    """Modules that are being called, the outermost one first."""
+    """The modules whose calls it is in, the outermost first."""
 
 
 class WeightUse(NamedTuple):
-    """An operation computes with a parameter or buffer."""
+    """An operation that computes with a parameter or buffer."""
 
     tensor: str
     within: tuple[str, ...]
-    """Modules that are being called, the outermost one first."""
+    """The modules whose calls it is in, the outermost first."""
     looks_up: bool
-    """It looks up rows of an embedding table."""
+    """Whether it looks up rows of an embedding table."""
     writes: bool
+    """Whether it changes the tensor in place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionTrace:
-    """The calls and uses of one forward pass, as far as it got."""
+    """The module calls and weight uses of a forward pass, in order."""
 
     complete: bool
+    """Whether the pass has reached its end."""
     events: tuple[ModuleCall | WeightUse, ...]
 
     @property
@@ -60,59 +61,61 @@ class ExecutionTrace:
         return [event for event in self.events if isinstance(event, WeightUse)]
 
 
-def trace_execution(model: Any, prompt: PromptPass | None = None) -> list[ExecutionTrace]:
-    """Recordings of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
+def trace_execution(model: Any, prompt_pass: PromptPass | None = None) -> list[ExecutionTrace]:
+    """Traces of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
 
-    The first pass is ``prompt``, if given, which then has its memory measured. Inputs of other passes are made up from
-    the signature of the model's ``forward``. If none works, the list may be empty.
+    The first pass is ``prompt_pass``, if given, which measures its memory too. Inputs of other passes are made up from
+    the signature of the model's ``forward``. Without any, the list is empty.
     """
     traces = []
-    passes: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt is None else [prompt]
-    for inputs in chain(passes, _dummy_inputs(model)):
-        trace, missed = _recorded(model, inputs)
+    first: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt_pass is None else [prompt_pass]
+    for inputs in chain(first, _dummy_inputs(model)):
+        trace, has_unused = _trace_pass(model, inputs)
         traces.append(trace)
-        if trace.complete and not missed:
+        if trace.complete and not has_unused:
             break
     if not any(trace.complete for trace in traces):
         logger.info("the order of layers is taken from their names, as far as no pass recorded it")
-    traces.sort(key=lambda r: (r.complete, len({use.tensor for use in r.uses})), reverse=True)
+    traces.sort(
+        key=lambda each: (each.complete, len({use.tensor for use in each.uses})), reverse=True
+    )
     return traces
 
 
-def _recorded(
+def _trace_pass(
     root: Any, inputs: PromptPass | dict[str, torch.Tensor]
 ) -> tuple[ExecutionTrace, bool]:
-    """A trace of the pass with ``inputs``, and whether it left out any weight."""
+    """The trace of the pass with ``inputs``, and whether it has not used all weights."""
     clone = clone_modules(root)
     events: list[ModuleCall | WeightUse] = []
-    tracing = _with_tracing_parameters(clone, events)
+    weights = _install_tracing(clone, events)
     complete = True
     try:
         if isinstance(inputs, PromptPass):
-            with torch.no_grad(), inputs.watched():
-                inputs.done(clone(**inputs.inputs))
+            with torch.no_grad(), inputs.counting():
+                inputs.finish(clone(**inputs.inputs))
         else:
             with torch.no_grad(), on_meta(), FakeValues():
                 clone(**inputs)
-    except Exception as error:  # noqa: BLE001 - whatever a model does with inputs made up for it
+    except Exception as error:  # noqa: BLE001 - a model may raise anything for made-up inputs
         logger.debug("no forward pass on the meta device: %s", error)
         complete = False
     trace = ExecutionTrace(complete=complete, events=tuple(events))
-    return trace, tracing > len({use.tensor for use in trace.uses})
+    return trace, weights > len({use.tensor for use in trace.uses})
 
 
-def _with_tracing_parameters(root: nn.Module, events: list[ModuleCall | WeightUse]) -> int:
-    """Record calls and uses of ``root``, a clone, in ``events``; returns how many weights there are."""
-    under_way: list[str] = []
-    tracing = 0
+def _install_tracing(root: nn.Module, events: list[ModuleCall | WeightUse]) -> int:
+    """Record the calls and uses of ``root``, a clone, in ``events``; returns how many weights there are."""
+    call_stack: list[str] = []
+    weights = 0
     for path, module in root.named_modules(remove_duplicate=False):
 
         def before(_module: nn.Module, _args: Any, path: str = path) -> None:
-            events.append(ModuleCall(path, tuple(under_way)))
-            under_way.append(path)
+            events.append(ModuleCall(path, tuple(call_stack)))
+            call_stack.append(path)
 
         def after(_module: nn.Module, _args: Any, _output: Any) -> None:
-            under_way.pop()
+            call_stack.pop()
 
         # The hook tables are copies of the original's, so these hooks go with the clone.
         module.register_forward_pre_hook(before)
@@ -128,41 +131,42 @@ def _with_tracing_parameters(root: nn.Module, events: list[ModuleCall | WeightUs
                     table[name] = tensor.to("meta")
                     continue
 
-                def touched(
+                def record_use(
                     func: Any, first: bool, tensor: str = f"{path}.{name}" if path else name
                 ) -> None:
                     events.append(
                         WeightUse(
                             tensor=tensor,
-                            within=tuple(under_way),
+                            within=tuple(call_stack),
                             looks_up=func is _aten.embedding.default,
                             writes=first and func._schema.is_mutable,  # noqa: SLF001 - no public way to ask
                         )
                     )
 
-                table[name] = _TracingParameter(tensor, touched)
-                tracing += 1
-    return tracing
+                table[name] = _TracingParameter(tensor, record_use)
+                weights += 1
+    return weights
 
 
 class _TracingParameter(nn.Parameter):
-    """A weight without data that records what computes with it."""
+    """A weight without data that records the operations that use it."""
 
-    twin: torch.Tensor
-    touched: Callable[[Any, bool], None]
+    meta_tensor: torch.Tensor
+    record_use: Callable[[Any, bool], None]
+    """Takes an operation, and whether the weight is its first argument."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
 
     @staticmethod
     def __new__(
-        cls: type[Self], tensor: torch.Tensor, touched: Callable[[Any, bool], None]
+        cls: type[Self], tensor: torch.Tensor, record_use: Callable[[Any, bool], None]
     ) -> Self:
-        """A stand-in for ``tensor``, a meta tensor."""
-        spy: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's own idiom
+        """A parameter in place of ``tensor``, a meta tensor."""
+        parameter: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's own idiom
             cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
-        spy.twin, spy.touched = tensor.detach(), touched
-        return spy
+        parameter.meta_tensor, parameter.record_use = tensor.detach(), record_use
+        return parameter
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -172,34 +176,34 @@ class _TracingParameter(nn.Parameter):
         if func in {_aten.detach.default, _aten.alias.default}:
             return args[0]
 
-        def unwrapped(leaf: Any) -> Any:
+        def unwrap(leaf: Any) -> Any:
             if not isinstance(leaf, cls):
                 return leaf
-            leaf.touched(func, leaf is args[0])
-            return leaf.twin
+            leaf.record_use(func, leaf is args[0])
+            return leaf.meta_tensor
 
-        result = func(*pytree.tree_map(unwrapped, args), **pytree.tree_map(unwrapped, kwargs or {}))
+        result = func(*pytree.tree_map(unwrap, args), **pytree.tree_map(unwrap, kwargs or {}))
         if func.is_view and isinstance(args[0], cls):
             # Computing with a view after the module that made it has returned needs the weight too.
-            touched = args[0].touched
-            return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, touched), result)
+            record_use = args[0].record_use
+            return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, record_use), result)
         return result
 
 
 def _dummy_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs that a forward pass of ``model`` may accept, on the meta device; the fullest first."""
+    """Inputs that a forward pass of ``model`` may accept, on the meta device; those with most arguments first."""
     config = model.config
     accepted = inspect.signature(model.forward).parameters
     vision = getattr(config, "vision_config", None) or config
     sizes = [getattr(vision, name, None) for name in ("image_size", "input_size", "img_size")]
     size = next((size for size in sizes if isinstance(size, (int, list, tuple))), 224)
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    channels = _number(vision, "num_channels", 3)
-    mel = _number(config, "num_mel_bins", 80)
-    frames = 2 * _number(config, "max_source_positions", 1500)
+    channels = _int_setting(vision, "num_channels", 3)
+    mel_bins = _int_setting(config, "num_mel_bins", 80)
+    frames = 2 * _int_setting(config, "max_source_positions", 1500)
     shapes = {
         "pixel_values": (1, channels, height, width),
-        "input_features": (1, mel, frames),
+        "input_features": (1, mel_bins, frames),
         "input_values": (1, 16000),
     }
     tokens = torch.ones((1, 8), dtype=torch.long, device="meta")
@@ -207,29 +211,31 @@ def _dummy_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     decoder = {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         decoder = {"decoder_input_ids": tokens}
-    signals = {
+    media = {
         name: torch.ones(shape, dtype=model.dtype, device="meta")
         for name, shape in shapes.items()
         if name in accepted
     }
     seen = set()
     for inputs in (
-        {**text, **decoder, **signals},
+        {**text, **decoder, **media},
         {**text, **decoder},
-        {**signals, **decoder},
-        signals,
+        {**media, **decoder},
+        media,
         text,
-        {**_on_meta(model.dummy_inputs), **decoder},
+        {**_to_meta(model.dummy_inputs), **decoder},
     ):
         if inputs and frozenset(inputs) not in seen:
             seen.add(frozenset(inputs))
             yield inputs
 
 
-def _number(config: Any, name: str, default: int) -> int:
+def _int_setting(config: Any, name: str, default: int) -> int:
     value = getattr(config, name, None)
     return value if isinstance(value, int) else default
 
 
-def _on_meta(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {k: v.to("meta") for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+def _to_meta(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: value.to("meta") for name, value in inputs.items() if isinstance(value, torch.Tensor)
+    }

@@ -1,8 +1,7 @@
 """Embedding tables whose rows are read from the file when they are looked up.
 
-A token needs one row of a table that may have a quarter of a million. Streaming the whole table for
-it would cost more than a decoder block; reading the row costs a few KiB, and finds the common ones
-in the page cache.
+A token needs one row of a table that may have a quarter of a million. Streaming the whole table for it would cost more
+than a decoder block; reading the row costs a few KiB, and common rows are in the page cache.
 """
 
 import math
@@ -18,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from layerstream.stages.errors import ClosedError, ModelError, ReadError
 
-__all__ = ["WHOLE_BYTES", "GatheredTable", "TableSource", "congruent"]
+__all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
 
 # Buffer for rows between the file and the result: enough for common prompts in one piece, and small compared with
 # any slot.
 _SCRATCH_BYTES = 4 << 20
 
-# Small tables may be used in any way, such as slices of learned positions: they are read whole quickly.
-WHOLE_BYTES = 16 << 20
+# Weights up to this size may be used in any way (slices of learned positions): they are quickly read whole.
+SMALL_WEIGHT_BYTES = 16 << 20
 
 # The widest vectors of today's processors: kernels treat what precedes such a boundary separately.
 _VECTOR_BYTES = 64
@@ -36,8 +35,8 @@ _aten = torch.ops.aten
 class TableSource:
     """A weight file that rows are read from, by any number of threads; owns its descriptor.
 
-    Reads go through the page cache, unlike those of the layers: rows are far smaller than what
-    O_DIRECT takes, and the same ones come again and again.
+    Reads go through the page cache, unlike those of the layers: rows are far smaller than the blocks of O_DIRECT, and
+    the same ones are read again and again.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,7 +46,7 @@ class TableSource:
         except OSError as exc:
             raise ReadError(f"{self._path} cannot be opened: {exc.strerror}.") from exc
         self._lock = threading.Lock()
-        self._reads = 0
+        self._active_reads = 0
         self._closed = False
 
     @property
@@ -59,13 +58,13 @@ class TableSource:
         """Fill each buffer with the bytes at its offset in the file.
 
         Raises:
-            ReadError: The file ends before, or cannot be read.
+            ReadError: The file is too short, or cannot be read.
             ClosedError: The source has been closed.
         """
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._path} was closed with its model; open the model again.")
-            self._reads += 1
+            self._active_reads += 1
         try:
             # All spans are requested at once, so that the disk works on them in parallel.
             for offset, buffer in spans:
@@ -76,8 +75,8 @@ class TableSource:
             raise ReadError(f"{self._path} cannot be read: {exc.strerror}.") from exc
         finally:
             with self._lock:
-                self._reads -= 1
-                self._release()
+                self._active_reads -= 1
+                self._close_when_idle()
 
     def _read(self, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -95,11 +94,11 @@ class TableSource:
         """Refuse further reads. The descriptor is closed when the last read in progress ends."""
         with self._lock:
             self._closed = True
-            self._release()
+            self._close_when_idle()
 
-    def _release(self) -> None:
-        # The number of a descriptor that is closed during a read may already stand for another file.
-        if self._closed and not self._reads and self._descriptor >= 0:
+    def _close_when_idle(self) -> None:
+        # Closed during a read, the descriptor's number might already belong to another file.
+        if self._closed and not self._active_reads and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -120,14 +119,14 @@ class GatheredTable(torch.nn.Parameter):
 
     To torch it is a parameter of the table's shape (rows, width), dtype and device. Looking rows up gives the same
     bits as a table in memory, on the device of the indices. Any other computation reads the whole table if it is
-    small, and raises a `ModelError` otherwise.
+    small, and raises a ``ModelError`` otherwise.
     """
 
     _source: TableSource
     _offset: int
 
-    # torch's functions run as they are, down to the operations that __torch_dispatch__ sees. So
-    # metadata is torch's own, and nothing computes with the table without being seen.
+    # torch's functions run unchanged, down to the operations that __torch_dispatch__ gets. So metadata is torch's own,
+    # and every computation with the table arrives there.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
 
     @staticmethod
@@ -140,7 +139,7 @@ class GatheredTable(torch.nn.Parameter):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """Make a table whose rows are contiguous in the source, from byte `offset` on."""
+        """Make a table whose rows are contiguous in the source, from byte ``offset`` on."""
         if len(shape) != 2:  # noqa: PLR2004 - rows and width
             raise ModelError(
                 f"An embedding table has rows and a width, not the shape {tuple(shape)}."
@@ -167,19 +166,20 @@ class GatheredTable(torch.nn.Parameter):
         if func in {_aten.detach.default, _aten.alias.default}:
             return args[0]
 
-        def whole(leaf: Any) -> Any:
+        def read_whole(leaf: Any) -> Any:
             if not isinstance(leaf, cls):
                 return leaf
-            if leaf.nbytes > WHOLE_BYTES or (func._schema.is_mutable and leaf is args[0]):  # noqa: SLF001 - no public way
+            is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
+            if leaf.nbytes > SMALL_WEIGHT_BYTES or is_written:
                 raise _refusal(str(func))
             # transformers computes with the bytes in the mapped file, and some kernels give other bits at other
             # addresses modulo the widest vectors.
-            found = congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
-            return leaf._read(list(range(leaf.shape[0])), found).to(leaf.device)  # noqa: SLF001
+            table = empty_congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
+            return leaf._read(list(range(leaf.shape[0])), table).to(leaf.device)  # noqa: SLF001
 
-        return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs or {}))
+        return func(*pytree.tree_map(read_whole, args), **pytree.tree_map(read_whole, kwargs or {}))
 
-    # These three would give access to the table's memory, which does not exist.
+    # The next three would give access to the table's memory, which does not exist.
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise _refusal("pickle or copy")
@@ -188,32 +188,34 @@ class GatheredTable(torch.nn.Parameter):
         raise _refusal("dlpack")
 
     def share_memory_(self) -> Any:
-        """Refuse."""
+        """Refuse; a table has no memory to share."""
         raise _refusal("share_memory_")
 
     def _gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """The rows at `indices`, of shape (*indices.shape, width)."""
+        """The rows at ``indices``, of shape (*indices.shape, width)."""
         rows, width = self.shape
         if indices.dtype not in {torch.int32, torch.int64}:
-            return torch.embedding(torch.empty((0, width)), indices.cpu())  # torch's own refusal
-        wanted, places = torch.unique(indices.cpu(), return_inverse=True)
-        if wanted.numel() and not 0 <= int(wanted[0]) <= int(wanted[-1]) < rows:
+            return torch.embedding(
+                torch.empty((0, width)), indices.cpu()
+            )  # raises torch's own error
+        unique, positions = torch.unique(indices.cpu(), return_inverse=True)
+        if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < rows:
             raise IndexError(f"index out of range in self: the table has {rows} rows")
         device = indices.device
         result = torch.empty((*indices.shape, width), dtype=self.dtype, device=device)
         step = max(1, _SCRATCH_BYTES // max(1, width * self.element_size()))
-        for first in range(0, wanted.numel(), step):
-            found = self._read(wanted[first : first + step].tolist())
-            here = (places >= first) & (places < first + step)
-            result[here.to(device)] = found.to(device)[(places[here] - first).to(device)]
+        for first in range(0, unique.numel(), step):
+            chunk = self._read(unique[first : first + step].tolist())
+            in_chunk = (positions >= first) & (positions < first + step)
+            result[in_chunk.to(device)] = chunk.to(device)[(positions[in_chunk] - first).to(device)]
         return result
 
-    def _read(self, rows: list[int], found: torch.Tensor | None = None) -> torch.Tensor:
-        """The given rows, in ascending order, on the CPU; in `found`, if that is given."""
-        if found is None:
-            found = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
-        octets: Any = found.view(torch.uint8).numpy()
-        buffer = memoryview(octets).cast("B")
+    def _read(self, rows: list[int], result: torch.Tensor | None = None) -> torch.Tensor:
+        """Read the given rows, in ascending order, on the CPU; into ``result``, if that is given."""
+        if result is None:
+            result = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
+        raw_bytes: Any = result.view(torch.uint8).numpy()
+        buffer = memoryview(raw_bytes).cast("B")
         stride = self.shape[1] * self.element_size()
         spans: list[tuple[int, memoryview]] = []
         begin = 0
@@ -223,21 +225,21 @@ class GatheredTable(torch.nn.Parameter):
                 spans.append((self._offset + rows[begin] * stride, span))
                 begin = end
         self._source.read_into(spans)
-        return found
+        return result
 
 
-def congruent(shape: Sequence[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
-    """An empty tensor whose address is that of a byte at `offset` of a mapped file, modulo 64."""
+def empty_congruent(shape: Sequence[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """An empty tensor whose address equals that of a byte at ``offset`` of a mapped file, modulo 64."""
     nbytes = math.prod(shape) * dtype.itemsize
-    room = torch.empty(nbytes + _VECTOR_BYTES, dtype=torch.uint8)
-    skip = (offset - room.data_ptr()) % _VECTOR_BYTES
-    if skip % dtype.itemsize:  # such files are copied before they are computed with
+    memory = torch.empty(nbytes + _VECTOR_BYTES, dtype=torch.uint8)
+    skip = (offset - memory.data_ptr()) % _VECTOR_BYTES
+    if skip % dtype.itemsize:  # misaligned tensors of a file are copied before they are used
         return torch.empty(shape, dtype=dtype)
-    return room[skip : skip + nbytes].view(dtype).view(shape)
+    return memory[skip : skip + nbytes].view(dtype).view(shape)
 
 
-def _refusal(what: str) -> ModelError:
+def _refusal(operation: str) -> ModelError:
     return ModelError(
-        f"The model uses its embedding table in a way ({what}) that takes the whole table, which "
+        f"The model uses its embedding table in a way ({operation}) that takes the whole table, which "
         "is left in its file; let the table stream with its layer instead."
     )

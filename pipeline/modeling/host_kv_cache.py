@@ -11,26 +11,27 @@ from layerstream.stages.errors import PlanError
 
 __all__ = ["check_host_cache", "with_host_cache"]
 
-_ARGUMENT = "past_key_values"
-# What says nothing: checkpoints of models with sliding windows ask for the last, which ``generate`` takes for unset.
-_NO_OTHER = ("hybrid",)
+_CACHE_ARGUMENT = "past_key_values"
+# ``generate`` takes this kind of cache, which checkpoints of models with sliding windows name, for unset.
+_UNSET_IMPLEMENTATIONS = ("hybrid",)
 
 
 @functools.cache
-def _kind() -> Any:
+def _host_cache_class() -> Any:
     from transformers import DynamicCache
 
     class HostCache(DynamicCache):
-        """transformers' cache of growing tensors, whose layers come to the device and go again, one at a time.
+        """transformers' cache of growing tensors, whose layers are on the device one at a time.
 
-        transformers has an offloaded cache of its own. It waits for the device's default stream, where a request of
+        transformers has an offloaded cache of its own. It waits for the device's default stream, while a request of
         ours may compute on another; that of 5.17 may overwrite prefetched tensors while they are read (5.23 waits);
-        and it keeps what it offloads in page-locked blocks, each rounded up to a power of two. So a layer is moved
-        here by the thread that computes, on its own stream, from and to memory of just the size that is priced. It
-        waits for that: a step takes longer by twice the cache over the bandwidth of pageable copies.
+        and it keeps what it offloads in page-locked blocks, each rounded up to a power of two. So here the computing
+        thread moves a layer, on its own stream, from and to memory of exactly the size that is reserved. It waits for
+        the copies: a step takes longer by twice the cache over the bandwidth of pageable copies.
         """
 
-        on_host = True  # by which requests are priced
+        on_host = True
+        """Tells the estimate of a request's memory where its cache is."""
 
         def update(
             self,
@@ -40,19 +41,19 @@ def _kind() -> Any:
             *args: Any,
             **kwargs: Any,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            """The keys and values of the layer with the new ones, on their device; what is kept is on the host."""
+            """The layer's keys and values with the new ones, on their device; the cache keeps them on the host."""
             layers: list[Any] = self.layers
             for layer in layers[layer_idx : layer_idx + 1]:
                 if layer.is_initialized:
-                    _move(layer, key_states.device)
+                    _move_layer(layer, key_states.device)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            _move(layers[layer_idx], torch.device("cpu"))
+            _move_layer(layers[layer_idx], torch.device("cpu"))
             return states
 
     return HostCache
 
 
-def _move(layer: Any, device: torch.device) -> None:
+def _move_layer(layer: Any, device: torch.device) -> None:
     layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
 
 
@@ -60,11 +61,15 @@ def check_host_cache(module: Any) -> None:
     """Refuse a model whose cache cannot live on the host.
 
     Raises:
-        PlanError: It has one of another kind, or a part that its layers do not ask for by ``update``.
+        PlanError: Its cache is of another kind, or has a part that its layers do not get by ``update``.
     """
     config: Any = getattr(module, "config", None)
     supports = getattr(module, "_supports_default_dynamic_cache", lambda: False)()
-    if not supports or config.is_encoder_decoder or any(_kind()(config=config).is_linear):
+    if (
+        not supports
+        or config.is_encoder_decoder
+        or any(_host_cache_class()(config=config).is_linear)
+    ):
         raise PlanError(
             f"the VRAM budget cannot hold the KV cache, and that of {type(module).__name__} cannot live on the "
             "host (it is no cache of attention alone); raise the VRAM budget, or ask for fewer tokens at a time"
@@ -72,27 +77,29 @@ def check_host_cache(module: Any) -> None:
 
 
 def with_host_cache(
-    module: Any, what: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    module: Any, method: str, inputs: Sequence[Any], named: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of a call with a cache in host RAM, unless it brings one, or wants none or another.
+    """The keyword arguments of a call, with a cache in host RAM unless they name another cache or none.
 
     Args:
         module: The transformers model.
-        what: "forward" or "generate".
+        method: "forward" or "generate".
         inputs: Positional arguments.
         named: Keyword arguments.
     """
-    given = by_name(getattr(module, what, None), inputs, named)
-    by_place = _ARGUMENT in given.keys() - named.keys()
-    kinds = (
-        GenerationSettings(module, given).said("cache_implementation") if what == "generate" else []
+    given = by_name(getattr(module, method, None), inputs, named)
+    by_position = _CACHE_ARGUMENT in given.keys() - named.keys()
+    implementations = (
+        GenerationSettings(module, given).values_of("cache_implementation")
+        if method == "generate"
+        else []
     )
-    other = any(kind not in _NO_OTHER for kind in kinds)
+    names_other = any(each not in _UNSET_IMPLEMENTATIONS for each in implementations)
     if (
-        by_place
-        or other
-        or given.get(_ARGUMENT) is not None
-        or not wants_cache(module, what, given)
+        by_position
+        or names_other
+        or given.get(_CACHE_ARGUMENT) is not None
+        or not wants_cache(module, method, given)
     ):
         return dict(named)
-    return {**named, _ARGUMENT: _kind()(config=module.config)}
+    return {**named, _CACHE_ARGUMENT: _host_cache_class()(config=module.config)}

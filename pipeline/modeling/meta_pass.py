@@ -1,39 +1,93 @@
-"""Forward passes on the meta device: what they compute has no values, and must not stay in the process."""
+"""Forward passes on the meta device: made-up values let them go on, and nothing of them stays in the process."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["on_meta"]
+__all__ = ["FakeValues", "on_meta"]
 
-# Two at once would put back each other's replacements, for good.
-_ONE_AT_A_TIME = threading.RLock()
+_aten = torch.ops.aten
+
+# A loop that waits for a value to change would never end.
+_MAX_FAKE_VALUES = 10_000
+
+# Two passes at once might leave each other's replacements in place for good.
+_META_PASS_LOCK = threading.RLock()
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What this thread makes in the block is on the meta device, and transformers remembers none of it.
+    """Make this thread's new tensors on the meta device, and keep transformers from caching any of them.
 
-    Models have functions that remember their results for the whole process (tables of relative positions), not always by
-    device. A meta tensor that is remembered gives wrong numbers in the passes that follow, and no error; those of a
-    model that somebody else has loaded, too.
+    Models have functions that cache their results for the whole process (tables of relative positions), not always by
+    device. A cached meta tensor gives wrong numbers without an error in later passes, those of models that other code
+    has loaded included.
     """
     from transformers import pytorch_utils
 
-    names: Any = pytorch_utils
+    module: Any = pytorch_utils
     thread = threading.get_ident()
-    with _ONE_AT_A_TIME, torch.device("meta"):
-        original = names.is_torchdynamo_compiling
+    with _META_PASS_LOCK, torch.device("meta"):
+        original = module.is_torchdynamo_compiling
 
-        def forgets() -> bool:
+        def is_compiling() -> bool:
             return threading.get_ident() == thread or bool(original())
 
-        # What transformers asks before it remembers anything.
-        names.is_torchdynamo_compiling = forgets
+        # transformers caches nothing while this is true.
+        module.is_torchdynamo_compiling = is_compiling
         try:
             yield
         finally:
-            names.is_torchdynamo_compiling = original
+            module.is_torchdynamo_compiling = original
+
+
+class FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes up the values that a model reads from tensors, so that a pass on the meta device goes on.
+
+    Args:
+        padded: Whether sequences of the batch have different lengths: then a mask is not true everywhere.
+    """
+
+    def __init__(self, *, padded: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._values_left = _MAX_FAKE_VALUES
+        self._padded = padded
+        self._all_true: weakref.ref[torch.Tensor] | None = None
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make up the result of an operation that needs values."""
+        if func in {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default}:  # noqa: SLF001
+            self._values_left -= 1
+            if self._values_left < 0:
+                raise RuntimeError("the model keeps asking for values")
+            tensor = args[0]
+            if func is _aten.nonzero.default:  # every element is taken for true
+                shape = (tensor.numel(), tensor.dim())
+                return torch.empty(shape, dtype=torch.long, device="meta")
+            if func is _aten.equal.default or tensor.dtype is torch.bool:
+                return self._all_true is None or tensor is not self._all_true()
+            return 1.0 if tensor.is_floating_point() else 1
+        if func is _aten._grouped_mm.default and args[0].is_meta:  # noqa: SLF001
+            return _grouped_mm(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        # transformers also compares the sum of a mask with the number of its elements.
+        if self._padded and (
+            func is _aten.all.default or (func is _aten.eq.Scalar and not args[0].dim())
+        ):
+            self._all_true = weakref.ref(result)
+        return result
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """The product of experts: on the meta device torch takes bfloat16 only, while its kernels take other dtypes too."""
+    in_bfloat16 = [
+        each.bfloat16() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for each in args
+    ]
+    result: torch.Tensor = func(*in_bfloat16, **kwargs)
+    return result if kwargs.get("out_dtype") else result.to(args[0].dtype)

@@ -1,13 +1,11 @@
 """A transformers model on the meta device, and what each of its weights is made from.
 
-transformers' own `from_pretrained` is run with `Tracer`s in place of the checkpoint's tensors. So the module tree, the
-renames and conversions of the checkpoint, the ties between parameters and the values that are no weights (rotary
+transformers' own ``from_pretrained`` runs with ``Tracer``s in place of the checkpoint's tensors. So the module tree,
+the renames and conversions of the checkpoint, the ties between parameters and the values that are not weights (rotary
 frequencies, position ids) are exactly those of transformers, for every architecture, and no weights are read.
 """
 
-import re
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,25 +17,20 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.checkpoint_mismatch import refuse_mismatch
 from layerstream.pipeline.modeling.config import load_config, resolve_model_class, summary_of
-from layerstream.pipeline.modeling.recipes import Recipe, SourcePiece, Tracer
+from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.stages.errors import ModelError
 
-__all__ = [
-    "Recipe",
-    "SourcePiece",
-    "TracedModel",
-    "load_config",
-    "resolve_model_class",
-    "trace_model",
-]
+__all__ = ["TracedModel", "load_config", "resolve_model_class", "trace_model"]
 
 # While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
-# at once might restore each other's replacements, for good.
-_ONE_AT_A_TIME = threading.Lock()
+# at once might leave each other's replacements in place for good.
+_LOADING_LOCK = threading.Lock()
 
-# Arguments that decide where or how weights are loaded, which is decided here.
-_PLACEMENT = frozenset(
+# Arguments that decide where or how weights are loaded, which is decided here instead.
+_PLACEMENT_ARGUMENTS = frozenset(
     {
         "device_map",
         "device_mesh",
@@ -61,15 +54,14 @@ class TracedModel:
     """A model without weights, and how to make them."""
 
     module: Any
-    """The `PreTrainedModel`, in eval mode. What has a recipe is on the meta device; everything else
-    (buffers that are never stored, parameters that transformers computes) has its values, on the
-    CPU."""
+    """The ``PreTrainedModel``, in eval mode. Tensors with a recipe are on the meta device; all others (buffers that are
+    never stored, parameters that transformers computes) have their values, on the CPU."""
     recipes: Mapping[str, Recipe]
     """For each parameter and persistent buffer, under the first of its names in the module."""
     aliases: Mapping[str, str]
-    """Further names of tied parameters, and the name in `recipes` that each stands for."""
+    """Further names of tied parameters, each with the name in ``recipes`` that it stands for."""
     unused: tuple[str, ...]
-    """The checkpoint's tensors that the model has no use for."""
+    """The checkpoint's tensors that the model does not use."""
 
 
 def trace_model(
@@ -80,20 +72,20 @@ def trace_model(
     dtype: torch.dtype | str = "auto",
     **kwargs: Any,
 ) -> TracedModel:
-    """Build a model as `model_class.from_pretrained(folder)` would, without its weights.
+    """Build a model as ``model_class.from_pretrained(folder)`` would, without its weights.
 
     Args:
         checkpoint: The weight files; only their headers are needed.
-        config: The model's config, from `load_config`. It is not changed.
-        model_class: From `resolve_model_class`.
-        dtype: As in from_pretrained; "auto" is the config's, or else the checkpoint's.
+        config: The model's config, from ``load_config``. It is not changed.
+        model_class: From ``resolve_model_class``.
+        dtype: As in from_pretrained; "auto" is the config's, else the checkpoint's.
         kwargs: Other arguments of from_pretrained, such as attn_implementation.
 
     Raises:
-        ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes;
-            or the model is quantised, or cannot be built.
+        ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes; or the model is
+            quantised, or cannot be built.
     """
-    if refused := sorted(_PLACEMENT & kwargs.keys()):
+    if refused := sorted(_PLACEMENT_ARGUMENTS & kwargs.keys()):
         raise ModelError(
             f"{', '.join(refused)} cannot be set for a streamed model: where its weights are is up "
             "to its plan, and their precision to dtype=."
@@ -119,17 +111,17 @@ def trace_model(
 
 def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any) -> Any:
     """Let transformers load a model whose parameters are tracers."""
-    # If the config names no dtype, the first tensor's counts; transformers goes file by file.
+    # If the config names no dtype, the first tensor's is used; transformers goes file by file.
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.name))
     tracers = {
         info.name: Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
         for info in infos
     }
-    with _ONE_AT_A_TIME, _without_progress_bar():
-        loader = _loader(model_class, checkpoint)
+    with _LOADING_LOCK, _without_progress_bar():
+        loader = _loader_class(model_class, checkpoint)
         try:
             module = loader.from_pretrained(None, state_dict=tracers, **kwargs)
-            _finish(module, checkpoint.path)
+            _finish_loading(module, checkpoint.path)
         except ModelError:
             raise
         except Exception as exc:
@@ -141,14 +133,13 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
     return module
 
 
-def _loader(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
-    """A throw-away subclass that refuses a wrong checkpoint before it costs anything.
+def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
+    """A temporary subclass that refuses a wrong checkpoint before memory is allocated.
 
-    from_pretrained calls `_finalize_model_loading` between matching names and allocating,
-    initialising and tying what the checkpoint lacks; an override is the only place where a wrong
-    checkpoint of 140 GB can be refused before 140 GB are allocated. transformers knows classes by
-    name and module (conversions, recorded outputs, custom code), so the subclass has those of the real
-    class; afterwards the model becomes an instance of the real class.
+    from_pretrained calls ``_finalize_model_loading`` between matching names and allocating, initialising and tying what
+    the checkpoint lacks; an override is the only place where a wrong checkpoint of 140 GB can be refused before 140 GB
+    are allocated. transformers looks classes up by name and module (conversions, recorded outputs, custom code), so the
+    subclass has those of the real class; afterwards the model becomes an instance of the real class.
     """
     original = getattr(model_class, "_finalize_model_loading", None)
     if original is None:
@@ -157,87 +148,31 @@ def _loader(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
             "install one that layerstream's constraints name."
         )
 
-    def checked(model: Any, load_config: Any, found: Any) -> Any:
-        _refuse_conversion_errors(found, checkpoint, model)
-        _refuse_mismatches(found, checkpoint, model)
-        _refuse_missing(found, checkpoint, model)
-        # Tied here first, a parameter stored under the other of its names only is not allocated.
-        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    def check_and_finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
+        refuse_mismatch(loading_info, checkpoint, model)
+        # Tied here first, a parameter that is stored only under its other name is not allocated.
+        model.tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)
         # transformers would log a table of what is in TracedModel.unused.
-        found.unexpected_keys.clear()
-        return original(model, load_config, found)
+        loading_info.unexpected_keys.clear()
+        return original(model, load_config, loading_info)
 
     names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(
         model_class.__name__,
         (model_class,),
-        {**names, "_finalize_model_loading": staticmethod(checked)},
+        {**names, "_finalize_model_loading": staticmethod(check_and_finalize)},
     )
 
 
-def _refuse_conversion_errors(found: Any, checkpoint: Checkpoint, model: Any) -> None:
-    for name, report in found.conversion_errors.items():
-        # A traceback, the exception once more, and a line that begins with "Error".
-        cause = report.rpartition("\nError")[0].strip().rpartition("\n")[2]
-        raise ModelError(
-            f"The tensors of {checkpoint.path} for {name} of {type(model).__name__} do not fit "
-            f"together ({cause}); check that config.json belongs to these weights."
-        )
-
-
-def _refuse_mismatches(found: Any, checkpoint: Checkpoint, model: Any) -> None:
-    for name, stored, expected in sorted(found.mismatched_keys):
-        shape = tuple(stored)
-        alike = (
-            info
-            for info in checkpoint.tensors.values()
-            if tuple(info.shape) == shape and (info.name.endswith(name) or name.endswith(info.name))
-        )
-        info = next(alike, None)
-        where = (
-            f"in {checkpoint.files[info.file].path} it is {info.name}, "
-            if info
-            else f"in {checkpoint.path} it is "
-        )
-        raise ModelError(
-            f"{name} of {type(model).__name__} has shape {tuple(expected)}, but {where}{shape}; "
-            "check that config.json belongs to these weights "
-            f"({len(found.mismatched_keys)} shapes disagree)."
-        )
-
-
-def _refuse_missing(found: Any, checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse missing weights, which transformers would fill with random numbers and a warning."""
-    ties: defaultdict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items():
-        ties[source] |= {target, source}
-    stored = (names for names in ties.values() if names - found.missing_keys)
-    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")  # noqa: SLF001
-    missing = [
-        name
-        for name in sorted(found.missing_keys.difference(*stored))
-        if not optional.search(name)
-        # A module that the model holds twice has been loaded under its other name.
-        and not getattr(model.get_parameter_or_buffer(name), "_is_hf_initialized", False)
-    ]
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004
-        raise ModelError(
-            f"{checkpoint.path} lacks {len(missing)} of the {len(model.state_dict())} tensors that "
-            f"{type(model).__name__} needs ({some}); fetch the missing files, or pass a "
-            "model_class= that these weights are for."
-        )
-
-
-def _finish(module: Any, path: Path) -> None:
-    """Do what from_pretrained does only if it is given a folder."""
+def _finish_loading(module: Any, path: Path) -> None:
+    """Do what from_pretrained does only for a folder: set the model's name, and read its generation config."""
     folder = path if path.is_dir() else path.parent
     unnamed = module.name_or_path
     for part in module.modules():
         if getattr(part, "name_or_path", None) == unnamed:
             part.name_or_path = part.config.name_or_path = str(folder)
-    described = any((folder / f"{kind}config.json").is_file() for kind in ("", "generation_"))
-    if module.can_generate() and described:
+    has_config = any((folder / f"{kind}config.json").is_file() for kind in ("", "generation_"))
+    if module.can_generate() and has_config:
         module.adjust_generation_fn(
             generation_config=None,
             from_auto_class=False,
@@ -255,10 +190,10 @@ def _finish(module: Any, path: Path) -> None:
 
 
 def _take_recipes(module: torch.nn.Module) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Put plain meta tensors where loading left tracers."""
+    """Replace the tracers that loading has left by plain meta tensors; returns recipes and aliases."""
     recipes: dict[str, Recipe] = {}
     aliases: dict[str, str] = {}
-    placed: dict[int, tuple[str, torch.Tensor]] = {}
+    replaced: dict[int, tuple[str, torch.Tensor]] = {}
     named = chain(
         module.named_parameters(remove_duplicate=False),
         module.named_buffers(remove_duplicate=False),
@@ -270,8 +205,8 @@ def _take_recipes(module: torch.nn.Module) -> tuple[dict[str, Recipe], dict[str,
                     f"transformers left {name} of {type(module).__name__} without values"
                 )
             continue
-        if id(tensor) in placed:
-            aliases[name], empty = placed[id(tensor)]
+        if id(tensor) in replaced:
+            aliases[name], empty = replaced[id(tensor)]
         else:
             recipes[name] = Recipe.of(name, tensor)
             empty = torch.empty_strided(
@@ -279,16 +214,16 @@ def _take_recipes(module: torch.nn.Module) -> tuple[dict[str, Recipe], dict[str,
             )
             if isinstance(tensor, torch.nn.Parameter):
                 empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            placed[id(tensor)] = name, empty
+            replaced[id(tensor)] = name, empty
         owner, _, leaf = name.rpartition(".")
-        # Not owner._parameters[leaf]: recurrent modules keep a list of their parameters besides.
+        # Not owner._parameters[leaf]: recurrent modules also keep a list of their parameters.
         setattr(module.get_submodule(owner), leaf, empty)
     return recipes, aliases
 
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Show no progress bar while this thread loads; other threads keep theirs."""
+    """Show no progress bar of this thread; other threads keep theirs."""
     from transformers.utils import logging
 
     thread = threading.get_ident()

@@ -1,1 +1,1 @@
-"""Checkpoint + machine + workload + budget -> plan. Pure: no file and no device is touched."""
+"""Checkpoint + machine + workload + budget -> plan. Pure: no I/O."""

@@ -82,7 +82,7 @@ class _Search:
     def _fitting(self) -> list[PricedCandidate]:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
         # The same with cells for all experts of a token, instead of one.
-        for kv_on_host, cells, leaves_overhead in itertools.product(
+        for kv_on_host, cells, with_overhead in itertools.product(
             self._kv_places(), self._fewest_cells(), (True, False)
         ):
             found = [
@@ -91,7 +91,7 @@ class _Search:
                 for candidate in self._of_placer(
                     self._placer(reader, kv_on_host=kv_on_host, cells=cells),
                     cells,
-                    leaves_overhead=leaves_overhead,
+                    with_overhead=with_overhead,
                 )
             ]
             if found:
@@ -141,11 +141,11 @@ class _Search:
         )
 
     def _of_placer(
-        self, placer: Placer, cells: ExpertCells, *, leaves_overhead: bool
+        self, placer: Placer, cells: ExpertCells, *, with_overhead: bool
     ) -> Iterator[PricedCandidate]:
         problem = self._problem
         priced = partial(self._priced, placer, self._cost_model(), cells)
-        spare = MemoryBytes(-problem.request_overhead_bytes if leaves_overhead else 0, 0)
+        spare = MemoryBytes(-problem.request_overhead_bytes if with_overhead else 0, 0)
         for size in self._sizes():
             batches = placer.batches(size, arenas=problem.arenas)
             for slots in self._slots(placer):

@@ -1,4 +1,4 @@
-"""One layer batch -> coalesced reads and places in its two images. Pure: no file is touched."""
+"""One layer batch -> coalesced reads and places in its two images. Pure: no I/O."""
 
 import re
 from bisect import bisect_right

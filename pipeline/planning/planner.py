@@ -1,4 +1,4 @@
-"""Checkpoint + Hardware + Workload + Budget -> Plan. Pure: no file and no device is touched.
+"""Checkpoint + Hardware + Workload + Budget -> Plan. Pure: no I/O.
 
 Every reasonable layer batch size, slot count and reader is fitted into the budgets (``placement``), and its time
 predicted (``cost_model``); the fastest is chosen. The plan also records its prediction and the alternatives.

@@ -89,7 +89,7 @@ def simulate(
 
 
 class _Ring:
-    """A simulated ``RingArena``: instead of waiting for slots, it tells the time at which they are free."""
+    """A simulated ``RingArena``: instead of waiting for slots, it returns the time at which they are free."""
 
     def __init__(self, nbytes: int) -> None:
         self._bytes = nbytes

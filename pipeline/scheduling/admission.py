@@ -11,66 +11,66 @@ __all__ = ["Admission", "Reservation"]
 
 
 class Reservation(Future[None]):
-    """A Future that is done when a request has its memory, and its place if it needs one.
+    """A Future that is done when a request has its memory, and a worker thread if it needs one.
 
     Wait for it in a thread with ``result()``, on the event loop with ``asyncio.wrap_future``.
 
     Args:
-        nbytes: The memory.
-        places: 1 or 0.
+        nbytes: The memory that it needs.
+        threads: The worker threads that it needs: 1 or 0.
     """
 
-    def __init__(self, nbytes: int, *, places: int) -> None:
+    def __init__(self, nbytes: int, *, threads: int) -> None:
         super().__init__()
         self.nbytes = nbytes
-        self.places = places
+        self.threads = threads
 
 
 class Admission:
-    """Grants memory for requests, and places in the threads of passes. For the event loop only.
+    """Grants memory and worker threads to requests. For the event loop only.
 
     A request has all of its memory from its beginning to its end, so that none fails half-way. Grants are made in
-    the order of asking: a small request that would fit does not overtake a large one that waits.
+    the order of the queue: a small request that would fit does not overtake a large one that waits.
 
     Args:
         memory_bytes: Memory for KV caches and activations of all requests together.
-        places: How many threads there are.
+        threads: The number of worker threads.
     """
 
-    def __init__(self, *, memory_bytes: int, places: int) -> None:
+    def __init__(self, *, memory_bytes: int, threads: int) -> None:
         self.memory_bytes = memory_bytes
         self.reserved_bytes = 0
-        self._places = places
+        self._free_threads = threads
         self._queue: deque[Reservation] = deque()
         self._granted: set[Reservation] = set()
         self._closed: str | None = None
 
     @property
     def waiting(self) -> int:
-        """How many reservations wait."""
+        """The number of reservations that wait."""
         return len(self._queue)
 
-    def ask(self, reservation: Reservation) -> None:
-        """Grant ``reservation`` when its turn comes; at once if there is memory and nobody waits."""
+    def enqueue(self, reservation: Reservation) -> None:
+        """Grant ``reservation`` when its turn comes; at once if there is memory and none waits."""
         if self._closed is not None:
             reservation.set_exception(ClosedError(self._closed))
             return
         self._queue.append(reservation)
         self._grant()
 
-    def give_back(self, reservation: Reservation) -> None:
-        """Release what ``reservation`` has, or remove it from the queue. May be called again."""
+    def release(self, reservation: Reservation) -> None:
+        """Free what ``reservation`` has, or remove it from the queue. May be called again."""
         if reservation in self._granted:
             self._granted.remove(reservation)
             self.reserved_bytes -= reservation.nbytes
-            self._places += reservation.places
+            self._free_threads += reservation.threads
         elif reservation in self._queue:
             self._queue.remove(reservation)
             reservation.cancel()
         self._grant()
 
     def resize(self, memory_bytes: int) -> None:
-        """Change the memory for all. What is granted stays; reservations that can never be granted fail."""
+        """Change the memory for all requests. What is granted stays; reservations that can never be granted fail."""
         self.memory_bytes = memory_bytes
         for waiting in [each for each in self._queue if each.nbytes > memory_bytes]:
             self._queue.remove(waiting)  # otherwise all behind it would wait for ever
@@ -93,7 +93,7 @@ class Admission:
             first = self._queue[0]
             if (
                 first.nbytes > self.memory_bytes - self.reserved_bytes
-                or first.places > self._places
+                or first.threads > self._free_threads
             ):
                 return
             self._queue.popleft()
@@ -101,5 +101,5 @@ class Admission:
                 continue
             self._granted.add(first)
             self.reserved_bytes += first.nbytes
-            self._places -= first.places
+            self._free_threads -= first.threads
             first.set_result(None)

@@ -1,4 +1,4 @@
-"""Work that is done between two sweeps."""
+"""Tasks that run between two sweeps."""
 
 import asyncio
 from collections import deque
@@ -16,7 +16,7 @@ class BetweenSweeps:
         self._queue: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of coroutines that wait."""
         return len(self._queue)
 
     def add(self, task: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
@@ -36,7 +36,7 @@ class BetweenSweeps:
             except asyncio.CancelledError:
                 self._queue.appendleft((task, done))  # ``fail`` will say why
                 raise
-            except Exception as error:  # noqa: BLE001 - of whatever kind, it is for the one who added the task
+            except Exception as error:  # noqa: BLE001 - of whatever kind, whoever added the task gets it
                 if not done.cancelled():
                     done.set_exception(error)
             else:
@@ -44,7 +44,7 @@ class BetweenSweeps:
                     done.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """Let all that wait fail because of ``error``."""
+        """Fail all that wait because of ``error``."""
         while self._queue:
             done = self._queue.popleft()[1]
             if not done.cancelled():

@@ -1,4 +1,4 @@
-"""Runs requests: each waits for its memory and a place, then computes in a thread, with its own clone of the model."""
+"""Runs requests: each waits for its memory, then computes in a thread, with its own clone of the model."""
 
 import asyncio
 import itertools
@@ -15,11 +15,11 @@ from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request import CLOSED, Method, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
-from layerstream.pipeline.scheduling.sampling_rng import drawing_from
+from layerstream.pipeline.scheduling.sampling_rng import sampling_from
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
-from layerstream.pipeline.scheduling.tokens import counted
+from layerstream.pipeline.scheduling.tokens import with_token_counter
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.process.libraries import LibraryMemory
@@ -31,16 +31,16 @@ __all__ = ["Engine"]
 class Engine:
     """Runs the requests of one model.
 
-    Requests of tasks on the event loop run in threads of ours, one for each place. Code that calls the drop-in
-    does so in a thread of its own, where its requests then run: they take memory, but no place.
+    Requests of tasks on the event loop run in worker threads. Code that calls the drop-in does so in a thread of its
+    own, where its requests then run: they take memory, but no worker thread.
 
     Args:
-        module: The transformers model; its hooks ask ``passes`` for the pass runner of their thread.
+        module: The transformers model; its hooks get the pass runner of their thread from ``passes``.
         scheduler: Makes the sweeps that requests take part in.
         device: Where computation runs.
-        estimator: Prices requests.
-        memory: For all requests together.
-        places: How many requests of tasks run at once.
+        estimator: Estimates the memory of requests.
+        memory: The memory for all requests together.
+        threads: The number of worker threads.
         cache_on_host: Requests that bring no KV cache get one in host RAM.
     """
 
@@ -52,7 +52,7 @@ class Engine:
         device: Device,
         estimator: Estimator,
         memory: RequestMemory,
-        places: int,
+        threads: int,
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
@@ -60,9 +60,9 @@ class Engine:
         self._scheduler = scheduler
         self._device = device
         self._estimator = estimator
-        self.requests = Requests(scheduler, memory_bytes=memory.nbytes, places=places)
+        self.requests = Requests(scheduler, memory_bytes=memory.nbytes, threads=threads)
         self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
-        self.threads = Threads("pass", places)
+        self.threads = Threads("pass", threads)
         self._leftovers = LibraryMemory()
         self._numbers = itertools.count(1)
 
@@ -86,9 +86,9 @@ class Engine:
         # The stream that is current now, so that computation is ordered with the caller's own work. When the
         # request is admitted, another one may be current on the event loop.
         stream = self._device.stream()
-        request = self._request(what, call, inputs, named, places=1)
+        request = self._request(what, call, inputs, named, threads=1)
         try:
-            self.requests.ask(request, request.reservation)
+            self.requests.enqueue(request, request.reservation)
             await asyncio.wrap_future(request.reservation)
             result = await self._run_admitted(request, stream)
         except BaseException as error:
@@ -98,7 +98,7 @@ class Engine:
         return result
 
     async def _run_admitted(self, request: Request, stream: Hashable) -> Any:
-        """Run an admitted request in a thread of ours, to its end even if the waiting task is cancelled."""
+        """Run an admitted request in a worker thread, to its end even if the waiting task is cancelled."""
         self.requests.started(request)
 
         def work() -> Any:
@@ -118,7 +118,7 @@ class Engine:
             if not future.cancel():
                 self._scheduler.cancel(request.runner)
                 await wait_all([future])
-                # Mark an error as retrieved: the task that was cancelled does not want it.
+                # Mark an error as retrieved: the task that was cancelled does not use it.
                 waiting.cancelled() or waiting.exception()
             raise
         finally:
@@ -130,14 +130,16 @@ class Engine:
         runner = request.runner
         runner.root = clone = clone_modules(self._module)
         try:
-            with self.passes.running(runner), drawing_from(request.generator):
+            with self.passes.running(runner), sampling_from(request.generator):
                 torch_device = self._device.torch_device
-                here = [_moved(each, torch_device) for each in request.inputs]
-                named = {name: _moved(each, torch_device) for name, each in request.named.items()}
-                return request.call(clone)(*here, **named)
+                inputs = [_on_device(each, torch_device) for each in request.inputs]
+                named = {
+                    name: _on_device(each, torch_device) for name, each in request.named.items()
+                }
+                return request.call(clone)(*inputs, **named)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)
-            # Some arguments refer to the request, and it to them: without this they would live until garbage collection.
+            # Some arguments and the request refer to each other: without this they would live until garbage collection.
             del runner.root, clone
             request.inputs, request.named = (), {}
             self._leftovers.release()
@@ -156,7 +158,7 @@ class Engine:
             ModelError: This is the thread of the event loop.
         """
         self.passes.refuse_on_loop()
-        request = self._request("generate", call, inputs, named, places=0)
+        request = self._request("generate", call, inputs, named, threads=0)
         try:
             self._admit_here(request)
             # This also makes the device current: not all kernels take it from their inputs.
@@ -171,11 +173,11 @@ class Engine:
     def _begin_pass(
         self, runner: PassRunner, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Callable[[Outcome], None]]:
-        """Make a request of a forward pass that belongs to none, and wait until it is admitted.
+        """Make a request for a forward pass that belongs to none, and wait until it is admitted.
 
         Args:
-            runner: Of the calling thread.
-            entry: Path of the module that is called.
+            runner: The pass runner of the calling thread.
+            entry: The path of the module that is called.
             inputs: Its positional arguments.
             named: Its keyword arguments.
 
@@ -183,9 +185,15 @@ class Engine:
             The keyword arguments to call it with, and what to call when the pass has ended.
         """
         request = self._request(
-            "forward", lambda model: model, inputs, named, places=0, runner=runner, whole=not entry
+            "forward",
+            lambda model: model,
+            inputs,
+            named,
+            threads=0,
+            runner=runner,
+            whole_model=not entry,
         )
-        given = request.named
+        with_cache = request.named
         request.inputs, request.named = (), {}  # the call is made by the caller
         request.end_level = logging.DEBUG  # evaluation harnesses make thousands of them
 
@@ -200,11 +208,11 @@ class Engine:
         except BaseException as error:
             end(_outcome(error))
             raise
-        return given, end
+        return with_cache, end
 
     def _admit_here(self, request: Request) -> None:
         """Wait in the calling thread until ``request`` may begin. An interrupt may come before or after that."""
-        self._scheduler.call_on_loop(self.requests.ask, request, request.reservation)
+        self._scheduler.call_on_loop(self.requests.enqueue, request, request.reservation)
         request.reservation.result()
         self._scheduler.call_on_loop(self.requests.started, request)
 
@@ -222,18 +230,18 @@ class Engine:
         inputs: Sequence[Any],
         named: Mapping[str, Any],
         *,
-        places: int,
+        threads: int,
         runner: PassRunner | None = None,
-        whole: bool = True,  # of the model, not of a module in it
+        whole_model: bool = True,
     ) -> Request:
         self.requests.check_open()
         named = dict(named)
         generator = named.pop("generator", None) if what == "generate" else None
-        if self._cache_on_host and whole:
+        if self._cache_on_host and whole_model:
             named = with_host_cache(self._module, what, inputs, named)
-        price = self._estimator.generation if what == "generate" else self._estimator.forward
+        estimate = self._estimator.generation if what == "generate" else self._estimator.forward
         try:
-            cost = price(inputs, named)
+            cost = estimate(inputs, named)
         except AdmissionError:
             self._scheduler.call_on_loop(self.requests.refused)
             raise
@@ -249,19 +257,19 @@ class Engine:
             generator=generator,
             runner=runner,
             passes_before=runner.passes,
-            reservation=Reservation(cost.nbytes, places=places),
+            reservation=Reservation(cost.nbytes, threads=threads),
         )
         if cost.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = cost.chunk_tokens
         if what == "generate":
-            request.named = counted(self._module, inputs, request.named, request)
+            request.named = with_token_counter(self._module, inputs, request.named, request)
         return request
 
 
 def _outcome(error: BaseException) -> Outcome:
-    left = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
-    return "cancelled" if left else "failed"
+    left_early = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+    return "cancelled" if left_early else "failed"
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _on_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""Hooks on the modules of a streamed model: they tell passes which layer batch is needed, and when a pass begins and ends."""
+"""Hooks on the modules of a streamed model: where a pass begins and ends, and which layer batch it needs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,12 @@ def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPass
         batches: The index of the layer batch that each module needs, by the module's path.
         passes: The pass runners of the threads that call modules.
     """
-    around = {""}
+    ancestors = {""}
     for path in batches:
         while path:
             path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
-            around.add(path)
-    for path in (around | batches.keys()) - {""} | {""}:
+            ancestors.add(path)
+    for path in (ancestors | batches.keys()) - {""} | {""}:
         index = batches.get(path)
         exits = index is not None and (not path or batches.get(path.rpartition(".")[0]) != index)
         _hook(passes, root.get_submodule(path), path, index, exits=exits)
@@ -34,10 +34,10 @@ def _hook(
 ) -> None:
     def before(module: nn.Module, inputs: Any, named: Any) -> Any:
         runner = passes.runner()
-        given = runner.enter(module, path, inputs, named)
+        replaced = runner.enter(module, path, inputs, named)
         if index is not None:
             runner.hold(index)
-        return None if given is named else (inputs, given)
+        return None if replaced is named else (inputs, replaced)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         # With always_call, this is called after an exception too, without an output; even after one that kept the
@@ -45,9 +45,9 @@ def _hook(
         runner = passes.current()
         if runner is None:
             return None
-        detached = runner.detached(output) if exits and output is not None else None
+        copied = runner.copy_weights_in(output) if exits and output is not None else None
         runner.leave(completed=output is not None)
-        return detached
+        return copied
 
     module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
     module.register_forward_hook(after, always_call=True)

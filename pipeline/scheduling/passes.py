@@ -1,4 +1,4 @@
-"""The forward passes of one request, one at a time, over a clone of the module tree; and the layer batch that each holds."""
+"""The forward passes of one request: one at a time, over a clone of the module tree, each holding one layer batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
-from layerstream.pipeline.modeling.model_layers import Use
+from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.devices.protocol import Device, Event
@@ -22,16 +22,16 @@ class PassCancelled(Exception):  # noqa: N818 - it reports no error
 
 
 class Scheduler(Protocol):
-    """What passes ask of the scheduler of sweeps; all but the first three is called through ``call_on_loop``."""
+    """What passes use of the scheduler; all but the first three members are called through ``call_on_loop``."""
 
     @property
     def device(self) -> Device:
         """Where computation runs."""
 
     def call_on_loop(self, what: Callable[..., None], *args: Any) -> None:
-        """Have ``what(*args)`` called on the event loop. If it may not be any more, Futures in ``args`` fail."""
+        """Have ``what(*args)`` called on the event loop. If the scheduler is closed, Futures in ``args`` fail."""
 
-    def absent_buffers(self, index: int) -> Mapping[Use, torch.Tensor]:
+    def absent_buffers(self, index: int) -> Mapping[WeightPlace, torch.Tensor]:
         """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
 
     def batch_wanted(
@@ -45,7 +45,7 @@ class Scheduler(Protocol):
         """The pass gives back the batch that it held, and waits for batch ``index``, which ``future`` gets."""
 
     def batch_released(self, runner: "PassRunner", released: Event | None) -> None:
-        """The pass has given back the batch that it held, if any; ``released`` is the event behind its work."""
+        """The pass has given back its batch, if any; ``released`` is the event behind its work with it."""
 
     def wait_given_up(self, runner: "PassRunner") -> None:
         """The pass neither waits for a batch nor holds one, and wants no more in this sweep."""
@@ -85,9 +85,9 @@ class PassRunner:
     Attributes:
         root: The clone whose hooks call this object.
         cancelled: The request was cancelled: its pass is unwound when it next wants a batch.
-        passes: Begun so far.
-        tokens: Of the pass under way; None if its inputs do not tell.
-        cost: Of its request; None if it belongs to none.
+        passes: Passes begun so far.
+        tokens: Tokens in the pass under way; None if its inputs do not show them.
+        cost: Memory of its request; None if it belongs to none.
     """
 
     root: torch.nn.Module
@@ -108,11 +108,11 @@ class PassRunner:
 
     @property
     def demand_bytes(self) -> int | None:
-        """Memory that its request takes beside the layers during this pass; None if unknown."""
+        """Memory that its request needs during this pass, in addition to the layers; None if unknown."""
         if self.cost is None:
             return None
-        steps = self.passes and self.tokens is not None and self.tokens <= self.cost.step_tokens
-        return self.cost.step_bytes if steps else self.cost.nbytes
+        is_step = self.passes and self.tokens is not None and self.tokens <= self.cost.step_tokens
+        return self.cost.step_bytes if is_step else self.cost.nbytes
 
     def enter(
         self,
@@ -139,7 +139,7 @@ class PassRunner:
                 named = self.turn.enter(self, entry, inputs, named)
             self._entry = entry
             self.passes += 1
-            self.tokens = _tokens(inputs, named)
+            self.tokens = _count_tokens(inputs, named)
             # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
@@ -180,14 +180,14 @@ class PassRunner:
         )
         try:
             self._held = bound = future.result()
-        except BaseException:  # an interrupt may come after the batch was handed to us
+        except BaseException:  # an interrupt may come after the batch was handed out
             self._scheduler.call_on_loop(self._scheduler.wait_given_up, self)
             raise
         self._visited.append(index)
         with annotated("compute", bound):
             put_buffers(self.root, bound.bind())
 
-    def detached(self, output: Any) -> Any:
+    def copy_weights_in(self, output: Any) -> Any:
         """The output of a module with views of weights replaced by copies; None if there are none.
 
         A weight that a module returns (learned queries, positions) may be used after its layer batch is gone.
@@ -216,7 +216,7 @@ class PassRunner:
             self.turn.leave("cancelled")
 
     def _release(self) -> Event | None:
-        """Let go of the batch that is held; returns the event behind the work that reads it, for the scheduler."""
+        """Release the batch that is held; returns the event behind the work that reads it, for the scheduler."""
         if self._held is None:
             return None
         event = self._scheduler.device.record()
@@ -241,7 +241,7 @@ class PassRunner:
                 self.turn.leave(outcome)
 
 
-def _tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
+def _count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
     ids = named.get("input_ids", inputs[0] if inputs else None)
     if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
         return ids.numel()

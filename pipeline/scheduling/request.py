@@ -1,4 +1,4 @@
-"""The requests of one model, from when they ask until they have ended: queued, counted and logged."""
+"""The requests of one model, from their start to their end: queued, counted and logged."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ __all__ = ["CLOSED", "Method", "Request", "Requests"]
 
 logger = logging.getLogger(__name__)
 
-# Given a clone of the module tree, returns what to call with the inputs.
+# Returns what to call with the inputs, given a clone of the module tree.
 Method = Callable[[Any], Callable[..., Any]]
 
 CLOSED = "the model was closed before this request's turn came"
@@ -41,14 +41,14 @@ class Request:
     runner: PassRunner
     reservation: Reservation
     generator: torch.Generator | None
-    """What it samples from, instead of torch's default one."""
+    """The generator that it samples from, instead of torch's default one."""
     passes_before: int
-    """That its runner has made for earlier requests."""
+    """Passes that its runner has made for earlier requests."""
     tokens: int = 0
-    """Generated so far; written in the thread of its passes alone."""
+    """Tokens generated so far; written only in the thread of its passes."""
     end_level: int = logging.INFO
-    """At which its end is logged."""
-    asked_seconds: float = field(default_factory=time.perf_counter)
+    """The level at which its end is logged."""
+    created_seconds: float = field(default_factory=time.perf_counter)
 
 
 class Requests:
@@ -57,12 +57,12 @@ class Requests:
     Args:
         scheduler: Makes the sweeps that they take part in.
         memory_bytes: Memory for all of them together.
-        places: How many may run at once in threads of ours.
+        threads: The number of worker threads.
     """
 
-    def __init__(self, scheduler: SweepScheduler, *, memory_bytes: int, places: int) -> None:
+    def __init__(self, scheduler: SweepScheduler, *, memory_bytes: int, threads: int) -> None:
         self._scheduler = scheduler
-        self._admission = Admission(memory_bytes=memory_bytes, places=places)
+        self._admission = Admission(memory_bytes=memory_bytes, threads=threads)
         self._counters = Counters()
         self._active: set[Request] = set()
         self._idle = asyncio.Event()
@@ -73,7 +73,7 @@ class Requests:
         """Refuse a new request if the model is being closed. May be called in any thread.
 
         Raises:
-            ClosedError: It is.
+            ClosedError: The model is being closed.
         """
         if self._refusing is not None:
             self._scheduler.call_on_loop(self.refused)
@@ -83,14 +83,14 @@ class Requests:
         """Count a request that was refused."""
         self._counters.refused += 1
 
-    def ask(self, request: Request, reservation: Reservation) -> None:
+    def enqueue(self, request: Request, reservation: Reservation) -> None:
         """Queue ``request``; ``reservation``, its own, is done when it may begin, or has the error."""
         self._active.add(request)
         self._idle.clear()
         if reservation.done():  # the model was closed meanwhile
             return
         if self._refusing is None:
-            self._admission.ask(reservation)
+            self._admission.enqueue(reservation)
         else:
             reservation.set_exception(ClosedError(self._refusing))
 
@@ -110,13 +110,13 @@ class Requests:
             )
 
     def ended(self, request: Request, outcome: Outcome) -> None:
-        """``request`` is over, whether it had begun or not: release what it has reserved, count it, log it."""
+        """``request`` is over, whether it had begun or not: free what it has reserved, count it, log it."""
         self._scheduler.request_ended(request.runner)
-        self._admission.give_back(request.reservation)
+        self._admission.release(request.reservation)
         self._active.discard(request)
         self._counters.ended(outcome, tokens=request.tokens)
         passes = request.runner.passes - request.passes_before
-        seconds = time.perf_counter() - request.asked_seconds
+        seconds = time.perf_counter() - request.created_seconds
         logger.log(
             request.end_level,
             "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
@@ -152,15 +152,15 @@ class Requests:
         self._admission.close(CLOSED)
 
     def stats(self, timings: Timings) -> Stats:
-        """What requests have done, and are doing now."""
+        """The current counters and gauges."""
         return self._counters.stats(
             timings,
             tokens=self._counters.tokens + sum(request.tokens for request in self._active),
             sweeps=self._scheduler.sweeps_begun,
             passes=self._scheduler.passes_begun,
             waiting=self._admission.waiting,
-            riding=sum(request.reservation.done() for request in self._active),
-            aboard=self._scheduler.passes_in_sweep,
+            running=sum(request.reservation.done() for request in self._active),
+            in_sweep=self._scheduler.passes_in_sweep,
             reserved_bytes=self._admission.reserved_bytes,
             reservable_bytes=self._admission.memory_bytes,
         )

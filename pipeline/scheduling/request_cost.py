@@ -3,7 +3,7 @@
 KV caches and activations are estimated by the formula of the plan's reservation; see ``estimate_memory``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +30,21 @@ _SMALLEST_CHUNK = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCost:
-    """What a request takes."""
+    """What a request needs."""
 
     nbytes: int
-    """Of the memory for all requests."""
+    """Bytes of the memory for all requests."""
     sequences: int
     """Rows in the caller's batch."""
     prompt_tokens: int
     """Ids in each row, before the generated ones."""
     new_tokens: int
     chunk_tokens: int | None = None
-    """If the prompt has to be processed in pieces: tokens in each."""
+    """Tokens in each piece, if the prompt has to be processed in pieces."""
     step_tokens: int = 0
-    """Of a pass after the prompt, over all rows."""
+    """Tokens in a pass after the prompt, over all rows."""
     step_bytes: int = 0
-    """That it takes beside the layers during such a pass."""
+    """Bytes that it needs during such a pass in the memory that is shared with resident layers."""
 
 
 class Estimator:
@@ -53,10 +53,10 @@ class Estimator:
     Args:
         module: The transformers model.
         config: config.json; without one, nothing is known and nothing reserved.
-        workload: What the plan reserves for.
-        memory: For all requests together.
+        workload: The requests that the plan reserves memory for.
+        memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
-        reserved: The plan; if it has measured what ``workload`` takes, estimates are scaled to that.
+        reserved: The plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class Estimator:
             cache = reserved.kv_cache_bytes
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
-            if memory.is_two:
+            if memory.is_split:
                 self._scales = (
                     _ratio(cache, estimated.cache),
                     _ratio(whole - cache, estimated.other),
                 )
         self._on_cpu = on_cpu
-        self._modules = sum(1 for _ in module.modules())
+        self._module_count = sum(1 for _ in module.modules())
         text = module.config.get_text_config() if hasattr(module, "config") else None
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
-        self._vocabulary = getattr(text, "vocab_size", 0) if has_head is not None else 0
-        self._item = getattr(module, "dtype", torch.float32).itemsize
+        self._vocabulary_size = getattr(text, "vocab_size", 0) if has_head is not None else 0
+        self._item_bytes = getattr(module, "dtype", torch.float32).itemsize
         self._encoder_decoder = is_encoder_decoder(module)
 
     def resize(self, memory: RequestMemory) -> None:
@@ -97,7 +97,7 @@ class Estimator:
         self._memory = memory
 
     def forward(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> RequestCost:
-        """What one forward pass takes: its cache, its activations, and logits for all positions.
+        """What one forward pass needs: its cache, its activations, and logits for all positions.
 
         Raises:
             AdmissionError: More than there is for all requests together.
@@ -107,15 +107,15 @@ class Estimator:
         kept = named.get("logits_to_keep")
         positions = kept if isinstance(kept, int) and kept > 0 else shape.length
         # A loss is computed from logits in float32.
-        item = self._item + (8 if named.get("labels") is not None else 0)
-        logits = shape.rows * (positions - 1) * self._vocabulary * item
-        beside = self._overhead_bytes(shape.rows * shape.length, logits=shape.rows * positions)
+        logit_bytes = self._item_bytes + (8 if named.get("labels") is not None else 0)
+        logits = shape.rows * (positions - 1) * self._vocabulary_size * logit_bytes
+        overhead = self._overhead_bytes(shape.rows * shape.length, logits=shape.rows * positions)
         parts = self._parts(
             shape,
             rows=shape.rows,
-            at_once=shape.length,
-            tokens=shape.length + shape.past + shape.decoder,
-        ).plus(logits + beside)
+            pass_tokens=shape.length,
+            cached_tokens=shape.length + shape.past + shape.decoder,
+        ).plus(logits + overhead)
         return self._checked(
             f"a forward pass over {shape.rows} x {shape.length} tokens",
             shape,
@@ -129,7 +129,7 @@ class Estimator:
         )
 
     def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> RequestCost:
-        """What a generation takes at its end, when its cache is full.
+        """What a generation needs at its end, when its cache is full.
 
         A prompt whose activations do not fit in one piece gets a chunk size, if the generation strategy
         allows that.
@@ -149,31 +149,31 @@ class Estimator:
         guided = setting.get("guidance_scale") not in (None, 1)
         if guided:
             rows *= 2  # a second pass without the prompt, with its own cache
-        other = rows * candidates * self._vocabulary * 12  # logits, scores, softmax in float32
+        other = rows * candidates * self._vocabulary_size * 12  # logits, scores, softmax in float32
         scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
-        other += scores * rows * new * self._vocabulary * 4
+        other += scores * rows * new * self._vocabulary_size * 4
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
-        # What libraries keep after the pass over the prompt stays to the end.
+        # What libraries keep after the pass over the prompt stays until the end.
         other += self._overhead_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
-        def at_once(tokens: int) -> Parts:
+        def parts_with(pass_tokens: int) -> Parts:
             return self._parts(
                 shape,
                 rows=rows,
-                at_once=tokens,
-                tokens=prompt + shape.decoder + new,
-                halved=guided,
+                pass_tokens=pass_tokens,
+                cached_tokens=prompt + shape.decoder + new,
+                half_on_device=guided,
             ).plus(other)
 
         cached = setting.get("use_cache") is not False
         chunk = setting.get("prefill_chunk_size")
         first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
-        parts = at_once(max(first, candidates) if cached else prompt + new)
+        parts = parts_with(max(first, candidates) if cached else prompt + new)
         smaller = None
         if not self._fits(parts) and chunk is None and self._may_chunk(setting, named, shape):
-            smaller = self._chunk(shape.length, at_once)
-            parts = parts if smaller is None else at_once(smaller)
-        step = at_once(1 + candidates) if cached else parts
+            smaller = self._chunk_tokens(shape.length, parts_with)
+            parts = parts if smaller is None else parts_with(smaller)
+        step = parts_with(1 + candidates) if cached else parts
         return self._checked(
             f"generating {shape.rows} x ({prompt} + {new}) tokens",
             shape,
@@ -185,30 +185,38 @@ class Estimator:
                 new_tokens=new,
                 chunk_tokens=smaller,
                 step_tokens=rows * (1 + candidates) if cached else 0,
-                step_bytes=min(map(self._beside_residents, (parts, step))),
+                step_bytes=min(map(self._shared_with_residents_bytes, (parts, step))),
             ),
         )
 
     def _parts(
-        self, shape: Shape, *, rows: int, at_once: int, tokens: int, halved: bool = False
+        self,
+        shape: Shape,
+        *,
+        rows: int,
+        pass_tokens: int,
+        cached_tokens: int,
+        half_on_device: bool = False,
     ) -> Parts:
-        """KV cache for ``tokens`` in each row, and activations for ``at_once`` of them.
+        """KV cache for ``cached_tokens`` in each row, and activations of a pass over ``pass_tokens`` of them.
 
-        ``halved``: half of the rows have another cache, which the call makes itself on the device.
+        ``half_on_device``: half of the rows have another cache, which the call makes itself on the device.
         """
-        at_once = max(at_once, 1)
-        asked = Workload(
-            batch_size=max(rows, 1), prompt_tokens=at_once, new_tokens=max(tokens - at_once, 1)
+        pass_tokens = max(pass_tokens, 1)
+        workload = Workload(
+            batch_size=max(rows, 1),
+            prompt_tokens=pass_tokens,
+            new_tokens=max(cached_tokens - pass_tokens, 1),
         )
-        cache, other = self._estimated(asked)
-        if not shape.told:
-            of_one, batch = self._estimated(self._workload), self._workload.batch_size
-            cache = max(cache, rows * of_one.cache // batch)
-            other = max(other, rows * of_one.other // batch)
-        if not self._memory.is_two:
+        cache, other = self._estimated(workload)
+        if not shape.is_known:
+            reserved, batch_size = self._estimated(self._workload), self._workload.batch_size
+            cache = max(cache, rows * reserved.cache // batch_size)
+            other = max(other, rows * reserved.other // batch_size)
+        if not self._memory.is_split:
             return Parts(cache, other)
-        hosted = cache // (2 if halved else 1) if shape.on_host else 0
-        return Parts(hosted, other + (cache - hosted if shape.cached else 0))
+        on_host = cache // (2 if half_on_device else 1) if shape.on_host else 0
+        return Parts(on_host, other + (cache - on_host if shape.cached else 0))
 
     def _estimated(self, workload: Workload) -> Parts:
         """KV cache and activations of ``workload``."""
@@ -221,15 +229,15 @@ class Estimator:
     def _fits(self, parts: Parts) -> bool:
         return self._memory.taken_by(parts) <= self._memory.nbytes
 
-    def _beside_residents(self, parts: Parts) -> int:
-        return parts.other if self._memory.is_two else sum(parts)
+    def _shared_with_residents_bytes(self, parts: Parts) -> int:
+        return parts.other if self._memory.is_split else sum(parts)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
         """Memory of a request that libraries take besides tensors."""
         if not self._on_cpu:
             return 0
-        beside = overheads(self._config, modules=self._modules, rows=rows, logits=logits)
-        return beside.per_request_bytes
+        overhead = overheads(self._config, modules=self._module_count, rows=rows, logits=logits)
+        return overhead.per_request_bytes
 
     @staticmethod
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
@@ -237,14 +245,14 @@ class Estimator:
         config = getattr(named.get("assistant_model"), "config", None)
         if config is None:
             return 0
-        asked = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
-        return workload_bytes(config.to_dict(), asked)[0]
+        workload = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
+        return workload_bytes(config.to_dict(), workload)[0]
 
     def _may_chunk(
         self, setting: GenerationSettings, named: Mapping[str, Any], shape: Shape
     ) -> bool:
         return (
-            shape.told
+            shape.is_known
             and takes_criteria(self._module)
             and not self._encoder_decoder
             and setting.get("use_cache") is not False
@@ -253,19 +261,19 @@ class Estimator:
             and ("past_key_values" not in named or (shape.on_host and not shape.past))
         )
 
-    def _chunk(self, length: int, at_once: Any) -> int | None:
+    def _chunk_tokens(self, length: int, parts_with: Callable[[int], Parts]) -> int | None:
         """The size of the largest piece of a prompt that fits: a half, a quarter and so on; None if none does."""
         pieces = 2
         while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
-            if self._fits(at_once(chunk)):
+            if self._fits(parts_with(chunk)):
                 return chunk
             pieces *= 2
         return None
 
-    def _checked(self, words: str, shape: Shape, parts: Parts, cost: RequestCost) -> RequestCost:
+    def _checked(self, request: str, shape: Shape, parts: Parts, cost: RequestCost) -> RequestCost:
         if self._fits(parts):
             return cost
-        if not shape.told:
+        if not shape.is_known:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
             return RequestCost(
                 nbytes=self._memory.nbytes,
@@ -273,7 +281,7 @@ class Estimator:
                 prompt_tokens=cost.prompt_tokens,
                 new_tokens=cost.new_tokens,
             )
-        raise self._memory.refusal(words, parts)
+        raise self._memory.refusal(request, parts)
 
 
 def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:

@@ -6,10 +6,10 @@ __all__ = ["RoutePrediction"]
 
 
 class RoutePrediction:
-    """Expects that a pass visits what the last pass visited that was entered through the same module.
+    """Expects that a pass visits the same batches as the last pass that began in the same module.
 
-    The last pass with the same key counts first, then anybody's; before any, all layer batches are expected. A key
-    stands for whoever makes passes one after the other, such as a request.
+    The last pass with the same key counts first, then the last one of any key; before any, all layer batches are
+    expected. A key identifies the source of a series of passes, such as a request.
 
     Args:
         batches: Indices of all layer batches that sweeps bring, in execution order.
@@ -21,7 +21,7 @@ class RoutePrediction:
         self._entries: dict[Hashable, str] = {}
 
     def begin(self, key: Hashable, entry: str) -> None:
-        """A pass of ``key`` begins through the module at ``entry``."""
+        """A pass of ``key`` begins in the module at ``entry``."""
         self._entries[key] = entry
 
     def end(self, key: Hashable) -> None:
@@ -29,7 +29,7 @@ class RoutePrediction:
         self._entries.pop(key, None)
 
     def remember(self, key: Hashable | None, entry: str, visited: tuple[int, ...]) -> None:
-        """A pass of ``key``, or of anybody, visited these batches."""
+        """A pass of ``key``, or of any key if that is None, visited these batches."""
         self._visited[key, entry] = visited
 
     def forget(self, key: Hashable) -> None:
@@ -38,7 +38,7 @@ class RoutePrediction:
             del self._visited[known]
 
     def expected(self, key: Hashable, index: int) -> list[int]:
-        """What the pass of ``key`` will visit from layer batch ``index`` on."""
+        """Indices of the batches that the pass of ``key`` will visit, from layer batch ``index`` on."""
         entry = self._entries[key]
         route = self._visited.get((key, entry)) or self._visited.get((None, entry), self._all)
         return sorted({index, *(other for other in route if other > index)})

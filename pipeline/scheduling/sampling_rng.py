@@ -1,4 +1,4 @@
-"""Sampling with a generator of a request's own: torch's default one is shared by all threads of the process."""
+"""Sampling with a request's own generator: torch's default one is shared by all threads of the process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["drawing_from"]
+__all__ = ["sampling_from"]
 
 
-def drawing_from(generator: torch.Generator | None) -> AbstractContextManager[object]:
+def sampling_from(generator: torch.Generator | None) -> AbstractContextManager[object]:
     """Make sampling in the calling thread use ``generator``, on the device of what is sampled.
 
     A generator seeded with a number gives the same samples as the default one after ``torch.manual_seed`` with that
     number. None changes nothing.
     """
-    return nullcontext() if generator is None else _Drawing(generator)
+    return nullcontext() if generator is None else _SamplingMode(generator)
 
 
-class _Drawing(TorchFunctionMode):
+class _SamplingMode(TorchFunctionMode):
     """Passes ``generator`` to the two functions by which transformers samples."""
 
     def __init__(self, generator: torch.Generator) -> None:

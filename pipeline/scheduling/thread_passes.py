@@ -1,4 +1,4 @@
-"""Who runs the passes of each thread: its request, or the thread itself, one after the other."""
+"""The pass runner of each thread: that of its request, or one of its own, which shares the module tree with others."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from layerstream.stages.errors import ModelError
 
 __all__ = ["BeginPass", "ThreadPasses", "ThreadTurn"]
 
-# Makes a request of a pass that belongs to none; see ``Engine``. Takes the runner of the pass, the path of the module that is
-# called, and its inputs; returns the keyword arguments to call it with, and what to call when the pass has ended.
+# Makes a request for a pass that belongs to none; see ``Engine``. Takes the runner of the pass, the path of the module
+# that is called, and its inputs; returns the keyword arguments to call it with, and a function for the end of the pass.
 BeginPass = Callable[
     [PassRunner, str, Sequence[Any], Mapping[str, Any]],
     tuple[Mapping[str, Any], Callable[[Outcome], None]],
@@ -27,7 +27,7 @@ class ThreadPasses:
     Args:
         scheduler: Brings the layer batches.
         root: The module tree itself.
-        begin_pass: Makes a request of a pass that belongs to none, and waits until it is admitted.
+        begin_pass: Makes a request for a pass that belongs to none, and waits until it is admitted.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class ThreadPasses:
 
     @contextmanager
     def running(self, runner: PassRunner) -> Iterator[None]:
-        """Let ``runner`` run the passes of the calling thread."""
-        before = self.current()
-        if before is not None:
-            before.abandon()  # an interrupt may have left its pass open
+        """Have ``runner`` run the passes of the calling thread."""
+        previous = self.current()
+        if previous is not None:
+            previous.abandon()  # an interrupt may have left its pass open
         self._local.runner = runner
         try:
             yield
         finally:
             runner.abandon()
-            self._local.runner = before
+            self._local.runner = previous
 
     def current(self) -> PassRunner | None:
         """The pass runner of the calling thread, if it has one."""
@@ -85,7 +85,7 @@ class ThreadPasses:
 
 
 class ThreadTurn:
-    """What a pass that belongs to no request waits for: to be admitted as one, then for its turn.
+    """What a pass that belongs to no request waits for: admission as a request, then its turn.
 
     In this order: the thread that has the turn must not wait for memory of one that waits for the turn.
     """
@@ -98,17 +98,17 @@ class ThreadTurn:
         self, runner: PassRunner, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Wait until a pass of ``runner`` may begin; returns the keyword arguments to make it with."""
-        given, end = self._passes.begin_pass(runner, entry, inputs, named)
+        replaced, end = self._passes.begin_pass(runner, entry, inputs, named)
         try:
             self._passes.turn.acquire()
         except BaseException:  # an interrupt
             end("cancelled")
             raise
         self._end = end
-        return given
+        return replaced
 
     def leave(self, outcome: Outcome) -> None:
-        """Note that the pass has ended, and let the next thread begin."""
+        """End the pass, and let the next thread begin."""
         end, self._end = self._end, None
         if end is not None:
             self._passes.turn.release()

@@ -10,10 +10,10 @@ from layerstream.pipeline.modeling.call_arguments import by_name, takes_criteria
 from layerstream.pipeline.scheduling.request import Request
 from layerstream.stages.errors import ModelError
 
-__all__ = ["counted", "token_streamer"]
+__all__ = ["token_streamer", "with_token_counter"]
 
 
-def counted(
+def with_token_counter(
     module: Any, inputs: Sequence[Any], named: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
     """The keyword arguments of ``generate`` with one more stopping criterion, which counts ``request``'s tokens.
@@ -21,13 +21,13 @@ def counted(
     Tokens are not counted where criteria cannot be added by name: if the model has a ``generate`` of its own that
     takes none, if the caller passes them by position, or with ``custom_generate``.
     """
-    given = by_name(getattr(module, "generate", None), inputs, named)
-    by_place = "stopping_criteria" in given.keys() - named.keys()
-    if not takes_criteria(module) or by_place or given.get("custom_generate") is not None:
+    arguments = by_name(getattr(module, "generate", None), inputs, named)
+    by_position = "stopping_criteria" in arguments.keys() - named.keys()
+    if not takes_criteria(module) or by_position or arguments.get("custom_generate") is not None:
         return dict(named)
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class Count(StoppingCriteria):
+    class TokenCounter(StoppingCriteria):
         """Stops nothing. Called after each step with all tokens so far in each row."""
 
         length = request.cost.prompt_tokens
@@ -39,7 +39,7 @@ def counted(
             self.length = length
             return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
 
-    criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), Count()])
+    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), TokenCounter()])
     return {**named, "stopping_criteria": criteria}
 
 

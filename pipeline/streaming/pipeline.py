@@ -20,7 +20,7 @@ from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.streaming.resources import Resources
 from layerstream.pipeline.streaming.supervision import run_stages
 from layerstream.pipeline.streaming.sweep_log import SweepLog
-from layerstream.pipeline.streaming.switching import check_alike, without_residents
+from layerstream.pipeline.streaming.switching import check_compatible, swap_residents
 from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices.protocol import Device, Event
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# One batch ready behind each stage absorbs jitter. The number under way is bounded by the arenas, not here.
+# One batch ready behind each stage absorbs jitter. The arenas bound how many are under way.
 _QUEUE_SIZE = 1
 
 
@@ -47,12 +47,12 @@ class Pipeline:
     """Streams the layer batches of a plan past a computation, sweep after sweep.
 
     Reading, copying and computing overlap. At the end of a sweep the first batches of the next one are already
-    being read; if no sweep is asked for, the queues fill and the stages wait.
+    being read; if no sweep is requested, the queues fill and the stages wait.
 
     Args:
         plan: What to stream, and how.
-        device: Instead of the one that the plan names (for tests).
-        reader: Instead of the one that the plan names (for tests). The pipeline closes it.
+        device: Used instead of the one that the plan names (for tests).
+        reader: Used instead of the one that the plan names (for tests). The pipeline closes it.
 
     An error in any stage ends the pipeline: the sweep under way raises it, and so does every later one.
     """
@@ -64,7 +64,7 @@ class Pipeline:
         self._device_given = device
         self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
-        self._record = SweepLog(on_gpu=plan.device_memory is not None)
+        self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
@@ -99,7 +99,7 @@ class Pipeline:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         try:
-            # Page-locking memory takes seconds: off the loop, and to its end even if we are cancelled.
+            # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
             await finish_in_thread(
                 lambda: self._resources.acquire(
                     self.plan, device=self._device_given, reader=self._reader_given
@@ -113,19 +113,19 @@ class Pipeline:
         logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
 
     def _start_stages(self) -> None:
-        held = self._resources
-        host_arena, device_arena = held.arenas
+        resources = self._resources
+        host_arena, device_arena = resources.arenas
         read_clock, transfer_clock, self._compute_clock = self._clocks
-        self._route = Route(self.plan.batches, held.residents)
+        self._route = Route(self.plan.batches, resources.residents)
         arrived: Channel[InFlight] = Channel(_QUEUE_SIZE)
         self._ready: Channel[InFlight] = Channel(_QUEUE_SIZE)
         reading = read_stage(
             route=self._route,
-            reader=held.reader,
-            mapped=held.mapped,
+            reader=resources.reader,
+            mapped=resources.mapped,
             arena=host_arena,
-            residents=held.residents,
-            threads=held.read_threads,
+            residents=resources.residents,
+            threads=resources.read_threads,
             request_bytes=self.plan.read_request_bytes,
             out=arrived,
             clock=read_clock,
@@ -133,20 +133,22 @@ class Pipeline:
         transferring = transfer_stage(
             route=self._route,
             source=arrived,
-            device=held.device,
+            device=resources.device,
             arena=device_arena,
-            residents=held.residents,
-            threads=held.transfer_threads,
+            residents=resources.residents,
+            threads=resources.transfer_threads,
             out=self._ready,
             clock=transfer_clock,
         )
         self._stages = asyncio.create_task(
-            run_stages(reading, transferring, ready=self._ready, interrupt=held.reader.interrupt),
+            run_stages(
+                reading, transferring, ready=self._ready, interrupt=resources.reader.interrupt
+            ),
             name="layerstream-stages",
         )
 
     async def aclose(self) -> None:
-        """Stop the stages and give everything back, after the calls that cannot be stopped have returned.
+        """Stop the stages and free everything, after the calls that cannot be stopped have returned.
 
         May be called again, and by several tasks.
         """
@@ -160,7 +162,7 @@ class Pipeline:
             await asyncio.wait([self._stages])
             if (sweep := self._current_sweep()) is not None:
                 sweep.end()
-            async with self._adopting:  # an ``adopt`` under way fails by now, and lets go of it
+            async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
                 await self._route.empty()
         await finish_in_thread(self._resources.close)
 
@@ -184,7 +186,7 @@ class Pipeline:
                 f"route {order} does not lie within the plan's {len(self.plan.batches)} batches"
             )
         self._route.redirect(order)
-        self._record.loading = not self._resources.residents.complete
+        self._sweep_log.loading = not self._resources.residents.complete
         sweep = Sweep(
             order=order,
             route=self._route,
@@ -207,15 +209,11 @@ class Pipeline:
             )
 
     def _current_sweep(self) -> Sweep | None:
-        """The sweep under way. A weak reference, so that one that is dropped without being closed is noticed."""
+        """The sweep under way. The reference is weak, so that a sweep dropped without being closed is noticed."""
         return self._current() if self._current is not None else None
 
     async def run(
-        self,
-        compute: Callable[[Batch, T], T],
-        state: T,
-        *,
-        route: Sequence[int] | None = None,
+        self, compute: Callable[[Batch, T], T], state: T, *, route: Sequence[int] | None = None
     ) -> T:
         """Fold ``compute(batch, state) -> state`` over one sweep, in the compute thread.
 
@@ -228,8 +226,8 @@ class Pipeline:
                 with annotated("compute", self.plan.batches[batch.index]):
                     return compute(batch, state)
             finally:
-                # In this thread, on its stream; also after an error, since the work that was queued on the
-                # device before it still reads the tensors.
+                # In this thread, on its stream; also after an error, since work that was queued on the device before
+                # the error still reads the tensors.
                 after[:] = batch.record()
 
         async with self.sweep(route) as sweep:
@@ -243,8 +241,8 @@ class Pipeline:
     async def adopt(self, plan: Plan) -> None:
         """Replace the plan by one that differs from it only in its residents.
 
-        For use between two sweeps. New residents are kept when the next sweep loads them. The memory of former
-        residents is given back before this returns; then what was read ahead is read again.
+        For use between two sweeps. The next sweep loads the new residents. The memory of former residents is freed
+        before this returns; if there were any, what was read ahead is read again.
 
         Raises:
             BusyError: A sweep is under way.
@@ -253,43 +251,26 @@ class Pipeline:
             PlanError: The plans differ in more than residents.
         """
         self._check_idle()
-        check_alike(self.plan, plan)
+        check_compatible(self.plan, plan)
         async with self._adopting:
-            await self._swap_residents(plan)
+            await swap_residents(
+                self.plan,
+                plan,
+                resources=self._resources,
+                route=self._route,
+                ready=self._ready,
+                put_into_effect=self._put_into_effect,
+            )
 
-    async def _swap_residents(self, plan: Plan) -> None:
-        residents = self._resources.residents
-        # Not by comparing the plans: an earlier change that failed half-way may have left other residents.
-        gone = residents.superseded(plan.batches)
-        if gone:
-            # True from here on, even if the rest fails.
-            self.plan = without_residents(self.plan, gone)
-            self._route.replace(self.plan.batches)
-            self._route.recall()
-            # Wait until the recalled batches have passed the stages, whose threads may be copying from this memory.
-            while not (await self._ready.peek()).wanted:
-                self._route.drop(await self._ready.get())
-            await finish_in_thread(self._resources.device.drain)
-            await finish_in_thread(lambda: residents.remove(gone))
-        added = False
-
-        def add() -> None:
-            nonlocal added
-            residents.add(plan.batches)
-            added = True
-
-        try:
-            await finish_in_thread(add)
-        finally:
-            if added:  # also if the waiting task was cancelled meanwhile
-                self._route.replace(plan.batches)
-                self.plan = plan
+    def _put_into_effect(self, plan: Plan) -> None:
+        self._route.replace(plan.batches)
+        self.plan = plan
 
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened; a GPU's work counts once it is finished."""
         arenas = zip(("host slots", "device slots"), self._resources.arenas, strict=False)
         occupancy = (arena.occupancy(name) for name, arena in arenas)
-        return self._record.timings(
+        return self._sweep_log.timings(
             self._clocks,
             opened_seconds=self._opened_at,
             labels=tuple(batch.label for batch in self.plan.batches),
@@ -301,7 +282,7 @@ class Pipeline:
             return  # it was dropped in another thread, and the next sweep began before this was called
         self._current = None
         if sweep.complete:
-            self._record.count(sweep, self.plan.prediction)
+            self._sweep_log.count(sweep, self.plan.prediction)
         else:
             # The next sweep most likely begins at the first batch, so drop the rest of this one.
             self._route.restart()

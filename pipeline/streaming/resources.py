@@ -1,4 +1,4 @@
-"""What a pipeline holds while it is open: files, threads and memory."""
+"""The files, threads and memory that a pipeline holds while it is open."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,14 +22,14 @@ class Resources:
     """The files, threads and memory of one plan. ``acquire`` and ``close`` block for as long as the system takes.
 
     Attributes:
-        device: Where batches are copied to and computed with.
+        device: The device that batches are copied to and computed on.
         reader: The plan's files, open.
         mapped: The same reader, if computation uses its mapping of the files instead of host slots.
         residents: The memory of resident batches.
         arenas: The rings of host slots and of device slots; empty before ``acquire``.
-        read_threads: One for each request in flight.
-        transfer_threads: One starts copies, one waits for their end.
-        compute_threads: One, for ``Pipeline.run``.
+        read_threads: One thread for each read in flight.
+        transfer_threads: One thread starts copies, one waits for their end.
+        compute_threads: One thread, for ``Pipeline.run``.
     """
 
     device: Device
@@ -45,16 +45,16 @@ class Resources:
         self._stack = ExitStack()
 
     def acquire(self, plan: Plan, *, device: Device | None, reader: Reader | None) -> None:
-        """Take what ``plan`` needs; what was taken before an error is given back by ``close``.
+        """Acquire what ``plan`` needs; what was acquired before an error is released by ``close``.
 
         Args:
-            plan: Sizes and files.
-            device: Instead of the one that the plan names.
-            reader: Instead of the one that the plan names; closed with the rest.
+            plan: Its sizes and files.
+            device: Used instead of the one that the plan names.
+            reader: Used instead of the one that the plan names; closed with the rest.
         """
         release = self._stack.callback
         self.device = device or open_device(plan.device)
-        # Released last, so first here: it returns to other processes what closing the rest has freed.
+        # First here, so last on release: it returns to other processes what closing the rest has freed.
         release(self.device.trim)
         self.reader = reader or _open_reader(plan)
         release(self.reader.close)
@@ -79,12 +79,12 @@ class Resources:
         release(self.compute_threads.close)
 
     def close(self) -> None:
-        """Give everything back, in reverse order."""
+        """Release everything, in reverse order."""
         self._stack.close()
 
 
 def _open_reader(plan: Plan) -> Reader:
-    """The reader that ``plan`` asks for, with the plan's files open.
+    """The reader that ``plan`` names, with the plan's files open.
 
     Raises:
         CheckpointError: A file is missing, or has another size than when the plan was made.

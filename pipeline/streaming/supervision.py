@@ -20,8 +20,8 @@ async def run_stages(
     """Run ``stages`` until one of them fails, which ends the others, or until this is cancelled.
 
     Args:
-        stages: They run for ever.
-        ready: Where computation gets its batches; closed with the error, or else with a ClosedError.
+        stages: Each runs until it is cancelled or fails.
+        ready: The channel from which computation gets its batches; closed with the error, or else with a ClosedError.
         interrupt: Makes the stages' threads return if they only wait.
     """
 
@@ -32,7 +32,7 @@ async def run_stages(
             if not ready.closed:  # otherwise this is a consequence of an earlier error
                 error = _first(group)
                 _forget_locals(error)
-                # Now, since the other stages end only when their threads have finished what they do.
+                # Now, since the other stages end only when their threads have finished their calls.
                 ready.close(error)
                 interrupt()
             raise

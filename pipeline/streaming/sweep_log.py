@@ -13,7 +13,7 @@ from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["SweepLog"]
 
-# The latest sweeps that timings list one by one: enough to learn rates from.
+# How many of the latest sweeps timings list one by one: enough to learn rates from.
 _SWEEPS_KEPT = 64
 
 
@@ -21,23 +21,23 @@ class SweepLog:
     """Counts the completed sweeps of a pipeline.
 
     Args:
-        on_gpu: Computation goes on while batches are handed over.
+        on_gpu: Computation continues on the device while batches are handed over.
 
     Attributes:
-        loading: The sweep under way loads residents.
+        loading: Whether the sweep under way loads residents.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
         self.loading = False
         self._completed = 0
-        self._forecasts = PredictionChecker(on_gpu=on_gpu)
+        self._predictions = PredictionChecker(on_gpu=on_gpu)
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
 
     def count(self, sweep: Sweep, prediction: Prediction) -> None:
         """Count ``sweep``, which is complete."""
         now = time.perf_counter()
         predicted = self._prediction_of(prediction, prompt=sweep.prompt)
-        self._forecasts.count(predicted, now - sweep.began_seconds)
+        self._predictions.count(predicted, now - sweep.began_seconds)
         self._latest.append(
             SweepSpan(
                 start_seconds=sweep.began_seconds,
@@ -73,7 +73,7 @@ class SweepLog:
             stages=stages,
             start_seconds=opened_seconds,
             latest=tuple(self._latest),
-            forecast=self._forecasts.sums(**busy),
+            forecast=self._predictions.sums(**busy),
             labels=labels,
             occupancy=occupancy,
         )

@@ -1,32 +1,23 @@
-"""Which plans a running pipeline can switch to, and its plan after residents were removed. Pure."""
+"""Switches a running pipeline to a plan with other residents: which plans are possible, and how memory is swapped."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
+from layerstream.pipeline.streaming.resources import Resources
+from layerstream.stages.channel import Channel
 from layerstream.stages.errors import PlanError
+from layerstream.stages.route import InFlight, Route
+from layerstream.stages.threads import finish_in_thread
 
-__all__ = ["check_alike", "without_residents"]
-
-
-def without_residents(plan: Plan, gone: Collection[int]) -> Plan:
-    """``plan`` with the layer batches of these indices streamed."""
-    return replace(
-        plan,
-        batches=tuple(
-            replace(batch, host_resident=False, device_resident=False)
-            if batch.index in gone
-            else batch
-            for batch in plan.batches
-        ),
-    )
+__all__ = ["check_compatible", "swap_residents"]
 
 
-def check_alike(old: Plan, new: Plan) -> None:
+def check_compatible(old: Plan, new: Plan) -> None:
     """Refuse a plan that would need other memory, files or batches than the pipeline has."""
 
     def shape(plan: Plan) -> object:
-        streamed = without_residents(plan, range(len(plan.batches)))
+        streamed = _without_residents(plan, range(len(plan.batches)))
         return plan.files, plan.device, plan.reader, streamed.batches
 
     if shape(old) != shape(new):
@@ -34,16 +25,79 @@ def check_alike(old: Plan, new: Plan) -> None:
             "the running plan and the new one differ in more than their residents; open the model anew"
         )
     in_place = new.reader is ReaderKind.MMAP and new.device_memory is None
-    passing = [
+    slot_bytes = [
         (
             0 if in_place or batch.host_resident else batch.host_bytes,
             0 if batch.device_resident else batch.device_bytes,
         )
         for batch in new.batches
     ]
-    rings = (old.host_arena_bytes, old.device_arena_bytes)
-    if any(a > rings[0] or b > rings[1] for a, b in passing):
+    if any(
+        host > old.host_arena_bytes or device > old.device_arena_bytes
+        for host, device in slot_bytes
+    ):
         raise PlanError(
             "the new plan moves a layer batch that is larger than the running pipeline's slots; "
             "open the model anew"
         )
+
+
+async def swap_residents(
+    old: Plan,
+    new: Plan,
+    *,
+    resources: Resources,
+    route: Route,
+    ready: Channel[InFlight],
+    put_into_effect: Callable[[Plan], None],
+) -> None:
+    """Free the residents of ``old`` that are not in ``new``, then allocate those that only ``new`` has.
+
+    Args:
+        old: The plan in effect.
+        new: A compatible plan.
+        resources: The memory of residents, and the device.
+        route: The route of the pipeline's stages.
+        ready: The channel behind the transfer stage.
+        put_into_effect: Makes a plan that of the pipeline and its route: ``old`` without what is freed, then ``new``.
+
+    Raises:
+        DeviceError: There is no memory for the new residents: none was added.
+    """
+    residents = resources.residents
+    # Not by comparing the plans: an earlier change that failed half-way may have left other residents.
+    removed = residents.superseded(new.batches)
+    if removed:
+        # In effect from here on, even if the rest fails.
+        put_into_effect(_without_residents(old, removed))
+        route.recall()
+        # Wait until the recalled batches have passed the stages, whose threads may be copying from this memory.
+        while not (await ready.peek()).wanted:
+            route.drop(await ready.get())
+        await finish_in_thread(resources.device.drain)
+        await finish_in_thread(lambda: residents.remove(removed))
+    added = False
+
+    def add() -> None:
+        nonlocal added
+        residents.add(new.batches)
+        added = True
+
+    try:
+        await finish_in_thread(add)
+    finally:
+        if added:  # also if the waiting task was cancelled meanwhile
+            put_into_effect(new)
+
+
+def _without_residents(plan: Plan, indices: Collection[int]) -> Plan:
+    """``plan`` with the layer batches of these indices streamed."""
+    return replace(
+        plan,
+        batches=tuple(
+            replace(batch, host_resident=False, device_resident=False)
+            if batch.index in indices
+            else batch
+            for batch in plan.batches
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Clones of module trees: what a request writes to is its own."""
+"""Clones of module trees: what one request writes, no other one sees."""
 
 from functools import cached_property
 
@@ -42,29 +42,29 @@ def test_what_generate_writes_to_the_config_of_one_request_is_not_seen_by_anothe
     assert "batched_mm" not in before.values()
 
 
-class Words:
-    """What a model computes with that is no module, and keeps what it has computed."""
+class TokenMap:
+    """An object of a model's code that is not a module, and caches what it has computed."""
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
+    def indices(self) -> torch.Tensor:
         return torch.zeros(3)
 
 
-class Speaks(torch.nn.Module):
-    def __init__(self, words):
+class MapsTokens(torch.nn.Module):
+    def __init__(self, token_map):
         super().__init__()
-        self.words = words
+        self.token_map = token_map
 
     def forward(self):
-        return self.words.numbers
+        return self.token_map.indices
 
 
-def test_what_an_object_of_the_models_own_code_keeps_is_not_seen_by_another_clone():
-    words = Words()
-    model = torch.nn.Sequential(Speaks(words), Speaks(words))
+def test_what_an_object_of_the_models_own_code_caches_is_not_seen_by_another_clone():
+    token_map = TokenMap()
+    model = torch.nn.Sequential(MapsTokens(token_map), MapsTokens(token_map))
     one, other = clone_modules(model), clone_modules(model)
-    assert one[0].words is one[1].words
+    assert one[0].token_map is one[1].token_map
     with torch.device("meta"):
         assert one[0]().is_meta
     assert not other[0]().is_meta
-    assert not vars(words)
+    assert not vars(token_map)

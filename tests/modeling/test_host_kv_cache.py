@@ -1,6 +1,6 @@
-"""A KV cache in host RAM: for whom there is one, what it moves, and that it changes no bit.
+"""A KV cache in host RAM: which models and calls get one, what it moves, and that it changes no bit.
 
-On a GPU it is proven in test_cuda_memory.py; here both of its places are the processor's memory.
+test_cuda_memory.py tests it on a GPU; here both of its devices are the CPU.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ def loaded(folder, case, **settings):
 
 @pytest.fixture
 def moved(monkeypatch):
-    """What is moved, each time to memory of its own."""
+    """The moves of layers, each to new memory."""
     moves = []
 
     def move(layer, device):
         moves.append((id(layer), device.type))
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
-    monkeypatch.setattr(host_kv_cache, "_move", move)
+    monkeypatch.setattr(host_kv_cache, "_move_layer", move)
     return moves
 
 
-ASKED = [
+OPTIONS = [
     pytest.param({"do_sample": False}, id="greedy"),
     pytest.param({"num_beams": 3, "do_sample": False}, id="beams"),
     pytest.param({"prompt_lookup_num_tokens": 3, "do_sample": False}, id="prompt lookup"),
@@ -44,13 +44,13 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", ["llama", "gemma3", "deepseek-v3", "gpt2"])
-def test_tokens_are_those_of_a_cache_on_the_device(tmp_path, moved, case, asked):
+def test_tokens_are_those_of_a_cache_on_the_device(tmp_path, moved, case, options):
     model, ids = loaded(tmp_path, case), inputs_for(case)["input_ids"]
-    ids = ids[:1] if "prompt_lookup_num_tokens" in asked else ids
-    expected = model.generate(ids, max_new_tokens=6, **asked)
-    named = with_host_cache(model, "generate", (), {"input_ids": ids, **asked})
+    ids = ids[:1] if "prompt_lookup_num_tokens" in options else ids
+    expected = model.generate(ids, max_new_tokens=6, **options)
+    named = with_host_cache(model, "generate", (), {"input_ids": ids, **options})
     assert torch.equal(model.generate(**named, max_new_tokens=6), expected)
     assert moved
 
@@ -64,11 +64,14 @@ def test_a_layer_is_on_the_device_only_while_it_computes(tmp_path, moved):
         assert moved == [(first, "cpu"), (second, "cpu")]
         moved.clear()
         model(ids[:, :1], past_key_values=cache)
-    assert moved[:2] == [(first, "cpu"), (first, "cpu")]  # there, on this machine, and back
+    assert moved[:2] == [
+        (first, "cpu"),
+        (first, "cpu"),
+    ]  # to the device, here the CPU too, and back
     assert [layer for layer, _ in moved] == [first, first, second, second]
 
 
-def test_a_kind_of_cache_that_generate_takes_for_unset_is_no_other(tmp_path, moved):
+def test_a_cache_implementation_that_generate_takes_for_unset_is_ignored(tmp_path, moved):
     model, ids = loaded(tmp_path, "gemma3"), inputs_for("gemma3")["input_ids"]
     model.generation_config.cache_implementation = "hybrid"  # as the checkpoints on the hub have it
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -87,7 +90,7 @@ def test_a_kind_of_cache_that_generate_takes_for_unset_is_no_other(tmp_path, mov
     ],
     ids=lambda named: next(iter(named)),
 )
-def test_who_brings_a_cache_or_wants_none_is_let_alone(tmp_path, named):
+def test_a_call_that_sets_its_cache_is_left_unchanged(tmp_path, named):
     model = loaded(tmp_path, "llama")
     assert with_host_cache(model, "generate", (), named) == named
 
@@ -95,7 +98,7 @@ def test_who_brings_a_cache_or_wants_none_is_let_alone(tmp_path, named):
 @pytest.mark.parametrize(
     "config", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str
 )
-def test_a_forward_pass_knows_nothing_of_the_settings_of_generation(tmp_path, config):
+def test_a_forward_pass_ignores_the_settings_of_generation(tmp_path, config):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
     model.generation_config.update(**config)
     assert with_host_cache(model, "generate", (ids,), {}) == {}
@@ -111,7 +114,7 @@ def test_a_forward_pass_knows_nothing_of_the_settings_of_generation(tmp_path, co
     ("in_config", "named", "kept"),
     [(False, {}, False), (False, {"use_cache": True}, True), (True, {"use_cache": False}, False)],
 )
-def test_whether_a_forward_pass_keeps_a_cache_goes_by_the_models_config(
+def test_the_models_config_decides_whether_a_forward_pass_keeps_a_cache(
     tmp_path, in_config, named, kept
 ):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
@@ -120,28 +123,28 @@ def test_whether_a_forward_pass_keeps_a_cache_goes_by_the_models_config(
     assert ("past_key_values" in with_host_cache(model, "forward", (ids,), named)) == kept
 
 
-def test_a_cache_that_is_none_by_its_place_is_let_alone(tmp_path):
+def test_a_cache_of_none_that_is_passed_by_position_is_left_unchanged(tmp_path):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
-    by_place = (ids, None, None, None)  # mask, positions, cache
-    model(*by_place, **with_host_cache(model, "forward", by_place, {}))
+    positional = (ids, None, None, None)  # mask, positions, cache
+    model(*positional, **with_host_cache(model, "forward", positional, {}))
 
 
-def on_the_host(monkeypatch):
-    """Let every plan have its KV cache on the host, as if VRAM could not hold it."""
-    planned = opening.make_plan
+def plan_cache_on_host(monkeypatch):
+    """Make every plan keep its KV cache on the host, as if VRAM could not hold it."""
+    original = opening.make_plan
 
     def make_plan(*args, **options):
-        return dataclasses.replace(planned(*args, **options), kv_cache_on_host=True)
+        return dataclasses.replace(original(*args, **options), kv_cache_on_host=True)
 
     monkeypatch.setattr(opening, "make_plan", make_plan)
 
 
-def test_the_drop_in_called_as_it_is_keeps_its_cache_on_the_host(tmp_path, monkeypatch, moved):
+def test_the_drop_in_keeps_the_cache_of_a_direct_call_on_the_host(tmp_path, monkeypatch, moved):
     folder, ids = save_model(tmp_path / "model", "llama"), inputs_for("llama")["input_ids"]
     expected = transformers.LlamaForCausalLM.from_pretrained(folder)(
         torch.cat((ids, ids[:, :1]), dim=1)
     )
-    on_the_host(monkeypatch)
+    plan_cache_on_host(monkeypatch)
     with (
         nothing_left_behind(),
         load_streamed(folder, device="cpu", budget=Budget(host="64MiB"), workload=SMALL) as model,
@@ -154,7 +157,7 @@ def test_the_drop_in_called_as_it_is_keeps_its_cache_on_the_host(tmp_path, monke
         assert model(ids, use_cache=False).past_key_values is None
         assert moved
         moved.clear()
-        assert not hasattr(model.model(ids).past_key_values, "on_host")  # a module in it
+        assert not hasattr(model.model(ids).past_key_values, "on_host")  # a part of the model
         assert not moved
 
 

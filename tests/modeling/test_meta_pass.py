@@ -14,11 +14,11 @@ from layerstream.pipeline import Budget, StreamedModel
 from layerstream.pipeline.modeling.meta_pass import on_meta
 
 
-def test_opening_a_model_leaves_no_meta_tensors_in_what_transformers_remembers(
+def test_opening_a_model_leaves_no_meta_tensors_in_the_caches_of_transformers(
     tmp_path: Path,
 ) -> None:
-    # Its tables of relative positions are remembered by their size alone, for every model in the process.
-    remembered = (3, 3)
+    # Its tables of relative positions are cached by their size alone, for every model in the process.
+    cached_size = (3, 3)
     config = transformers.BeitConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -42,31 +42,31 @@ def test_opening_a_model_leaves_no_meta_tensors_in_what_transformers_remembers(
 
     streamed = run(main())
     kind = transformers.models.beit.modeling_beit.BeitRelativePositionBias
-    assert kind.generate_relative_position_index(remembered).device.type == "cpu"
+    assert kind.generate_relative_position_index(cached_size).device.type == "cpu"
     with torch.no_grad():
         expected = transformers.BeitModel.from_pretrained(tmp_path)(pixel_values=pixels)
     assert bits_equal(streamed, expected.last_hidden_state)
 
 
-def test_other_threads_go_on_remembering() -> None:
+def test_other_threads_still_cache() -> None:
     calls: list[int] = []
 
     @pytorch_utils.compile_compatible_method_lru_cache()
-    def remembers(number: int) -> torch.Tensor:
+    def zeros(number: int) -> torch.Tensor:
         calls.append(number)
         return torch.zeros(number)
 
-    def elsewhere() -> None:
-        assert remembers(2) is remembers(2)
+    def call_in_thread() -> None:
+        assert zeros(2) is zeros(2)
 
     with on_meta():
-        assert remembers(1).is_meta
-        assert remembers(1) is not remembers(1)
-        thread = threading.Thread(target=elsewhere)
+        assert zeros(1).is_meta
+        assert zeros(1) is not zeros(1)
+        thread = threading.Thread(target=call_in_thread)
         thread.start()
         thread.join()
     assert calls == [1, 1, 1, 2]
-    assert not remembers(1).is_meta
+    assert not zeros(1).is_meta
 
 
 def test_an_error_in_a_pass_puts_back_what_was_replaced() -> None:

@@ -1,4 +1,4 @@
-"""Requests reserve their memory before they board: who waits, who is refused, and what comes back."""
+"""Requests reserve their memory before they begin: which wait, which are refused, and what is freed."""
 
 import asyncio
 from pathlib import Path
@@ -21,14 +21,17 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 IDS = torch.arange(3, 10)[None]
-LONG = {"max_new_tokens": 8000, "do_sample": False}  # takes most of the room of a tiny model
+LONG = {
+    "max_new_tokens": 8000,
+    "do_sample": False,
+}  # takes most of the request memory of a tiny model
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
-def asked(admission: Admission, nbytes: int, *, places: int = 1) -> Reservation:
-    """A reservation that has been asked for."""
-    reservation = Reservation(nbytes, places=places)
-    admission.ask(reservation)
+def enqueue(admission: Admission, nbytes: int, *, threads: int = 1) -> Reservation:
+    """A reservation that is granted or waits in the queue."""
+    reservation = Reservation(nbytes, threads=threads)
+    admission.enqueue(reservation)
     return reservation
 
 
@@ -36,83 +39,83 @@ def asked(admission: Admission, nbytes: int, *, places: int = 1) -> Reservation:
 
 
 def test_a_small_request_does_not_overtake_a_large_one_that_waits() -> None:
-    admission = Admission(memory_bytes=10, places=9)
-    first = asked(admission, 6)
-    large, small = asked(admission, 8), asked(admission, 1)
+    admission = Admission(memory_bytes=10, threads=9)
+    first = enqueue(admission, 6)
+    large, small = enqueue(admission, 8), enqueue(admission, 1)
     assert (first.done(), large.done(), small.done()) == (True, False, False)
-    admission.give_back(first)
+    admission.release(first)
     assert (large.done(), small.done()) == (True, True)
     assert (admission.reserved_bytes, admission.waiting) == (9, 0)
 
 
-def test_who_leaves_the_queue_lets_those_behind_in() -> None:
-    admission = Admission(memory_bytes=10, places=9)
-    asked(admission, 6)
-    large, small = asked(admission, 8), asked(admission, 1)
-    admission.give_back(large)
+def test_a_request_that_leaves_the_queue_lets_those_behind_it_begin() -> None:
+    admission = Admission(memory_bytes=10, threads=9)
+    enqueue(admission, 6)
+    large, small = enqueue(admission, 8), enqueue(admission, 1)
+    admission.release(large)
     assert large.cancelled()
     assert small.done()
     assert admission.reserved_bytes == 7
 
 
-def test_when_there_is_less_who_has_some_keeps_it_and_who_can_never_fit_hears_of_it() -> None:
-    admission = Admission(memory_bytes=10, places=9)
-    first = asked(admission, 6)
-    large, small = asked(admission, 8), asked(admission, 5)
+def test_with_less_memory_granted_requests_keep_theirs_and_those_that_can_never_fit_fail() -> None:
+    admission = Admission(memory_bytes=10, threads=9)
+    first = enqueue(admission, 6)
+    large, small = enqueue(admission, 8), enqueue(admission, 5)
     admission.resize(7)
     assert isinstance(large.exception(timeout=0), AdmissionError)
     assert (admission.reserved_bytes, admission.waiting) == (6, 1)
     admission.resize(11)
     assert small.done()
-    admission.give_back(first)
-    admission.give_back(large)
+    admission.release(first)
+    admission.release(large)
     assert admission.reserved_bytes == 5
 
 
-def test_places_are_waited_for_too() -> None:
-    admission = Admission(memory_bytes=10, places=1)
-    first, second = asked(admission, 1), asked(admission, 1)
+def test_requests_wait_for_worker_threads_too() -> None:
+    admission = Admission(memory_bytes=10, threads=1)
+    first, second = enqueue(admission, 1), enqueue(admission, 1)
     assert (first.done(), second.done()) == (True, False)
-    admission.give_back(first)
+    admission.release(first)
     assert second.done()
 
 
-def test_closing_fails_those_who_wait_and_those_who_come() -> None:
-    admission = Admission(memory_bytes=10, places=1)
-    asked(admission, 10)
-    waiting = asked(admission, 1)
+def test_closing_fails_waiting_requests_and_new_ones() -> None:
+    admission = Admission(memory_bytes=10, threads=1)
+    enqueue(admission, 10)
+    waiting = enqueue(admission, 1)
     admission.close("closed")
-    for reservation in (waiting, asked(admission, 1)):
+    for reservation in (waiting, enqueue(admission, 1)):
         with pytest.raises(ClosedError):
             reservation.result(0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 1), st.booleans()), max_size=40))
-def test_memory_and_places_never_exceed_what_there_is_and_all_come_back(
+def test_memory_and_threads_are_never_exceeded_and_all_are_freed(
     steps: list[tuple[int, int, bool]],
 ) -> None:
-    admission = Admission(memory_bytes=10, places=3)
-    alive: list[Reservation] = []
-    for nbytes, places, leaves in steps:
-        alive.append(asked(admission, nbytes, places=places))
+    admission = Admission(memory_bytes=10, threads=3)
+    active: list[Reservation] = []
+    for nbytes, threads, leaves in steps:
+        active.append(enqueue(admission, nbytes, threads=threads))
         if leaves:
-            admission.give_back(alive.pop(len(alive) // 2))
-        granted = [each for each in alive if each.done()]
+            admission.release(active.pop(len(active) // 2))
+        granted = [each for each in active if each.done()]
         assert admission.reserved_bytes == sum(each.nbytes for each in granted) <= 10
-        assert sum(each.places for each in granted) <= 3
-        # First come, first served: nobody who has it came after somebody who waits.
-        assert [each.done() for each in alive] == sorted(
-            (each.done() for each in alive), reverse=True
+        assert sum(each.threads for each in granted) <= 3
+        # First come, first served: no request that is granted came after one that waits.
+        assert [each.done() for each in active] == sorted(
+            (each.done() for each in active), reverse=True
         )
-    for each in alive:
-        admission.give_back(each)
+    for each in active:
+        admission.release(each)
     assert (admission.reserved_bytes, admission.waiting) == (0, 0)
 
 
 # -- requests ------------------------------------------------------------------------------------
 
 
-def test_requests_whose_caches_do_not_fit_together_go_one_after_the_other(tmp_path: Path) -> None:
+def test_requests_whose_caches_do_not_fit_together_run_one_after_the_other(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -121,7 +124,7 @@ def test_requests_whose_caches_do_not_fit_together_go_one_after_the_other(tmp_pa
             await anext(first)
             second = asyncio.create_task(model.generate(input_ids=IDS, **GREEDY | {"num_beams": 2}))
             large = asyncio.create_task(anext(model.stream(input_ids=IDS, **LONG)))
-            await second  # there is room for it beside the first
+            await second  # there is memory for it and the first
             await turns()
             stats = model.stats()
             assert (stats.requests_waiting, stats.requests_riding) == (1, 1)
@@ -133,7 +136,7 @@ def test_requests_whose_caches_do_not_fit_together_go_one_after_the_other(tmp_pa
         run(main())
 
 
-def test_a_request_that_gives_up_waiting_leaves_the_queue(tmp_path: Path) -> None:
+def test_a_request_that_is_cancelled_while_it_waits_leaves_the_queue(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -176,15 +179,15 @@ def test_closing_the_model_fails_requests_that_wait_for_memory(tmp_path: Path) -
     [{"max_new_tokens": 100_000}, {"max_length": 100_000}, {**LONG, "num_beams": 3}],
     ids=["tokens", "length", "beams"],
 )
-def test_what_can_never_fit_is_refused_at_once_with_need_have_and_remedy(
+def test_a_request_that_can_never_fit_is_refused_at_once_with_need_have_and_remedy(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            says = r"generating 1 x \(7 \+ \d+\) tokens needs .* MiB .* there are .* workload or budget"
-            with pytest.raises(AdmissionError, match=says):
+            message = r"generating 1 x \(7 \+ \d+\) tokens needs .* MiB .* there are .* workload or budget"
+            with pytest.raises(AdmissionError, match=message):
                 await model.generate(input_ids=IDS, **options)
             with pytest.raises(AdmissionError):
                 await anext(model.stream(input_ids=IDS, **options))
@@ -195,8 +198,8 @@ def test_what_can_never_fit_is_refused_at_once_with_need_have_and_remedy(
         run(main())
 
 
-def prices(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
-    """What prices the requests of the model in ``folder``, and what the plan reserves by."""
+def estimator_for(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
+    """The estimator for the model in ``folder``, and the model's config."""
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = module.config.to_dict()
     return Estimator(
@@ -205,10 +208,10 @@ def prices(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator, Any]:
 
 
 def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_path: Path) -> None:
-    estimator, config = prices(save_model(tmp_path / "model", "llama"))
-    need = estimator.generation((), {"input_ids": torch.ones((1, 8)).long(), **GREEDY})
-    assert need.nbytes == workload_bytes(config, SMALL)[0]
-    assert (need.sequences, need.prompt_tokens, need.new_tokens) == (1, 8, 8)
+    estimator, config = estimator_for(save_model(tmp_path / "model", "llama"))
+    cost = estimator.generation((), {"input_ids": torch.ones((1, 8)).long(), **GREEDY})
+    assert cost.nbytes == workload_bytes(config, SMALL)[0]
+    assert (cost.sequences, cost.prompt_tokens, cost.new_tokens) == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -227,18 +230,18 @@ def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_
     ],
     ids=str,
 )
-def test_what_a_generation_is_asked_for_is_priced(
+def test_the_options_of_a_generation_are_in_its_estimate(
     less: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
-    estimator, _ = prices(save_model(tmp_path / "model", "llama"))
+    estimator, _ = estimator_for(save_model(tmp_path / "model", "llama"))
 
-    def price(options: dict[str, Any]) -> int:
+    def estimate(options: dict[str, Any]) -> int:
         return estimator.generation((IDS,), options).nbytes
 
-    assert price(less) < price(more)
+    assert estimate(less) < estimate(more)
 
 
-def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
+def test_inputs_that_are_not_tokens_count_as_a_workload_and_are_never_refused(
     tmp_path: Path,
 ) -> None:
     folder = save_model(tmp_path / "model", "vit")
@@ -247,17 +250,17 @@ def test_inputs_that_are_no_tokens_are_taken_for_a_workload_and_never_refused(
     reserved = workload_bytes(config, SMALL)[0]
     estimator = Estimator(module, config, workload=SMALL, memory=RequestMemory(nbytes=reserved))
     for images in (1, 5):
-        need = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
-        assert need.nbytes == reserved
+        cost = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
+        assert cost.nbytes == reserved
 
 
 # -- long prompts --------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_is_read_in_pieces_only_where_its_activations_would_not_fit(
+def test_a_long_prompt_is_processed_in_pieces_only_if_its_activations_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.scheduling.request_memory._SMALL_CHANGE_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.request_memory._MINIMUM_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama", intermediate_size=256)
     prompt = torch.arange(600)[None] % 97 + 3
     reference = transformers.LlamaForCausalLM.from_pretrained(folder)
@@ -280,7 +283,7 @@ def test_a_long_prompt_is_read_in_pieces_only_where_its_activations_would_not_fi
 # -- the drop-in ---------------------------------------------------------------------------------
 
 
-def test_the_drop_in_accounts_its_own_generate_and_forward(tmp_path: Path) -> None:
+def test_the_drop_in_reserves_memory_for_generate_and_forward(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
     seen: list[int] = []
     with (
@@ -289,11 +292,11 @@ def test_the_drop_in_accounts_its_own_generate_and_forward(tmp_path: Path) -> No
     ):
         streamed = vars(model)["_layerstream_close"].model
 
-        def look(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        def record(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             seen.append(streamed._engine.requests._admission.reserved_bytes)
             return scores
 
-        model.generate(IDS, **GREEDY, logits_processor=[look])
+        model.generate(IDS, **GREEDY, logits_processor=[record])
         assert set(seen) == {streamed._engine._estimator.generation((IDS,), GREEDY).nbytes}
         model(IDS)
         with pytest.raises(AdmissionError, match="a forward pass over 4000 x 4000 tokens"):
@@ -301,6 +304,6 @@ def test_the_drop_in_accounts_its_own_generate_and_forward(tmp_path: Path) -> No
         with pytest.raises(AdmissionError):
             model.generate(IDS, max_new_tokens=10_000_000)
         assert model(IDS).logits.isfinite().all()
-        # What this thread has told the loop of the pass's end is heard before this.
+        # Runs after the call that this thread has queued on the loop.
         vars(model)["_layerstream_close"]._host.run(turns())
         assert streamed.stats().reserved_bytes == 0

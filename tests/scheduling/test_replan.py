@@ -1,4 +1,4 @@
-"""A running model that plans anew, and residents that come and go with the prompt's activations."""
+"""A running model that switches to a new plan, and residents that replace a prompt's activations."""
 
 import asyncio
 import dataclasses
@@ -55,7 +55,7 @@ def expected(folder: Path) -> torch.Tensor:
     return tokens
 
 
-def opening(folder: Path, *, host: int, workload: Workload = LONG) -> StreamedModel:
+def model_with(folder: Path, *, host: int, workload: Workload = LONG) -> StreamedModel:
     return StreamedModel.open(
         folder,
         device="cpu",
@@ -66,22 +66,22 @@ def opening(folder: Path, *, host: int, workload: Workload = LONG) -> StreamedMo
     )
 
 
-async def smallest(folder: Path, workload: Workload = LONG) -> int:
-    """The host memory of a plan without room for residents."""
-    async with opening(folder, host=2 << 30, workload=workload) as model:
+async def smallest_host_bytes(folder: Path, workload: Workload = LONG) -> int:
+    """The host memory of a plan without memory for residents."""
+    async with model_with(folder, host=2 << 30, workload=workload) as model:
         plan = model.plan
         largest = max(batch.host_bytes for batch in plan.batches)
         return plan.host_memory.reserved_bytes + 3 * largest
 
 
-def test_while_nobody_has_a_prompt_its_room_holds_layers_and_they_are_not_read(
+def test_while_decoding_the_memory_of_a_prompt_holds_layers_and_they_are_not_read(
     folder: Path, expected: torch.Tensor
 ) -> None:
     async def scenario() -> None:
-        # Code that is loaded only once counts in the first model's budget alone.
-        await smallest(folder)
+        # Code that is loaded only once counts only in the first model's budget.
+        await smallest_host_bytes(folder)
         with nothing_left_behind():
-            model = await opening(folder, host=await smallest(folder)).__aenter__()
+            model = await model_with(folder, host=await smallest_host_bytes(folder)).__aenter__()
             try:
                 plan = model.plan
                 assert plan.decode_residents
@@ -99,29 +99,28 @@ def test_while_nobody_has_a_prompt_its_room_holds_layers_and_they_are_not_read(
     run(scenario(), seconds=100)
 
 
-def test_a_prompt_gets_the_room_back_before_it_is_processed(folder: Path) -> None:
+def test_a_prompt_gets_the_memory_back_before_it_is_processed(folder: Path) -> None:
     long = torch.arange(2048)[None] % 90 + 5
 
     async def scenario() -> None:
-        async with opening(folder, host=await smallest(folder)) as model:
+        async with model_with(folder, host=await smallest_host_bytes(folder)) as model:
             await model.generate(input_ids=PROMPT, max_new_tokens=6, **GREEDY)
             assert model._pipeline.plan is not model.plan
-            streaming = model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
-            await streaming
+            await model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
             assert model._pipeline.plan is model.plan
 
     run(scenario(), seconds=100)
 
 
 @asynccontextmanager
-async def held_up(model: StreamedModel) -> AsyncIterator[None]:
-    """Residents of ``model`` are about to change places, and do so when the block ends."""
-    begun, may = asyncio.Event(), asyncio.Event()
+async def adoption_delayed(model: StreamedModel) -> AsyncIterator[None]:
+    """The residents of ``model`` are about to change, and do so when the block ends."""
+    begun, may_continue = asyncio.Event(), asyncio.Event()
     adopt = model._pipeline.adopt
 
     async def adopting(plan: Plan) -> None:
         begun.set()
-        await may.wait()
+        await may_continue.wait()
         await adopt(plan)
 
     model._pipeline.adopt = adopting  # type: ignore[method-assign]
@@ -130,33 +129,33 @@ async def held_up(model: StreamedModel) -> AsyncIterator[None]:
         yield
     finally:
         model._pipeline.adopt = adopt  # type: ignore[method-assign]
-        may.set()
+        may_continue.set()
 
 
-def test_a_model_goes_on_when_all_who_wait_are_cancelled_while_residents_change_places(
+def test_a_model_continues_when_all_waiting_requests_are_cancelled_while_residents_change(
     folder: Path, expected: torch.Tensor
 ) -> None:
     async def scenario() -> None:
-        async with opening(folder, host=await smallest(folder)) as model:
-            asked = {"input_ids": PROMPT, "max_new_tokens": 12, **GREEDY}
-            task = asyncio.create_task(model.generate(**asked))
-            async with held_up(model):
+        async with model_with(folder, host=await smallest_host_bytes(folder)) as model:
+            options = {"input_ids": PROMPT, "max_new_tokens": 12, **GREEDY}
+            task = asyncio.create_task(model.generate(**options))
+            async with adoption_delayed(model):
                 task.cancel()
                 await asyncio.wait([task])
             assert task.cancelled()
-            assert torch.equal(await model.generate(**asked), expected)
+            assert torch.equal(await model.generate(**options), expected)
 
     run(scenario(), seconds=100)
 
 
-def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_it_departs(
+def test_a_prompt_that_arrives_while_residents_take_its_memory_gets_it_back_before_its_sweep(
     folder: Path,
 ) -> None:
-    # Fits beside the short one, but not beside more layers.
+    # Fits together with the short one, but not with more layers.
     long = torch.arange(1536)[None] % 90 + 5
 
     async def scenario() -> None:
-        async with opening(folder, host=await smallest(folder)) as model:
+        async with model_with(folder, host=await smallest_host_bytes(folder)) as model:
             scheduler, pipeline = model._scheduler, model._pipeline
             sweep, allowed = pipeline.sweep, []
 
@@ -170,7 +169,7 @@ def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_i
             short = asyncio.create_task(
                 model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
             )
-            async with held_up(model):
+            async with adoption_delayed(model):
                 prompt = asyncio.create_task(
                     model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
                 )
@@ -182,14 +181,14 @@ def test_a_prompt_that_comes_while_residents_take_its_room_gets_it_back_before_i
     run(scenario(), seconds=100)
 
 
-def test_planned_anew_a_model_goes_on_with_its_requests_and_knows_what_it_has_learnt(
+def test_with_a_new_plan_a_model_continues_its_requests_and_has_measured_rates(
     folder: Path, expected: torch.Tensor
 ) -> None:
     short = Workload(prompt_tokens=64, new_tokens=16)
 
     async def scenario() -> None:
-        host = await smallest(folder, short) + 8 * MIB
-        async with opening(folder, host=host, workload=short) as model:
+        host = await smallest_host_bytes(folder, short) + 8 * MIB
+        async with model_with(folder, host=host, workload=short) as model:
             before = model.plan
             tokens: list[int] = []
             async for token in model.stream(input_ids=PROMPT, max_new_tokens=12, **GREEDY):
@@ -209,9 +208,9 @@ def test_planned_anew_a_model_goes_on_with_its_requests_and_knows_what_it_has_le
     run(scenario(), seconds=100)
 
 
-def test_a_budget_that_nothing_fits_leaves_the_old_plan(folder: Path) -> None:
+def test_a_budget_that_is_too_small_leaves_the_old_plan(folder: Path) -> None:
     async def scenario() -> None:
-        model = opening(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
+        model = model_with(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
         await model.__aenter__()
         old = model.plan
         with pytest.raises(PlanError, match="cannot hold"):
@@ -228,7 +227,7 @@ def test_a_budget_that_nothing_fits_leaves_the_old_plan(folder: Path) -> None:
 def test_a_smaller_budget_leaves_less_for_requests_and_a_larger_one_more(folder: Path) -> None:
     async def scenario() -> None:
         workload = Workload(prompt_tokens=16)
-        async with opening(folder, host=512 * MIB, workload=workload) as model:
+        async with model_with(folder, host=512 * MIB, workload=workload) as model:
             for host in (128 * MIB, 256 * MIB):
                 plan = await model.replan(budget=Budget(host=host))
                 taken = plan.host_memory.taken_bytes
@@ -241,11 +240,11 @@ def test_a_smaller_budget_leaves_less_for_requests_and_a_larger_one_more(folder:
     run(scenario(), seconds=100)
 
 
-def test_what_a_model_was_given_it_may_keep_however_little_is_free_by_now(
+def test_a_model_may_keep_its_budget_however_little_memory_is_free_now(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with opening(folder, host=256 * MIB) as model:
+        async with model_with(folder, host=256 * MIB) as model:
             monkeypatch.setattr(
                 "layerstream.pipeline.machine.hardware.host_available_bytes", lambda: 0
             )
@@ -257,28 +256,28 @@ def test_what_a_model_was_given_it_may_keep_however_little_is_free_by_now(
     run(scenario(), seconds=100)
 
 
-def test_two_that_plan_anew_at_once_and_one_that_goes_away_do_not_disturb_a_request(
+def test_concurrent_replans_and_a_cancelled_one_do_not_disturb_a_request(
     folder: Path, expected: torch.Tensor
 ) -> None:
     async def scenario() -> None:
-        async with opening(folder, host=256 * MIB) as model:
+        async with model_with(folder, host=256 * MIB) as model:
             generating = asyncio.create_task(
                 model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
             )
             budgets = (Budget(host=128 * MIB), Budget(host=200 * MIB), None)
-            anew = [asyncio.create_task(model.replan(budget=each)) for each in budgets]
+            replans = [asyncio.create_task(model.replan(budget=each)) for each in budgets]
             await asyncio.sleep(0)
-            anew[0].cancel()
-            _, *plans = await asyncio.gather(*anew, return_exceptions=True)
+            replans[0].cancel()
+            _, *plans = await asyncio.gather(*replans, return_exceptions=True)
             assert torch.equal(await generating, expected)
             assert any(model.plan is plan for plan in plans)
 
     run(scenario(), seconds=100)
 
 
-def test_closing_answers_whoever_waits_for_a_new_plan(folder: Path) -> None:
+def test_closing_fails_a_replan_that_waits(folder: Path) -> None:
     async def scenario() -> None:
-        model = opening(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
+        model = model_with(folder, host=256 * MIB, workload=Workload(prompt_tokens=16))
         await model.__aenter__()
         waiting = asyncio.create_task(model.replan())
         await asyncio.sleep(0)
@@ -289,26 +288,26 @@ def test_closing_answers_whoever_waits_for_a_new_plan(folder: Path) -> None:
     run(scenario(), seconds=100)
 
 
-def test_forecasts_stand_beside_what_was_measured(folder: Path) -> None:
+def test_timings_show_predictions_together_with_measurements(folder: Path) -> None:
     async def scenario() -> None:
-        async with opening(folder, host=256 * MIB) as model:
+        async with model_with(folder, host=256 * MIB) as model:
             await model.generate(input_ids=PROMPT, max_new_tokens=4, min_new_tokens=4, **GREEDY)
             forecast = model.timings().forecast
             assert forecast is not None
             assert forecast.sweeps == 4
             prediction = model.plan.prediction
-            said = prediction.first.seconds + 3 * prediction.decode.seconds
-            assert forecast.predicted.seconds == pytest.approx(said)
+            predicted = prediction.first.seconds + 3 * prediction.decode.seconds
+            assert forecast.predicted.seconds == pytest.approx(predicted)
             assert forecast.measured.seconds > 0
             text = model.timings().summary()
             assert "sweep: predicted" in text
             (first, *steps) = [sweep.tokens for sweep in model.timings().latest]
             assert (first, steps) == (24, [1, 1, 1])
-            learnt = learn(
+            learned = learn(
                 model.hardware,
                 model.plan,
                 dataclasses.replace(model.timings()),
             )
-            assert learnt.host_available_bytes == model.hardware.host_available_bytes
+            assert learned.host_available_bytes == model.hardware.host_available_bytes
 
     run(scenario(), seconds=100)

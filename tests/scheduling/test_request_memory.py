@@ -1,4 +1,4 @@
-"""With KV caches in host RAM, requests take of two memories, and neither is given away twice."""
+"""With KV caches in host RAM, requests take from two memories, and neither is exceeded."""
 
 import dataclasses
 import re
@@ -27,15 +27,15 @@ CONFIG = {
     "vocab_size": 1000,
     "dtype": "bfloat16",
 }
-ASKED = Workload(batch_size=16, prompt_tokens=64, new_tokens=1000)
-ONE = {"max_new_tokens": 1000, "do_sample": False}
+WORKLOAD = Workload(batch_size=16, prompt_tokens=64, new_tokens=1000)
+ONE_SEQUENCE = {"max_new_tokens": 1000, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """With a KV cache that VRAM cannot hold."""
+    """A plan with a KV cache that VRAM cannot hold."""
     sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
-    made = plan_of(sizes, GPU, config=CONFIG, workload=ASKED, host=2 << 30, vram=420 * MIB)
+    made = plan_of(sizes, GPU, config=CONFIG, workload=WORKLOAD, host=2 << 30, vram=420 * MIB)
     assert made.kv_cache_on_host
     return made
 
@@ -52,83 +52,81 @@ def estimator(plan: Plan, module: Any) -> Estimator:
     return Estimator(
         module,
         config,
-        workload=ASKED,
+        workload=WORKLOAD,
         memory=request_memory_of(plan, module, config),
         reserved=plan,
     )
 
 
-def price(
+def cost_of(
     estimator: Estimator, module: Any, what: str, tokens: int, rows: int = 1, **named: Any
 ) -> RequestCost:
-    """What such a call is priced at when it has the cache that it would get."""
+    """The cost of such a call with the cache that it would get."""
     named = with_host_cache(module, what, (torch.ones((rows, tokens)).long(),), named)
     ids = torch.ones((rows, tokens)).long()
-    found: RequestCost = (estimator.generation if what == "generate" else estimator.forward)(
+    cost: RequestCost = (estimator.generation if what == "generate" else estimator.forward)(
         (ids,), named
     )
-    return found
+    return cost
 
 
 PARTS = st.builds(Parts, st.integers(0, 120), st.integers(0, 120))
 
 
 @given(st.integers(1, 100), st.integers(1, 100), st.lists(PARTS, max_size=12))
-def test_what_fits_as_one_number_fits_both_memories(
-    cache: int, other: int, asked: list[Parts]
+def test_requests_that_fit_as_one_number_fit_both_memories(
+    cache: int, other: int, requests: list[Parts]
 ) -> None:
-    room = RequestMemory(nbytes=cache + other, cache_bytes=cache)
+    memory = RequestMemory(nbytes=cache + other, cache_bytes=cache)
     admitted = Parts(0, 0)
-    left = room.nbytes
-    for parts in asked:
+    left = memory.nbytes
+    for parts in requests:
         alone = parts.cache <= cache and parts.other <= other
-        assert (room.taken_by(parts) <= room.nbytes) == alone
-        if (taken := room.taken_by(parts)) <= left:
+        assert (memory.taken_by(parts) <= memory.nbytes) == alone
+        if (taken := memory.taken_by(parts)) <= left:
             left -= taken
             admitted = Parts(admitted.cache + parts.cache, admitted.other + parts.other)
     assert admitted.cache <= cache
     assert admitted.other <= other
 
 
-def test_a_workload_fits_and_takes_all_that_is_reserved_for_it(
+def test_a_workload_fits_and_takes_all_the_memory_reserved_for_it(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    room = request_memory_of(plan, module, CONFIG)
-    assert room.nbytes == plan.workload_bytes
-    need = price(estimator, module, "generate", 64, rows=16, **ONE)
-    assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)
-    one = price(estimator, module, "generate", 64, **ONE)
-    assert 16 * one.nbytes == pytest.approx(room.nbytes, rel=0.01)
+    memory = request_memory_of(plan, module, CONFIG)
+    assert memory.nbytes == plan.workload_bytes
+    cost = cost_of(estimator, module, "generate", 64, rows=16, **ONE_SEQUENCE)
+    assert cost.nbytes == pytest.approx(memory.nbytes, rel=0.001)
+    one = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE)
+    assert 16 * one.nbytes == pytest.approx(memory.nbytes, rel=0.01)
 
 
-def test_activations_that_vram_cannot_hold_are_refused_however_much_host_ram_is_left(
+def test_activations_that_vram_cannot_hold_are_refused_however_much_host_ram_is_free(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    says = r"4000 tokens needs (\d+) MiB of VRAM for .* there, but there are (\d+) MiB for"
-    with pytest.raises(AdmissionError, match=says) as refused:
-        price(estimator, module, "forward", 4000)
-    found = re.search(says, str(refused.value))
+    message = r"4000 tokens needs (\d+) MiB of VRAM for .* there, but there are (\d+) MiB for"
+    with pytest.raises(AdmissionError, match=message) as refused:
+        cost_of(estimator, module, "forward", 4000)
+    found = re.search(message, str(refused.value))
     assert found is not None
     need, have = map(int, found.groups())
     assert have == (plan.workload_bytes - plan.kv_cache_bytes) // MIB < need
     assert need + 4000 * plan.kv_cache_bytes // (16 * 1064 * MIB) < plan.workload_bytes // MIB
 
 
-def test_a_cache_that_the_host_has_no_room_for_is_refused(
-    module: Any, estimator: Estimator
-) -> None:
+def test_a_cache_that_does_not_fit_the_host_is_refused(module: Any, estimator: Estimator) -> None:
     with pytest.raises(
         AdmissionError, match=r"needs .* of host RAM for its KV cache, but there are"
     ):
-        price(estimator, module, "generate", 64, **ONE | {"max_new_tokens": 20_000})
+        cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE | {"max_new_tokens": 20_000})
 
 
-def test_a_long_prompt_is_read_in_pieces_that_vram_can_hold(
+def test_a_long_prompt_is_processed_in_pieces_that_vram_can_hold(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    need = price(estimator, module, "generate", 6000, **ONE)
-    assert need.chunk_tokens is not None
-    assert need.nbytes <= plan.workload_bytes
+    cost = cost_of(estimator, module, "generate", 6000, **ONE_SEQUENCE)
+    assert cost.chunk_tokens is not None
+    assert cost.nbytes <= plan.workload_bytes
 
 
 @pytest.mark.parametrize(
@@ -143,30 +141,34 @@ def test_a_long_prompt_is_read_in_pieces_that_vram_can_hold(
 def test_a_cache_that_is_in_vram_is_counted_there(
     module: Any, estimator: Estimator, named: dict[str, Any]
 ) -> None:
-    step = price(estimator, module, "generate", 64, **ONE).step_bytes
+    step = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE).step_bytes
     cache = 2 * 8 * 1024 * 2 * 1064
-    there = price(estimator, module, "generate", 64, **ONE, **named)
-    assert there.step_bytes >= step + cache
+    in_vram = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE, **named)
+    assert in_vram.step_bytes >= step + cache
 
 
 def test_a_pass_that_keeps_no_cache_takes_no_memory_for_one(
     module: Any, estimator: Estimator
 ) -> None:
-    without = price(estimator, module, "forward", 1000, use_cache=False)
+    without = cost_of(estimator, module, "forward", 1000, use_cache=False)
     in_vram = {"past_key_values": transformers.DynamicCache()}
-    assert without.nbytes < price(estimator, module, "forward", 1000, **in_vram).nbytes
+    assert without.nbytes < cost_of(estimator, module, "forward", 1000, **in_vram).nbytes
 
 
-def test_layers_may_stay_beside_requests_by_what_those_take_of_vram(
+def test_layers_may_be_resident_according_to_what_requests_take_of_vram(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    need = price(estimator, module, "generate", 64, **ONE | {"max_new_tokens": 16 * 1064 - 64})
-    room = request_memory_of(plan, module, CONFIG)
-    assert need.nbytes == pytest.approx(room.nbytes, rel=0.001)  # its cache is as large as may be
-    assert need.step_bytes < room.beside_residents_bytes / 2
+    cost = cost_of(
+        estimator, module, "generate", 64, **ONE_SEQUENCE | {"max_new_tokens": 16 * 1064 - 64}
+    )
+    memory = request_memory_of(plan, module, CONFIG)
+    assert cost.nbytes == pytest.approx(
+        memory.nbytes, rel=0.001
+    )  # its cache is as large as it may be
+    assert cost.step_bytes < memory.shared_with_residents_bytes / 2
 
 
-def test_planning_anew_leaves_the_room_as_it_is(plan: Plan, module: Any) -> None:
+def test_a_new_plan_does_not_change_the_memory_for_requests(plan: Plan, module: Any) -> None:
     assert plan.device_memory is not None
     larger = dataclasses.replace(
         plan,

@@ -54,8 +54,8 @@ async def streaming(folder: Path) -> StreamedModel:
     return await open_streaming(folder, reader="direct", workload=workload)
 
 
-def alone(folder: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """What the unstreamed model generates; a fresh one, since a long prompt leaves its frequencies behind."""
+def generate_unstreamed(folder: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the unstreamed model generates; a new one each time, since a long prompt changes its frequencies."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens: torch.Tensor = reference.generate(input_ids=ids, **{**GREEDY, **options})
     return tokens
@@ -80,7 +80,7 @@ class Stalling(BaseStreamer):
 @pytest.mark.parametrize("rope", ROPES)
 def test_eight_requests_take_the_sweeps_and_the_bytes_of_one(rope: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6, **ROPES[rope])
-    expected = [alone(folder, ids) for ids in PROMPTS]
+    expected = [generate_unstreamed(folder, ids) for ids in PROMPTS]
 
     async def main() -> None:
         async with await streaming(folder) as model:
@@ -102,7 +102,7 @@ def test_eight_requests_take_the_sweeps_and_the_bytes_of_one(rope: str, tmp_path
         run(main())
 
 
-def test_what_one_clone_writes_into_a_buffer_another_does_not_see(tmp_path: Path) -> None:
+def test_a_buffer_that_one_clone_changes_is_unchanged_in_another(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", **ROPES["longrope"])
     module = transformers.LlamaForCausalLM.from_pretrained(folder)
     one, other = clone_modules(module), clone_modules(module)
@@ -115,7 +115,7 @@ def test_what_one_clone_writes_into_a_buffer_another_does_not_see(tmp_path: Path
     assert one.model.layers[0].mlp.up_proj.weight is module.model.layers[0].mlp.up_proj.weight
 
 
-def test_a_request_that_comes_in_mid_sweep_has_its_first_token_in_the_next_one(
+def test_a_request_that_arrives_during_a_sweep_gets_its_first_token_in_the_next_one(
     tmp_path: Path,
 ) -> None:
     folder = save_model(tmp_path / "model", "llama", num_hidden_layers=6)
@@ -138,7 +138,7 @@ def test_a_request_that_comes_in_mid_sweep_has_its_first_token_in_the_next_one(
         run(main())
 
 
-def test_a_request_stuck_in_its_callers_code_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_request_stuck_in_its_callers_code_delays_no_other(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -149,16 +149,16 @@ def test_a_request_stuck_in_its_callers_code_holds_nobody_up(tmp_path: Path) -> 
                 )
                 await happens(gate.reached)
                 result = await model.generate(input_ids=PROMPTS[1], **GREEDY)
-                assert torch.equal(result, alone(folder, PROMPTS[1]))
+                assert torch.equal(result, generate_unstreamed(folder, PROMPTS[1]))
                 assert not stuck.done()
                 gate.open()
-                assert torch.equal(await stuck, alone(folder, PROMPTS[0]))
+                assert torch.equal(await stuck, generate_unstreamed(folder, PROMPTS[0]))
 
     with nothing_left_behind():
         run(main())
 
 
-def test_a_slow_consumer_of_a_stream_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_slow_consumer_of_a_stream_delays_no_other_request(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -167,13 +167,13 @@ def test_a_slow_consumer_of_a_stream_holds_nobody_up(tmp_path: Path) -> None:
             begun = [await anext(slow)]
             await model.generate(input_ids=PROMPTS[1], **{**GREEDY, "max_new_tokens": 20})
             rest = begun + [token async for token in slow]
-            assert rest == alone(folder, PROMPTS[0])[0, 4:].tolist()
+            assert rest == generate_unstreamed(folder, PROMPTS[0])[0, 4:].tolist()
 
     run(main())
 
 
 @pytest.mark.usefixtures("patient")
-def test_passes_that_take_other_ways_share_sweeps_with_those_that_take_all(tmp_path: Path) -> None:
+def test_passes_with_other_routes_share_sweeps_with_those_that_visit_all(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "t5", num_layers=3, num_decoder_layers=3)
     reference = transformers.T5ForConditionalGeneration.from_pretrained(folder)
     prompts = [ids % 97 + 3 for ids in PROMPTS[:5]]
@@ -194,7 +194,7 @@ def test_passes_that_take_other_ways_share_sweeps_with_those_that_take_all(tmp_p
 @pytest.mark.usefixtures("patient")
 def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", **ROPES["dynamic"])
-    expected = [alone(folder, ids) for ids in PROMPTS[:4]]
+    expected = [generate_unstreamed(folder, ids) for ids in PROMPTS[:4]]
     results: dict[int, torch.Tensor] = {}
     with (
         nothing_left_behind(),
@@ -211,7 +211,7 @@ def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join(30)
-        # What a thread has told the loop of its end is heard before this.
+        # Runs after the calls that the threads have queued on the loop.
         vars(model)["_layerstream_close"]._host.run(turns())
         stats = streamed.stats()
         assert stats.sweeps < stats.passes == 32
@@ -220,7 +220,7 @@ def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["sampling", "beam sampling"])
-def test_requests_that_sample_draw_from_sources_of_their_own(
+def test_requests_that_sample_use_generators_of_their_own(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
@@ -228,7 +228,7 @@ def test_requests_that_sample_draw_from_sources_of_their_own(
     expected = []
     for seed, ids in enumerate(PROMPTS):
         torch.manual_seed(seed)
-        expected.append(alone(folder, ids, **sampling))
+        expected.append(generate_unstreamed(folder, ids, **sampling))
 
     async def main() -> None:
         async with await streaming(folder) as model:
@@ -248,7 +248,7 @@ def test_requests_that_sample_draw_from_sources_of_their_own(
 # -- life ----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_drains_finishes_what_runs_and_takes_no_more(tmp_path: Path) -> None:
+def test_a_model_that_drains_finishes_running_requests_and_refuses_new_ones(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -270,7 +270,7 @@ def test_a_model_that_drains_finishes_what_runs_and_takes_no_more(tmp_path: Path
         run(main())
 
 
-def test_statistics_count_every_end_that_a_request_can_come_to(tmp_path: Path) -> None:
+def test_statistics_count_every_outcome_of_a_request(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:
@@ -280,33 +280,39 @@ def test_statistics_count_every_end_that_a_request_can_come_to(tmp_path: Path) -
                 await model.forward(input_ids=torch.tensor([[1_000_000]]))
             stream = model.stream(input_ids=PROMPTS[0], max_new_tokens=1000, do_sample=False)
             await anext(stream)
-            riding = model.stats()
-            assert (riding.requests_riding, riding.requests_waiting) == (1, 0)
-            assert 0 < riding.reserved_bytes < riding.reservable_bytes
+            running = model.stats()
+            assert (running.requests_riding, running.requests_waiting) == (1, 0)
+            assert 0 < running.reserved_bytes < running.reservable_bytes
             await stream.aclose()
-            told = model.stats().to_dict()
-            ends = {name: told[f"requests_{name}"] for name in ("completed", "failed", "cancelled")}
-            assert ends == {"completed": 1, "failed": 1, "cancelled": 1}
-            assert (told["requests_started"], told["requests_riding"]) == (3, 0)
-            assert told["reserved_bytes"] == 0
-            assert [stage["name"] for stage in told["stages"]] == ["read", "transfer", "compute"]
-            assert all(0 <= stage["utilisation"] <= 1 for stage in told["stages"])
+            reported = model.stats().to_dict()
+            outcomes = {
+                name: reported[f"requests_{name}"] for name in ("completed", "failed", "cancelled")
+            }
+            assert outcomes == {"completed": 1, "failed": 1, "cancelled": 1}
+            assert (reported["requests_started"], reported["requests_riding"]) == (3, 0)
+            assert reported["reserved_bytes"] == 0
+            assert [stage["name"] for stage in reported["stages"]] == [
+                "read",
+                "transfer",
+                "compute",
+            ]
+            assert all(0 <= stage["utilisation"] <= 1 for stage in reported["stages"])
 
     run(main())
 
 
-def test_what_a_request_had_is_freed_when_it_ends_not_when_the_collector_comes(
+def test_memory_of_a_request_is_freed_when_it_ends_without_the_garbage_collector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_model(tmp_path / "model", "llama")
     clones = []
 
-    def noted(module: Any) -> Any:
+    def recorded_clone(module: Any) -> Any:
         clone = clone_modules(module)
         clones.append(weakref.ref(clone))
         return clone
 
-    monkeypatch.setattr("layerstream.pipeline.scheduling.engine.clone_modules", noted)
+    monkeypatch.setattr("layerstream.pipeline.scheduling.engine.clone_modules", recorded_clone)
 
     async def scenario() -> list[bool]:
         async with await streaming(folder) as model:

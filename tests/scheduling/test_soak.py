@@ -1,4 +1,4 @@
-"""Many requests of all kinds at once, with every way to end: those that finish are right, and nothing is left."""
+"""Many requests of all kinds at once, with every way to end: results are right, and nothing is left behind."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ REQUESTS = 60
 
 
 class Sampled(LogitsProcessor):
-    """Sampling by the Gumbel trick, with a random source of its own: torch's is shared by all threads."""
+    """Sampling by the Gumbel trick, with a generator of its own: torch's is shared by all threads."""
 
     def __init__(self, seed: int) -> None:
         self._random = torch.Generator().manual_seed(seed)
@@ -30,8 +30,8 @@ class Sampled(LogitsProcessor):
         return scores - torch.log(-torch.log(noise))
 
 
-def asked_for(number: int) -> dict[str, Any]:
-    """The arguments of request ``number``: made anew for each call, since processors remember."""
+def arguments_of(number: int) -> dict[str, Any]:
+    """The arguments of request ``number``: new ones for each call, since processors have state."""
     choose = random.Random(number)
     rows, length = choose.choice([(1, 3), (1, 8), (1, 20), (2, 6), (3, 11)])
     ids = torch.tensor([[choose.randrange(3, 100) for _ in range(length)] for _ in range(rows)])
@@ -52,48 +52,48 @@ def asked_for(number: int) -> dict[str, Any]:
 
 
 async def serve(model: StreamedModel, number: int, expected: torch.Tensor) -> str:
-    """Make request ``number``, end it in one of many ways, and check what came of it."""
+    """Make request ``number``, end it in one of many ways, check its result, and return which way that was."""
     choose = random.Random(1000 + number)
-    asked = asked_for(number)
-    fate = choose.choice(["wait", "wait", "wait", "cancel", "deadline", "leave", "too much"])
-    if fate == "too much":
+    arguments = arguments_of(number)
+    way = choose.choice(["wait", "wait", "wait", "cancel", "deadline", "leave", "too much"])
+    if way == "too much":
         with pytest.raises(AdmissionError):
-            await model.generate(**{**asked, "max_new_tokens": 1_000_000})
-    elif fate == "cancel":
-        task = asyncio.create_task(model.generate(**asked))
+            await model.generate(**{**arguments, "max_new_tokens": 1_000_000})
+    elif way == "cancel":
+        task = asyncio.create_task(model.generate(**arguments))
         for _ in range(choose.randrange(200)):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
         if not task.cancelled():
             assert torch.equal(task.result(), expected)
-    elif fate == "deadline":
+    elif way == "deadline":
         try:
             async with asyncio.timeout(choose.random() / 5):
-                assert torch.equal(await model.generate(**asked), expected)
+                assert torch.equal(await model.generate(**arguments), expected)
         except TimeoutError:
             pass
-    elif fate == "leave":
-        ids = asked["input_ids"][:1]
+    elif way == "leave":
+        ids = arguments["input_ids"][:1]
         stream = model.stream(input_ids=ids, max_new_tokens=2000, do_sample=False)
         for _ in range(choose.randrange(1, 6)):
             await anext(stream)
         await stream.aclose()
     else:
-        assert torch.equal(await model.generate(**asked), expected)
-        output = await model.forward(asked["input_ids"])
+        assert torch.equal(await model.generate(**arguments), expected)
+        output = await model.forward(arguments["input_ids"])
         assert output.logits.isfinite().all()
-    return fate
+    return way
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3-moe"])
-def test_requests_of_all_kinds_at_once_come_to_the_right_end_and_leave_nothing(
+def test_requests_of_all_kinds_at_once_end_correctly_and_leave_nothing_behind(
     case: str, tmp_path: Path
 ) -> None:
     settings = {"n_positions": 4096} if case == "gpt2" else {}
     folder = save_model(tmp_path / "model", case, **settings)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    expected = [reference.generate(**asked_for(number)) for number in range(REQUESTS)]
+    expected = [reference.generate(**arguments_of(number)) for number in range(REQUESTS)]
     with torch.no_grad():
         logits = reference(torch.tensor([[5, 6, 7]])).logits
 
@@ -101,12 +101,12 @@ def test_requests_of_all_kinds_at_once_come_to_the_right_end_and_leave_nothing(
         workload = Workload(batch_size=4, prompt_tokens=64, new_tokens=2000)
         options = {"workload": workload, "max_requests": 6, "reader": "direct"}
         async with await open_streaming(folder, **options) as model:
-            fates = await asyncio.gather(
+            ways = await asyncio.gather(
                 *(serve(model, number, expected[number]) for number in range(REQUESTS))
             )
             stats = model.stats()
-            assert stats.requests_completed >= fates.count("wait")
-            assert stats.requests_refused == fates.count("too much")
+            assert stats.requests_completed >= ways.count("wait")
+            assert stats.requests_refused == ways.count("too much")
             assert stats.requests_failed == 0
             assert (stats.requests_riding, stats.requests_waiting) == (0, 0)
             assert (stats.reserved_bytes, stats.riders_aboard) == (0, 0)

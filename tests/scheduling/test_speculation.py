@@ -19,25 +19,25 @@ GREEDY = {"input_ids": PROMPT, "max_new_tokens": NEW, "do_sample": False}
 
 
 async def generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Stats, int]:
-    """The tokens, what the model says of it, and how many sweeps its pipeline was asked for."""
+    """The tokens, the model's statistics, and how many sweeps its pipeline made."""
     workload = Workload(prompt_tokens=2 * CIRCLE, new_tokens=2 * NEW)
     async with await open_streaming(folder, reader="direct", workload=workload) as model:
-        asked = count_sweeps(model)
+        routes = record_routes(model)
         tokens = await model.generate(**GREEDY, **options)
-        return tokens, model.stats(), len(asked)
+        return tokens, model.stats(), len(routes)
 
 
-def count_sweeps(model: StreamedModel) -> list[Any]:
-    """A list that grows with each sweep over the weights from now on."""
-    asked: list[Any] = []
+def record_routes(model: StreamedModel) -> list[Any]:
+    """A list to which the route of each sweep is appended from now on."""
+    routes: list[Any] = []
     sweep = model._pipeline.sweep
 
-    def counted(route: Any) -> Any:
-        asked.append(route)
+    def recorded_sweep(route: Any) -> Any:
+        routes.append(route)
         return sweep(route)
 
-    model._pipeline.sweep = counted  # type: ignore[method-assign]
-    return asked
+    model._pipeline.sweep = recorded_sweep  # type: ignore[method-assign]
+    return routes
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> torch.Tensor:
-    """What greedy decoding gives: the circle again and again."""
+    """The result of greedy decoding: the circle again and again."""
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     tokens: torch.Tensor = model.generate(**GREEDY)
     assert torch.equal(tokens, recited(2 * CIRCLE + NEW))
@@ -70,17 +70,17 @@ def test_prompt_lookup_gives_the_same_tokens_in_far_fewer_sweeps(
     assert torch.equal(tokens, expected)
     assert sweeps == stats.sweeps
     assert stats.tokens_generated == NEW
-    # Five that were looked up, and one behind them.
+    # Five that were looked up, and the one that follows them.
     assert NEW / sweeps == stats.tokens_per_sweep > 4
-    # What counts is what is read; some of it was read ahead for a sweep that nobody asked for.
+    # All bytes read count; some were read ahead for a sweep that was never made.
     assert stats.bytes_read < plain.bytes_read / 3
 
 
-@pytest.mark.parametrize("right", [True, False], ids=["one that knows", "one that does not"])
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
 def test_an_assistant_changes_the_sweeps_and_never_the_tokens(
     right: bool, folder: Path, expected: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The assistant is another model: smaller, with other weights, and one of them says something else."""
+    """The assistant is another model: smaller, with other weights, and in one case with other predictions."""
     save_reciting_model(tmp_path / "assistant", seed=1, hidden_size=48, num_hidden_layers=1)
     assistant = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "assistant")
     if not right:

@@ -1,4 +1,4 @@
-"""`layerstream serve`: what a real process answers over real sockets to the real openai client."""
+"""`layerstream serve`: a real process answers the real openai client over real sockets."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.loop import run
 from support.server import Server
-from support.service import COMPLETIONS, GREEDY, KEY, PROMPTS, SAY, Reference, events
+from support.service import COMPLETIONS, GREEDY, KEY, MESSAGES, PROMPTS, Reference, events
 
 httpx = pytest.importorskip("httpx2", reason="needs layerstream[test]")
 openai = pytest.importorskip("openai", reason="needs layerstream[test]")
@@ -29,29 +29,29 @@ def test_a_completion_is_the_greedy_text_of_the_unstreamed_model(
     assert done.usage.total_tokens == sum(tokens)
 
 
-def test_a_chat_is_the_greedy_text_behind_the_models_template(
+def test_a_chat_is_the_greedy_text_after_the_models_template(
     client: Any, reference: Reference
 ) -> None:
-    done = client.chat.completions.create(messages=SAY, max_completion_tokens=24, **GREEDY)
-    prompt = reference.chat(SAY)
+    done = client.chat.completions.create(messages=MESSAGES, max_completion_tokens=24, **GREEDY)
+    prompt = reference.chat(MESSAGES)
     assert done.object == "chat.completion"
     assert done.choices[0].message.role == "assistant"
     assert done.choices[0].message.content == reference.text(prompt, 24)
     assert done.usage.prompt_tokens == len(prompt)
 
 
-def test_parts_of_a_message_and_the_developers_role_are_understood(
+def test_message_parts_and_the_developer_role_are_supported(
     client: Any, reference: Reference
 ) -> None:
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
-    messages = [{"role": "developer", "content": parts}, SAY[1]]
+    messages = [{"role": "developer", "content": parts}, MESSAGES[1]]
     done = client.chat.completions.create(messages=messages, max_tokens=9, **GREEDY)
-    prompt = reference.chat([{"role": "system", "content": "Be\nbrief."}, SAY[1]])
+    prompt = reference.chat([{"role": "system", "content": "Be\nbrief."}, MESSAGES[1]])
     assert done.choices[0].message.content == reference.text(prompt, 9)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_streamed_completions_joined_are_the_whole_one(
+def test_a_streamed_completion_joined_is_the_whole_text(
     prompt: str, client: Any, reference: Reference
 ) -> None:
     chunks = list(client.completions.create(prompt=prompt, max_tokens=24, stream=True, **GREEDY))
@@ -65,11 +65,15 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_usage(
     client: Any, reference: Reference
 ) -> None:
     *chunks, last = client.chat.completions.create(
-        messages=SAY, max_tokens=24, stream=True, stream_options={"include_usage": True}, **GREEDY
+        messages=MESSAGES,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        **GREEDY,
     )
     assert chunks[0].choices[0].delta.role == "assistant"
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
-    prompt = reference.chat(SAY)
+    prompt = reference.chat(MESSAGES)
     assert "".join(pieces) == reference.text(prompt, 24)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
@@ -81,10 +85,10 @@ def test_a_stream_comes_piece_by_piece_and_ends_with_done(http: Any) -> None:
     body = {"prompt": "Hello", "max_tokens": 4, "stream": True, **GREEDY}
     answer = http.post(COMPLETIONS, json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
-    *said, done = events(answer.text)
+    *chunks, done = events(answer.text)
     assert done == "data: [DONE]"
-    assert len(said) > 3
-    assert all("usage" not in each for each in said)
+    assert len(chunks) > 3
+    assert all("usage" not in each for each in chunks)
 
 
 def test_prompts_are_a_text_several_texts_token_ids_or_lists_of_them(
@@ -100,32 +104,32 @@ def test_prompts_are_a_text_several_texts_token_ids_or_lists_of_them(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_text_and_no_part_of_it_is_seen(
+def test_a_stop_string_ends_the_text_and_no_part_of_it_is_sent(
     stream: bool, client: Any, reference: Reference
 ) -> None:
     text = reference.text("Hello", 24)
     stop = text[5:9]
     assert text.find(stop) == 5
-    asked = {"prompt": "Hello", "max_tokens": 24, "stop": ["never", stop], "stream": stream}
-    done = client.completions.create(**asked, **GREEDY)
+    options = {"prompt": "Hello", "max_tokens": 24, "stop": ["never", stop], "stream": stream}
+    done = client.completions.create(**options, **GREEDY)
     chunks = list(done) if stream else [done]
     assert "".join(chunk.choices[0].text for chunk in chunks) == text[:5]
     assert chunks[-1].choices[0].finish_reason == "stop"
-    # What only begins like a stop string is text.
-    asked["stop"] = text[-3:] + "never"
-    done = client.completions.create(**asked, **GREEDY)
+    # The mere beginning of a stop string is text.
+    options["stop"] = text[-3:] + "never"
+    done = client.completions.create(**options, **GREEDY)
     chunks = list(done) if stream else [done]
     assert "".join(chunk.choices[0].text for chunk in chunks) == text
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_drawn_tokens_are_those_of_transformers_with_the_same_seed(
+def test_sampled_tokens_are_those_of_transformers_with_the_same_seed(
     client: Any, reference: Reference
 ) -> None:
     def expected(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        how = {"do_sample": True, "temperature": 1.9, "top_p": 0.95, "top_k": 0}
-        return reference.ids("Hello", 24, **how)
+        sampling = {"do_sample": True, "temperature": 1.9, "top_p": 0.95, "top_k": 0}
+        return reference.ids("Hello", 24, **sampling)
 
     end = reference.tokenizer.eos_token_id
     ending = next(seed for seed in range(1000) if expected(seed)[-1] == end)
@@ -139,35 +143,37 @@ def test_drawn_tokens_are_those_of_transformers_with_the_same_seed(
             assert choice.finish_reason == ("stop" if ids[-1] == end else "length")
 
 
-def test_penalties_change_the_text_as_they_are_meant_to(client: Any, reference: Reference) -> None:
+def test_penalties_change_the_text_by_openais_formula(client: Any, reference: Reference) -> None:
     plain = reference.ids("Hello", 24)
     done = client.completions.create(
         prompt="Hello", max_tokens=24, presence_penalty=2, frequency_penalty=2, **GREEDY
     )
-    ids, seen = list(b"Hello"), [0] * 259
+    ids, counted = list(b"Hello"), [0] * 259
     for _ in range(24):
         with torch.no_grad():
             scores = reference.model(torch.tensor([ids])).logits[0, -1]
-        counts = torch.tensor(seen)
+        counts = torch.tensor(counted)
         ids.append(int((scores - 2 * counts - 2 * (counts > 0)).argmax()))
-        seen[ids[-1]] += 1
+        counted[ids[-1]] += 1
     assert ids[5:] != plain
     assert done.choices[0].text == reference.tokenizer.decode(ids[5:], skip_special_tokens=True)
 
 
-def test_eight_at_once_each_get_their_own_text(server: Server, reference: Reference) -> None:
+def test_eight_concurrent_clients_each_get_their_own_text(
+    server: Server, reference: Reference
+) -> None:
     async def main() -> None:
         async with openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
         ) as client:
 
-            async def ask(prompt: str) -> str:
+            async def complete(prompt: str) -> str:
                 stream = await client.completions.create(
                     prompt=prompt, max_tokens=32, stream=True, **GREEDY
                 )
                 return "".join([chunk.choices[0].text async for chunk in stream])
 
-            texts = await asyncio.gather(*map(ask, PROMPTS))
+            texts = await asyncio.gather(*map(complete, PROMPTS))
         assert texts == [reference.text(prompt, 32) for prompt in PROMPTS]
 
     run(main(), seconds=60)

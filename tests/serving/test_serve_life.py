@@ -1,4 +1,4 @@
-"""`layerstream serve`: clients that come and go, and how the service begins and ends."""
+"""`layerstream serve`: clients that connect and leave, and how the service starts and ends."""
 
 import json
 from contextlib import ExitStack
@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.server import Server, save_speaking_model, serving, until
+from support.server import Server, running_server, save_chat_model, wait_until
 from support.service import (
-    ASK,
     CHAT,
+    CHAT_BODY,
     COMPLETIONS,
     GREEDY,
     HOST,
-    LONG,
+    LONG_BODY,
     MEMORY,
-    SAY,
-    TALK,
+    MESSAGES,
+    TEXT_BODY,
     Reference,
     gauge,
-    left,
-    quiet,
+    idle,
+    send_request,
 )
 
 from layerstream.tools.cli import main
@@ -32,87 +32,93 @@ pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
 pytest.importorskip("prometheus_client", reason="needs layerstream[serve]")
 
 
-def test_more_than_there_are_places_for_are_told_to_come_back(
+def test_requests_beyond_the_limit_get_a_429_with_retry_after(
     http: Any, client: Any, server: Server
 ) -> None:
     with ExitStack() as stack:
-        for count in (8, 4):  # answers to one request take as many places
-            stack.enter_context(left(server, LONG | {"n": count}))
-        until(lambda: gauge(http, "layerstream_open_answers") == 12)
-        answer = http.post(COMPLETIONS, json=ASK)
+        for count in (8, 4):  # each answer to a request counts
+            stack.enter_context(send_request(server, LONG_BODY | {"n": count}))
+        wait_until(lambda: gauge(http, "layerstream_open_answers") == 12)
+        answer = http.post(COMPLETIONS, json=TEXT_BODY)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) > 0
         assert answer.json()["error"]["code"] == "queue_full"
         with pytest.raises(openai.RateLimitError):
-            client.completions.create(**ASK)
-    until(lambda: quiet(http))
-    assert http.post(COMPLETIONS, json=ASK).status_code == 200
+            client.completions.create(**TEXT_BODY)
+    wait_until(lambda: idle(http))
+    assert http.post(COMPLETIONS, json=TEXT_BODY).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_is_served_no_longer(stream: bool, http: Any, server: Server) -> None:
-    until(lambda: quiet(http))
+def test_the_request_of_a_client_that_leaves_is_cancelled(
+    stream: bool, http: Any, server: Server
+) -> None:
+    wait_until(lambda: idle(http))
     before = gauge(http, "layerstream_requests_cancelled_total")
-    with left(server, LONG | {"stream": stream}) as connection:
-        until(lambda: gauge(http, "layerstream_requests_riding") == 1)
+    with send_request(server, LONG_BODY | {"stream": stream}) as connection:
+        wait_until(lambda: gauge(http, "layerstream_requests_riding") == 1)
         if stream:
             assert b"200 OK" in connection.recv(4096)
-    until(lambda: quiet(http))
+    wait_until(lambda: idle(http))
     assert gauge(http, "layerstream_requests_cancelled_total") == before + 1
-    assert http.post(COMPLETIONS, json=ASK).status_code == 200
+    assert http.post(COMPLETIONS, json=TEXT_BODY).status_code == 200
 
 
-def test_a_client_that_does_not_read_holds_nobody_up(
+def test_a_client_that_does_not_read_does_not_delay_others(
     server: Server, http: Any, client: Any, reference: Reference
 ) -> None:
-    with left(server, LONG | {"stream": True}):
+    with send_request(server, LONG_BODY | {"stream": True}):
         done = client.completions.create(prompt="Hello", max_tokens=24, **GREEDY)
         assert done.choices[0].text == reference.text("Hello", 24)
-    until(lambda: quiet(http))
+    wait_until(lambda: idle(http))
 
 
 @pytest.fixture(scope="module")
-def mute(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def no_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without a chat template."""
-    return save_speaking_model(tmp_path_factory.mktemp("serve") / "mute", template=False)
+    return save_chat_model(tmp_path_factory.mktemp("serve") / "no_template", template=False)
 
 
-def test_a_signal_lets_streams_end_with_an_error_and_the_server_with_0(mute: Path) -> None:
+def test_a_signal_ends_streams_with_an_error_and_the_server_with_exit_code_0(
+    no_template: Path,
+) -> None:
     options = ("--shutdown-seconds", "0", "--no-access-log", "--new-tokens", "2000")
     with (
-        serving(mute, *options) as server,
+        running_server(no_template, *options) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        error = http.post(CHAT, json=TALK | {"model": "mute"}).json()["error"]
+        error = http.post(CHAT, json=CHAT_BODY | {"model": "no_template"}).json()["error"]
         assert "chat template" in error["message"]
-        asked = LONG | {"model": "mute", "stream": True, "max_tokens": 2000}
-        with http.stream("POST", COMPLETIONS, json=asked) as answer:
+        body = LONG_BODY | {"model": "no_template", "stream": True, "max_tokens": 2000}
+        with http.stream("POST", COMPLETIONS, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.process.terminate()
-            said = [line for line in lines if line]
-        assert json.loads(said[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+            received = [line for line in lines if line]
+        assert json.loads(received[-1].removeprefix("data: "))["error"]["type"] == "server_error"
         assert server.wait() == 0
         assert "POST" not in server.log
 
 
-def test_streaming_that_fails_for_good_is_told_to_clients_and_to_whoever_watches(
-    mute: Path, tmp_path: Path
+def test_a_permanent_failure_is_reported_to_clients_and_by_the_health_check(
+    no_template: Path, tmp_path: Path
 ) -> None:
     template = tmp_path / "template"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     options = ("--chat-template", str(template), "--host", HOST, "--reader", "direct", *MEMORY)
     with (
-        serving(mute, *options, "--new-tokens", "8") as server,
+        running_server(no_template, *options, "--new-tokens", "8") as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        answer = http.post(CHAT, json={"model": "mute", "messages": SAY, "temperature": 0})
+        answer = http.post(
+            CHAT, json={"model": "no_template", "messages": MESSAGES, "temperature": 0}
+        )
         assert answer.json()["usage"]["completion_tokens"] == 8  # the server's own limit
-        ask = ASK | {"model": "mute"}
-        with (mute / "model.safetensors").open("r+b") as file:
+        body = TEXT_BODY | {"model": "no_template"}
+        with (no_template / "model.safetensors").open("r+b") as file:
             file.truncate(5000)
-        until(lambda: http.post(COMPLETIONS, json=ask).status_code != 200)
-        answer = http.post(COMPLETIONS, json=ask | {"stream": True})
+        wait_until(lambda: http.post(COMPLETIONS, json=body).status_code != 200)
+        answer = http.post(COMPLETIONS, json=body | {"stream": True})
         assert answer.status_code in {500, 503}
         assert answer.json()["error"]["type"] == "server_error"
         answer = http.get("/health")
@@ -121,7 +127,7 @@ def test_streaming_that_fails_for_good_is_told_to_clients_and_to_whoever_watches
 
 REFUSED = {
     "a missing folder": ("nowhere", (), "nowhere"),
-    "no tokenizer": ("mute", (), "no tokenizer"),
+    "no tokenizer": ("no_template", (), "no tokenizer"),
     "an address that is not ours": ("model", ("--bind", "192.0.2.1"), "Cannot listen on 192.0.2.1"),
     "an empty key": ("model", ("--api-key", ""), "API key is empty"),
     "a key with blanks": ("model", ("--api-key", "a b"), "API key"),
@@ -130,15 +136,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_served_is_told_in_one_line(
+def test_what_cannot_be_served_is_reported_in_one_line(
     case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, options, says = REFUSED[case]
+    name, options, message = REFUSED[case]
     (tmp_path / "model").symlink_to(folder)
-    (tmp_path / "mute").mkdir()
-    (tmp_path / "mute" / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "no_template").mkdir()
+    (tmp_path / "no_template" / "model.safetensors").symlink_to(folder / "model.safetensors")
     assert main(["serve", str(tmp_path / name), *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("layerstream: error: ")
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1

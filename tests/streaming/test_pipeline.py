@@ -1,4 +1,4 @@
-"""The pipeline on real checkpoints: every tensor of every batch; one sweep at a time; use at the wrong time."""
+"""The pipeline on real checkpoints: every tensor of every batch; one sweep at a time; use when it is not open."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ RESIDENTS = {
     "one slot": {"slots": 1},
     "some in host RAM": {"on_host": (1, 4)},
     "some on the device": {"on_device": (0, 3, 5)},
-    "some here, some there": {"on_host": (2, 6), "on_device": (4, 7), "slots": 2},
+    "some on each": {"on_host": (2, 6), "on_device": (4, 7), "slots": 2},
     "everything in host RAM": {"on_host": range(BATCHES)},
     "everything on the device": {"on_device": range(BATCHES)},
 }
@@ -133,7 +133,7 @@ def test_a_batch_of_empty_tensors_arrives_like_any_other(tmp_path):
     run(main(GPU, FakeDevice(), on_host=[1]))
 
 
-# -- one sweep at a time, run(), and use at the wrong time ------------------------------------------
+# -- one sweep at a time, run(), and use when it is not open ------------------------------------------
 
 
 def test_a_second_sweep_at_the_same_time_is_refused_and_the_first_goes_on(checkpoint):
@@ -204,7 +204,7 @@ def test_tensors_made_under_inference_mode_can_be_used_where_gradients_are_wante
     run(main())
 
 
-def test_before_it_is_opened_and_after_it_was_closed_a_pipeline_says_so(checkpoint):
+def test_using_a_pipeline_before_it_is_open_or_after_it_is_closed_raises(checkpoint):
     folder, _ = checkpoint
 
     async def main():
@@ -235,8 +235,8 @@ def test_files_that_changed_since_the_plan_was_made_are_refused(checkpoint, read
             await Pipeline(plan).open()
         return str(caught.value)
 
-    assert plan.files[2].path in (says := run(main()))
-    assert "when the plan was made; plan anew" in says
+    assert plan.files[2].path in (message := run(main()))
+    assert "when the plan was made; plan anew" in message
     Path(plan.files[2].path).unlink()
     assert "No such file" in run(main())
 
@@ -262,16 +262,16 @@ def test_timings_count_every_batch_and_byte(checkpoint):
     assert timings.wall_seconds > 0
 
 
-def test_while_a_sweep_computes_the_event_loop_is_not_held(checkpoint):
+def test_while_a_sweep_computes_the_event_loop_is_not_blocked(checkpoint):
     folder, _ = checkpoint
     plan = arranged(plan_for(folder, CPU), slots=2)
-    late = []
+    delays = []
 
     async def heartbeat():
         while True:
             due = time.perf_counter() + 0.001
             await asyncio.sleep(0.001)
-            late.append(time.perf_counter() - due)
+            delays.append(time.perf_counter() - due)
 
     def compute(batch, state):
         for tensor in batch.tensors.values():
@@ -281,9 +281,9 @@ def test_while_a_sweep_computes_the_event_loop_is_not_held(checkpoint):
     async def main():
         beating = asyncio.create_task(heartbeat())
         async with Pipeline(plan) as pipeline:
-            while len(late) < 200:
+            while len(delays) < 200:
                 await pipeline.run(compute, torch.zeros(()))
         beating.cancel()
 
     run(main())
-    assert sorted(late)[len(late) * 99 // 100] < 0.05
+    assert sorted(delays)[len(delays) * 99 // 100] < 0.05

@@ -1,16 +1,19 @@
-"""What the pipeline reads, and when: ahead, along a route, residents once."""
+"""What the pipeline reads, and when: ahead, along a route, residents once; files that shrink, dropped reads."""
 
 import asyncio
+import os
 import threading
 
 import pytest
 import torch
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
+from support.faults import Gate
+from support.leaks import mappings_of, nothing_left_behind
 from support.loop import happens, run, turns
-from support.sweeping import recording, visited, wrong_tensors
+from support.sweeping import recording_reader, visited, wrong_tensors
 
-from layerstream.pipeline import Pipeline, PlanError
+from layerstream.pipeline import Pipeline, PlanError, ReadError
 
 BLOCKS = 6
 BATCHES = BLOCKS + 2  # the embedding before the blocks, the head behind them
@@ -22,15 +25,15 @@ def checkpoint(tmp_path):
     return tmp_path, write_checkpoint(tmp_path, blocks=BLOCKS)
 
 
-def test_behind_a_finished_sweep_the_next_one_is_read_ahead_until_the_slots_are_full(checkpoint):
+def test_after_a_finished_sweep_the_next_one_is_read_ahead_until_the_slots_are_full(checkpoint):
     folder, _ = checkpoint
     plan = arranged(plan_for(folder, CPU), slots=3)
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader) as pipeline:
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
-            await asyncio.to_thread(reader.steps.wait_for, BATCHES + 2)  # and nobody asked
+            await asyncio.to_thread(reader.steps.wait_for, BATCHES + 2)  # without another sweep
             assert reader.log[:BATCHES] == list(range(BATCHES))
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
             assert reader.log[: 2 * BATCHES] == [*range(BATCHES), *range(BATCHES)]
@@ -38,16 +41,16 @@ def test_behind_a_finished_sweep_the_next_one_is_read_ahead_until_the_slots_are_
     run(main())
 
 
-def test_a_pipeline_that_nobody_asks_reads_what_its_slots_hold_and_parks(tmp_path):
+def test_a_pipeline_without_sweeps_reads_until_its_slots_are_full_and_waits(tmp_path):
     write_checkpoint(tmp_path, blocks=BLOCKS, rows=2000)  # blocks of nearly equal size
     plan = arranged(plan_for(tmp_path, CPU), slots=3)
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader) as pipeline:
             arena, _ = pipeline._resources.arenas
             await asyncio.to_thread(reader.steps.wait_for, 3)
-            while not arena._freed._waiters:  # until the read stage waits for room
+            while not arena._freed._waiters:  # until the read stage waits for a slot
                 await turns(1)
             begun = reader.steps.count
             await turns(100)
@@ -63,7 +66,7 @@ def test_residents_are_read_once(checkpoint):
     plan = arranged(plan_for(folder, GPU), on_host=(1, 4), on_device=(0, 5))
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader, device=FakeDevice()) as pipeline:
             for _ in range(4):
                 await visited(pipeline.sweep())
@@ -74,7 +77,7 @@ def test_residents_are_read_once(checkpoint):
     run(main())
 
 
-def test_a_resident_that_was_dropped_on_its_way_is_loaded_by_a_later_sweep(checkpoint):
+def test_a_resident_that_was_dropped_under_way_is_loaded_by_a_later_sweep(checkpoint):
     folder, expected = checkpoint
     plan = arranged(plan_for(folder, GPU), on_device=range(0, BATCHES, 2), slots=2)
     device = FakeDevice()
@@ -98,7 +101,7 @@ def test_a_resident_whose_copy_has_begun_is_not_loaded_again(checkpoint):
     device = FakeDevice(hold_copies=True)
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader, device=device) as pipeline:
             assert await visited(pipeline.sweep([0])) == [0]  # given back before its copy was done
             await turns()
@@ -112,19 +115,19 @@ def test_a_resident_whose_copy_has_begun_is_not_loaded_again(checkpoint):
     run(main())
 
 
-def test_behind_a_sweep_that_was_left_early_the_first_batches_are_read_ahead(checkpoint):
+def test_after_a_sweep_that_was_left_early_the_first_batches_are_read_ahead(checkpoint):
     folder, _ = checkpoint
     plan = arranged(plan_for(folder, CPU))
     read_again = threading.Event()
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader) as pipeline:
             async for batch in pipeline.sweep():
                 if batch.index == 4:
                     reader.halfway(0, read_again.set)
                     break
-            await happens(read_again)  # and nobody asked
+            await happens(read_again)  # without another sweep
 
     run(main())
 
@@ -162,11 +165,11 @@ def test_batches_that_no_route_visits_are_not_read(checkpoint):
     plan = arranged(plan_for(folder, CPU), slots=1)
 
     async def main():
-        reader = recording(plan)
+        reader = recording_reader(plan)
         async with Pipeline(plan, reader=reader) as pipeline:
             for _ in range(10):
                 assert await visited(pipeline.sweep([2, 3])) == [2, 3]
-        # What was read ahead before the first route was known is all that was read in vain.
+        # What was read ahead before the first route was known is all that was read unnecessarily.
         assert len([file for file in reader.log if file not in (2, 3)]) <= 3
 
     run(main())
@@ -183,3 +186,74 @@ def test_a_route_outside_of_the_plan_is_refused(checkpoint, route):
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
 
     run(main())
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap", "throttled"])
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+def test_a_file_that_shrinks_while_it_is_streamed_raises_and_never_yields_zeros(
+    tmp_path, reader, hardware
+):
+    write_checkpoint(tmp_path, blocks=BLOCKS, rows=100)
+    plan = arranged(plan_for(tmp_path, hardware, reader=reader), slots=1)
+    last = plan.files[-1]  # too far away to have been read when the first batch arrives
+
+    async def main():
+        device = None if hardware is CPU else FakeDevice()
+        async with Pipeline(plan, device=device) as pipeline:
+            sweep = pipeline.sweep()
+            assert (await anext(sweep)).index == 0
+            os.truncate(last.path, 4096)
+            with pytest.raises(ReadError) as caught:
+                await visited(sweep)
+        return caught.value
+
+    with nothing_left_behind():
+        error = run(main())
+        assert f"{last.path}: holds 4096 bytes now" in str(error)
+        assert f"in the read stage, at layer batch {BATCHES - 1}" in error.__notes__[0]
+        del error
+    assert mappings_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+def test_a_read_that_is_dropped_half_way_never_fills_the_slot_of_another_batch(tmp_path, hardware):
+    expected = write_checkpoint(tmp_path, blocks=BLOCKS, rows=100)
+    plan = arranged(plan_for(tmp_path, hardware), slots=3)
+
+    async def main():
+        reader = recording_reader(plan)
+        device = None if hardware is CPU else FakeDevice()
+        pipeline = Pipeline(plan, reader=reader, device=device)
+
+        async def sweep(route):
+            async for batch in pipeline.sweep(route):
+                views = batch.tensors
+                if device:
+                    device.finish()
+                assert all(torch.equal(t, expected[n]) for n, t in views.items())
+
+        async with pipeline:
+            with Gate() as three, Gate() as four:
+                reader.halfway(3, three)
+                reader.halfway(4, four)
+                async for batch in pipeline.sweep():
+                    if batch.index == 2:
+                        await happens(three.reached)
+                        await happens(four.reached)
+                        break
+                three.open()
+                while is_under_way(pipeline, 3):
+                    await turns(1)
+                await turns()
+                assert is_under_way(pipeline, 4)  # with its slot, which a thread still fills
+                sweeping = asyncio.create_task(sweep([5, 6, 7, 1, 2]))
+                await turns()
+                four.open()
+                await sweeping
+                await sweep(None)
+
+    run(main())
+
+
+def is_under_way(pipeline, index):
+    return any(item.batch.index == index for item in pipeline._route.under_way)

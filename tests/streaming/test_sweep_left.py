@@ -1,4 +1,4 @@
-"""Sweeps that are left early: the next one is whole, and what was given back is gone."""
+"""Sweeps that are left early: the next one is whole, and batches that were given back cannot be used."""
 
 import asyncio
 import gc
@@ -21,25 +21,25 @@ def checkpoint(tmp_path):
     return tmp_path, write_checkpoint(tmp_path, blocks=BLOCKS)
 
 
-async def by_break(pipeline):
+async def leave_by_break(pipeline):
     async for batch in pipeline.sweep():
         if batch.index == 3:
             break
 
 
-async def by_aclose(pipeline):
+async def leave_by_aclose(pipeline):
     sweep = pipeline.sweep()
     await anext(sweep)
     await sweep.aclose()
     await sweep.aclose()
 
 
-async def by_context(pipeline):
+async def leave_by_context(pipeline):
     async with pipeline.sweep() as sweep:
         await anext(sweep)
 
 
-async def by_exception(pipeline):
+async def leave_by_exception(pipeline):
     async def divide():
         async for batch in pipeline.sweep():
             _ = 1 // (batch.index - 2)
@@ -48,7 +48,7 @@ async def by_exception(pipeline):
         await divide()
 
 
-async def by_cancellation(pipeline):
+async def leave_by_cancellation(pipeline):
     received = asyncio.Event()
 
     async def consume():
@@ -64,18 +64,18 @@ async def by_cancellation(pipeline):
         await task
 
 
-async def by_never_beginning(pipeline):
+async def leave_by_never_iterating(pipeline):
     pipeline.sweep()
 
 
-async def by_dropping_it_in_another_thread(pipeline):
+async def leave_by_dropping_it_in_another_thread(pipeline):
     sweeps = [pipeline.sweep()]
     await anext(sweeps[0])
     await asyncio.to_thread(sweeps.clear)
     await turns()
 
 
-async def by_a_cycle_that_only_the_collector_finds(pipeline):
+async def leave_by_a_cycle_that_only_the_collector_finds(pipeline):
     sweep = pipeline.sweep()
     await anext(sweep)
     sweep.cycle = sweep
@@ -86,14 +86,14 @@ async def by_a_cycle_that_only_the_collector_finds(pipeline):
 @pytest.mark.parametrize(
     "leave",
     [
-        by_break,
-        by_aclose,
-        by_context,
-        by_exception,
-        by_cancellation,
-        by_never_beginning,
-        by_dropping_it_in_another_thread,
-        by_a_cycle_that_only_the_collector_finds,
+        leave_by_break,
+        leave_by_aclose,
+        leave_by_context,
+        leave_by_exception,
+        leave_by_cancellation,
+        leave_by_never_iterating,
+        leave_by_dropping_it_in_another_thread,
+        leave_by_a_cycle_that_only_the_collector_finds,
     ],
 )
 @pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
@@ -143,7 +143,7 @@ def test_a_batch_that_was_given_back_gives_no_tensors(checkpoint):
     run(main())
 
 
-def test_a_tensor_that_was_kept_can_still_be_touched_after_the_pipeline_was_closed(checkpoint):
+def test_a_tensor_that_is_still_referenced_can_be_read_after_the_pipeline_was_closed(checkpoint):
     folder, _ = checkpoint
 
     async def main(reader):

@@ -1,4 +1,4 @@
-"""A running pipeline that goes on by another plan: what comes to stay, what goes, and what is on its way."""
+"""A running pipeline that switches to another plan: residents that are added and removed, and batches under way."""
 
 import asyncio
 import dataclasses
@@ -9,7 +9,7 @@ from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
 from support.faults import Gate
 from support.loop import happens, run
-from support.sweeping import recording
+from support.sweeping import recording_reader
 
 from layerstream.pipeline import BusyError, ClosedError, DeviceError, Pipeline, PlanError
 from layerstream.stages.devices.cpu import CpuDevice
@@ -36,24 +36,24 @@ def with_residents(plan, *, on_host=(), on_device=()):
 
 
 CHANGES = {
-    "some come": ((), (1, 4)),
-    "some go": ((1, 4), ()),
-    "some come, others go": ((1, 4), (2, 4, 6)),
-    "all come": ((), range(BATCHES)),
-    "all go": (range(BATCHES), ()),
-    "most go": (range(BATCHES), (3,)),
+    "some added": ((), (1, 4)),
+    "some removed": ((1, 4), ()),
+    "some added, others removed": ((1, 4), (2, 4, 6)),
+    "all added": ((), range(BATCHES)),
+    "all removed": (range(BATCHES), ()),
+    "most removed": (range(BATCHES), (3,)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("side", ["on_host", "on_device"])
 @pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
-def test_sweeps_stay_exact_and_read_what_does_not_stay(checkpoint, hardware, side, change):
+def test_sweeps_stay_exact_and_read_what_is_not_resident(checkpoint, hardware, side, change):
     folder, expected = checkpoint
     plain = plan_for(folder, hardware)
     old, new = (with_residents(plain, **{side: residents}) for residents in change)
     device = FakeDevice() if hardware is GPU else None
-    reader, seen = recording(old), []
+    reader, seen = recording_reader(old), []
 
     def compute(batch, state):
         for name, tensor in batch.tensors.items():
@@ -69,7 +69,7 @@ def test_sweeps_stay_exact_and_read_what_does_not_stay(checkpoint, hardware, sid
                 assert await pipeline.run(compute, 0) == BATCHES
             await pipeline.adopt(new)
             assert pipeline.plan is new
-            for _ in range(2):  # which also loads what has come
+            for _ in range(2):  # which also loads the new residents
                 assert await pipeline.run(compute, 0) == BATCHES
             before = len(reader.log)
             for _ in range(4):
@@ -86,15 +86,15 @@ def test_sweeps_stay_exact_and_read_what_does_not_stay(checkpoint, hardware, sid
     assert device is None or device.host_memories == 0
 
 
-def test_what_was_read_ahead_is_not_read_again_when_residents_come(checkpoint):
+def test_batches_read_ahead_are_not_read_again_when_residents_are_added(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, CPU)
-    reader = recording(plain)
+    reader = recording_reader(plain)
 
     async def main():
         async with Pipeline(with_residents(plain), reader=reader) as pipeline:
             await pipeline.run(lambda _batch, _state: None, None)
-            await happens_on_disk(reader, BATCHES + 1)
+            await wait_for_reads(reader, BATCHES + 1)
             await pipeline.adopt(with_residents(plain, on_host=(5,)))
             await pipeline.run(lambda _batch, _state: None, None)
             return reader.log
@@ -103,11 +103,11 @@ def test_what_was_read_ahead_is_not_read_again_when_residents_come(checkpoint):
     assert log[: 2 * BATCHES] == [*range(BATCHES), *range(BATCHES)]
 
 
-async def happens_on_disk(reader, requests):
+async def wait_for_reads(reader, requests):
     await asyncio.to_thread(reader.steps.wait_for, requests)
 
 
-def test_when_residents_go_the_memory_is_back_before_the_next_sweep(checkpoint):
+def test_when_residents_are_removed_their_memory_is_freed_before_the_next_sweep(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, GPU)
     device = FakeDevice()
@@ -128,25 +128,25 @@ def test_without_memory_for_the_new_residents_the_old_plan_stays(checkpoint):
     plain = plan_for(folder, GPU)
     old = with_residents(plain, on_device=(1,))
     device = FakeDevice(memory_bytes=old.device_arena_bytes + old.batches[1].device_bytes + 1)
-    kept = []
+    seen = []
 
     async def main():
         async with Pipeline(old, device=device) as pipeline:
             with pytest.raises(DeviceError):
                 await pipeline.adopt(with_residents(plain, on_device=(1, 3, 5)))
             assert pipeline.plan is old
-            await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+            await pipeline.run(lambda batch, _state: seen.extend(batch.tensors), None)
 
     run(main())
-    assert set(kept) == set(expected)
+    assert set(seen) == set(expected)
 
 
-def test_a_change_that_fails_half_way_is_told_and_made_good_by_the_old_plan(checkpoint):
+def test_a_change_that_fails_half_way_raises_and_the_old_plan_restores_it(checkpoint):
     folder, expected = checkpoint
     plain = plan_for(folder, GPU)
     old = with_residents(plain, on_device=(1,), on_host=(2,))
     device = FakeDevice(memory_bytes=old.device_arena_bytes + old.batches[1].device_bytes + 1)
-    kept = []
+    seen = []
 
     async def main():
         async with Pipeline(old, device=device) as pipeline:
@@ -157,22 +157,22 @@ def test_a_change_that_fails_half_way_is_told_and_made_good_by_the_old_plan(chec
             await pipeline.adopt(old)
             assert pipeline.plan is old
             assert device.host_memories == 1 + 1
-            await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+            await pipeline.run(lambda batch, _state: seen.extend(batch.tensors), None)
 
     run(main())
-    assert set(kept) == set(expected)
+    assert set(seen) == set(expected)
 
 
-def test_whoever_stops_waiting_for_a_change_leaves_no_memory_without_a_plan(checkpoint):
+def test_a_change_whose_caller_is_cancelled_leaves_no_memory_without_a_plan(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, GPU)
     device = FakeDevice()
-    taking = device.host_memory
+    allocate = device.host_memory
 
     async def main(gate):
         async with Pipeline(with_residents(plain), device=device) as pipeline:
             new = with_residents(plain, on_host=(1, 2))
-            device.host_memory = lambda nbytes: (gate(), taking(nbytes))[1]
+            device.host_memory = lambda nbytes: (gate(), allocate(nbytes))[1]
             adopting = asyncio.create_task(pipeline.adopt(new))
             await happens(gate.reached)
             adopting.cancel()
@@ -188,23 +188,23 @@ def test_whoever_stops_waiting_for_a_change_leaves_no_memory_without_a_plan(chec
         run(main(gate))
 
 
-def test_what_stays_on_one_side_may_come_to_stay_on_both(checkpoint):
+def test_a_resident_on_one_side_may_become_resident_on_both(checkpoint):
     folder, expected = checkpoint
     plain = plan_for(folder, GPU)
-    device, kept = FakeDevice(), []
+    device, seen = FakeDevice(), []
 
     async def main():
         async with Pipeline(with_residents(plain, on_host=(1,)), device=device) as pipeline:
             await pipeline.run(lambda _batch, _state: None, None)
             await pipeline.adopt(with_residents(plain, on_host=(1,), on_device=(1,)))
             for _ in range(2):
-                await pipeline.run(lambda batch, _state: kept.extend(batch.tensors), None)
+                await pipeline.run(lambda batch, _state: seen.extend(batch.tensors), None)
 
     run(main())
-    assert len(kept) == 2 * len(expected)
+    assert len(seen) == 2 * len(expected)
 
 
-def test_late_news_of_a_copy_does_not_make_other_memory_loaded(checkpoint):
+def test_a_late_report_of_a_copy_does_not_mark_other_memory_as_loaded(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, GPU)
     first, again = (with_residents(plain, on_device=(1,)).batches for _ in range(2))
@@ -223,11 +223,11 @@ def test_late_news_of_a_copy_does_not_make_other_memory_loaded(checkpoint):
     run(main())
 
 
-def test_before_residents_come_the_heap_returns_what_it_keeps(checkpoint):
+def test_before_residents_are_added_the_heap_returns_free_memory(checkpoint):
     folder, _ = checkpoint
     batches = with_residents(plan_for(folder, CPU), on_host=(1,)).batches
     freed = [torch.ones(16_000) for _ in range(1000)]  # of 64 KB, which are not mapped one by one
-    last = freed.pop()  # under which the heap does not shrink by itself
+    last = freed.pop()  # below which the heap does not shrink by itself
     freed.clear()
     before = anonymous_bytes()
     Residents(batches, CpuDevice()).close()
@@ -235,7 +235,7 @@ def test_before_residents_come_the_heap_returns_what_it_keeps(checkpoint):
     assert last.numel()
 
 
-def test_what_passes_a_ring_on_its_way_to_stay_has_to_fit_it(checkpoint):
+def test_a_new_resident_has_to_fit_the_ring_that_it_is_loaded_through(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, GPU)
     last = BATCHES - 1
@@ -253,7 +253,7 @@ def test_what_passes_a_ring_on_its_way_to_stay_has_to_fit_it(checkpoint):
     run(main())
 
 
-def test_under_way_a_sweep_is_not_disturbed(checkpoint):
+def test_a_sweep_under_way_is_not_disturbed(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, CPU)
 
@@ -291,12 +291,12 @@ def test_a_plan_with_other_batches_or_too_large_ones_is_refused(checkpoint):
     run(main())
 
 
-def test_closing_while_residents_go_leaves_nothing_behind(checkpoint):
+def test_closing_while_residents_are_removed_leaves_nothing_behind(checkpoint):
     folder, _ = checkpoint
     plain = plan_for(folder, GPU)
     device = FakeDevice()
     old = with_residents(plain, on_host=range(BATCHES))
-    reader = recording(old)
+    reader = recording_reader(old)
 
     async def main(gate):
         pipeline = Pipeline(old, reader=reader, device=device)

@@ -1,4 +1,4 @@
-"""A memory cgroup that holds a child process below a limit, where this machine lets us make one."""
+"""A memory cgroup that limits a child process, on machines where one can be made."""
 
 import os
 import subprocess
@@ -16,22 +16,22 @@ __all__ = ["memory_cgroup", "run_in"]
 
 @contextmanager
 def memory_cgroup() -> Iterator[MemoryCgroup]:
-    """A fresh memory cgroup; skips the test, with the reason, where none can be made."""
+    """Make a memory cgroup; skips the test, with the reason, if none can be made."""
     try:
-        made = cgroups.memory_cgroup()
-        group = made.__enter__()
+        context = cgroups.memory_cgroup()
+        group = context.__enter__()
     except CgroupError as error:
         pytest.skip(str(error))
     try:
         yield group
     finally:
-        made.__exit__(None, None, None)
+        context.__exit__(None, None, None)
 
 
 def run_in(
     group: MemoryCgroup, program: str, *arguments: str, limit_bytes: int, seconds: float = 100
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python ``program`` inside ``group``, held to ``limit_bytes``."""
+    """Run a Python ``program`` inside ``group``, limited to ``limit_bytes``."""
     group.limit(limit_bytes)
     return subprocess.run(
         group.inside([sys.executable, "-c", program, *arguments]),

@@ -1,4 +1,4 @@
-"""Small real checkpoints, and plans for them with residents where a test wants them."""
+"""Small real checkpoints, and plans for them with the residents that a test needs."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -27,8 +27,8 @@ _BLOCK_BYTES = 4096
 def write_checkpoint(folder: Path, *, blocks: int = 8, rows: int = 40) -> dict[str, torch.Tensor]:
     """A checkpoint of ``blocks`` blocks between an embedding and a large head, a shard for each layer.
 
-    So the index of a file tells the layer that is read. Shards are neither of equal size nor multiples of
-    anything; in each of them lie tensors of several dtypes.
+    So the index of a file tells the layer that is read. Shards have neither equal nor round sizes; each holds tensors
+    of several dtypes.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, *, blocks: int = 8, rows: int = 40) -> dict[s
 
 
 def fused_layers(checkpoint: Checkpoint, *, blocks: int) -> tuple[PlannedLayer, ...]:
-    """A layer for each block: its ``attn`` as it is, and the ``mlp`` of it and of the next block, fused."""
+    """A layer for each block: its ``attn`` unchanged, and its ``mlp`` fused with that of the next block."""
 
     def extent(name: str) -> Extent:
         info = checkpoint.tensors[name]
@@ -109,19 +109,19 @@ def arranged(
     on_device: Collection[int] = (),
     slots: int = 3,
 ) -> Plan:
-    """``plan`` with just these residents, and rings with room for ``slots`` batches.
+    """``plan`` with exactly these residents, and rings that hold ``slots`` batches.
 
-    On a CPU device a resident is kept where computation reads it, whichever of the two it is asked for.
+    On a CPU device a resident is kept where computation reads it, whether it is in ``on_host`` or ``on_device``.
     """
     on_cpu, maps = plan.device_memory is None, plan.reader == "mmap"
 
-    def kept(batch: LayerBatch) -> LayerBatch:
+    def with_residence(batch: LayerBatch) -> LayerBatch:
         if on_cpu:
-            chosen = batch.index in {*on_host, *on_device}
+            is_resident = batch.index in {*on_host, *on_device}
             return replace(
                 batch,
-                host_resident=chosen and batch.uses_host_image and not maps,
-                device_resident=chosen and batch.device_bytes > 0,
+                host_resident=is_resident and batch.uses_host_image and not maps,
+                device_resident=is_resident and batch.device_bytes > 0,
             )
         return replace(
             batch,
@@ -129,10 +129,10 @@ def arranged(
             device_resident=batch.index in on_device,
         )
 
-    batches = tuple(map(kept, plan.batches))
-    passing = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+    batches = tuple(map(with_residence, plan.batches))
+    copied_once = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
     host = max(
-        ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *passing, 0, 0
+        ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *copied_once, 0, 0
     )
     device = ring_bytes([b.device_bytes for b in batches if not b.device_resident], slots=slots)
     return replace(

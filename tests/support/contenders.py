@@ -1,11 +1,23 @@
-"""Stand-ins for what the benchmark compares with: packages, servers and interpreters that tests may not have."""
+"""Stand-ins for the peers of the benchmark: packages, servers and interpreters that tests may not have."""
 
 import sys
 from pathlib import Path
 
-__all__ = ["interpreter_with", "llama_server", "program"]
+from layerstream.tools.compare.contenders import Contender
+from layerstream.tools.compare.rounds import Outcome, Setup, run_rounds
 
-# As AirLLM does: it writes files of its own when it is first opened, and is called like a model.
+__all__ = [
+    "AIRLLM",
+    "READY",
+    "interpreter_with",
+    "make_setup",
+    "run_contenders",
+    "save_llama_server",
+    "save_program",
+    "scripted_contender",
+]
+
+# As AirLLM does: it writes its own files when first opened, and is called like a model.
 AIRLLM = """
 from pathlib import Path
 import transformers
@@ -32,8 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"status": "ok"})
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply({"timings": {"prompt_n": len(asked["prompt"]), "prompt_ms": 1500.0}})
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.reply({"timings": {"prompt_n": len(content["prompt"]), "prompt_ms": 1500.0}})
 
     def reply(self, content):
         self.send_response(200)
@@ -43,22 +55,31 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
 """
 
+# A worker that has opened its model; tests append what it does next.
+READY = """
+import json, os, signal, sys
+def answer(**content):
+    print(json.dumps(content), flush=True)
+request = json.loads(sys.stdin.readline())
+answer(open_seconds=1.0, children=[], notes={}, versions={})
+"""
 
-def program(path: Path, code: str) -> Path:
-    """An executable at ``path`` that runs the Python ``code`` under our interpreter."""
+
+def save_program(path: Path, code: str) -> Path:
+    """Write an executable to ``path`` that runs the Python ``code`` with our interpreter."""
     path.write_text(f"#!{sys.executable}\n{code}")
     path.chmod(0o755)
     return path
 
 
-def llama_server(folder: Path) -> Path:
-    """A llama-server in ``folder`` that answers as the real one does, after 1.5 seconds as it says."""
+def save_llama_server(folder: Path) -> Path:
+    """Write a llama-server to ``folder`` that answers like the real one, and reports 1.5 seconds per prompt."""
     folder.mkdir()
-    return program(folder / "llama-server", LLAMA_SERVER)
+    return save_program(folder / "llama-server", LLAMA_SERVER)
 
 
 def interpreter_with(folder: Path, **packages: str) -> Path:
-    """Another interpreter, in ``folder``, which has our packages but for layerstream, and ``packages`` beside them."""
+    """Write an interpreter to ``folder`` that has our packages except layerstream, and also ``packages``."""
     folder.mkdir()
     for name, code in packages.items():
         (folder / f"{name}.py").write_text(code)
@@ -66,3 +87,28 @@ def interpreter_with(folder: Path, **packages: str) -> Path:
     path.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{folder}" exec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return path
+
+
+def make_setup(folder: Path) -> Setup:
+    """Make a setup for contenders that read no model."""
+    (folder / "work").mkdir()
+    return Setup(
+        model=folder,
+        prompt_ids=(1, 2),
+        work=folder / "work",
+        gguf=None,
+        limit_bytes=None,
+        cold=True,
+        warm=True,
+        timeout_seconds=60,
+    )
+
+
+def scripted_contender(folder: Path, name: str, code: str) -> Contender:
+    """Make a contender whose interpreter runs ``code`` in place of the worker."""
+    return Contender(name=name, opener=name, python=str(save_program(folder / name, code)))
+
+
+def run_contenders(setup: Setup, *contenders: Contender, rounds: int = 1) -> Outcome:
+    """Run ``contenders`` in turn."""
+    return run_rounds(contenders, setup, rounds=rounds, advance=lambda _: None)

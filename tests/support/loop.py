@@ -1,4 +1,4 @@
-"""Coroutines in plain tests."""
+"""Runs coroutines in plain tests."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T], *, seconds: float = 30) -> T:
-    """Run ``main`` on a loop of its own. What hangs fails, with the traceback of where it hung."""
+    """Run ``main`` on a new event loop. If it hangs, this fails with the traceback of where it hung."""
 
     async def bounded() -> T:
         async with asyncio.timeout(seconds):
@@ -21,11 +21,11 @@ def run(main: Coroutine[Any, Any, T], *, seconds: float = 30) -> T:
 
 
 async def happens(event: threading.Event) -> None:
-    """Wait for what another thread does. A wait that never ends would keep the loop from closing."""
+    """Wait for an event set by another thread, not for ever: that would keep the loop from closing."""
     assert await asyncio.to_thread(event.wait, 20), "it did not happen"
 
 
 async def turns(count: int = 10) -> None:
-    """Let every other task run as far as it gets without waiting for a thread."""
+    """Let every other task run until it waits for a thread."""
     for _ in range(count):
         await asyncio.sleep(0)

@@ -70,7 +70,7 @@ LISTENING = {
 
 
 class Case(NamedTuple):
-    """A tiny model: its class, its config's class and what the config says."""
+    """A tiny model: its class, its config's class and the settings of the config."""
 
     model: str
     config: str
@@ -154,7 +154,7 @@ CASES = {
         "ResNetConfig",
         {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2]},
     ),
-    # Its embeddings hand on a view of a weight, and its head uses the table of its embeddings.
+    # Its embeddings return a view of a weight, and its head uses the table of its embeddings.
     "perceiver": Case(
         "PerceiverForMaskedLM",
         "PerceiverConfig",
@@ -162,7 +162,7 @@ CASES = {
         | {"num_latents": 8, "num_self_attention_heads": 4, "num_cross_attention_heads": 4}
         | {"vocab_size": 100, "max_position_embeddings": 64},
     ),
-    # Modules beside its blocks are used at different times.
+    # Modules outside its blocks are used at different times.
     "canine": Case(
         "CanineForSequenceClassification",
         "CanineConfig",

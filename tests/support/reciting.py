@@ -1,4 +1,4 @@
-"""A model whose greedy text really repeats itself: each token has a successor, and they go round in a circle."""
+"""A model whose greedy text repeats itself: each token has one successor, in a cycle."""
 
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,20 @@ import transformers
 
 __all__ = ["CIRCLE", "recited", "save_reciting_model"]
 
-CIRCLE = 20  # tokens after which it begins again
+CIRCLE = 20  # tokens in the cycle
 _VOCABULARY = 100
 
 
 def recited(count: int, *, begin: int = 0) -> torch.Tensor:
-    """What it says, from one place in the circle on: ids in one row."""
+    """The tokens that it generates from position ``begin`` of the cycle on: ids in one row."""
     return (torch.arange(begin, begin + count) % CIRCLE)[None]
 
 
 def save_reciting_model(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
-    """A llama with random weights in all layers, whose head looks for the successor of the last token's embedding.
+    """Save a llama with random weights in all layers, whose head finds the successor of the last token's embedding.
 
-    What its layers add to the embedding is small, so that no text but the recited one comes of it; but they
-    are computed, and with them the weights are read, as in any other model.
+    Its layers add little to the embedding, so that it generates no other text; but they are computed, and their
+    weights read, as in any other model.
     """
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(

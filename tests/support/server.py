@@ -1,4 +1,4 @@
-"""A real `layerstream serve` process on a free port, and a model for it that says something."""
+"""A real `layerstream serve` process on a free port, and a model for it that generates varied text."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from layerstream.tools.synthetic.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, tokenizer_files
 from support.models import save_model
 
-__all__ = ["CONTEXT_TOKENS", "Server", "save_speaking_model", "serving", "until"]
+__all__ = ["CONTEXT_TOKENS", "Server", "running_server", "save_chat_model", "wait_until"]
 
 CONTEXT_TOKENS = 8192
 _COMMAND = (sys.executable, "-W", "error", "-m", "layerstream.tools.cli", "serve")
-_SECONDS = 60  # for what takes one, on a machine with other things to do
+_TIMEOUT_SECONDS = 60  # for operations of a second, on a busy machine
 
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -33,8 +33,8 @@ _TEMPLATE = (
 )
 
 
-def save_speaking_model(folder: Path, *, template: bool = True) -> Path:
-    """A tiny model of bytes. It prefers ASCII and some of Latin-1, so that its texts are varied."""
+def save_chat_model(folder: Path, *, template: bool = True) -> Path:
+    """Save a tiny model with byte tokens. It generates ASCII and some Latin-1, so that its texts are varied."""
     save_model(
         folder,
         "llama",
@@ -48,9 +48,9 @@ def save_speaking_model(folder: Path, *, template: bool = True) -> Path:
         pad_token_id=PAD,
     )
     tensors = load_file(folder / "model.safetensors")
-    spoken = torch.tensor([*range(32, 127), 0xC3, *range(0xA0, 0xB0), EOS])
+    printable = torch.tensor([*range(32, 127), 0xC3, *range(0xA0, 0xB0), EOS])
     head = torch.zeros_like(tensors["lm_head.weight"])
-    head[spoken] = tensors["lm_head.weight"][spoken]
+    head[printable] = tensors["lm_head.weight"][printable]
     tensors["lm_head.weight"] = head
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     files = tokenizer_files()
@@ -61,9 +61,9 @@ def save_speaking_model(folder: Path, *, template: bool = True) -> Path:
     return folder
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does."""
-    deadline = time.monotonic() + _SECONDS
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll ``condition``, which another process fulfils."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         threading.Event().wait(0.02)
@@ -75,7 +75,7 @@ class Server:
     def __init__(self, model: Path, *options: str) -> None:
         self.lines: list[str] = []
         self.url = ""
-        self._told = threading.Event()
+        self._started = threading.Event()
         self.process = subprocess.Popen(
             [*_COMMAND, str(model), "--device", "cpu", "--port", "0", *options],
             stderr=subprocess.PIPE,
@@ -85,9 +85,9 @@ class Server:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def ready(self) -> None:
-        """Return when it listens."""
-        assert self._told.wait(_SECONDS), "the server is not ready"
+    def wait_until_ready(self) -> None:
+        """Wait until it listens."""
+        assert self._started.wait(_TIMEOUT_SECONDS), "the server is not ready"
         assert self.url, self.log
 
     @property
@@ -101,27 +101,27 @@ class Server:
                 self.lines.append(line)
                 if (found := re.search(r"ready on (http://\S+)", line)) is not None:
                     self.url = found[1]
-                    self._told.set()
-        self._told.set()
+                    self._started.set()
+        self._started.set()
 
     def stop(self) -> int:
-        """Have it end as a service manager does; returns its exit code."""
+        """Terminate it as a service manager does; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int:
-        """Its exit code, when it has ended."""
-        code = self.process.wait(_SECONDS)
-        self._reader.join(_SECONDS)
+        """Wait until it has ended; returns its exit code."""
+        code = self.process.wait(_TIMEOUT_SECONDS)
+        self._reader.join(_TIMEOUT_SECONDS)
         return code
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
-    """A server for as long as the block runs. It has to end well, and to have logged no traceback."""
+def running_server(model: Path, *options: str) -> Iterator[Server]:
+    """Run a server during the block; checks that it exits with 0, and has logged no traceback."""
     server = Server(model, *options)
     try:
-        server.ready()
+        server.wait_until_ready()
         yield server
         if server.process.poll() is None:
             assert server.stop() == 0, server.log

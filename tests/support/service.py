@@ -1,4 +1,4 @@
-"""One service for all tests that do not end it, whoever asks it, and the model behind it, not streamed."""
+"""One service for all tests that do not stop it, its clients, and the same model unstreamed."""
 
 import json
 import socket
@@ -9,39 +9,39 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 
-from support.server import Server, save_speaking_model, serving
+from support.server import Server, running_server, save_chat_model
 
 __all__ = [
-    "ASK",
     "CHAT",
+    "CHAT_BODY",
     "COMPLETIONS",
     "GREEDY",
     "HOST",
     "KEY",
-    "LONG",
+    "LONG_BODY",
     "LONG_TOKENS",
     "MAX_ANSWERS",
     "MAX_BODY",
     "MEMORY",
+    "MESSAGES",
     "PROMPTS",
-    "SAY",
-    "TALK",
+    "TEXT_BODY",
     "Reference",
     "client",
     "events",
     "folder",
     "gauge",
     "http",
-    "left",
-    "quiet",
+    "idle",
     "reference",
+    "send_request",
     "server",
 ]
 
 KEY = "a-key"
 MAX_ANSWERS = 12
 MAX_BODY = 100_000
-HOST = "32MiB"  # 27 are taken by transformers' code and the workload; the weights have 8, so that they stream
+HOST = "32MiB"  # transformers' code and the workload take 27 of these; weights of 8 MiB do not fit, and stream
 LONG_TOKENS = 400
 MEMORY = ("--concurrent", "4", "--prompt-tokens", "64")
 PROMPTS = [
@@ -55,12 +55,12 @@ PROMPTS = [
     "\n\n",
 ]
 GREEDY = {"model": "tiny", "temperature": 0}
-LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": LONG_TOKENS, "temperature": 0}
+LONG_BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": LONG_TOKENS, "temperature": 0}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-SAY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-# Whole requests, of either kind.
-ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
-TALK = {"model": "tiny", "messages": SAY, "max_tokens": 4}
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+# Complete bodies of both kinds of requests.
+TEXT_BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
+CHAT_BODY = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4}
 
 
 class Reference(NamedTuple):
@@ -89,7 +89,7 @@ class Reference(NamedTuple):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_speaking_model(tmp_path_factory.mktemp("serve") / "model")
+    return save_chat_model(tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,7 @@ def server(folder: Path) -> Iterator[Server]:
     memory = (*MEMORY, "--new-tokens", str(LONG_TOKENS))
     limits = ("--max-answers", str(MAX_ANSWERS), "--max-body", str(MAX_BODY), "--reader", "direct")
     name = ("--served-model-name", "tiny", "--api-key", KEY)
-    with serving(folder, "--host", HOST, *memory, *limits, *name) as server:
+    with running_server(folder, "--host", HOST, *memory, *limits, *name) as server:
         assert "every sweep reads 0 B" not in server.log
         yield server
 
@@ -136,8 +136,8 @@ def gauge(http: Any, name: str) -> float:
     return sum(sample.value for sample in samples)
 
 
-def quiet(http: Any) -> bool:
-    """Whether nobody is served, and the model knows it."""
+def idle(http: Any) -> bool:
+    """Whether no request is running or waiting, in the service and in the model."""
     names = (
         "layerstream_open_answers",
         "layerstream_requests_riding",
@@ -147,15 +147,15 @@ def quiet(http: Any) -> bool:
 
 
 def events(text: str) -> list[Any]:
-    """What a stream of server-sent events says, "[DONE]" included."""
+    """Parse a stream of server-sent events, "[DONE]" included."""
     assert text.endswith("\n\n")
     lines = text.removesuffix("\n\n").split("\n\n")
     assert all(line.startswith("data: ") for line in lines)
     return [line if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
 
-def left(server: Server, body: dict[str, Any], *, missing: int = 0) -> socket.socket:
-    """A connection on which ``body`` was sent to be completed, but for its last bytes. Nobody reads from it."""
+def send_request(server: Server, body: dict[str, Any], *, missing: int = 0) -> socket.socket:
+    """Send a completion request, announcing ``missing`` more bytes than are sent; returns the unread connection."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"

@@ -1,4 +1,4 @@
-"""Models opened with as little memory as they can stream in, and their outputs compared."""
+"""Models opened with the least memory that they can stream in, and comparison of their outputs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,16 +33,16 @@ def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def smallest_streaming_budget(plan: Plan) -> Budget:
-    """A budget with room for two slots, or for one if two would hold all: something has to stream."""
-    images = {batch: batch.host_bytes + batch.device_bytes for batch in plan.batches}
-    kept = sum(size for batch, size in images.items() if "shared" in batch.layers)
-    sizes = [size for batch, size in images.items() if "shared" not in batch.layers]
+    """A budget for two slots, or for one if two would hold all: something has to stream."""
+    image_bytes = {batch: batch.host_bytes + batch.device_bytes for batch in plan.batches}
+    resident = sum(size for batch, size in image_bytes.items() if "shared" in batch.layers)
+    sizes = [size for batch, size in image_bytes.items() if "shared" not in batch.layers]
     slots = 2 if sum(sizes) > 2 * max(sizes) else 1
-    return Budget(host=plan.host_memory.reserved_bytes + kept + slots * max(sizes))
+    return Budget(host=plan.host_memory.reserved_bytes + resident + slots * max(sizes))
 
 
 async def open_streaming(folder: Path, **options: Any) -> StreamedModel:
-    """The model in ``folder`` with as little memory as it can stream in."""
+    """The model in ``folder`` with the least memory that it can stream in."""
     options = {"device": "cpu", "workload": SMALL, "layer_batch_size": 1, **options}
     async with StreamedModel.open(folder, budget=Budget(host="1GiB"), **options) as model:
         budget = smallest_streaming_budget(model.plan)

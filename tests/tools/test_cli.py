@@ -1,4 +1,4 @@
-"""The command: what it prints, its exit codes, and one line on stderr for whatever goes wrong."""
+"""The command: its output, its exit codes, and errors in one line on stderr."""
 
 import json
 import os
@@ -38,9 +38,9 @@ def test_generate_prints_the_tokens_and_how_long_they_took(model: Path) -> None:
     assert "4 sweeps" in result.stderr
 
 
-def test_generate_reports_to_machines_with_units_in_the_keys(model: Path) -> None:
-    asked = ("--prompt-ids", "3,4,5", "--max-new-tokens", "4", "--host", "64MiB", "--json")
-    result = layerstream("generate", model, *asked, "--reader", "direct")
+def test_generate_prints_json_with_units_in_the_keys(model: Path) -> None:
+    options = ("--prompt-ids", "3,4,5", "--max-new-tokens", "4", "--host", "64MiB", "--json")
+    result = layerstream("generate", model, *options, "--reader", "direct")
     report = json.loads(result.stdout)
     assert report["new_tokens"] == len(report["token_ids"]) == 4
     assert report["host_budget_bytes"] == 64 << 20
@@ -48,7 +48,7 @@ def test_generate_reports_to_machines_with_units_in_the_keys(model: Path) -> Non
     assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
 
 
-def test_demo_streams_a_model_of_ones_own(tmp_path: Path) -> None:
+def test_demo_streams_a_given_model(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     made = layerstream(
         "make-checkpoint", folder, "--like", "demo", "--layers", "6", "--hidden", "512"
@@ -73,7 +73,7 @@ BAD = {
     "more than the machine has": (None, ("--host", "900TiB"), "more than"),
     "a device that is not there": (None, ("--device", "cuda:77"), "cuda:77"),
     "a VRAM budget on the CPU": (None, ("--device", "cpu", "--vram", "1GiB"), "VRAM"),
-    "a token that the model has not": (None, ("--prompt-ids", "99999"), "99999"),
+    "a token that the model does not have": (None, ("--prompt-ids", "99999"), "99999"),
 }
 
 
@@ -81,12 +81,12 @@ BAD = {
 def test_bad_input_gets_one_clear_line_and_exit_code_1(
     case: str, model: Path, tmp_path: Path
 ) -> None:
-    source, options, says = BAD[case]
+    source, options, message = BAD[case]
     prompt = () if "--prompt-ids" in options else ("--prompt-ids", "3,4")
     path = model if source is None else source(tmp_path)
     result = layerstream("generate", path, *prompt, *options)
     assert result.returncode == 1
-    assert says in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("layerstream: error:")]
     assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""The check that proves the CUDA path: without a GPU it can be rehearsed, and then it measures nothing."""
+"""The check of the CUDA path: without a GPU it can be rehearsed, and then measures nothing."""
 
 import json
 import os
@@ -14,17 +14,18 @@ import torch
 
 from layerstream.pipeline import Hardware
 from layerstream.tools.benchmarks import copying, gpu
-from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, GpuRow, Result
-from layerstream.tools.benchmarks.gpu_models import decode
+from layerstream.tools.benchmarks.accelerator import Accelerator
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, GpuRow, RowResult
+from layerstream.tools.benchmarks.gpu_models import measure_decoding
 from layerstream.tools.benchmarks.gpu_rows import ROWS
-from layerstream.tools.benchmarks.overlap import overlap_of, picture
+from layerstream.tools.benchmarks.overlap import draw_lanes, overlap_share
 from layerstream.tools.synthetic.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 
 
-def test_a_rehearsal_runs_every_row_and_writes_no_figure(tmp_path):
+def test_a_rehearsal_runs_every_row_and_records_no_result(tmp_path):
     command = [sys.executable, "-m", "layerstream.tools.benchmarks.gpu", "--rehearse"]
     ran = subprocess.run(
         [*command, "--out", tmp_path / "out"],
@@ -50,7 +51,7 @@ def test_a_rehearsal_runs_every_row_and_writes_no_figure(tmp_path):
     assert not list(tmp_path.glob("layerstream*"))  # the checkpoint is gone
 
 
-def test_a_checkpoint_that_was_made_beforehand_is_used(tmp_path, monkeypatch, capsys):
+def test_an_existing_checkpoint_is_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "ROWS", ())
     command = ["gpu", "--rehearse", "--scratch", str(tmp_path), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*command, "--checkpoint-only"])
@@ -63,16 +64,16 @@ def test_a_checkpoint_that_was_made_beforehand_is_used(tmp_path, monkeypatch, ca
     assert "model of" in capsys.readouterr().out
 
 
-def test_a_row_that_hangs_costs_itself_alone(tmp_path, monkeypatch):
+def test_a_row_that_hangs_is_given_up_and_the_others_are_measured(tmp_path, monkeypatch):
     given_up, commands = threading.Event(), []
 
     def quick(_):
         monkeypatch.setattr(gpu, "_ROW_SECONDS", 0.01 if not commands else 1000)
-        return Result(ratio=None, says="", details={})
+        return RowResult(ratio=None, says="", details={})
 
     def hangs(_):
         assert given_up.wait(60)
-        raise SystemExit  # as if the process had become another one
+        raise SystemExit  # as if the process had been replaced
 
     def execv(_, command):
         commands.append(command)
@@ -111,9 +112,9 @@ def test_without_a_gpu_the_check_says_so_in_a_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_probed_while_a_rows_memory_is_watched(tmp_path, monkeypatch):
-    folder = make_checkpoint(tmp_path / "model", gpu._recipe(rehearse=True)).folder
-    accelerator = copying.Accelerator(device=torch.device("cpu"))
+def test_probing_is_not_counted_in_a_rows_peak_memory(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "model", gpu._checkpoint_spec(rehearse=True)).folder
+    accelerator = Accelerator(device=torch.device("cpu"))
     bench = Bench(
         accelerator=accelerator,
         folder=folder,
@@ -122,47 +123,47 @@ def test_nothing_is_probed_while_a_rows_memory_is_watched(tmp_path, monkeypatch)
         block_bytes=(MIB,),
         pin_bytes=MIB,
     )
-    watching, probed = [], []
-    watched, probe = copying.Accelerator.watched, Hardware.probe
+    watching, probed_while_watching = [], []
+    watched, probe = Accelerator.watched, Hardware.probe
 
     @contextmanager
-    def noted(self):
+    def recorded_watched(self):
         watching.append(True)
         with watched(self) as peak:
             yield peak
         watching.clear()
 
-    async def noting(*args, **options):
-        probed.append(bool(watching))
+    async def recorded_probe(*args, **options):
+        probed_while_watching.append(bool(watching))
         return await probe(*args, **options)
 
-    monkeypatch.setattr(copying.Accelerator, "watched", noted)
-    monkeypatch.setattr(Hardware, "probe", noting)
-    decode(0.5)(bench)  # the one whose model would ask for itself
-    assert probed
-    assert not any(probed)
+    monkeypatch.setattr(Accelerator, "watched", recorded_watched)
+    monkeypatch.setattr(Hardware, "probe", recorded_probe)
+    measure_decoding(0.5)(bench)  # its model would probe by itself
+    assert probed_while_watching
+    assert not any(probed_while_watching)
 
 
-class Balloon:
-    """A machine with so many steps of memory, which gives one more each time that it is asked in vain."""
+class GrowingMachine:
+    """A fake machine whose memory grows by a step in every wait, up to ``most`` steps."""
 
     def __init__(self, monkeypatch, *, first, most):
-        self.total, self.most, self.taken, self.peak = first, most, 0, 0
+        self.total, self.most, self.claimed, self.peak = first, most, 0, 0
         self.now = 0.0
         monkeypatch.setattr(copying, "host_available_bytes", self.available)
-        monkeypatch.setattr(copying, "HostMemory", lambda _: self.take())
+        monkeypatch.setattr(copying, "HostMemory", lambda _: self.claim())
         monkeypatch.setattr(copying, "time", self)
 
     def available(self):
-        return (self.total - self.taken) * copying._STEP_BYTES
+        return (self.total - self.claimed) * copying._STEP_BYTES
 
-    def take(self):
-        self.taken += 1
-        self.peak = max(self.peak, self.taken)
-        return SimpleNamespace(tensor=torch.empty(0), close=self.give_back)
+    def claim(self):
+        self.claimed += 1
+        self.peak = max(self.peak, self.claimed)
+        return SimpleNamespace(tensor=torch.empty(0), close=self.release)
 
-    def give_back(self):
-        self.taken -= 1
+    def release(self):
+        self.claimed -= 1
 
     def monotonic(self):
         return self.now
@@ -172,24 +173,24 @@ class Balloon:
         self.total = min(self.total + 1, self.most)
 
 
-def test_a_machine_that_grows_as_it_is_used_is_made_to_show_its_memory(monkeypatch):
-    machine = Balloon(monkeypatch, first=6, most=64)
-    copying.make_room(32 * copying._STEP_BYTES)
+def test_memory_is_claimed_until_a_growing_machine_has_enough(monkeypatch):
+    machine = GrowingMachine(monkeypatch, first=6, most=64)
+    copying.claim_host_memory(32 * copying._STEP_BYTES)
     assert machine.total >= 32
-    assert machine.taken == 0
+    assert machine.claimed == 0
 
 
-def test_a_machine_that_has_no_more_memory_is_not_waited_for_and_not_filled(monkeypatch):
-    machine = Balloon(monkeypatch, first=6, most=6)
-    copying.make_room(32 * copying._STEP_BYTES)
-    assert machine.taken == 0
+def test_a_machine_without_more_memory_is_neither_filled_nor_waited_for(monkeypatch):
+    machine = GrowingMachine(monkeypatch, first=6, most=6)
+    copying.claim_host_memory(32 * copying._STEP_BYTES)
+    assert machine.claimed == 0
     assert machine.peak == 3
     assert machine.now < 6
 
 
-def test_where_there_is_room_none_is_made(monkeypatch):
-    machine = Balloon(monkeypatch, first=64, most=64)
-    copying.make_room(32 * copying._STEP_BYTES)
+def test_nothing_is_claimed_where_enough_memory_is_free(monkeypatch):
+    machine = GrowingMachine(monkeypatch, first=64, most=64)
+    copying.claim_host_memory(32 * copying._STEP_BYTES)
     assert machine.peak == 0
 
 
@@ -217,12 +218,12 @@ def test_the_recorded_table_has_every_row():
         pytest.param([(0, 5)], [], 0.0, id="no kernels"),
     ],
 )
-def test_overlap_is_the_part_of_the_kernels_time_with_a_copy_beside_it(copies, kernels, share):
-    assert overlap_of(copies, kernels) == share
+def test_overlap_is_the_share_of_the_kernels_time_in_which_a_copy_ran(copies, kernels, share):
+    assert overlap_share(copies, kernels) == share
 
 
 def test_the_picture_has_a_lane_for_copies_and_one_for_kernels():
-    drawn = picture([(0, 5), (7, 9)], [(1, 2)], title="both")
+    drawn = draw_lanes([(0, 5), (7, 9)], [(1, 2)], title="both")
     assert drawn.count('fill="#3572b0"') == 2
     assert drawn.count('fill="#d98032"') == 1
-    assert picture([], [], title="nothing").count("<rect") == 0
+    assert draw_lanes([], [], title="nothing").count("<rect") == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.text import format_bytes, parse_bytes
 from layerstream.tools.cli import main
-from layerstream.tools.console.text import TerminalText, TokenText
+from layerstream.tools.console.token_text import TerminalText, TokenText
 from layerstream.tools.synthetic import checkpoints
 from layerstream.tools.synthetic.checkpoints import CheckpointSpec, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
@@ -21,7 +21,7 @@ from layerstream.tools.synthetic.shapes import tensors_of
 
 TINY = ["--layers", "2", "--hidden", "64", "--vocab", "300"]
 
-# Parameters of the public models, counted with the two tables where they share one.
+# Parameters of the public models; a tied table counts once.
 PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
@@ -41,7 +41,7 @@ def make(folder, *arguments, like="demo"):
     return folder
 
 
-def tiny_recipe(**changes):
+def tiny_spec(**changes):
     config = scaled(FAMILIES["demo"].config, layers=2, hidden=64, vocab=300)
     defaults = {"dtype": "bfloat16", "max_shard_bytes": 1 << 30, "seed": 0, "sparse": False}
     return CheckpointSpec(family="demo", config=config, **(defaults | changes))
@@ -51,7 +51,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def refused(capsys, *arguments):
+def error_line(capsys, *arguments):
     assert main(["make-checkpoint", *map(str, arguments)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("layerstream: error: ")
@@ -121,7 +121,7 @@ def test_the_seed_decides_the_weights(tmp_path):
     assert same[0] == same[1] != other
 
 
-def test_a_sparse_405b_takes_next_to_no_disk_and_has_true_headers(tmp_path, capsys):
+def test_a_sparse_405b_takes_almost_no_disk_and_has_true_headers(tmp_path, capsys):
     folder = tmp_path / "model"
     make(folder, "--sparse", "--json", like="llama-3.1-405b")
     report = json.loads(capsys.readouterr().out)
@@ -137,7 +137,7 @@ def test_a_sparse_405b_takes_next_to_no_disk_and_has_true_headers(tmp_path, caps
     assert header["model.layers.77.mlp.up_proj.weight"]["shape"] == [53248, 16384]
 
 
-def test_a_checkpoint_that_is_there_is_used_again(tmp_path, capsys):
+def test_an_existing_checkpoint_is_reused(tmp_path, capsys):
     folder = make(tmp_path / "model", *TINY)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_there_is_used_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "interrupted"])
-def test_a_checkpoint_that_is_not_whole_is_made_anew(tmp_path, harm):
+def test_an_incomplete_checkpoint_is_written_again(tmp_path, harm):
     folder = make(tmp_path / "model", *TINY)
     whole = contents(folder)
     weights = folder / "model.safetensors"
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_not_whole_is_made_anew(tmp_path, harm):
     assert contents(folder) == whole
 
 
-def test_another_recipe_replaces_what_was_made_before_and_leaves_nothing_of_it(tmp_path):
+def test_another_spec_replaces_all_files_of_the_earlier_checkpoint(tmp_path):
     folder = make(tmp_path / "model", *TINY, "--max-shard-size", "64KiB")
     make(folder, *TINY)
     assert set(contents(folder)) == set(contents(make(tmp_path / "fresh", *TINY)))
@@ -176,23 +176,23 @@ def test_an_interruption_leaves_no_weights_behind_and_the_next_run_completes(tmp
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_checkpoint(tmp_path, tiny_recipe(), advance=interrupt)
+        make_checkpoint(tmp_path, tiny_spec(), advance=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["layerstream-checkpoint.json"]
-    assert not make_checkpoint(tmp_path, tiny_recipe()).reused
-    assert make_checkpoint(tmp_path, tiny_recipe()).reused
+    assert not make_checkpoint(tmp_path, tiny_spec()).reused
+    assert make_checkpoint(tmp_path, tiny_spec()).reused
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("the only copy")
-    assert "choose a new or empty folder" in refused(capsys, tmp_path, "--like", "demo")
+    assert "choose a new or empty folder" in error_line(capsys, tmp_path, "--like", "demo")
     assert contents(tmp_path) == {"thesis.txt": b"the only copy"}
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
-    assert "is a file" in refused(capsys, file, "--like", "demo")
-    assert "Not a directory" in refused(capsys, file / "below", "--like", "demo", *TINY)
+    assert "is a file" in error_line(capsys, file, "--like", "demo")
+    assert "Not a directory" in error_line(capsys, file / "below", "--like", "demo", *TINY)
 
 
 @pytest.mark.parametrize("record", ["", "[]", "{}", '{"files": {"../thesis.txt": 1}}'])
@@ -201,7 +201,7 @@ def test_a_damaged_record_is_refused(tmp_path, capsys, record):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "layerstream-checkpoint.json").write_text(record)
-    assert "is damaged" in refused(capsys, folder, "--like", "demo", *TINY)
+    assert "is damaged" in error_line(capsys, folder, "--like", "demo", *TINY)
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -209,9 +209,9 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     usage = checkpoints.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"needs .* KiB and the disk .* has 0\.977 KiB"):
-        make_checkpoint(tmp_path / "model", tiny_recipe())
+        make_checkpoint(tmp_path / "model", tiny_spec())
     assert not (tmp_path / "model").exists()
-    make_checkpoint(tmp_path / "model", tiny_recipe(sparse=True))
+    make_checkpoint(tmp_path / "model", tiny_spec(sparse=True))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     ],
     ids=str,
 )
-def test_wrong_usage_is_told_with_exit_code_2(tmp_path, capsys, arguments):
+def test_wrong_usage_is_exit_code_2(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(["make-checkpoint", str(tmp_path / "model"), *arguments])
     assert caught.value.code == 2
@@ -235,7 +235,7 @@ def test_wrong_usage_is_told_with_exit_code_2(tmp_path, capsys, arguments):
     assert "nonesuch" not in arguments or "llama-3.1-405b" in error
 
 
-def test_the_tokenizer_is_loaded_by_transformers_and_gives_every_text_back(tmp_path):
+def test_transformers_loads_the_tokenizer_which_reproduces_every_text(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(make(tmp_path / "model", *TINY))
     text = "Es war einmal, 昔々, жил-был 🐉\n\ttabs  and spaces "
@@ -249,7 +249,7 @@ def test_the_tokenizer_is_loaded_by_transformers_and_gives_every_text_back(tmp_p
     assert "🐉" in pieces
 
 
-def test_ids_that_no_tokenizer_knows_are_shown_as_numbers(tmp_path):
+def test_unknown_ids_are_shown_as_numbers(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(make(tmp_path / "model", *TINY))
     stream = TerminalText(tokenizer)
@@ -267,7 +267,7 @@ def byte_tokenizer(tmp_path_factory):
 
 
 @given(st.lists(st.sampled_from([*"🐉é b".encode(), 0xFF, 0x1B, 257, 299])))
-def test_pieces_joined_are_the_text_of_all_tokens_at_once(byte_tokenizer, tokens):
+def test_joined_pieces_are_the_text_of_all_tokens_at_once(byte_tokenizer, tokens):
     stream = TokenText(byte_tokenizer)
     pieces = "".join(map(stream.add, tokens)) + stream.finish()
     assert pieces == byte_tokenizer.decode(tokens, skip_special_tokens=True)
@@ -298,7 +298,7 @@ def test_sizes_are_read_with_and_without_units(text, count):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "0", "1e9", "4 gigs", "1.2.3", "0.1B"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match="not a size"):
         parse_bytes(text)
 

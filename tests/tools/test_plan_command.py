@@ -1,4 +1,4 @@
-"""``layerstream plan``: dry runs of this machine and of others, and one line for whatever goes wrong."""
+"""``layerstream plan``: dry runs for this machine and for others, and errors in one line."""
 
 import asyncio
 import itertools
@@ -20,7 +20,7 @@ from layerstream.pipeline.planning.what_if import WhatIf
 from layerstream.tools.cli import main
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300}
-ELSEWHERE = [
+OTHER_MACHINE = [
     "--device",
     "cuda",
     "--vram",
@@ -63,11 +63,11 @@ sys.exit(main())
 """
 
 
-def test_a_machine_that_is_elsewhere_is_planned_for_without_transformers_or_weights(
+def test_another_machine_is_planned_for_without_transformers_or_weights(
     huge: Path,
 ) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRANSFORMERS, "plan", str(huge), *ELSEWHERE],
+        [sys.executable, "-c", WITHOUT_TRANSFORMERS, "plan", str(huge), *OTHER_MACHINE],
         capture_output=True,
         text=True,
         timeout=100,
@@ -75,7 +75,7 @@ def test_a_machine_that_is_elsewhere_is_planned_for_without_transformers_or_weig
         env=os.environ.copy(),
     )
     assert (result.returncode, result.stderr) == (0, "")
-    decision, _, why = result.stdout.partition("Check it")
+    decision, _, reasons = result.stdout.partition("Check it")
     for words in (
         "on cuda:0",
         "127 layer batches",
@@ -86,21 +86,21 @@ def test_a_machine_that_is_elsewhere_is_planned_for_without_transformers_or_weig
     ):
         assert words in decision
     for words in ("1 (trivial)", "What would help", "disk, direct reads", "ASSUMED", "what-if"):
-        assert words in why
-    assert "measured" not in why  # of a sparse file, and of another machine, nothing is
+        assert words in reasons
+    assert "measured" not in reasons  # sparse files and other machines cannot be measured
 
 
-def test_the_plan_of_a_405b_keeps_to_both_budgets_and_spreads_what_stays(
+def test_the_plan_of_a_405b_keeps_to_both_budgets_and_spreads_its_residents(
     huge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = json.loads(printed(capsys, huge, *ELSEWHERE, "--json"))
+    report = json.loads(printed(capsys, huge, *OTHER_MACHINE, "--json"))
     summary, plan = report["summary"], Plan.from_json(json.dumps(report["plan"]))
     assert summary["vram_used_bytes"] <= summary["vram_budget_bytes"] == 24 * 10**9
     assert summary["host_used_bytes"] <= summary["host_budget_bytes"] == 128 * 10**9
     names = [name for batch in plan.batches for name in batch.layers]
     assert sum(name.startswith("model.layers.") for name in names) == len(set(names)) - 1 == 126
-    stay = [batch.index for batch in plan.batches if not batch.streamed]
-    gaps = [after - before for before, after in itertools.pairwise(stay)]
+    residents = [batch.index for batch in plan.batches if not batch.streamed]
+    gaps = [after - before for before, after in itertools.pairwise(residents)]
     assert max(gaps) <= min(gaps) + 3
     sweep = plan.disk_bytes_per_sweep / 7e9
     assert sweep <= summary["predicted_sweep_seconds"] < 1.02 * sweep
@@ -116,7 +116,7 @@ def test_markdown_has_headings_and_tables(model: Path, capsys: pytest.CaptureFix
     assert "| :--- | ---: |" in text
 
 
-def test_this_machine_is_asked_for_its_memory_and_told_so(
+def test_the_report_says_that_this_machines_memory_was_measured(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = printed(capsys, model, "--device", "cpu", "--host", "50%")
@@ -125,7 +125,7 @@ def test_this_machine_is_asked_for_its_memory_and_told_so(
     assert "what-if" not in text
 
 
-def test_of_a_sparse_file_no_disk_rate_is_called_measured(
+def test_the_disk_rate_of_a_sparse_file_is_assumed(
     huge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = printed(capsys, huge, "--device", "cuda:9", "--vram", "24GB", "--fresh")
@@ -134,8 +134,8 @@ def test_of_a_sparse_file_no_disk_rate_is_called_measured(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "marian"])
-def test_what_is_planned_to_stream_is_what_the_model_streams(tmp_path: Path, family: str) -> None:
-    """Tables are gathered in both; a tied one streams with the head."""
+def test_the_planned_tensors_are_those_that_the_model_streams(tmp_path: Path, family: str) -> None:
+    """Both gather embedding tables; a tied table streams with the head."""
     folder = save_model(tmp_path / "model", family)
     checkpoint = Checkpoint.open(folder)
     layers = planned_layers(checkpoint, group_layers(checkpoint), gathers_tables=True)
@@ -158,7 +158,7 @@ BAD = {
     "VRAM of the CPU": (["--device", "cpu", "--vram", "1GiB"], "the device is the CPU"),
     "a link to the CPU": (["--device", "cpu", "--h2d-bandwidth", "1GB/s"], "the device is the CPU"),
     "more than the machine": (["--host", "900TiB"], "more than the .* of host RAM"),
-    "more than is asked about": (["--ram", "1GiB", "--host", "2GiB"], "more than the 1 GiB"),
+    "more than the given RAM": (["--ram", "1GiB", "--host", "2GiB"], "more than the 1 GiB"),
     "too little": (["--host", "17MiB", "--batch-size", "4000"], "at least .* raise the budget"),
 }
 
@@ -167,13 +167,13 @@ BAD = {
 def test_bad_input_gets_one_clear_line_and_exit_code_1(
     case: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options, says = BAD[case]
+    options, message = BAD[case]
     source = [] if options[0] == "nowhere/at/all" else [str(model)]
     assert main(["plan", *source, *options]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("layerstream: error:")
-    assert re.search(says, line)
+    assert re.search(message, line)
     assert not captured.out
 
 
@@ -203,7 +203,7 @@ def test_wrong_usage_is_exit_code_2(options: list[str]) -> None:
         main(["plan", "x", *options])
 
 
-HERE = Hardware(
+THIS_MACHINE = Hardware(
     device="cpu",
     host_available_bytes=16 * GIB,
     vram_free_bytes=None,
@@ -218,46 +218,49 @@ HERE = Hardware(
 )
 
 
-def test_where_nothing_is_asked_the_machine_is_as_it_is() -> None:
-    assert WhatIf().complete(HERE, Budget(host="4GiB")) is HERE
-    assert WhatIf().notes(HERE) == ()
+def test_without_what_ifs_the_hardware_is_unchanged() -> None:
+    assert WhatIf().complete(THIS_MACHINE, Budget(host="4GiB")) is THIS_MACHINE
+    assert WhatIf().notes(THIS_MACHINE) == ()
 
 
-def test_a_gpu_that_is_not_here_takes_nothing_from_this_processor() -> None:
-    asked = WhatIf(missing_device="cuda:0", h2d_bytes_per_second=2.5e10)
-    there = asked.complete(HERE, Budget(vram="24GiB", host="64GiB"))
-    assert (there.device, there.vram_free_bytes) == ("cuda:0", 24 * GIB)
-    assert there.host_available_bytes == 64 * GIB
-    assert there.compute == ()
-    assert there.overhead_seconds_per_batch is None
-    assert there.host_copy_bytes_per_second is None
-    assert there.h2d_bytes_per_second == 2.5e10
-    assert there.disk_bytes_per_second == 2e9  # nobody asked about another disk
-    assert there.figures["disk_bytes_per_second"].origin is Origin.CACHED
-    assert there.figures["vram_free_bytes"].origin is Origin.GIVEN
-    assert any("CUDA context" in note for note in asked.notes(there))
+def test_a_missing_gpu_takes_no_rates_from_this_processor() -> None:
+    what_if = WhatIf(missing_device="cuda:0", h2d_bytes_per_second=2.5e10)
+    hardware = what_if.complete(THIS_MACHINE, Budget(vram="24GiB", host="64GiB"))
+    assert (hardware.device, hardware.vram_free_bytes) == ("cuda:0", 24 * GIB)
+    assert hardware.host_available_bytes == 64 * GIB
+    assert hardware.compute == ()
+    assert hardware.overhead_seconds_per_batch is None
+    assert hardware.host_copy_bytes_per_second is None
+    assert hardware.h2d_bytes_per_second == 2.5e10
+    assert hardware.disk_bytes_per_second == 2e9  # no other disk is given
+    assert hardware.figures["disk_bytes_per_second"].origin is Origin.CACHED
+    assert hardware.figures["vram_free_bytes"].origin is Origin.GIVEN
+    assert any("CUDA context" in note for note in what_if.notes(hardware))
 
 
-def test_another_disk_is_as_fast_as_given_and_begins_cold() -> None:
-    there = WhatIf(disk_bytes_per_second=7e9).complete(HERE, Budget())
-    assert there.disk_bytes_per_second == 7e9
-    assert there.mmap_bytes_per_second is None
-    assert there.cached_bytes == 0
-    assert there.figures["disk_bytes_per_second"].origin is Origin.GIVEN
-    assert there.compute == HERE.compute
+def test_another_disk_has_the_given_rate_and_a_cold_cache() -> None:
+    hardware = WhatIf(disk_bytes_per_second=7e9).complete(THIS_MACHINE, Budget())
+    assert hardware.disk_bytes_per_second == 7e9
+    assert hardware.mmap_bytes_per_second is None
+    assert hardware.cached_bytes == 0
+    assert hardware.figures["disk_bytes_per_second"].origin is Origin.GIVEN
+    assert hardware.compute == THIS_MACHINE.compute
 
 
-def test_a_budget_of_less_than_this_machine_leaves_its_size_alone() -> None:
-    asked = WhatIf(disk_bytes_per_second=7e9)
-    assert asked.complete(HERE, Budget(host="4GiB")).host_available_bytes == 16 * GIB
-    assert asked.complete(HERE, Budget(host="50%")).host_available_bytes == 16 * GIB
+def test_a_budget_below_this_machines_memory_does_not_change_it() -> None:
+    what_if = WhatIf(disk_bytes_per_second=7e9)
+    assert what_if.complete(THIS_MACHINE, Budget(host="4GiB")).host_available_bytes == 16 * GIB
+    assert what_if.complete(THIS_MACHINE, Budget(host="50%")).host_available_bytes == 16 * GIB
 
 
-def test_ram_that_is_given_is_what_there_is() -> None:
-    assert WhatIf(ram_bytes=GIB).complete(HERE, Budget()).host_available_bytes == GIB
-    assert WhatIf(ram_bytes=GIB).complete(HERE, Budget(host="2GiB")).host_available_bytes == GIB
+def test_given_ram_replaces_this_machines() -> None:
+    assert WhatIf(ram_bytes=GIB).complete(THIS_MACHINE, Budget()).host_available_bytes == GIB
+    assert (
+        WhatIf(ram_bytes=GIB).complete(THIS_MACHINE, Budget(host="2GiB")).host_available_bytes
+        == GIB
+    )
 
 
-def test_figures_that_make_no_sense_are_refused() -> None:
+def test_invalid_rates_are_refused() -> None:
     with pytest.raises(PlanError, match="disk_bytes_per_second is -1"):
-        WhatIf(disk_bytes_per_second=-1.0).complete(HERE, Budget())
+        WhatIf(disk_bytes_per_second=-1.0).complete(THIS_MACHINE, Budget())

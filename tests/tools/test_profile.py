@@ -1,4 +1,4 @@
-"""``layerstream profile``: its report, its files, and one line for whatever goes wrong."""
+"""``layerstream profile``: its report, its files, and errors in one line."""
 
 import argparse
 import asyncio
@@ -28,12 +28,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("profile") / "model", "llama", **SMALL)
 
 
-def test_it_reports_to_machines_with_units_in_the_keys(
+def test_it_prints_json_with_units_in_the_keys(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.json"
-    asked = ("--sweeps", "4", "--layer-batch-size", "1", "--reader", "direct", "--json")
-    assert main(["profile", str(model), *asked, "--trace", str(trace)]) == 0
+    options = ("--sweeps", "4", "--layer-batch-size", "1", "--reader", "direct", "--json")
+    assert main(["profile", str(model), *options, "--trace", str(trace)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["prompt_tokens"], report["measured_sweeps"]) == (16, 3)
     assert len(report["sweep_seconds"]) == 4
@@ -43,8 +43,8 @@ def test_it_reports_to_machines_with_units_in_the_keys(
     assert forecast["sweeps"] == 3
     assert forecast["predicted"]["seconds"] == pytest.approx(3 * report["predicted_sweep_seconds"])
     assert forecast["measured"]["seconds"] == pytest.approx(sum(report["sweep_seconds"][1:]))
-    said, took = forecast["predicted"]["seconds"], forecast["measured"]["seconds"]
-    assert forecast["errors"]["sweep"] == pytest.approx(said / took - 1)
+    predicted, measured = forecast["predicted"]["seconds"], forecast["measured"]["seconds"]
+    assert forecast["errors"]["sweep"] == pytest.approx(predicted / measured - 1)
     assert 0 < report["overlap_efficiency"] <= 1
     assert report["bottleneck"]["sentence"]
     assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
@@ -57,10 +57,10 @@ def test_it_prints_a_table_and_the_bottleneck_of_a_throttled_disk(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = plan_for(model, CPU, reader="throttled")
-    room = 3 * max(batch.host_bytes for batch in plan.batches)  # for slots, not for residents
-    asked = ("--no-compute", "--sweeps", "3", "--throttle", "1MB", "--layer-batch-size", "1")
-    budget = str(plan.host_memory.reserved_bytes + room)
-    assert main(["profile", str(model), *asked, "--host", budget]) == 0
+    slot_bytes = 3 * max(batch.host_bytes for batch in plan.batches)  # none for residents
+    options = ("--no-compute", "--sweeps", "3", "--throttle", "1MB", "--layer-batch-size", "1")
+    budget = str(plan.host_memory.reserved_bytes + slot_bytes)
+    assert main(["profile", str(model), *options, "--host", budget]) == 0
     text = capsys.readouterr().out
     for words in (
         "weights alone",
@@ -75,7 +75,7 @@ def test_it_prints_a_table_and_the_bottleneck_of_a_throttled_disk(
         assert words in text
 
 
-def test_weights_without_a_config_are_swept_past_no_computation(
+def test_weights_without_a_config_are_streamed_without_computation(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model.safetensors").hardlink_to(model / "model.safetensors")
@@ -103,8 +103,8 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
     assert profile.steady.stages[2].items == len(profile.plan.batches)
 
 
-class Listener(io.StringIO):
-    """A terminal, or not, that says when it was written to."""
+class FakeStderr(io.StringIO):
+    """A stream that sets an event when it is written to; a terminal or not."""
 
     def __init__(self, *, terminal: bool) -> None:
         super().__init__()
@@ -121,27 +121,29 @@ class Listener(io.StringIO):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="needs rich")
-def test_a_terminal_is_told_what_takes_long_while_it_lasts_and_not_what_is_quick(
+def test_a_terminal_shows_slow_operations_while_they_last_but_not_fast_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    heard = Listener(terminal=True)
-    monkeypatch.setattr("sys.stderr", heard)
+    stderr = FakeStderr(terminal=True)
+    monkeypatch.setattr("sys.stderr", stderr)
     with progress.waiting("blinking"):
         pass
     monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
     with progress.waiting("opening"):
-        assert heard.written.wait(20)
-    assert "opening" in heard.getvalue()
-    assert "blinking" not in heard.getvalue()
+        assert stderr.written.wait(20)
+    assert "opening" in stderr.getvalue()
+    assert "blinking" not in stderr.getvalue()
 
 
-def test_where_there_is_no_terminal_stderr_is_for_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = Listener(terminal=False)
-    monkeypatch.setattr("sys.stderr", heard)
+def test_without_a_terminal_no_progress_is_written_to_stderr(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stderr = FakeStderr(terminal=False)
+    monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
     with progress.waiting("opening"):
         pass
-    assert heard.getvalue() == ""
+    assert stderr.getvalue() == ""
 
 
 BAD = {
@@ -158,15 +160,15 @@ def test_bad_input_gets_one_clear_line_and_exit_code_1(
     model: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options, says = BAD[case]
+    options, message = BAD[case]
     source = [] if options[0] == "nowhere/at/all" else [str(model)]
     assert main(["profile", *source, *options]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert says in errors[0]
+    assert message in errors[0]
 
 
-def test_a_model_that_takes_no_tokens_is_told_what_to_do_instead(
+def test_the_error_for_a_model_without_tokens_names_the_alternative(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["profile", str(save_model(tmp_path / "vit", "vit"))]) == 1
@@ -188,8 +190,10 @@ def some_timings() -> Timings:
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
-def test_the_timeline_is_drawn_as_its_suffix_says(name: str, begins: bytes, tmp_path: Path) -> None:
-    plot.write_plot(some_timings(), tmp_path / name)
+def test_the_suffix_decides_the_format_of_the_timeline(
+    name: str, begins: bytes, tmp_path: Path
+) -> None:
+    plot.write_timeline(some_timings(), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: scripts that measure, and what they measured, with the machine and the date."""
+"""Benchmark scripts, and recorded results with the machine and the date."""

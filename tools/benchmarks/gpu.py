@@ -1,7 +1,7 @@
 """The GPU benchmark: ``python -m layerstream.tools.benchmarks.gpu --out DIR``; tools/gpu_check.sh runs it.
 
-Makes a checkpoint of 11 GB with random weights, measures row after row until its time is up, and writes what it
-has after each. A row that was not measured says so, and why.
+Makes a checkpoint of 11 GB with random weights, measures row after row until its time is up, and writes the results
+after each. A row that was not measured says so, and why.
 """
 
 import argparse
@@ -25,19 +25,20 @@ import torch
 
 from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.text import format_bytes, format_table
-from layerstream.tools.benchmarks.copying import Accelerator, make_room
+from layerstream.tools.benchmarks.accelerator import Accelerator
+from layerstream.tools.benchmarks.copying import claim_host_memory
 from layerstream.tools.benchmarks.gpu_bench import Bench, GpuRow, NotMeasuredError
 from layerstream.tools.benchmarks.gpu_rows import ROWS
-from layerstream.tools.console.arguments import positive
+from layerstream.tools.console.arguments import positive_int
 from layerstream.tools.synthetic.checkpoints import CheckpointSpec, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 __all__ = ["main"]
 
 MIB = 1 << 20
-# Host RAM for every row: one that page-locks the model of 11 GB, a peer's copy of it, and the files' pages.
-_ROOM_BYTES = 36 << 30
-# No row takes half of this on a machine that it works on.
+# Host RAM for every row: the page-locked model of 11 GB, a peer's copy of it, and the page cache of its files.
+_HOST_BYTES = 36 << 30
+# Where a row works, it takes less than half of this.
 _ROW_SECONDS = 120.0
 _NOT_REACHED = "not reached"
 
@@ -45,36 +46,40 @@ _NOT_REACHED = "not reached"
 def main() -> int:
     """Run the benchmark; exit code 1 if a test or a row failed."""
     args = _arguments()
-    ends = time.monotonic() + args.seconds
+    deadline = time.monotonic() + args.seconds
     if args.checkpoint_only:
-        make_room(0 if args.rehearse else _ROOM_BYTES)
-        make_checkpoint(args.scratch / "model", _recipe(rehearse=args.rehearse))
+        claim_host_memory(0 if args.rehearse else _HOST_BYTES)
+        make_checkpoint(args.scratch / "model", _checkpoint_spec(rehearse=args.rehearse))
         if not args.rehearse:
-            os.sync()  # not while the disk is measured
+            os.sync()  # so that nothing is written while the disk is measured
         return 0
     if not args.rehearse and not torch.cuda.is_available():
         print("there is no CUDA device here; --rehearse runs this on the CPU", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(device=torch.device("cpu" if args.rehearse else "cuda:0"))
-    result: dict[str, Any] = _begun(args) or {
+    result: dict[str, Any] = _previous_result(args) or {
         "rehearsal": args.rehearse,
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(),
         "device": accelerator.describe(),
-        "tests": _tests(args.tests),
+        "tests": _test_counts(args.tests),
         "rows": [_entry(row, _NOT_REACHED) for row in ROWS],
     }
     _write(args.out, result)
-    with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as own:
-        bench = _prepared(args, accelerator, args.scratch or Path(own), result)
-        for place, row in enumerate(ROWS):
-            if result["rows"][place]["why"] != _NOT_REACHED:  # an earlier process has been here
+    with tempfile.TemporaryDirectory(prefix="layerstream-gpu-") as temporary:
+        bench = _prepare(args, accelerator, args.scratch or Path(temporary), result)
+        for index, row in enumerate(ROWS):
+            if result["rows"][index]["why"] != _NOT_REACHED:  # done by an earlier process
                 continue
-            late = time.monotonic() > ends
-            with _bounded(row, place, result, args, ends):
-                entry = _entry(row, "out of time") if late else _measure(row, bench, args.rehearse)
-            result["rows"][place] = entry
+            out_of_time = time.monotonic() > deadline
+            with _time_limit(row, index, result, args, deadline):
+                entry = (
+                    _entry(row, "out of time")
+                    if out_of_time
+                    else _measure(row, bench, args.rehearse)
+                )
+            result["rows"][index] = entry
             result["found"] = bench.found
             _write(args.out, result)
     print((args.out / "gpu_check.txt").read_text(encoding="utf-8"), end="")
@@ -91,7 +96,9 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         help="where the checkpoint is made, unless it is there, and left (default: TMPDIR, and removed)",
     )
-    parser.add_argument("--seconds", type=positive, default=330, help="no row begins after these")
+    parser.add_argument(
+        "--seconds", type=positive_int, default=330, help="no row begins after these"
+    )
     parser.add_argument(
         "--checkpoint-only",
         action="store_true",
@@ -110,8 +117,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _begun(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What an earlier process has found, if this one is to go on with it."""
+def _previous_result(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of an earlier process, if this one resumes it."""
     if not args.resume:
         return None
     found: dict[str, Any] = json.loads((args.out / "gpu_check.json").read_text(encoding="utf-8"))
@@ -119,21 +126,21 @@ def _begun(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _bounded(
-    row: GpuRow, place: int, result: dict[str, Any], args: argparse.Namespace, ends: float
+def _time_limit(
+    row: GpuRow, index: int, result: dict[str, Any], args: argparse.Namespace, deadline: float
 ) -> Iterator[None]:
-    """Let a row that hangs cost itself: nothing ends a call of the driver's, so another process measures the others."""
+    """Give up a row that hangs: a call of the driver cannot be ended, so a new process measures the other rows."""
 
     def give_up() -> None:
         why = f"failed: it had not come to its end in {_ROW_SECONDS:.0f} s"
         print(f"   {why}", file=sys.stderr)
         faulthandler.dump_traceback(2)
-        result["rows"][place] = _entry(row, why, failed=True)
+        result["rows"][index] = _entry(row, why, failed=True)
         _write(args.out, result)
-        left = max(1, int(ends - time.monotonic()))
+        left = max(1, int(deadline - time.monotonic()))
         command = [*sys.argv[1:], "--resume", "--seconds", str(left)]
         module = ["-m", "layerstream.tools.benchmarks.gpu"]
-        os.execv(sys.executable, [sys.executable, *module, *command])  # noqa: S606 - itself
+        os.execv(sys.executable, [sys.executable, *module, *command])  # noqa: S606 - this program
 
     timer = threading.Timer(_ROW_SECONDS, give_up)
     timer.daemon = True
@@ -144,13 +151,13 @@ def _bounded(
         timer.cancel()
 
 
-def _prepared(
+def _prepare(
     args: argparse.Namespace, accelerator: Accelerator, scratch: Path, result: dict[str, Any]
 ) -> Bench:
-    """Make the checkpoint, and room in host RAM; what came of it is in ``result``."""
+    """Make the checkpoint and claim host memory; both are recorded in ``result``."""
     began = time.monotonic()
     try:
-        made = make_checkpoint(scratch / "model", _recipe(rehearse=args.rehearse))
+        made = make_checkpoint(scratch / "model", _checkpoint_spec(rehearse=args.rehearse))
     except Exception as error:
         for entry in result["rows"]:
             entry["why"] = f"no checkpoint: {error}"
@@ -159,8 +166,8 @@ def _prepared(
     result["model_bytes"] = made.total_bytes
     seconds = None if made.reused else time.monotonic() - began
     result.setdefault("seconds_to_make_the_model", seconds)
-    # More than the rows take of a machine that has less: what does not fit says so.
-    make_room(0 if args.rehearse else _ROOM_BYTES)
+    # On a machine with less memory, rows that do not fit say so.
+    claim_host_memory(0 if args.rehearse else _HOST_BYTES)
     result["machine"]["host_available_bytes"] = host_available_bytes()
     _write(args.out, result)
     return Bench(
@@ -175,7 +182,7 @@ def _prepared(
 
 
 def _machine() -> dict[str, Any]:
-    """What stands behind the device."""
+    """The machine without its GPU."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -185,7 +192,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _recipe(*, rehearse: bool) -> CheckpointSpec:
+def _checkpoint_spec(*, rehearse: bool) -> CheckpointSpec:
     family = FAMILIES["llama-3.1-8b"]
     config = scaled(
         family.config,
@@ -193,7 +200,7 @@ def _recipe(*, rehearse: bool) -> CheckpointSpec:
         hidden=128 if rehearse else None,
         vocab=320 if rehearse else 32000,
     )
-    # The first end token that chance brings would cut decoding short.
+    # Without an end token, which random weights would sample sooner or later.
     config |= {"bos_token_id": 256, "eos_token_id": None}
     return CheckpointSpec(
         family="llama-3.1-8b",
@@ -218,16 +225,16 @@ def _entry(row: GpuRow, why: str, *, failed: bool = False) -> dict[str, Any]:
 
 def _measure(row: GpuRow, bench: Bench, rehearse: bool) -> dict[str, Any]:
     print(f".. {row.name}", file=sys.stderr, flush=True)
-    gc.collect()  # what a row before this one left in cycles: models, and page-locked memory
+    gc.collect()  # models and page-locked memory of earlier rows, in reference cycles
     began = time.monotonic()
     try:
         found = row.measure(bench)
     except NotMeasuredError as error:
         return _entry(row, str(error))
-    except Exception as error:  # noqa: BLE001 - the other rows are measured all the same
+    except Exception as error:  # noqa: BLE001 - the other rows are still measured
         print(f"   failed: {error!r}", file=sys.stderr)
         return _entry(row, f"failed: {type(error).__name__}: {error}"[:300], failed=True)
-    if rehearse:  # what a CPU gave is nobody's figure
+    if rehearse:  # a CPU's results are not recorded
         return _entry(row, "rehearsed")
     return _entry(row, "") | {
         "measured": True,
@@ -236,8 +243,8 @@ def _measure(row: GpuRow, bench: Bench, rehearse: bool) -> dict[str, Any]:
     }
 
 
-def _tests(path: Path | None) -> dict[str, int] | None:
-    """Counts from the JUnit XML that pytest wrote."""
+def _test_counts(path: Path | None) -> dict[str, int] | None:
+    """Read the counts from the JUnit XML that pytest wrote."""
     if path is None or not path.is_file():
         return None
     suites = list(ET.parse(path).getroot().iter("testsuite"))  # noqa: S314 - pytest's own output
@@ -259,7 +266,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     if "model_bytes" in result:
         title += f", model of {format_bytes(result['model_bytes'])}"
     tests = result["tests"]
-    counted = (
+    test_summary = (
         "tests: not run"
         if tests is None
         else f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
@@ -268,16 +275,16 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         (
             entry["name"],
             entry["target"],
-            _ratio(entry),
+            _ratio_cell(entry),
             entry["result"]["says"] if entry["measured"] else entry["why"],
         )
         for entry in result["rows"]
     ]
     table = format_table(("row", "target", "ratio", ""), rows)
-    (out / "gpu_check.txt").write_text(f"{title}\n{counted}\n{table}\n", encoding="utf-8")
+    (out / "gpu_check.txt").write_text(f"{title}\n{test_summary}\n{table}\n", encoding="utf-8")
 
 
-def _ratio(entry: dict[str, Any]) -> str:
+def _ratio_cell(entry: dict[str, Any]) -> str:
     if not entry["measured"]:
         return "not measured"
     ratio = entry["result"]["ratio"]

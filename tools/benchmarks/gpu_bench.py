@@ -1,13 +1,14 @@
-"""What the rows of the GPU benchmark work with, and what they give."""
+"""Inputs and results of the rows of the GPU benchmark."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerstream.tools.benchmarks.copying import Accelerator, copy_rate
+from layerstream.tools.benchmarks.accelerator import Accelerator
+from layerstream.tools.benchmarks.copying import measure_copy_rate
 
-__all__ = ["MIB", "Bench", "GpuRow", "NotMeasuredError", "Result"]
+__all__ = ["MIB", "Bench", "GpuRow", "NotMeasuredError", "RowResult"]
 
 MIB = 1 << 20
 
@@ -18,7 +19,7 @@ class NotMeasuredError(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """What the rows work with, and what later rows need of earlier ones."""
+    """Inputs of the rows, and values that later rows need from earlier ones."""
 
     accelerator: Accelerator
     folder: Path
@@ -31,37 +32,39 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """As the library names it."""
+        """The device's name for the library."""
         return str(self.accelerator.device)
 
     @property
     def pinned_bytes_per_second(self) -> float:
-        """Of the best pinned copies; measured now, where the row that does so has failed."""
+        """Bytes per second of the best pinned copies; measured now if the row that does so has failed."""
         if "pinned" not in self.found:
-            self.found["pinned"] = self.pinned_rate()
+            self.found["pinned"] = self.measure_pinned_rate()
         return self.found["pinned"]
 
-    def pinned_rate(self) -> float:
-        """Bytes per second of the best pinned copies, measured now."""
+    def measure_pinned_rate(self) -> float:
+        """Measure bytes per second of the best pinned copies."""
         blocks = [block for block in self.block_bytes if block >= self.block_bytes[-1] // 8]
-        return max(copy_rate(self.accelerator, block_bytes=b, pinned=True) for b in blocks)
+        return max(
+            measure_copy_rate(self.accelerator, block_bytes=block, pinned=True) for block in blocks
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a row found."""
+class RowResult:
+    """The result of a row."""
 
     ratio: float | None
-    """None where the row has no target."""
+    """None if the row has no target."""
     says: str
     details: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuRow:
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     target: str
-    """What issue 6 asks for."""
-    measure: Callable[[Bench], Result]
+    """The ratio required by issue 6."""
+    measure: Callable[[Bench], RowResult]

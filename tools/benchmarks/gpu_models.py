@@ -1,4 +1,4 @@
-"""Rows of the GPU benchmark: whole models, beside others' ways to run them."""
+"""Rows of the GPU benchmark: whole models, compared with peers and with predictions."""
 
 import asyncio
 import gc
@@ -14,23 +14,23 @@ import torch
 
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, StreamedModel, Workload
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.tools.benchmarks.copying import Peak
-from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, Result
+from layerstream.tools.benchmarks.accelerator import PeakMemory
+from layerstream.tools.benchmarks.gpu_bench import MIB, Bench, NotMeasuredError, RowResult
 from layerstream.tools.benchmarks.gpu_streaming import (
     copied_bytes,
     reader_of,
+    record_budget_share,
     streaming_plan,
-    within_budget,
 )
 from layerstream.tools.compare.peers import PEERS, NotInstalledError
 
-__all__ = ["against", "decode"]
+__all__ = ["compare_with", "measure_decoding"]
 
-# Room for what a model takes beside its layers: buffers, and weights that are used several times.
+# For a model's memory in addition to its layers: buffers, and weights that are used several times.
 _SPARE_BYTES = 256 * MIB
 _WORKLOAD = Workload(prompt_tokens=32, new_tokens=16)
-# Tokens behind the first, whose steps are timed.
-_TIMED = 12
+# Tokens after the first, whose steps are timed.
+_TIMED_TOKENS = 12
 
 
 def _ids(bench: Bench) -> torch.Tensor:
@@ -48,14 +48,14 @@ def _budget(bench: Bench, *, resident_share: float = 0.0, on_host: bool = True) 
     return Budget(vram=vram, host=host)
 
 
-def _ours(bench: Bench, *, on_host: bool) -> tuple[float, torch.Tensor]:
-    """Seconds of a forward pass, the median of three, and its logits."""
+def _run_ours(bench: Bench, *, on_host: bool) -> tuple[float, torch.Tensor]:
+    """Median seconds of three forward passes, and the logits."""
 
     async def main() -> tuple[float, torch.Tensor]:
         async with StreamedModel.open(
             bench.folder,
             device=bench.device,
-            budget=_models_budget,
+            budget=budget,
             workload=_WORKLOAD,
             reader=reader_of(bench, on_host=on_host),
         ) as model:
@@ -66,14 +66,14 @@ def _ours(bench: Bench, *, on_host: bool) -> tuple[float, torch.Tensor]:
                 seconds.append(time.perf_counter() - began)
             return statistics.median(seconds[1:]), logits
 
-    _models_budget = _budget(bench, on_host=on_host)
+    budget = _budget(bench, on_host=on_host)
     return asyncio.run(main())
 
 
-def against(name: str, *, on_host: bool) -> Callable[[Bench], Result]:
-    """A forward pass of the peer ``name`` against ours, from host RAM or from disk."""
+def compare_with(name: str, *, on_host: bool) -> Callable[[Bench], RowResult]:
+    """Make a row: a forward pass of the peer ``name`` compared with ours, from host RAM or from disk."""
 
-    def measure(bench: Bench) -> Result:
+    def measure(bench: Bench) -> RowResult:
         with tempfile.TemporaryDirectory(dir=bench.folder.parent) as scratch:
             try:
                 forward = PEERS[name](bench.folder, bench.accelerator.device, Path(scratch))
@@ -89,17 +89,17 @@ def against(name: str, *, on_host: bool) -> Callable[[Bench], Result]:
             del forward
             gc.collect()
         key = f"ours_seconds_{'ram' if on_host else 'disk'}"
-        ours, own_logits = _ours(bench, on_host=on_host)
+        ours, our_logits = _run_ours(bench, on_host=on_host)
         bench.found[key] = ours
         pageable = bench.pinned_bytes_per_second / bench.found.get("pageable", math.nan)
-        return Result(
+        return RowResult(
             ratio=theirs / ours,
             says=f"{theirs:.2f} s against our {ours:.2f} s per forward pass; logits "
-            f"{'equal' if torch.equal(logits, own_logits) else 'NOT equal'}",
+            f"{'equal' if torch.equal(logits, our_logits) else 'NOT equal'}",
             details={
                 "their_seconds": theirs,
                 "our_seconds": ours,
-                "equal": torch.equal(logits, own_logits),
+                "equal": torch.equal(logits, our_logits),
                 "wanted": {"of_airllm": 5.0, "of_pageable_copies": max(2.0, 0.9 * pageable)},
             },
         )
@@ -107,15 +107,15 @@ def against(name: str, *, on_host: bool) -> Callable[[Bench], Result]:
     return measure
 
 
-def decode(share: float) -> Callable[[Bench], Result]:
-    """Seconds per token with ``share`` of the layers resident in VRAM, against what the plan had said."""
+def measure_decoding(share: float) -> Callable[[Bench], RowResult]:
+    """Make a row: seconds per token with ``share`` of the layers resident in VRAM, compared with the prediction."""
 
-    def measure(bench: Bench) -> Result:
+    def measure(bench: Bench) -> RowResult:
         budget = _budget(bench, resident_share=share)
-        # Now, lest what probing takes counts as the model's.
+        # Probed before, so that its memory is not counted as the model's.
         hardware = asyncio.run(Hardware.probe(Checkpoint.open(bench.folder), device=bench.device))
 
-        async def main(peak: Callable[[], Peak]) -> tuple[float, Peak, Plan, Timings]:
+        async def main(peak: Callable[[], PeakMemory]) -> tuple[float, PeakMemory, Plan, Timings]:
             async with StreamedModel.open(
                 bench.folder,
                 device=bench.device,
@@ -125,7 +125,9 @@ def decode(share: float) -> Callable[[Bench], Result]:
                 hardware=hardware,
             ) as model:
                 await model.generate(_ids(bench), max_new_tokens=2, do_sample=False)
-                tokens = model.stream(_ids(bench), max_new_tokens=_TIMED + 1, do_sample=False)
+                tokens = model.stream(
+                    _ids(bench), max_new_tokens=_TIMED_TOKENS + 1, do_sample=False
+                )
                 stamps = [time.perf_counter() async for _ in tokens]
                 seconds = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
                 return seconds, peak(), model.plan, model.timings()
@@ -133,19 +135,19 @@ def decode(share: float) -> Callable[[Bench], Result]:
         with bench.accelerator.watched() as peak:
             seconds, used, plan, timings = asyncio.run(main(peak))
         predicted = plan.prediction.decode
-        bound = copied_bytes(plan) / bench.pinned_bytes_per_second
+        copy_seconds = copied_bytes(plan) / bench.pinned_bytes_per_second
         memory = plan.device_memory
-        within_budget(bench, plan, used)
-        return Result(
+        record_budget_share(bench, plan, used)
+        return RowResult(
             ratio=seconds / predicted.seconds,
             says=f"{seconds * 1e3:.1f} ms per token, predicted {predicted.seconds * 1e3:.1f} "
-            f"({predicted.bottleneck}); its copies alone {bound * 1e3:.1f} ms",
+            f"({predicted.bottleneck}); its copies alone {copy_seconds * 1e3:.1f} ms",
             details={
                 "seconds_per_token": seconds,
                 "predicted": asdict(predicted),
                 "inputs": [asdict(each) for each in plan.inputs],
                 "copied_bytes_per_token": copied_bytes(plan),
-                "copy_seconds_per_token": bound,
+                "copy_seconds_per_token": copy_seconds,
                 "layer_batch_size": plan.layer_batch_size,
                 "slots": plan.device_slots,
                 "peak_vram": asdict(used),

@@ -1,9 +1,9 @@
-"""What plans say beforehand beside what comes of them: ``python -m layerstream.tools.benchmarks.predicting PATH``.
+"""Predictions of plans compared with measurements: ``python -m layerstream.tools.benchmarks.predicting PATH``.
 
-Each setting is planned, run, and compared: with the figures of the probe, the error is that of the model and of its
-inputs together; with the rates that the stages reached in the run itself, it is the model's own. With ``--disk`` the
-weights come from the disk as fast as it gives them, and its rate is probed right before and after each run; without,
-a throttled reader gives a constant rate.
+Each setting is planned, run, and compared. With the probed rates, the error is that of the cost model and of its inputs
+together; with the rates that the stages reached in the run itself, it is the model's own. With ``--disk`` the weights
+are read as fast as the disk allows, and its rate is probed right before and after each run; otherwise a throttled
+reader keeps the rate constant.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from layerstream.pipeline.machine.measurement import Figure, Origin
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.telemetry.spans import SweepSpan
-from layerstream.tools.console.arguments import positive, size
+from layerstream.tools.console.arguments import byte_count, positive_int
 from layerstream.tools.console.tables import print_table
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ _REQUESTS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Setting:
-    """One plan that is asked for. The budget is a share of the model's size."""
+    """Options of one plan. The budget is a share of the model's size."""
 
     layer_batch_size: int | None
     budget: float
@@ -62,26 +62,26 @@ def main() -> int:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint of a transformers model")
-    parser.add_argument("--throttle", type=size, default=800_000_000, help="bytes per second")
+    parser.add_argument("--throttle", type=byte_count, default=800_000_000, help="bytes per second")
     parser.add_argument("--disk", action="store_true", help="as fast as the disk gives")
-    parser.add_argument("--new-tokens", type=positive, default=5)
+    parser.add_argument("--new-tokens", type=positive_int, default=5)
     parser.add_argument("--only", help="numbers of settings, such as 0,3,5")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     numbers = range(len(_SETTINGS)) if args.only is None else map(int, args.only.split(","))
-    rows = [asyncio.run(_run(_SETTINGS[number], args)) for number in numbers]
+    rows = [asyncio.run(_measure(_SETTINGS[number], args)) for number in numbers]
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        _print(rows)
+        _print_table(rows)
     return 0
 
 
-async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
+async def _measure(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = Checkpoint.open(args.path)
     mapped = setting.reader == "mmap"
     throttle = None if args.disk or mapped else args.throttle
-    before = await _disk(checkpoint) if args.disk and not mapped else None
+    before = await _probe_disk(checkpoint) if args.disk and not mapped else None
     ids = torch.arange(setting.prompt)[None] % 1000 + 5
     async with StreamedModel.open(
         args.path,
@@ -93,12 +93,12 @@ async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
         layer_batch_size=setting.layer_batch_size,
     ) as model:
         options = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
-        for _ in range(_REQUESTS):  # the first loads residents
+        for _ in range(_REQUESTS):  # the first request loads residents
             await model.generate(input_ids=ids, do_sample=False, **options)
         timings, plan = model.timings(), model.plan
-        learnt = learn(model.hardware, plan, timings)
+        learned = learn(model.hardware, plan, timings)
         probed = model.hardware
-        after = await _disk(checkpoint) if before is not None else None
+        after = await _probe_disk(checkpoint) if before is not None else None
         if before is not None and after is not None:
             rate = (before + after) / 2
             probed = dataclasses.replace(
@@ -106,43 +106,45 @@ async def _run(setting: _Setting, args: argparse.Namespace) -> dict[str, Any]:
                 disk_bytes_per_second=rate,
                 figures={**probed.figures, "disk_bytes_per_second": Figure(origin=Origin.MEASURED)},
             )
-        said, own = (model.plan_with(hardware) for hardware in (probed, learnt))
+        predicted, own = (model.plan_with(hardware) for hardware in (probed, learned))
     return {
         "setting": dataclasses.asdict(setting),
         "slots": plan.host_slots,
         "resident_batches": sum(not batch.streamed for batch in plan.batches),
         "batches": len(plan.batches),
-        **_compared(timings.latest, args.new_tokens, said, own),
+        **_compare(timings.latest, args.new_tokens, predicted, own),
     }
 
 
-async def _disk(checkpoint: Checkpoint) -> float | None:
+async def _probe_disk(checkpoint: Checkpoint) -> float | None:
     hardware = await Hardware.probe(checkpoint, device="cpu", fresh=True)
     return hardware.disk_bytes_per_second
 
 
-def _compared(
-    sweeps: tuple[SweepSpan, ...], new_tokens: int, said: Plan, own: Plan
+def _compare(
+    sweeps: tuple[SweepSpan, ...], new_tokens: int, predicted: Plan, own: Plan
 ) -> dict[str, float]:
-    """The sweeps of all requests but the first, beside both predictions."""
-    # From end to end: in what lies between two sweeps the next one is read ahead.
+    """Compare the sweeps of all requests but the first with both predictions."""
+    # From end to end, since the next sweep is read ahead between two sweeps.
     ends = [sweep.stop_seconds for sweep in sweeps]
-    took = [stop - start for start, stop in itertools.pairwise(ends)][new_tokens - 1 :]
-    prompt = statistics.median(took[::new_tokens])
-    step = statistics.median(seconds for number, seconds in enumerate(took) if number % new_tokens)
+    sweep_seconds = [stop - start for start, stop in itertools.pairwise(ends)][new_tokens - 1 :]
+    prompt = statistics.median(sweep_seconds[::new_tokens])
+    step = statistics.median(
+        seconds for number, seconds in enumerate(sweep_seconds) if number % new_tokens
+    )
     return {
         "measured_prefill_seconds": prompt,
-        "predicted_prefill_seconds": said.prediction.prefill.seconds,
-        "prefill_error": said.prediction.prefill.seconds / prompt - 1,
+        "predicted_prefill_seconds": predicted.prediction.prefill.seconds,
+        "prefill_error": predicted.prediction.prefill.seconds / prompt - 1,
         "prefill_error_of_the_model": own.prediction.prefill.seconds / prompt - 1,
         "measured_step_seconds": step,
-        "predicted_step_seconds": said.prediction.decode.seconds,
-        "step_error": said.prediction.decode.seconds / step - 1,
+        "predicted_step_seconds": predicted.prediction.decode.seconds,
+        "step_error": predicted.prediction.decode.seconds / step - 1,
         "step_error_of_the_model": own.prediction.decode.seconds / step - 1,
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]]) -> None:
     columns = (
         "reader",
         "batch size",

@@ -1,4 +1,4 @@
-"""The floor: how fast the disk gives the bytes of some files to anybody."""
+"""A lower bound: how fast files can be read from disk at all."""
 
 import itertools
 import mmap
@@ -14,20 +14,20 @@ from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["GRID", "best_raw_read", "raw_read"]
 
-# Block sizes in bytes, and threads: the best of these is what the disk can do.
+# Block sizes in bytes, and threads: the best of these is the disk's bandwidth.
 GRID = tuple(itertools.product((1 << 20, 4 << 20, 8 << 20, 16 << 20), (1, 2, 4)))
 
 
 def raw_read(
     paths: Sequence[Path], *, block_bytes: int, threads: int, limit_bytes: int | None = None
 ) -> float:
-    """Bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages.
+    """Measure bytes per second of O_DIRECT reads of whole blocks of ``paths``, in order, into huge pages.
 
     Args:
         paths: The files.
         block_bytes: Size of one read.
         threads: Reads in flight.
-        limit_bytes: Read no more than about this much; None: all.
+        limit_bytes: About how much to read at most; None reads all.
     """
     memory = HostMemory(block_bytes * threads)
     buffer = memory.tensor.numpy().data
@@ -42,8 +42,8 @@ def raw_read(
         jobs = jobs[: -(-limit_bytes // block_bytes)]
     queue, lock = iter(jobs), threading.Lock()
 
-    def work(number: int) -> None:
-        place = buffer[number * block_bytes :]
+    def read_jobs(thread: int) -> None:
+        target = buffer[thread * block_bytes :]
         while True:
             with lock:
                 job = next(queue, None)
@@ -52,13 +52,13 @@ def raw_read(
             descriptor, offset, nbytes = job
             done = 0
             while done < nbytes:
-                done += os.preadv(descriptor, [place[done:nbytes]], offset + done)
+                done += os.preadv(descriptor, [target[done:nbytes]], offset + done)
 
     try:
-        memory.tensor[:: mmap.PAGESIZE] = 0  # the pages are there before the clock runs
+        memory.tensor[:: mmap.PAGESIZE] = 0  # allocate the pages before the clock starts
         with ThreadPoolExecutor(threads) as pool:
             began = time.perf_counter()
-            list(pool.map(work, range(threads)))
+            list(pool.map(read_jobs, range(threads)))
             seconds = time.perf_counter() - began
     finally:
         for descriptor in descriptors:
@@ -68,5 +68,5 @@ def raw_read(
 
 
 def best_raw_read(paths: Sequence[Path]) -> float:
-    """The best bytes per second over ``GRID``."""
+    """Measure the best bytes per second over ``GRID``."""
     return max(raw_read(paths, block_bytes=block, threads=threads) for block, threads in GRID)

@@ -1,8 +1,8 @@
 """Whether cost grows with bytes alone: ``python -m layerstream.tools.benchmarks.scaling FOLDER``.
 
-Three questions, each of two checkpoints of random bytes that are swept in turn, in one run: do eight times the
-layers take eight times the time; does a layer batch of many tensors cost what one of few costs; and what
-does a layer batch cost that has next to no bytes.
+It answers three questions with checkpoints of random bytes that are swept alternately, in one run: whether eight times
+the layers take eight times the time; whether a layer batch of many tensors takes as long as one of few; and how long a
+layer batch with almost no bytes takes.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 from layerstream.pipeline import Checkpoint, Hardware, Pipeline, Plan, make_plan
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.compute import Batch
-from layerstream.tools.console.arguments import positive, size
+from layerstream.tools.console.arguments import byte_count, positive_int
 
 __all__ = ["main"]
 
-# Of the throttled reader: below half of what slow disks give, so that it is the throttle that decides; and a layer
-# takes no more than ten times the 1 ms that handing it on may take, so that what is not hidden behind reading shows.
-_THROTTLE = 400_000_000
+# Rate of the throttled reader: below half of a slow disk's, so that the throttle is the bottleneck. A layer takes at
+# most ten times the 1 ms of overhead that is allowed, so that overhead not hidden behind reading shows.
+_THROTTLE_BYTES_PER_SECOND = 400_000_000
 _LAYER_BYTES = 4 << 20
 _FEW_LAYERS, _MANY_LAYERS = 12, 96
-# A pause lets the pipeline read ahead, which flatters the sweep behind it: it does not count.
-_LEAST_SWEEPS, _LEAST_SECONDS = 3, 0.5
+# The first sweep after a pause is not timed: the pipeline has read ahead for it.
+_MIN_SWEEPS, _MIN_SECONDS = 3, 0.5
 _SLOTS = 3
 
 
@@ -45,12 +45,12 @@ class _Shape:
 
     layers: int
     tensors: int
-    """Of a layer."""
+    """Tensors per layer."""
     nbytes: int
-    """Of a layer."""
+    """Bytes per layer."""
 
     def write(self, folder: Path) -> None:
-        """One file of random bytes."""
+        """Write one file of random bytes."""
         elements = self.nbytes // self.tensors // 2
         names = [
             f"model.layers.{layer}.t{number}.weight"
@@ -72,9 +72,9 @@ def main() -> int:
     parser.add_argument(
         "folder", type=Path, help="on the disk to read from; gets 1.1 GB for a while"
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="alternations (default: 5)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="alternations (default: 5)")
     parser.add_argument(
-        "--wide", type=size, default=64 << 20, help="a layer of many tensors (default: 64MiB)"
+        "--wide", type=byte_count, default=64 << 20, help="a layer of many tensors (default: 64MiB)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        _print(result)
+        _print_result(result)
     return 0
 
 
@@ -96,7 +96,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     idle = await alternate((empty,), reader="direct")
     result: dict[str, Any] = {
         "layers": [few.layers, many.layers],
-        "throttle_bytes_per_second": _THROTTLE,
+        "throttle_bytes_per_second": _THROTTLE_BYTES_PER_SECOND,
         "throttled_sweep_seconds": linear,
         "linear_ratios": [b / a * few.layers / many.layers for a, b in linear],
         "overhead_seconds_per_batch": [seconds / empty.layers for (seconds,) in idle],
@@ -112,63 +112,63 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
 async def _alternate(
     folder: Path, shapes: Sequence[_Shape], *, rounds: int, reader: str
 ) -> list[tuple[float, ...]]:
-    """Seconds of a sweep over each of ``shapes``, round after round."""
+    """Measure the seconds of a sweep over each of ``shapes``, in each round."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".scaling-") as work:
         folders = [Path(work, str(number)) for number in range(len(shapes))]
         for shape, each in zip(shapes, folders, strict=True):
             each.mkdir()
             shape.write(each)
-        os.sync()  # what is still to be written would be written while we read
-        # Opened anew each time, so that none reads ahead while the other one is measured.
+        os.sync()  # so that nothing is written while we read
+        # Opened again each time, so that none reads ahead while another one is measured.
         return [
-            tuple([await _sweep_seconds(each, reader) for each in folders]) for _ in range(rounds)
+            tuple([await _measure_sweep(each, reader) for each in folders]) for _ in range(rounds)
         ]
 
 
-async def _sweep_seconds(folder: Path, reader: str) -> float:
+async def _measure_sweep(folder: Path, reader: str) -> float:
     async with Pipeline(await _plan(folder, reader)) as pipeline:
-        await pipeline.run(_look, 0)
+        await pipeline.run(_count_tensors, 0)
         began, sweeps, seconds = time.perf_counter(), 0, 0.0
-        while sweeps < _LEAST_SWEEPS or seconds < _LEAST_SECONDS:
-            await pipeline.run(_look, 0)
+        while sweeps < _MIN_SWEEPS or seconds < _MIN_SECONDS:
+            await pipeline.run(_count_tensors, 0)
             sweeps, seconds = sweeps + 1, time.perf_counter() - began
         return seconds / sweeps
 
 
 async def _plan(folder: Path, reader: str) -> Plan:
-    """A layer in each batch, and nothing that stays: memory would hide what reading costs."""
+    """Make a plan with one layer per batch and no residents, which would hide the cost of reading."""
     checkpoint = Checkpoint.open(folder)
     plan = make_plan(
         checkpoint,
         await Hardware.probe(checkpoint, device="cpu", measure=False),
         reader=reader,
         layer_batch_size=1,
-        throttle_bytes_per_second=_THROTTLE if reader == "throttled" else None,
+        throttle_bytes_per_second=_THROTTLE_BYTES_PER_SECOND if reader == "throttled" else None,
     )
     batches = tuple(replace(batch, host_resident=False) for batch in plan.batches)
-    room = ring_bytes([batch.host_bytes for batch in batches], slots=_SLOTS)
-    return replace(plan, batches=batches, host_arena_bytes=room)
+    arena_bytes = ring_bytes([batch.host_bytes for batch in batches], slots=_SLOTS)
+    return replace(plan, batches=batches, host_arena_bytes=arena_bytes)
 
 
-def _look(batch: Batch, seen: int) -> int:
-    """A computation of next to nothing."""
+def _count_tensors(batch: Batch, seen: int) -> int:
+    """A computation that takes almost no time."""
     return seen + len(batch.tensors)
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     few, many = result["layers"]
     print(
-        f"{many} layers against {few}, throttled: {_told(result['linear_ratios'])} of {many // few} times"
+        f"{many} layers against {few}, throttled: {_format_spread(result['linear_ratios'])} of {many // few} times"
     )
     overhead = [1e3 * seconds for seconds in result["overhead_seconds_per_batch"]]
-    print(f"a layer batch of next to no bytes: {_told(overhead)} ms")
+    print(f"a layer batch of next to no bytes: {_format_spread(overhead)} ms")
     few, many = result["tensors"]
     for reader in ("direct", "mmap"):
-        ratios = _told(result[f"{reader}_tensors_ratios"])
+        ratios = _format_spread(result[f"{reader}_tensors_ratios"])
         print(f"{many} tensors against {few} of the same bytes, {reader}: {ratios} times")
 
 
-def _told(values: Sequence[float]) -> str:
+def _format_spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 

@@ -1,7 +1,7 @@
-"""Streaming beside the disk's own rate: ``python -m layerstream.tools.benchmarks.streaming PATH``.
+"""Streaming compared with the disk's bandwidth: ``python -m layerstream.tools.benchmarks.streaming PATH``.
 
-Sweeps back to back, alternating with raw direct reads of the same files; bytes as /proc/self/io counts them.
-While sweeps run, a task on the same event loop notes how late it wakes up.
+Sweeps back to back alternate with raw direct reads of the same files; bytes are counted by /proc/self/io. While sweeps
+run, a task on the same event loop records how late it wakes up.
 """
 
 import argparse
@@ -19,27 +19,31 @@ from layerstream.stages.compute import Batch
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.text import format_bytes
 from layerstream.tools.benchmarks.raw_read import best_raw_read
-from layerstream.tools.console.arguments import positive, size
+from layerstream.tools.console.arguments import byte_count, positive_int
 
 __all__ = ["main"]
 
-_BEAT_SECONDS = 0.005
+_HEARTBEAT_SECONDS = 0.005
 
 
 def main() -> int:
     """Run the benchmark and print its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint")
-    parser.add_argument("--host", type=size, default=1 << 30, help="host budget (default: 1GiB)")
-    parser.add_argument("--sweeps", type=positive, default=10, help="back to back (default: 10)")
-    parser.add_argument("--rounds", type=positive, default=5, help="alternations (default: 5)")
+    parser.add_argument(
+        "--host", type=byte_count, default=1 << 30, help="host budget (default: 1GiB)"
+    )
+    parser.add_argument(
+        "--sweeps", type=positive_int, default=10, help="back to back (default: 10)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="alternations (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     result = asyncio.run(_measure(args))
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        _print(result)
+        _print_result(result)
     return 0
 
 
@@ -53,15 +57,15 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     lateness: list[float] = []
     peak = 0
     async with Pipeline(plan) as pipeline:
-        await pipeline.run(_look, 0)  # the first sweep also loads the residents
+        await pipeline.run(_count_tensors, 0)  # the first sweep also loads the residents
         for _ in range(args.rounds):
             raw = [await asyncio.to_thread(best_raw_read, paths)]
-            beat = asyncio.create_task(_beat(lateness))
+            heartbeat = asyncio.create_task(_record_lateness(lateness))
             read, began = _bytes_read(), time.perf_counter()
             for _ in range(args.sweeps):
-                await pipeline.run(_look, 0)
+                await pipeline.run(_count_tensors, 0)
             seconds, read = time.perf_counter() - began, _bytes_read() - read
-            beat.cancel()
+            heartbeat.cancel()
             peak = max(peak, (anonymous_bytes() or 0) - before)
             raw.append(await asyncio.to_thread(best_raw_read, paths))
             rounds.append(
@@ -85,8 +89,8 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _look(batch: Batch, seen: int) -> int:
-    """A computation of next to nothing."""
+def _count_tensors(batch: Batch, seen: int) -> int:
+    """A computation that takes almost no time."""
     return seen + len(batch.tensors)
 
 
@@ -95,14 +99,14 @@ def _bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-async def _beat(lateness: list[float]) -> None:
+async def _record_lateness(lateness: list[float]) -> None:
     while True:
         began = time.perf_counter()
-        await asyncio.sleep(_BEAT_SECONDS)
-        lateness.append(time.perf_counter() - began - _BEAT_SECONDS)
+        await asyncio.sleep(_HEARTBEAT_SECONDS)
+        lateness.append(time.perf_counter() - began - _HEARTBEAT_SECONDS)
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     for number, each in enumerate(result["rounds"], start=1):
         print(
             f"round {number}: {each['bytes_per_second'] / 1e9:.2f} GB/s, raw "

@@ -1,4 +1,4 @@
-"""``layerstream bench``: the same forward pass by others who run what does not fit, in one run."""
+"""``layerstream bench``: compares one forward pass with other offloading libraries, in one run."""
 
 import argparse
 import json
@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import ModelError
-from layerstream.tools.compare.contenders import PEER_NAMES, line_up
+from layerstream.tools.compare.contenders import PEER_NAMES, select_contenders
 from layerstream.tools.compare.machine import this_machine
-from layerstream.tools.compare.report import draw, print_report
-from layerstream.tools.compare.results import OURS, Row, rows_of
-from layerstream.tools.compare.rounds import Course, alternate
+from layerstream.tools.compare.report import print_report, write_chart
+from layerstream.tools.compare.results import OURS, Row, make_rows
+from layerstream.tools.compare.rounds import Setup, run_rounds
 from layerstream.tools.console.arguments import (
     add_output_arguments,
-    picture,
-    positive,
-    size,
+    byte_count,
+    picture_path,
+    positive_int,
     token_ids,
 )
-from layerstream.tools.console.plot import check_plot
+from layerstream.tools.console.plot import require_matplotlib
 from layerstream.tools.console.progress import progress
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "compare with others who run what does not fit, and with what the machine could do"
 
-# Ordinary tokens of every vocabulary that is not a toy's.
+# Ordinary tokens in any realistic vocabulary.
 _FIRST_TOKEN = 3
 
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="PATH", help="a folder, or a hub id")
     parser.add_argument(
         "--against",
-        type=_peers,
+        type=_peer_names,
         default=list(PEER_NAMES),
         metavar="NAMES",
         help=f"of {','.join(PEER_NAMES)} (default: all)",
@@ -46,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="such as 1,2,3")
     prompt.add_argument(
         "--prompt-tokens",
-        type=positive,
+        type=positive_int,
         default=16,
         metavar="N",
         help="tokens of each forward pass (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
-        type=positive,
+        type=positive_int,
         default=5,
         metavar="N",
         help="turns of each contender (default: %(default)s)",
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm", action="store_true", help="only passes right after another pass")
     parser.add_argument(
         "--memory-limit",
-        type=size,
+        type=byte_count,
         metavar="SIZE",
         help="hold every contender in a memory cgroup of this size",
     )
@@ -85,24 +85,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=positive,
+        type=positive_int,
         default=600,
         metavar="SECONDS",
         help="of opening, or of one pass (default: %(default)s)",
     )
-    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw bars: .png or .svg")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw bars: .png or .svg")
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the subcommand; exit code 1 if we failed, or computed something else than transformers."""
+    """Run the subcommand; exit code 1 if layerstream failed, or computed other logits than transformers."""
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     path = resolve_model_path(args.model).resolve()
     _check_files(args, path)
     result, rows = _compare(args, path)
     if args.plot is not None:
-        draw(result, rows, args.plot)
+        write_chart(result, rows, args.plot)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -114,21 +114,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """What there is to print, and the rows of the table."""
+    """Run all rounds; returns the result as JSON data, and the rows of the table."""
     from layerstream.pipeline import Checkpoint
     from layerstream.stages.process.headroom import host_available_bytes
 
     checkpoint = Checkpoint.open(path)
-    found = line_up(
+    selection = select_contenders(
         args,
         files=[Path(file.path) for file in checkpoint.files],
         model_bytes=checkpoint.total_bytes,
         free_bytes=host_available_bytes(),
     )
-    with tempfile.TemporaryDirectory(dir=_work(args, path), prefix=".layerstream-bench-") as work:
-        course = Course(
+    with tempfile.TemporaryDirectory(
+        dir=_work_folder(args, path), prefix=".layerstream-bench-"
+    ) as work:
+        setup = Setup(
             model=path,
-            prompt_ids=tuple(args.prompt_ids or _default_ids(path, args.prompt_tokens)),
+            prompt_ids=tuple(args.prompt_ids or _default_prompt_ids(path, args.prompt_tokens)),
             work=Path(work),
             gguf=args.gguf,
             limit_bytes=args.memory_limit,
@@ -136,27 +138,27 @@ def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list
             warm=args.warm or not args.cold,
             timeout_seconds=args.timeout,
         )
-        turns = args.rounds * len(found.contenders)
+        turns = args.rounds * len(selection.contenders)
         with progress("comparing, turns", turns) as advance:
-            outcome = alternate(found.contenders, course, rounds=args.rounds, advance=advance)
-        rows = rows_of(outcome, course)
+            outcome = run_rounds(selection.contenders, setup, rounds=args.rounds, advance=advance)
+        rows = make_rows(outcome, setup)
     result = {
         "model": str(path),
         "model_bytes": checkpoint.total_bytes,
         "date": time.strftime("%Y-%m-%d"),
         "rounds": args.rounds,
-        "prompt_tokens": len(course.prompt_ids),
+        "prompt_tokens": len(setup.prompt_ids),
         "memory_limit_bytes": args.memory_limit,
         "machine": this_machine(path),
         "contenders": [row.to_json() for row in rows],
         "failed": [{"name": each.name, "why": each.why} for each in outcome.failed],
-        "left_out": [{"name": each.name, "why": each.why} for each in found.left_out],
+        "left_out": [{"name": each.name, "why": each.why} for each in selection.left_out],
     }
     return result, rows
 
 
 def _check_files(args: argparse.Namespace, path: Path) -> None:
-    """Refuse what would fail only after minutes."""
+    """Refuse at once what would otherwise fail after minutes."""
     if not path.is_dir():
         raise ModelError(f"{path} is no folder; others need a model's folder, with its config.json")
     if not (path / "config.json").is_file():
@@ -166,31 +168,31 @@ def _check_files(args: argparse.Namespace, path: Path) -> None:
     if args.plot is not None:
         if not args.plot.parent.is_dir():
             raise FileNotFoundError(f"{args.plot} cannot be written: no folder {args.plot.parent}")
-        check_plot()
+        require_matplotlib()
 
 
-def _work(args: argparse.Namespace, path: Path) -> Path | None:
-    """On the checkpoint's own disk where we may write there: elsewhere others might read from a faster one."""
+def _work_folder(args: argparse.Namespace, path: Path) -> Path | None:
+    """The checkpoint's own disk if it is writable: elsewhere peers might read their copies from a faster disk."""
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
         return Path(args.work)
     return path.parent if os.access(path.parent, os.W_OK) else None
 
 
-def _default_ids(path: Path, tokens: int) -> list[int]:
+def _default_prompt_ids(path: Path, tokens: int) -> list[int]:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if not vocabulary:
         raise ModelError(
             f"{path / 'config.json'} has no vocab_size; give the prompt with --prompt-ids"
         )
-    return [(_FIRST_TOKEN + number) % vocabulary for number in range(tokens)]
+    return [(_FIRST_TOKEN + index) % vocabulary for index in range(tokens)]
 
 
 # -- types of arguments ----------------------------------------------------------------------------
 
 
-def _peers(text: str) -> list[str]:
+def _peer_names(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in PEER_NAMES:

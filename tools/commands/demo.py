@@ -1,4 +1,4 @@
-"""``layerstream demo``: a model under a third of its own size in memory."""
+"""``layerstream demo``: streams a model in a third of its own size of memory."""
 
 import argparse
 import asyncio
@@ -17,8 +17,13 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.progress import progress
 from layerstream.tools.console.tables import print_table
-from layerstream.tools.console.text import TerminalText, load_tokenizer, prompt_ids
-from layerstream.tools.running.generation import STAGE_COLUMNS, Generated, stage_rows, stream_tokens
+from layerstream.tools.console.token_text import TerminalText, load_tokenizer, prompt_ids
+from layerstream.tools.running.generation import (
+    STAGE_COLUMNS,
+    GenerationResult,
+    stage_rows,
+    stream_tokens,
+)
 from layerstream.tools.synthetic.checkpoints import CheckpointSpec
 from layerstream.tools.synthetic.families import FAMILIES
 
@@ -31,7 +36,7 @@ HELP = "stream a model under a third of its own size in memory; make one of 1 GB
 
 _PROMPT = "Once upon a time there was a model that did not fit, and"
 
-# Where a model has no tokenizer, any ids that every vocabulary holds.
+# For models without a tokenizer: ids that are in every vocabulary.
 _PROMPT_IDS = [1, 2, 3, 4, 5, 6, 7, 8]
 
 _BUDGET_SHARE = 3
@@ -53,20 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    path = _demo_checkpoint(args.dir) if args.model is None else _resolved(args.model)
+    path = _demo_checkpoint(args.dir) if args.model is None else _resolve(args.model)
     model_bytes = _model_bytes(path)
     args.host = args.host or model_bytes // _BUDGET_SHARE
     tokenizer = load_tokenizer(path)
     prompt = prompt_ids(tokenizer, _PROMPT, path) if tokenizer else _PROMPT_IDS
     with progress("Generating", args.max_new_tokens) as advance:
 
-        def begin(plan: "Plan") -> None:
+        def show_plan(plan: "Plan") -> None:
             if not args.json:
                 print(f"{path}: {format_bytes(model_bytes)} of weights\n{plan.describe()}")
             advance(0)
 
         generated = asyncio.run(
-            stream_tokens(path, prompt, args=args, on_plan=begin, on_token=lambda _: advance(1))
+            stream_tokens(path, prompt, args=args, on_plan=show_plan, on_token=lambda _: advance(1))
         )
     text = TerminalText(tokenizer)
     continuation = "".join(map(text.add, generated.token_ids)) + text.finish()
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_report(generated: Generated, *, model_bytes: int) -> None:
+def _print_report(generated: GenerationResult, *, model_bytes: int) -> None:
     print(f"{generated.summary()}\n")
     print_table("What each stage did", STAGE_COLUMNS, stage_rows(generated.timings.stages))
     if generated.peak_added_bytes is not None:
@@ -97,7 +102,7 @@ def _default_folder() -> Path:
 
 def _demo_checkpoint(folder: Path) -> Path:
     family = FAMILIES["demo"]
-    recipe = CheckpointSpec(
+    spec = CheckpointSpec(
         family="demo",
         config=family.config,
         dtype="bfloat16",
@@ -105,7 +110,7 @@ def _demo_checkpoint(folder: Path) -> Path:
         seed=0,
         sparse=False,
     )
-    made = make_with_progress(folder, recipe)
+    made = make_with_progress(folder, spec)
     if not made.reused:
         print(
             f"Made the demo's checkpoint, with random weights, in {folder}; the next demo uses it "
@@ -115,7 +120,7 @@ def _demo_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _resolved(model: str) -> Path:
+def _resolve(model: str) -> Path:
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.

@@ -1,4 +1,4 @@
-"""``layerstream generate``: text from a model whose weights stream."""
+"""``layerstream generate``: generates text with a model whose weights stream."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ from layerstream.tools.console.arguments import (
     token_ids,
 )
 from layerstream.tools.console.progress import waiting
-from layerstream.tools.console.text import TerminalText, load_tokenizer, prompt_ids
+from layerstream.tools.console.token_text import TerminalText, load_tokenizer, prompt_ids
 from layerstream.tools.running.generation import stream_tokens
 from layerstream.tools.running.read_ahead import reading_ahead
 
@@ -54,11 +54,11 @@ def _generate(args: argparse.Namespace) -> int:
     text = TerminalText(tokenizer)
     pieces: list[str] = []
 
-    with ExitStack() as until_first:
-        until_first.enter_context(waiting("on the way to the first token"))
+    with ExitStack() as until_first_token:
+        until_first_token.enter_context(waiting("on the way to the first token"))
 
         def show(piece: str) -> None:
-            until_first.close()
+            until_first_token.close()
             pieces.append(piece)
             if not args.json:
                 print(piece, end="", flush=True)

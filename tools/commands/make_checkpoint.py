@@ -1,4 +1,4 @@
-"""``layerstream make-checkpoint``: a checkpoint in the true shapes of a named family."""
+"""``layerstream make-checkpoint``: writes a checkpoint in the true shapes of a named model family."""
 
 import argparse
 import json
@@ -6,9 +6,14 @@ import time
 from pathlib import Path
 
 from layerstream.stages.text import format_bytes
-from layerstream.tools.console.arguments import add_output_arguments, natural, positive, size
+from layerstream.tools.console.arguments import (
+    add_output_arguments,
+    byte_count,
+    non_negative_int,
+    positive_int,
+)
 from layerstream.tools.console.progress import progress
-from layerstream.tools.synthetic.checkpoints import CheckpointSpec, Made, make_checkpoint
+from layerstream.tools.synthetic.checkpoints import CheckpointSpec, MadeCheckpoint, make_checkpoint
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 from layerstream.tools.synthetic.shapes import tensors_of
 from layerstream.tools.synthetic.weights import DTYPES, data_bytes
@@ -32,23 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparse", action="store_true", help="true headers, holes for weights: takes no disk"
     )
-    parser.add_argument("--layers", type=positive, metavar="N", help="another number of blocks")
+    parser.add_argument("--layers", type=positive_int, metavar="N", help="another number of blocks")
     parser.add_argument(
-        "--hidden", type=_hidden, metavar="N", help="another hidden size; the rest follows it"
+        "--hidden", type=_hidden_size, metavar="N", help="another hidden size; the rest follows it"
     )
-    parser.add_argument("--vocab", type=positive, metavar="N", help="another vocabulary size")
+    parser.add_argument("--vocab", type=positive_int, metavar="N", help="another vocabulary size")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the weights")
     parser.add_argument(
-        "--max-shard-size", type=size, metavar="SIZE", help="of one file (default: by family)"
+        "--max-shard-size", type=byte_count, metavar="SIZE", help="of one file (default: by family)"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the random weights")
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     family = FAMILIES[args.like]
-    recipe = CheckpointSpec(
+    spec = CheckpointSpec(
         family=args.like,
         config=scaled(family.config, layers=args.layers, hidden=args.hidden, vocab=args.vocab),
         dtype=args.dtype,
@@ -57,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
         sparse=args.sparse,
     )
     began = time.monotonic()
-    made = make_with_progress(args.folder, recipe)
+    made = make_with_progress(args.folder, spec)
     seconds = time.monotonic() - began
     if args.json:
         report = {
             "folder": str(made.folder),
-            "family": recipe.family,
-            "dtype": recipe.dtype,
-            "sparse": recipe.sparse,
+            "family": spec.family,
+            "dtype": spec.dtype,
+            "sparse": spec.sparse,
             "tensors": made.tensors,
             "shards": made.shards,
             "total_bytes": made.total_bytes,
@@ -73,24 +78,24 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(report, indent=2))
     else:
-        how = "was there already" if made.reused else f"made in {seconds:.1f} s"
+        status = "was there already" if made.reused else f"made in {seconds:.1f} s"
         print(
-            f"{made.folder}: {recipe.family}, {made.tensors} tensors in {made.shards} "
+            f"{made.folder}: {spec.family}, {made.tensors} tensors in {made.shards} "
             f"{'file' if made.shards == 1 else 'files'}, {format_bytes(made.total_bytes)}"
-            f"{' with holes for weights' if recipe.sparse else ''}; {how}"
+            f"{' with holes for weights' if spec.sparse else ''}; {status}"
         )
     return 0
 
 
-def make_with_progress(folder: Path, recipe: CheckpointSpec) -> Made:
-    """Write the checkpoint of ``recipe``, showing how far it is."""
-    total = data_bytes(tensors_of(recipe.config), recipe.dtype)
+def make_with_progress(folder: Path, spec: CheckpointSpec) -> MadeCheckpoint:
+    """Write the checkpoint of ``spec``, with a progress bar."""
+    total = data_bytes(tensors_of(spec.config), spec.dtype)
     with progress(f"Writing {folder}", total, is_bytes=True) as advance:
-        return make_checkpoint(folder, recipe, advance=advance)
+        return make_checkpoint(folder, spec, advance=advance)
 
 
-def _hidden(text: str) -> int:
-    hidden = positive(text)
+def _hidden_size(text: str) -> int:
+    hidden = positive_int(text)
     if hidden % 8:
         raise argparse.ArgumentTypeError(f"not a multiple of 8: {text}")
     return hidden

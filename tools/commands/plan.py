@@ -1,4 +1,4 @@
-"""``layerstream plan``: the dry run. No weights are read, and neither a GPU nor transformers is needed."""
+"""``layerstream plan``: the dry run. It reads no weights and needs neither a GPU nor transformers."""
 
 import argparse
 import asyncio
@@ -10,9 +10,9 @@ from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import (
     add_model_arguments,
     add_output_arguments,
-    positive,
-    rate,
-    size,
+    byte_count,
+    byte_rate,
+    positive_int,
 )
 
 if TYPE_CHECKING:
@@ -31,30 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what_if = parser.add_argument_group(
         "what if", "plan for another machine: also with a --device that is not here"
     )
-    what_if.add_argument("--ram", type=size, metavar="SIZE", help="host RAM that is free")
+    what_if.add_argument("--ram", type=byte_count, metavar="SIZE", help="host RAM that is free")
     what_if.add_argument(
-        "--disk-bandwidth", type=rate, metavar="RATE", help="of direct reads, such as 7GB/s"
+        "--disk-bandwidth", type=byte_rate, metavar="RATE", help="of direct reads, such as 7GB/s"
     )
     what_if.add_argument(
-        "--h2d-bandwidth", type=rate, metavar="RATE", help="host to device, such as 25GB/s"
+        "--h2d-bandwidth", type=byte_rate, metavar="RATE", help="host to device, such as 25GB/s"
     )
-    asked = parser.add_argument_group("what the model is asked for")
-    for name, default, what in (
+    workload = parser.add_argument_group("what the model is asked for")
+    for name, default, meaning in (
         ("--batch-size", 1, "sequences at a time"),
         ("--prompt-tokens", 512, "of each sequence"),
         ("--new-tokens", 128, "of each sequence"),
     ):
-        asked.add_argument(
-            name, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+        workload.add_argument(
+            name,
+            type=positive_int,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: %(default)s)",
         )
-    asked.add_argument(
+    workload.add_argument(
         "--objective",
         choices=["latency", "throughput"],
         default="latency",
         help="latency: one request, loading what stays included; throughput: what repeats (default: %(default)s)",
     )
     parser.add_argument(
-        "--layer-batch-size", type=positive, metavar="N", help="blocks that travel together"
+        "--layer-batch-size", type=positive_int, metavar="N", help="blocks that travel together"
     )
     parser.add_argument(
         "--fresh", action="store_true", help="measure this machine again, whatever is known of it"
@@ -72,15 +76,15 @@ def run(args: argparse.Namespace) -> int:
     from layerstream.stages.devices.lookup import missing_device
 
     budget = Budget(vram=args.vram, host=args.host)
-    asked = WhatIf(
+    what_if = WhatIf(
         missing_device=missing_device(args.device),
         ram_bytes=args.ram,
         disk_bytes_per_second=args.disk_bandwidth,
         h2d_bytes_per_second=args.h2d_bandwidth,
     )
     checkpoint = Checkpoint.open(resolve_model_path(args.model))
-    hardware = asyncio.run(_hardware(checkpoint, budget, asked, args=args))
-    plan = _plan(checkpoint, hardware, budget, asked, args=args)
+    hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
+    plan = _plan(checkpoint, hardware, budget, what_if, args=args)
     if args.json:
         print(json.dumps({"summary": summarize_plan(plan), "plan": json.loads(plan.to_json())}))
     else:
@@ -89,25 +93,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _hardware(
-    checkpoint: "Checkpoint", budget: "Budget", asked: "WhatIf", *, args: argparse.Namespace
+    checkpoint: "Checkpoint", budget: "Budget", what_if: "WhatIf", *, args: argparse.Namespace
 ) -> "Hardware":
     from layerstream.pipeline import Hardware
 
-    # A what-if asks about another machine: what is known of this one stands in for what is not given.
-    here = await Hardware.probe(
+    # A what-if is about another machine: values that are not given are taken from what is known of this one.
+    this_machine = await Hardware.probe(
         checkpoint,
-        "cpu" if asked.missing_device else args.device,
+        "cpu" if what_if.missing_device else args.device,
         fresh=args.fresh,
-        measure=args.fresh or not asked.is_given,
+        measure=args.fresh or not what_if.is_given,
     )
-    return asked.complete(here, budget)
+    return what_if.complete(this_machine, budget)
 
 
 def _plan(
     checkpoint: "Checkpoint",
     hardware: "Hardware",
     budget: "Budget",
-    asked: "WhatIf",
+    what_if: "WhatIf",
     *,
     args: argparse.Namespace,
 ) -> "Plan":
@@ -132,10 +136,10 @@ def _plan(
         layer_batch_size=args.layer_batch_size,
     )
     all_bytes = sum(layer.nbytes for layer in planned_layers(checkpoint, groups))
-    left_out = all_bytes - sum(layer.nbytes for layer in layers)
+    table_bytes = all_bytes - sum(layer.nbytes for layer in layers)
     notes = list(plan.notes)
-    if left_out:
+    if table_bytes:
         notes.append(
-            f"embedding tables of {format_bytes(left_out)} stay in their files: the rows that are looked up are read"
+            f"embedding tables of {format_bytes(table_bytes)} stay in their files: the rows that are looked up are read"
         )
-    return replace(plan, notes=(*notes, *asked.notes(hardware)))
+    return replace(plan, notes=(*notes, *what_if.notes(hardware)))

@@ -1,4 +1,4 @@
-"""``layerstream profile``: where the time of a sweep goes, and what to change."""
+"""``layerstream profile``: shows where the time of a sweep goes, and what to change."""
 
 import argparse
 import asyncio
@@ -12,11 +12,11 @@ from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
     add_model_arguments,
     add_output_arguments,
-    picture,
-    positive,
-    size,
+    byte_count,
+    picture_path,
+    positive_int,
 )
-from layerstream.tools.console.plot import check_plot, write_plot
+from layerstream.tools.console.plot import require_matplotlib, write_timeline
 from layerstream.tools.console.tables import print_table
 from layerstream.tools.running.sweeps import Profile, profile_model
 
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
     parser.add_argument(
         "--sweeps",
-        type=positive,
+        type=positive_int,
         default=5,
         metavar="N",
         help="passes over the weights; the first one fills the pipeline (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt-tokens",
-        type=positive,
+        type=positive_int,
         default=16,
         metavar="N",
         help="tokens of each forward pass (default: %(default)s)",
@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--throttle", type=size, metavar="SIZE", help="read at this many bytes per second"
+        "--throttle", type=byte_count, metavar="SIZE", help="read at this many bytes per second"
     )
     parser.add_argument(
-        "--layer-batch-size", type=positive, metavar="N", help="blocks that travel together"
+        "--layer-batch-size", type=positive_int, metavar="N", help="blocks that travel together"
     )
     parser.add_argument(
         "--no-ceiling", action="store_true", help="do not measure what the disk could give"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, metavar="FILE", help="write Chrome trace events, for ui.perfetto.dev"
     )
     parser.add_argument(
-        "--plot", type=picture, metavar="FILE", help="draw the stages' timeline: .png or .svg"
+        "--plot", type=picture_path, metavar="FILE", help="draw the stages' timeline: .png or .svg"
     )
     add_output_arguments(parser)
 
@@ -81,27 +81,27 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
-    # What cannot be written is refused before the sweeps, not after.
+    # Refuse paths that cannot be written before the sweeps, not after.
     for path in (args.trace, args.plot):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     if args.plot is not None:
-        check_plot()
+        require_matplotlib()
     path = resolve_model_path(args.model)
     profile = asyncio.run(profile_model(path, args=args))
     logger.info(profile.plan.describe())
     if args.trace is not None:
         profile.timings.write_trace(args.trace)
     if args.plot is not None:
-        write_plot(profile.timings, args.plot)
+        write_timeline(profile.timings, args.plot)
     if args.json:
         print(json.dumps({"model": str(path), **profile.to_json()}, indent=2))
     else:
-        _print(profile)
+        _print_report(profile)
     return 0
 
 
-def _print(profile: Profile) -> None:
+def _print_report(profile: Profile) -> None:
     plan, steady = profile.plan, profile.steady
     work = (
         "weights alone, no computation"
@@ -112,11 +112,11 @@ def _print(profile: Profile) -> None:
         f"Each sweep: {work}; {len(plan.batches)} layer batches, "
         f"{format_bytes(plan.disk_bytes_per_sweep)} from disk (reader {plan.reader}, on {plan.device})"
     )
-    whole = "the only sweep" if len(profile.sweep_seconds) == 1 else f"{steady.sweeps} sweeps"
-    title = f"{whole} in {format_seconds(steady.wall_seconds)}:"
+    swept = "the only sweep" if len(profile.sweep_seconds) == 1 else f"{steady.sweeps} sweeps"
+    title = f"{swept} in {format_seconds(steady.wall_seconds)}:"
     print_table(title, _COLUMNS, [_row(profile, stage) for stage in steady.stages])
     print()
-    for line in _lines(profile):
+    for line in _summary_lines(profile):
         print(line)
 
 
@@ -134,13 +134,13 @@ def _row(profile: Profile, stage: StageTimings) -> tuple[str, ...]:
     )
 
 
-def _lines(profile: Profile) -> list[str]:
+def _summary_lines(profile: Profile) -> list[str]:
     seconds = profile.steady_seconds
     first, *others = profile.sweep_seconds
     median = statistics.median(seconds)
     spread = f" ({min(seconds):.3f} to {max(seconds):.3f})" if others else ""
     ceiling = profile.disk_ceiling_bytes_per_second
-    given = profile.plan.throttle_bytes_per_second is not None
+    throttled = profile.plan.throttle_bytes_per_second is not None
     lines = [
         f"Time per sweep: median {median:.3f} s{spread}; the first {first:.3f} s",
         *(line.strip().capitalize() for line in profile.forecast.lines()),
@@ -148,6 +148,6 @@ def _lines(profile: Profile) -> list[str]:
         f"Bottleneck: {profile.steady.bottleneck().sentence}",
     ]
     if ceiling is not None:
-        how = "as given" if given else "measured with raw reads of a sample, after the run"
-        lines.insert(1, f"The disk's ceiling: {ceiling / 1e9:.2f} GB/s, {how}")
+        origin = "as given" if throttled else "measured with raw reads of a sample, after the run"
+        lines.insert(1, f"The disk's ceiling: {ceiling / 1e9:.2f} GB/s, {origin}")
     return lines

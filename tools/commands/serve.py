@@ -1,4 +1,4 @@
-"""``layerstream serve``: an OpenAI-compatible HTTP service on a model whose weights stream."""
+"""``layerstream serve``: serves a model whose weights stream over an OpenAI-compatible HTTP API."""
 
 import argparse
 import asyncio
@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.stages.errors import LayerstreamError, ModelError
-from layerstream.tools.console.arguments import add_model_arguments, natural, positive, size
-from layerstream.tools.console.text import load_tokenizer
+from layerstream.tools.console.arguments import (
+    add_model_arguments,
+    byte_count,
+    non_negative_int,
+    positive_int,
+)
+from layerstream.tools.console.token_text import load_tokenizer
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -63,21 +68,21 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             name,
-            type=positive,
+            type=positive_int,
             default=default,
             metavar="N",
             help=f"{meaning} (default: {default})",
         )
     parser.add_argument(
         "--max-body",
-        type=size,
+        type=byte_count,
         default=1 << 20,
         metavar="SIZE",
         help="of a request (default: 1MiB)",
     )
     parser.add_argument(
         "--shutdown-seconds",
-        type=natural,
+        type=non_negative_int,
         default=30,
         metavar="N",
         help="on SIGTERM, let what runs finish for so long (default: %(default)s)",
@@ -105,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ModelError(f"{path} has no tokenizer, which a service needs to read and write text.")
     if args.bind not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
-        logger.warning("without --api-key, whoever reaches %s may use this service", args.bind)
+        logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
     asyncio.run(_serve(path, tokenizer, template, args))
@@ -121,7 +126,7 @@ async def _serve(
     from layerstream.tools.serving.settings import Settings
 
     settings = Settings(
-        model_name=args.served_model_name or _name(args.model),
+        model_name=args.served_model_name or _default_name(args.model),
         api_key=args.api_key,
         chat_template=template,
         new_tokens=args.new_tokens,
@@ -139,29 +144,29 @@ async def _serve(
         ),
         reader=args.reader,
     )
-    # An address that is taken is told before the model is opened, which takes seconds; until the socket
-    # listens, connections are refused.
-    with _bound(args.bind, args.port) as listener:
+    # Opening the model takes seconds, so an address in use is reported before; until the socket listens,
+    # connections are refused.
+    with _bind(args.bind, args.port) as listener:
         async with opening as model:
             logger.info(model.plan.describe())
             app = make_app(model, tokenizer, settings)
-            # What is there by now stays. To look through it for garbage again and again, as a collection of
-            # everything does, holds the event loop for some hundred milliseconds each time.
+            # All objects that exist now live as long as the process. A full collection that traverses them
+            # blocks the event loop for some hundred milliseconds each time.
             gc.collect()
             gc.freeze()
             await Server(app, listener, args).serve(sockets=[listener])
 
 
-def _bound(address: str, port: int) -> socket.socket:
-    """A socket with an address, which does not listen yet."""
+def _bind(address: str, port: int) -> socket.socket:
+    """Bind a socket, which does not listen yet."""
     try:
-        family, kind, protocol, _, at = socket.getaddrinfo(
+        family, kind, protocol, _, socket_address = socket.getaddrinfo(
             address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(at)
+            listener.bind(socket_address)
         except OSError:
             listener.close()
             raise
@@ -172,8 +177,8 @@ def _bound(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _name(model: str) -> str:
-    """What a model is called if nobody says: a hub id as it is, files by their folder."""
+def _default_name(model: str) -> str:
+    """The model's name unless one is given: the hub id, or the name of the folder."""
     path = Path(model)
     if not path.exists():
         return model

@@ -1,1 +1,1 @@
-"""What ``layerstream bench`` is made of: contenders in processes of their own, and turns that alternate."""
+"""Compares with peers, for ``layerstream bench``: contenders run in turn, each in its own process."""

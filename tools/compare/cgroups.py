@@ -1,4 +1,4 @@
-"""A memory cgroup that holds processes below a limit and counts what they take, version 1 or 2."""
+"""A memory cgroup, version 1 or 2: limits the memory of processes, and reports their peak."""
 
 import os
 import time
@@ -15,33 +15,33 @@ __all__ = ["CgroupError", "MemoryCgroup", "memory_cgroup"]
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 
-# A process that was killed leaves its cgroup within some milliseconds; one with much memory takes longer.
+# A killed process leaves its cgroup within some milliseconds; one with much memory takes longer.
 _EMPTY_SECONDS = 30.0
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 
 
 class CgroupError(LayerstreamError):
-    """Raised when this machine lets us make no memory cgroup; says why."""
+    """Raised when no memory cgroup can be made on this machine; says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCgroup:
-    """A memory cgroup of our own."""
+    """A memory cgroup made by ``memory_cgroup``."""
 
     folder: Path
     v1: bool
 
     def limit(self, nbytes: int) -> None:
-        """Let its processes hold at most ``nbytes``, page cache that they bring in included, without swap."""
+        """Limit its processes to ``nbytes``, including the page cache that they fill, without swap."""
         name = "memory.limit_in_bytes" if self.v1 else "memory.max"
         (self.folder / name).write_text(str(nbytes))
-        # Memory and swap together in version 1, swap alone in version 2; not there where there is no swap.
+        # Memory and swap together in version 1, swap alone in version 2; the file is missing without swap.
         swap = "memory.memsw.limit_in_bytes" if self.v1 else "memory.swap.max"
         if (self.folder / swap).exists():
             (self.folder / swap).write_text(str(nbytes) if self.v1 else "0")
 
     def inside(self, command: Sequence[str]) -> list[str]:
-        """``command``, to be started inside: charged for its memory from its first page on."""
+        """Wrap ``command`` so that it starts inside: its memory is charged from the first page on."""
         join = 'echo $$ > "$0" && exec "$@"'
         return ["sh", "-c", join, str(self.folder / "cgroup.procs"), *command]
 
@@ -50,7 +50,7 @@ class MemoryCgroup:
         return [int(line) for line in (self.folder / "cgroup.procs").read_text().split()]
 
     def peak_bytes(self) -> int | None:
-        """The most that was held at one time, page cache included; None where the kernel does not say."""
+        """Peak memory of its processes, page cache included; None if the kernel does not report it."""
         try:
             name = "memory.max_usage_in_bytes" if self.v1 else "memory.peak"
             return int((self.folder / name).read_text())
@@ -58,7 +58,7 @@ class MemoryCgroup:
             return None
 
     def kills(self) -> int:
-        """How many processes the kernel killed because the limit was reached."""
+        """The number of processes that the kernel killed because the limit was reached."""
         try:
             name = "memory.oom_control" if self.v1 else "memory.events"
             lines = (self.folder / name).read_text().splitlines()
@@ -69,13 +69,13 @@ class MemoryCgroup:
 
 @contextmanager
 def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
-    """A fresh memory cgroup, gone afterwards. Whoever puts a process into it ends that process.
+    """Make a memory cgroup, and remove it afterwards. The caller ends the processes that it puts inside.
 
     Args:
-        limit_bytes: What its processes may hold together; None: they are only counted.
+        limit_bytes: Limit for its processes together; None only measures them.
 
     Raises:
-        CgroupError: This machine lets us make none.
+        CgroupError: None can be made on this machine.
     """
     v1 = (_V1 / "memory.limit_in_bytes").exists()
     folder = (_V1 if v1 else _V2) / f"layerstream-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -103,14 +103,14 @@ def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove the cgroup once its last process is gone."""
-    until = time.monotonic() + _EMPTY_SECONDS
+    """Remove the cgroup when its last process has ended."""
+    deadline = time.monotonic() + _EMPTY_SECONDS
     while True:
         try:
             folder.rmdir()
         except OSError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         else:
             return

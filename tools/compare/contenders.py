@@ -1,4 +1,4 @@
-"""Who takes part, and who is left out and why."""
+"""Selects the contenders that can run here; names the others, with the reason."""
 
 import argparse
 import json
@@ -12,80 +12,77 @@ from typing import Any
 
 from layerstream.stages.text import format_bytes
 
-__all__ = ["PEER_NAMES", "Contender", "LeftOut", "LineUp", "line_up"]
+__all__ = ["PEER_NAMES", "Contender", "ContenderSelection", "NotMeasured", "select_contenders"]
 
 PEER_NAMES = ("accelerate", "airllm", "llama.cpp")
 
-# A model in memory also needs its interpreter and activations.
-_ROOM_BYTES = 1 << 30
+# For the interpreter and activations of a model in memory.
+_OVERHEAD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contender:
-    """One row of the table.
-
-    Attributes:
-        name: Of the row.
-        opener: Of the worker.
-        python: The interpreter that it runs under.
-        cold: Whether a pass over a cold cache says anything of it.
-        warm: The same of a pass right after another.
-        limited: Whether it is held to the memory limit.
-        prepares: It writes files of its own when it is first opened, which is neither timed nor limited.
-        request: What the opener needs beside what all get.
-    """
+    """A library, or a way of running it, that is measured: one row of the table."""
 
     name: str
+    """Name of the row."""
     opener: str
+    """Key in the worker's ``OPENERS``."""
     python: str = sys.executable
+    """Path of the interpreter that runs it."""
     cold: bool = True
+    """Whether a pass with a cold page cache is meaningful."""
     warm: bool = True
+    """Whether a pass right after another is meaningful."""
     limited: bool = True
+    """Whether the memory limit applies to it."""
     prepares: bool = False
+    """Whether it writes its own files when first opened, which is neither timed nor limited."""
     request: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the opener, in addition to those that all get."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """One that does not take part."""
+class NotMeasured:
+    """A contender without result."""
 
     name: str
     why: str
 
 
 @dataclass(slots=True)
-class LineUp:
-    """Those who take part, in the order of their turns, and those who do not."""
+class ContenderSelection:
+    """The contenders to measure, in the order of their turns, and those left out."""
 
     contenders: list[Contender]
-    left_out: list[LeftOut]
+    left_out: list[NotMeasured]
 
     def leave_out(self, name: str, why: str) -> None:
-        """Note why ``name`` has no row."""
-        self.left_out.append(LeftOut(name=name, why=why))
+        """Record why ``name`` has no row."""
+        self.left_out.append(NotMeasured(name=name, why=why))
 
 
-def line_up(
+def select_contenders(
     args: argparse.Namespace, *, files: Sequence[Path], model_bytes: int, free_bytes: int
-) -> LineUp:
-    """Layerstream, the floors, and the peers that ``args.against`` names and this machine has.
+) -> ContenderSelection:
+    """Select layerstream, the lower bounds, and the peers in ``args.against`` that are installed.
 
     Args:
-        args: Of the command.
+        args: Arguments of the command.
         files: The checkpoint's weight files.
-        model_bytes: Of the weights.
-        free_bytes: Memory that a process may take now, without the limit.
+        model_bytes: Bytes of the weights.
+        free_bytes: Memory that is free now, without the limit.
     """
-    found = LineUp([Contender(name="layerstream", opener="layerstream")], [])
-    _add_floors(found, args, files=files, model_bytes=model_bytes, free_bytes=free_bytes)
+    selection = ContenderSelection([Contender(name="layerstream", opener="layerstream")], [])
+    _add_lower_bounds(selection, args, files=files, model_bytes=model_bytes, free_bytes=free_bytes)
     add = {"accelerate": _add_accelerate, "airllm": _add_airllm, "llama.cpp": _add_llama_cpp}
     for name in args.against:
-        add[name](found, args)
-    return found
+        add[name](selection, args)
+    return selection
 
 
-def _add_floors(
-    found: LineUp,
+def _add_lower_bounds(
+    selection: ContenderSelection,
     args: argparse.Namespace,
     *,
     files: Sequence[Path],
@@ -94,35 +91,39 @@ def _add_floors(
 ) -> None:
     paths = {"files": [str(path) for path in files]}
     if args.cold or not args.warm:
-        found.contenders.append(Contender(name="raw read", opener="raw", warm=False, request=paths))
+        selection.contenders.append(
+            Contender(name="raw read", opener="raw", warm=False, request=paths)
+        )
     else:
-        found.leave_out("raw read", "it goes past the page cache, and only warm passes are wanted")
+        selection.leave_out(
+            "raw read", "it goes past the page cache, and only warm passes are wanted"
+        )
     if args.memory_limit is not None:
-        # What anybody gets who knows of no offloading: weights are mapped, and the kernel evicts them.
-        found.contenders.append(Contender(name="transformers, mapped", opener="transformers"))
-    if model_bytes + _ROOM_BYTES <= free_bytes:
-        # Whose weights are mapped too, but never evicted: what it is when cold says nothing of memory.
-        floor = "transformers, all in memory"
-        found.contenders.append(
-            Contender(name=floor, opener="transformers", cold=False, limited=False)
+        # What transformers does without offloading: weights are mapped, and the kernel evicts pages.
+        selection.contenders.append(Contender(name="transformers, mapped", opener="transformers"))
+    if model_bytes + _OVERHEAD_BYTES <= free_bytes:
+        # Its weights are mapped too, but never evicted: a cold pass would measure the disk, not memory.
+        name = "transformers, all in memory"
+        selection.contenders.append(
+            Contender(name=name, opener="transformers", cold=False, limited=False)
         )
     else:
-        found.leave_out(
+        selection.leave_out(
             "transformers, all in memory",
-            f"{format_bytes(model_bytes + _ROOM_BYTES)} are needed, {format_bytes(free_bytes)} are free",
+            f"{format_bytes(model_bytes + _OVERHEAD_BYTES)} are needed, {format_bytes(free_bytes)} are free",
         )
 
 
-def _add_accelerate(found: LineUp, args: argparse.Namespace) -> None:
+def _add_accelerate(selection: ContenderSelection, args: argparse.Namespace) -> None:
     python = dict(args.python).get("accelerate", sys.executable)
-    if not _has(python, "accelerate", "transformers"):
-        found.leave_out("accelerate", _not_installed(python, "accelerate transformers"))
+    if not _can_import(python, "accelerate", "transformers"):
+        selection.leave_out("accelerate", _not_installed(python, "accelerate transformers"))
         return
-    found.contenders.append(
+    selection.contenders.append(
         Contender(name="accelerate, all on disk", opener="accelerate-disk", python=python)
     )
     if args.memory_limit is not None:
-        found.contenders.append(
+        selection.contenders.append(
             Contender(
                 name="accelerate, memory filled",
                 opener="accelerate-filled",
@@ -132,34 +133,38 @@ def _add_accelerate(found: LineUp, args: argparse.Namespace) -> None:
         )
 
 
-def _add_airllm(found: LineUp, args: argparse.Namespace) -> None:
+def _add_airllm(selection: ContenderSelection, args: argparse.Namespace) -> None:
     python = dict(args.python).get("airllm", sys.executable)
-    if not _has(python, "airllm", "transformers"):
-        found.leave_out("airllm", _not_installed(python, "airllm"))
+    if not _can_import(python, "airllm", "transformers"):
+        selection.leave_out("airllm", _not_installed(python, "airllm"))
         return
-    found.contenders.append(Contender(name="AirLLM", opener="airllm", python=python, prepares=True))
+    selection.contenders.append(
+        Contender(name="AirLLM", opener="airllm", python=python, prepares=True)
+    )
 
 
-def _add_llama_cpp(found: LineUp, args: argparse.Namespace) -> None:
-    places = ["", "bin", "build/bin"] if args.llama_cpp else []
-    path = None if not places else ":".join(str(args.llama_cpp / place) for place in places)
+def _add_llama_cpp(selection: ContenderSelection, args: argparse.Namespace) -> None:
+    folders = ["", "bin", "build/bin"] if args.llama_cpp else []
+    path = ":".join(str(args.llama_cpp / folder) for folder in folders) or None
     server = shutil.which("llama-server", path=path)
     if server is None:
-        found.leave_out(
+        selection.leave_out(
             "llama.cpp",
             "no llama-server in PATH; install llama.cpp, or say where it is with --llama-cpp FOLDER",
         )
     elif args.gguf is None:
-        found.leave_out(
+        selection.leave_out(
             "llama.cpp", "it does not read safetensors; give its weights with --gguf FILE"
         )
     else:
         request = {"llama_server": str(Path(server).resolve()), "gguf": str(args.gguf.resolve())}
-        found.contenders.append(Contender(name="llama.cpp", opener="llama.cpp", request=request))
+        selection.contenders.append(
+            Contender(name="llama.cpp", opener="llama.cpp", request=request)
+        )
 
 
-def _has(python: str, *packages: str) -> bool:
-    """Whether ``python`` could import ``packages``."""
+def _can_import(python: str, *packages: str) -> bool:
+    """Whether ``python`` has all ``packages``."""
     code = "import importlib.util as u, json, sys; print(json.dumps([u.find_spec(p) is not None for p in sys.argv[1:]]))"
     ran = subprocess.run(  # noqa: S603 - the user's own interpreter
         [python, "-c", code, *packages], capture_output=True, text=True, check=False, timeout=60

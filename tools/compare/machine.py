@@ -1,4 +1,4 @@
-"""The machine that a result was measured on."""
+"""Describes the machine that a result was measured on."""
 
 import os
 import platform
@@ -31,8 +31,12 @@ def _processor() -> str:
 
 
 def _filesystem(folder: Path) -> str:
-    """Of the mount that holds ``folder``, as the system names it."""
-    held = [
+    """The system's name for the type of the filesystem that holds ``folder``."""
+    mounts = [
         each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)
     ]
-    return max(held, key=lambda each: len(each.mountpoint)).fstype if held else "unknown filesystem"
+    return (
+        max(mounts, key=lambda each: len(each.mountpoint)).fstype
+        if mounts
+        else "unknown filesystem"
+    )

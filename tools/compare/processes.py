@@ -1,4 +1,4 @@
-"""A contender's process as seen from outside: what it is told, what it takes, and how it ends."""
+"""A contender's process: starts it, exchanges messages with it, measures its memory, and ends it."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from layerstream import tools
 from layerstream.stages.text import format_bytes
 from layerstream.tools.compare.cgroups import MemoryCgroup
 
-__all__ = ["ContenderError", "ContenderProcess", "started"]
+__all__ = ["ContenderError", "ContenderProcess", "contender_process"]
 
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 10.0
 _QUOTED_BYTES = 100
 _WORKER = "layerstream.tools.compare.worker"
@@ -31,11 +31,11 @@ class ContenderError(Exception):
 
 
 class ContenderProcess:
-    """A contender that answers line by line.
+    """The process of a contender, which answers each line with one.
 
     Attributes:
-        pids: Of it and of those that work for it.
-        peak_anonymous_bytes: The most memory beside mapped files that it held at one look, its children included.
+        pids: Process ids of the contender and its children.
+        peak_anonymous_bytes: Peak of their anonymous memory, as sampled.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class ContenderProcess:
         self.pids = [process.pid]
         self.peak_anonymous_bytes = 0
 
-    def ask(self, **message: Any) -> dict[str, Any]:
+    def request(self, **message: Any) -> dict[str, Any]:
         """Send ``message`` and wait for the answer.
 
         Raises:
-            ContenderError: There is none, or something else.
+            ContenderError: The contender fails, takes too long, or answers anything but JSON.
         """
         assert self._process.stdin is not None  # noqa: S101 - it was started with pipes
         assert self._process.stdout is not None  # noqa: S101
@@ -73,7 +73,8 @@ class ContenderProcess:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._process.stdout], [], [], left)[0]:
                 raise ContenderError(f"not done within {self._timeout_seconds:g} s")
-            piece = self._process.stdout.read(1 << 16)  # what is there, since nothing buffers
+            # The pipe is unbuffered: this returns what is available.
+            piece = self._process.stdout.read(1 << 16)
             if not piece:
                 raise self._failure()
             line += piece
@@ -82,7 +83,7 @@ class ContenderProcess:
         return answer
 
     def read_bytes(self) -> int | None:
-        """Bytes that it had the disk give so far, as the kernel counts them; None where it does not."""
+        """Bytes read from disk so far, as the kernel counts them; None if it does not."""
         try:
             texts = [Path(f"/proc/{pid}/io").read_text() for pid in self.pids]
         except OSError:
@@ -91,8 +92,8 @@ class ContenderProcess:
         return sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
     def watch(self, ended: threading.Event) -> None:
-        """Keep the peak until ``ended``."""
-        while not ended.wait(_LOOK_SECONDS):
+        """Sample the memory until ``ended`` is set."""
+        while not ended.wait(_POLL_SECONDS):
             now = sum(map(_anonymous_bytes, list(self.pids)))
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, now)
 
@@ -103,10 +104,10 @@ class ContenderProcess:
             return ContenderError("it answers no more")
         if self._limit_bytes is not None and self._group is not None and self._group.kills():
             return ContenderError(f"killed at the limit of {format_bytes(self._limit_bytes)}")
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        ending = f"signal {-code}" if code < 0 else f"exit code {code}"
         lines = self._stderr.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return ContenderError(f"{how}: {last}" if last else how)
+        return ContenderError(f"{ending}: {last}" if last else ending)
 
 
 def _decoded(line: bytes) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def _decoded(line: bytes) -> dict[str, Any]:
         answer = json.loads(line)
         if isinstance(answer, dict):
             return answer
-    said = line[:_QUOTED_BYTES].decode(errors="replace")
-    raise ContenderError(f"answered {said!r}, which is not one JSON object")
+    quoted = line[:_QUOTED_BYTES].decode(errors="replace")
+    raise ContenderError(f"answered {quoted!r}, which is not one JSON object")
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -129,7 +130,7 @@ def _anonymous_bytes(pid: int) -> int:
 
 
 @contextmanager
-def started(
+def contender_process(
     *,
     python: str,
     folder: Path,
@@ -137,14 +138,14 @@ def started(
     limit_bytes: int | None,
     timeout_seconds: float,
 ) -> Iterator[ContenderProcess]:
-    """Start a worker, which waits to be told which contender it is; it and all it started are gone afterwards.
+    """Start a worker, whose first message names the contender; afterwards kill it and all its children.
 
     Args:
-        python: The interpreter.
-        folder: For what it prints.
+        python: Path of the interpreter.
+        folder: Working directory, and where its stderr is kept.
         group: The cgroup to start it in.
-        limit_bytes: What the cgroup holds it to, to be named if it is killed.
-        timeout_seconds: How long an answer may take.
+        limit_bytes: The limit of the cgroup, for the error if the process is killed.
+        timeout_seconds: Time limit for an answer.
     """
     command = [python, "-m", _WORKER]
     with (
@@ -154,10 +155,10 @@ def started(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            bufsize=0,  # so that nothing is left to write to one that has died
+            bufsize=0,  # so that no data is left to be flushed to a dead process
             cwd=folder,
             env=_environment(python, folder),
-            start_new_session=True,  # so that all of it can be killed together
+            start_new_session=True,  # so that all its processes can be killed together
         ) as process,
     ):
         ended = threading.Event()
@@ -182,20 +183,20 @@ def started(
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
-    """Let it close by itself, for a while."""
+    """Give the process some time to exit by itself."""
     if process.stdin is not None:
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_SECONDS)
 
 
-def _kill(how: Callable[[int, int], None], pid: int) -> None:
+def _kill(send: Callable[[int, int], None], pid: int) -> None:
     with suppress(ProcessLookupError):
-        how(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
 
 
 def _environment(python: str, folder: Path) -> dict[str, str]:
-    """An interpreter that is not ours sees these tools, and nothing else of what is installed here."""
+    """The environment of ``python``: another interpreter than ours can import these tools, but none of our packages."""
     if python == sys.executable:
         return dict(os.environ)
     namespace = folder / "import" / "layerstream"

@@ -1,4 +1,4 @@
-"""What ``layerstream bench`` prints and draws."""
+"""The table and the plot of ``layerstream bench``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 from layerstream.stages.text import format_bytes
 from layerstream.tools.compare.results import Row, Spread
-from layerstream.tools.console.plot import write_bars
+from layerstream.tools.console.plot import write_bar_chart
 from layerstream.tools.console.tables import print_table
 
-__all__ = ["draw", "print_report"]
+__all__ = ["print_report", "write_chart"]
 
 _COLUMNS = (
     "",
@@ -25,7 +25,7 @@ _COLUMNS = (
 
 
 def print_report(result: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Print ``result`` for people."""
+    """Print ``result`` as a table with explanations."""
     print_table(_title(result), _COLUMNS, map(_cells, rows))
     print()
     print(
@@ -33,10 +33,10 @@ def print_report(result: Mapping[str, Any], rows: Sequence[Row]) -> None:
         "weights were dropped from the page cache; warm: the passes right after. Read: from disk, in a pass. Memory: "
         "the most beside page cache."
     )
-    stayed = [row.name for row in rows if not all(turn.all_was_dropped for turn in row.turns)]
-    if stayed:
+    not_dropped = [row.name for row in rows if not all(turn.all_was_dropped for turn in row.turns)]
+    if not_dropped:
         print(
-            f"Not quite cold, since only root may drop what they have mapped: {', '.join(stayed)}"
+            f"Not quite cold, since only root may drop what they have mapped: {', '.join(not_dropped)}"
         )
     for row in rows:
         if "plan" in row.turns[-1].notes:
@@ -53,11 +53,14 @@ def print_report(result: Mapping[str, Any], rows: Sequence[Row]) -> None:
     for row in rows:
         versions = row.turns[-1].versions
         if versions:
-            print(f"{row.name}: " + ", ".join(f"{name} {said}" for name, said in versions.items()))
+            print(
+                f"{row.name}: "
+                + ", ".join(f"{name} {version}" for name, version in versions.items())
+            )
 
 
-def draw(result: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
-    """Draw seconds, cold and warm, as bars with their spread."""
+def write_chart(result: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
+    """Draw the seconds of cold and warm passes as bars with their spread."""
     series = {
         kind: [
             (row.name, seconds.median, seconds.least, seconds.most)
@@ -68,15 +71,17 @@ def draw(result: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
     }
     drawn = {kind: bars for kind, bars in series.items() if bars}
     labels = [row.name for row in rows]
-    write_bars(drawn, path, labels=labels, title=_title(result), unit="seconds of a forward pass")
+    write_bar_chart(
+        drawn, path, labels=labels, title=_title(result), unit="seconds of a forward pass"
+    )
 
 
 def _title(result: Mapping[str, Any]) -> str:
     limit = result["memory_limit_bytes"]
-    held = f", each in {format_bytes(limit)}" if limit else ""
+    limited = f", each in {format_bytes(limit)}" if limit else ""
     return (
         f"{Path(result['model']).name}, {format_bytes(result['model_bytes'])}, "
-        f"{result['prompt_tokens']} tokens, rounds: {result['rounds']}{held}, {result['date']}"
+        f"{result['prompt_tokens']} tokens, rounds: {result['rounds']}{limited}, {result['date']}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a comparison found: medians, ratios with their spread, and whether all computed the same."""
+"""The results of a comparison: medians, ratios with their spread, and whether logits agree."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 
 from layerstream.tools.compare.contenders import Contender
-from layerstream.tools.compare.rounds import Course, Outcome, Turn
+from layerstream.tools.compare.rounds import Outcome, Setup, TurnResult
 
-__all__ = ["OURS", "Agreement", "Kind", "Row", "Spread", "rows_of"]
+__all__ = ["OURS", "Agreement", "Kind", "Row", "Spread", "make_rows"]
 
 OURS = "layerstream"
 Kind = Literal["cold", "warm"]
 
-# Whose logits are the measure of the others', where they are there.
+# Logits are compared with those of the first of these that has a result.
 _REFERENCES = (
     "transformers, all in memory",
     "transformers, mapped",
@@ -26,7 +26,7 @@ _REFERENCES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A median and what it is the median of."""
+    """The median of some values, with their minimum and maximum."""
 
     median: float
     least: float
@@ -34,35 +34,32 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
-        """None where there are no values."""
+        """The spread of ``values``; None without values."""
         known = list(values)
         if not known:
             return None
         return cls(median=statistics.median(known), least=min(known), most=max(known))
 
     def text(self) -> str:
-        """With three digits, least and most in brackets."""
+        """Format with three digits, minimum and maximum in brackets."""
         return f"{self.median:.3g} ({self.least:.3g}-{self.most:.3g})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """One contender's logits beside another's.
-
-    Attributes:
-        reference: The other.
-        equal: Bit for bit.
-        max_abs_difference: None where one has numbers and the other has none.
-        same_argmax_share: Of the positions of the prompt.
-    """
+    """One contender's logits compared with another's."""
 
     reference: str
+    """Name of the other contender."""
     equal: bool
+    """Whether they are equal bit for bit."""
     max_abs_difference: float | None
+    """None if shapes differ, or values are not finite."""
     same_argmax_share: float
+    """Share of the prompt's positions with the same argmax."""
 
     def text(self) -> str:
-        """For a cell of a table."""
+        """Format for a cell of the table."""
         if self.equal:
             return "equal"
         if self.max_abs_difference is None:
@@ -72,21 +69,21 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What one contender's turns gave, and how that compares with ours in the same rounds."""
+    """The results of one contender, and their ratios to layerstream's in the same rounds."""
 
     name: str
-    turns: Sequence[Turn]
-    ours: Sequence[Turn]
+    turns: Sequence[TurnResult]
+    ours: Sequence[TurnResult]
     agreement: Agreement | None
 
     def seconds(self, kind: Kind) -> Spread | None:
-        """Of its passes."""
+        """Seconds of its passes."""
         return Spread.of(
             each.seconds for turn in self.turns if (each := getattr(turn, kind)) is not None
         )
 
     def ratio(self, kind: Kind) -> Spread | None:
-        """Its seconds to ours, round by round: above 1, we are faster."""
+        """Its seconds divided by layerstream's, round by round: above 1, layerstream is faster."""
         ours = {turn.round: getattr(turn, kind) for turn in self.ours}
         return Spread.of(
             each.seconds / own.seconds
@@ -96,7 +93,7 @@ class Row:
         )
 
     def read_bytes(self, kind: Kind) -> float | None:
-        """The median of what a pass read from disk."""
+        """Median of the bytes that a pass read from disk."""
         known = [
             each.read_bytes
             for turn in self.turns
@@ -106,11 +103,11 @@ class Row:
 
     @property
     def peak_anonymous_bytes(self) -> int:
-        """Of all its turns."""
+        """Maximum of all its turns."""
         return max(turn.peak_anonymous_bytes for turn in self.turns)
 
     def to_json(self) -> dict[str, Any]:
-        """The same for machines, units in the keys."""
+        """The row as JSON data, with units in the keys."""
         found: dict[str, Any] = {
             "name": self.name,
             "rounds": [turn.round for turn in self.turns],
@@ -143,16 +140,16 @@ class Row:
         }
 
 
-def rows_of(outcome: Outcome, course: Course) -> list[Row]:
-    """A row for each contender that had a turn."""
-    took_part = {contender: turns for contender, turns in outcome.turns.items() if turns}
+def make_rows(outcome: Outcome, setup: Setup) -> list[Row]:
+    """Make a row for each contender with a result."""
+    measured = {contender: turns for contender, turns in outcome.turns.items() if turns}
     logits = {
-        contender.name: _logits(course, contender, turns[-1])
-        for contender, turns in took_part.items()
+        contender.name: _load_logits(setup, contender, turns[-1])
+        for contender, turns in measured.items()
         if turns[-1].logits_shape is not None
     }
     reference = next((name for name in _REFERENCES if name in logits), None)
-    ours = next((turns for each, turns in took_part.items() if each.name == OURS), [])
+    ours = next((turns for each, turns in measured.items() if each.name == OURS), [])
     return [
         Row(
             name=contender.name,
@@ -160,19 +157,19 @@ def rows_of(outcome: Outcome, course: Course) -> list[Row]:
             ours=ours,
             agreement=None
             if reference in {None, contender.name} or contender.name not in logits
-            else _agreement(str(reference), logits[contender.name], logits[str(reference)]),
+            else _compare(str(reference), logits[contender.name], logits[str(reference)]),
         )
-        for contender, turns in took_part.items()
+        for contender, turns in measured.items()
     ]
 
 
-def _logits(
-    course: Course, contender: Contender, turn: Turn
+def _load_logits(
+    setup: Setup, contender: Contender, turn: TurnResult
 ) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    return np.fromfile(course.logits_file(contender), np.float32).reshape(turn.logits_shape or (0,))
+    return np.fromfile(setup.logits_file(contender), np.float32).reshape(turn.logits_shape or (0,))
 
 
-def _agreement(
+def _compare(
     reference: str,
     these: "np.ndarray[Any, np.dtype[np.float32]]",
     those: "np.ndarray[Any, np.dtype[np.float32]]",

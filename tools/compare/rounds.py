@@ -1,8 +1,8 @@
-"""Turns of the contenders, one after the other, round after round.
+"""Runs the contenders in turn, one after the other, for a number of rounds.
 
-Every turn is a process of its own, so that no contender holds memory while another one is measured, and none uses a
-pause to read ahead. In a turn the model is opened; then the weights are dropped from the page cache and a pass is cold,
-and those right after it are warm: whatever the cache and the process could keep of the pass before, they have.
+Every turn is a process of its own, so that no contender holds memory while another one is measured, or reads ahead
+between its passes. In a turn the model is opened; then the weights are dropped from the page cache, so that the first
+pass is cold. The passes right after it are warm: they find what cache and process could keep of the pass before.
 """
 
 import statistics
@@ -12,151 +12,145 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerstream.tools.compare.caches import drop_from_cache
 from layerstream.tools.compare.cgroups import CgroupError, MemoryCgroup, memory_cgroup
-from layerstream.tools.compare.contenders import Contender, LeftOut
-from layerstream.tools.compare.processes import ContenderError, ContenderProcess, started
+from layerstream.tools.compare.contenders import Contender, NotMeasured
+from layerstream.tools.compare.page_cache import drop_from_cache
+from layerstream.tools.compare.processes import ContenderError, ContenderProcess, contender_process
 
-__all__ = ["Course", "Outcome", "Pass", "Turn", "alternate"]
+__all__ = ["Outcome", "Pass", "Setup", "TurnResult", "run_rounds"]
 
 _WARM_PASSES = 3
 _WARM_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """What all contenders are given.
-
-    Attributes:
-        model: The checkpoint.
-        prompt_ids: Of every pass.
-        work: A folder for what contenders write.
-        gguf: Llama.cpp's weights.
-        limit_bytes: What a contender may hold; None: there is no limit.
-        cold, warm: Which passes are wanted.
-        timeout_seconds: How long opening, or one pass, may take.
-    """
+class Setup:
+    """What is the same for all contenders."""
 
     model: Path
+    """The checkpoint."""
     prompt_ids: tuple[int, ...]
+    """Prompt of every pass."""
     work: Path
+    """Folder for files that contenders write."""
     gguf: Path | None
+    """Weights for llama.cpp."""
     limit_bytes: int | None
+    """Memory limit of a contender; None for no limit."""
     cold: bool
     warm: bool
+    """Whether to measure cold, and warm, passes."""
     timeout_seconds: float
+    """Time limit for opening, and for one pass."""
 
     def folder(self, contender: Contender) -> Path:
-        """Where ``contender`` may write."""
+        """Make and return the folder in which ``contender`` may write."""
         folder = self.work / contender.name.replace(" ", "-").replace(",", "")
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         return folder
 
     def cached_files(self) -> list[Path]:
-        """Folders and files of weights, the contenders' own copies included."""
+        """Folders and files with weights, including the contenders' own copies."""
         return [self.model, self.work, *([self.gguf] if self.gguf else [])]
 
     def logits_file(self, contender: Contender) -> Path:
-        """Where the logits of its latest turn are: float32, as they lie in memory."""
+        """The file with the raw float32 logits of the latest turn of ``contender``."""
         return self.folder(contender) / "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """A forward pass, or the median of a few."""
+    """A forward pass, or the median of several."""
 
     seconds: float
     read_bytes: int | None
-    """From disk, as the kernel counts them."""
+    """Bytes read from disk, as the kernel counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One contender in one round.
-
-    Attributes:
-        round: Which, from 1.
-        all_was_dropped: From the cache, before the cold pass: what is mapped takes root to drop.
-        open_seconds: Until it was ready, without starting its interpreter.
-        cold: Its first pass; None: not measured.
-        warm: Of those right after; None: not measured.
-        peak_anonymous_bytes: The most memory beside mapped files and page cache, at any look.
-        peak_bytes: Of its cgroup, page cache included; None without a cgroup.
-        logits_shape: Of what is in its logits file; None: it gives none.
-        notes: What it says of itself.
-        versions: Of what it runs on.
-    """
+class TurnResult:
+    """The result of one contender in one round."""
 
     round: int
+    """Number of the round, from 1."""
     all_was_dropped: bool
+    """Whether all weights were dropped from the cache before the cold pass: for mapped files that requires root."""
     open_seconds: float
+    """Time to open the model, without starting the interpreter."""
     cold: Pass | None
+    """The first pass; None if not measured."""
     warm: Pass | None
+    """Median of the passes right after it; None if not measured."""
     peak_anonymous_bytes: int
+    """Peak of the anonymous memory, as sampled."""
     peak_bytes: int | None
+    """Peak of its cgroup, page cache included; None without a cgroup."""
     logits_shape: tuple[int, ...] | None
+    """Shape of the logits in its file; None if it provides none."""
     notes: Mapping[str, Any]
+    """Details about how it ran, for the report."""
     versions: Mapping[str, str]
+    """Versions of the interpreter and of packages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Turns by contender, and those who failed; a contender that fails has no more turns."""
+    """Results by contender, and the contenders that failed; one that fails has no further turns."""
 
-    turns: Mapping[Contender, Sequence[Turn]]
-    failed: Sequence[LeftOut]
+    turns: Mapping[Contender, Sequence[TurnResult]]
+    failed: Sequence[NotMeasured]
 
 
-def alternate(
+def run_rounds(
     contenders: Sequence[Contender],
-    course: Course,
+    setup: Setup,
     *,
     rounds: int,
     advance: Callable[[int], object],
 ) -> Outcome:
-    """Give each of ``contenders`` a turn, ``rounds`` times over; ``advance`` is told of every turn.
+    """Run each of ``contenders`` in turn, ``rounds`` times; ``advance`` is called with 1 after each turn.
 
     Raises:
-        CgroupError: There is a limit, and no cgroup can be made.
+        CgroupError: A limit is set, and no cgroup can be made.
     """
-    turns: dict[Contender, list[Turn]] = {contender: [] for contender in contenders}
-    failed: dict[Contender, LeftOut] = {}
+    turns: dict[Contender, list[TurnResult]] = {contender: [] for contender in contenders}
+    failed: dict[Contender, NotMeasured] = {}
     for number in range(1, rounds + 1):
         for contender in contenders:
             advance(0)
             if contender not in failed:
                 try:
                     if contender.prepares and number == 1:
-                        _prepare(contender, course)
-                    turns[contender].append(_take_turn(contender, course, number=number))
+                        _prepare(contender, setup)
+                    turns[contender].append(_take_turn(contender, setup, number=number))
                 except ContenderError as error:
                     why = f"round {number}: {error}"
-                    failed[contender] = LeftOut(name=contender.name, why=why)
+                    failed[contender] = NotMeasured(name=contender.name, why=why)
             advance(1)
     return Outcome(turns=turns, failed=tuple(failed.values()))
 
 
-def _prepare(contender: Contender, course: Course) -> None:
-    """Open it once, without a limit, for what it writes then."""
-    with _opened(contender, course, limit_bytes=None):
+def _prepare(contender: Contender, setup: Setup) -> None:
+    """Open the contender once, without a limit, so that it writes its own files."""
+    with _open(contender, setup, limit_bytes=None):
         pass
 
 
-def _take_turn(contender: Contender, course: Course, *, number: int) -> Turn:
-    limit_bytes = course.limit_bytes if contender.limited else None
+def _take_turn(contender: Contender, setup: Setup, *, number: int) -> TurnResult:
+    limit_bytes = setup.limit_bytes if contender.limited else None
     if contender.cold:
-        # What others left in the cache is not charged to this one's cgroup: it would have it for nothing.
-        drop_from_cache(course.cached_files())
-    with _opened(contender, course, limit_bytes=limit_bytes) as (process, opened, group):
-        dropped = not contender.cold or drop_from_cache(course.cached_files(), process.pids)
-        first = _pass(process)
-        warm = _warm(process) if contender.warm and course.warm else None
-        logits = process.ask(do="logits", to=str(course.logits_file(contender)))["shape"]
-        return Turn(
+        # Pages that others left in the cache are not charged to this contender's cgroup.
+        drop_from_cache(setup.cached_files())
+    with _open(contender, setup, limit_bytes=limit_bytes) as (process, opened, group):
+        dropped = not contender.cold or drop_from_cache(setup.cached_files(), process.pids)
+        first = _run_pass(process)
+        warm = _median_warm_pass(process) if contender.warm and setup.warm else None
+        logits = process.request(do="logits", to=str(setup.logits_file(contender)))["shape"]
+        return TurnResult(
             round=number,
             all_was_dropped=dropped,
             open_seconds=opened["open_seconds"],
-            cold=first if contender.cold and course.cold else None,
+            cold=first if contender.cold and setup.cold else None,
             warm=warm,
             peak_anonymous_bytes=process.peak_anonymous_bytes,
             peak_bytes=group.peak_bytes() if group else None,
@@ -167,11 +161,11 @@ def _take_turn(contender: Contender, course: Course, *, number: int) -> Turn:
 
 
 @contextmanager
-def _opened(
-    contender: Contender, course: Course, *, limit_bytes: int | None
+def _open(
+    contender: Contender, setup: Setup, *, limit_bytes: int | None
 ) -> Iterator[tuple[ContenderProcess, dict[str, Any], MemoryCgroup | None]]:
-    """A process of ``contender`` with the model open, what it said of that, and its cgroup."""
-    folder = course.folder(contender)
+    """Start ``contender`` and open the model; yields its process, its answer, and its cgroup."""
+    folder = setup.folder(contender)
     with ExitStack() as stack:
         group = None
         try:
@@ -180,29 +174,29 @@ def _opened(
             if limit_bytes is not None:
                 raise
         process = stack.enter_context(
-            started(
+            contender_process(
                 python=contender.python,
                 folder=folder,
                 group=group,
                 limit_bytes=limit_bytes,
-                timeout_seconds=course.timeout_seconds,
+                timeout_seconds=setup.timeout_seconds,
             )
         )
-        opened = process.ask(
+        opened = process.request(
             contender=contender.opener,
-            model=str(course.model),
+            model=str(setup.model),
             scratch=str(folder / "scratch"),
-            prompt_ids=list(course.prompt_ids),
+            prompt_ids=list(setup.prompt_ids),
             **contender.request,
         )
         yield process, opened, group
 
 
-def _warm(process: ContenderProcess) -> Pass:
-    """The median of a few passes back to back: one alone may be a neighbour's, and whoever is slow needs no more."""
-    passes = [_pass(process)]
+def _median_warm_pass(process: ContenderProcess) -> Pass:
+    """The median of several passes back to back, to even out other load; slow contenders run fewer."""
+    passes = [_run_pass(process)]
     while len(passes) < _WARM_PASSES and sum(each.seconds for each in passes) < _WARM_SECONDS:
-        passes.append(_pass(process))
+        passes.append(_run_pass(process))
     known = [each.read_bytes for each in passes if each.read_bytes is not None]
     return Pass(
         seconds=statistics.median(each.seconds for each in passes),
@@ -210,9 +204,9 @@ def _warm(process: ContenderProcess) -> Pass:
     )
 
 
-def _pass(process: ContenderProcess) -> Pass:
+def _run_pass(process: ContenderProcess) -> Pass:
     before = process.read_bytes()
-    seconds = process.ask(do="forward")["seconds"]
+    seconds = process.request(do="forward")["seconds"]
     after = process.read_bytes()
     read_bytes = None if before is None or after is None else after - before
     return Pass(seconds=seconds, read_bytes=read_bytes)

@@ -1,8 +1,8 @@
-"""One contender in a process of its own: ``python -m layerstream.tools.compare.worker``.
+"""Runs one contender in its own process: ``python -m layerstream.tools.compare.worker``.
 
-The first line on stdin says which, the others what to do; every line is answered by one on stdout, JSON both ways.
-Whatever libraries print goes to stderr. Only what a contender needs is imported: the interpreter may be one that has
-nothing of layerstream's.
+The first line on stdin names the contender, each further line an action; every line is answered with one line on
+stdout, both in JSON. Output of libraries goes to stderr. Only what the contender needs is imported: the interpreter
+may lack the packages of layerstream.
 """
 
 import importlib.metadata
@@ -21,31 +21,28 @@ from typing import Any
 __all__ = ["OPENERS", "main"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "airllm", "safetensors")
-# What a Python with torch and transformers takes before it has any weights, and room to copy two layers.
+# Memory of Python with torch and transformers without any weights, and of two layers being copied.
 _SPARE_BYTES = 768 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """A contender that is ready.
-
-    Attributes:
-        forward: Evaluates the prompt and gives its own count of seconds, or None: then the call is timed.
-        logits: Of the latest forward pass, float32 ``[prompt tokens, vocabulary]`` on the CPU; None: it gives none.
-        notes: What is to be known of it, for the report.
-        versions: Of what it runs on.
-        children: Ids of processes that work for it.
-    """
+class OpenedModel:
+    """A contender with its model open."""
 
     forward: Callable[[], float | None]
+    """Evaluates the prompt; returns the seconds that it measured, or None to have the call timed."""
     logits: Callable[[], Any] | None = None
+    """Returns the latest float32 logits ``[prompt tokens, vocabulary]`` on the CPU; None if it provides none."""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    """Details about how it runs, for the report."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the interpreter and of packages."""
     children: tuple[int, ...] = ()
+    """Ids of its child processes."""
 
 
-def _of_transformers(request: Mapping[str, Any], forward: Callable[[Any], Any]) -> Opened:
-    """From a call that takes ids ``[1, prompt tokens]`` and gives logits ``[1, prompt tokens, vocabulary]``."""
+def _from_forward(request: Mapping[str, Any], forward: Callable[[Any], Any]) -> OpenedModel:
+    """Wrap a function from ids ``[1, prompt tokens]`` to logits ``[1, prompt tokens, vocabulary]``."""
     import torch
 
     ids = torch.tensor([request["prompt_ids"]])
@@ -54,7 +51,7 @@ def _of_transformers(request: Mapping[str, Any], forward: Callable[[Any], Any]) 
     def evaluate() -> None:
         kept[:] = [forward(ids)]
 
-    return Opened(
+    return OpenedModel(
         forward=evaluate,
         logits=lambda: kept[0][0].detach().float().contiguous(),
         versions=_versions(),
@@ -72,8 +69,8 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _layerstream(request: Mapping[str, Any]) -> Iterator[Opened]:
-    """Told nothing but the path: what may be used, its planner finds out."""
+def _layerstream(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
+    """Layerstream gets only the path: its planner finds out which memory it may use."""
     import asyncio
     from dataclasses import replace
 
@@ -83,7 +80,7 @@ def _layerstream(request: Mapping[str, Any]) -> Iterator[Opened]:
         streamed = StreamedModel.open(request["model"], device="cpu")
         model = runner.run(streamed.__aenter__())
         try:
-            opened = _of_transformers(
+            opened = _from_forward(
                 request,
                 lambda ids: runner.run(model.forward(input_ids=ids, use_cache=False)).logits,
             )
@@ -102,26 +99,26 @@ def _layerstream(request: Mapping[str, Any]) -> Iterator[Opened]:
 
 
 @contextmanager
-def _transformers(request: Mapping[str, Any]) -> Iterator[Opened]:
+def _transformers(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
     import torch
 
     from layerstream.tools.compare.peers import in_memory
 
     scratch = Path(request["scratch"])
-    yield _of_transformers(request, in_memory(Path(request["model"]), torch.device("cpu"), scratch))
+    yield _from_forward(request, in_memory(Path(request["model"]), torch.device("cpu"), scratch))
 
 
 @contextmanager
-def _accelerate_disk(request: Mapping[str, Any]) -> Iterator[Opened]:
+def _accelerate_disk(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
     yield _accelerate(request, ram_bytes=0)
 
 
 @contextmanager
-def _accelerate_filled(request: Mapping[str, Any]) -> Iterator[Opened]:
+def _accelerate_filled(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
     yield _accelerate(request, ram_bytes=max(request["memory_limit_bytes"] - _SPARE_BYTES, 1))
 
 
-def _accelerate(request: Mapping[str, Any], *, ram_bytes: int) -> Opened:
+def _accelerate(request: Mapping[str, Any], *, ram_bytes: int) -> OpenedModel:
     from dataclasses import replace
 
     from layerstream.tools.compare.peers import accelerate_mapped
@@ -129,30 +126,30 @@ def _accelerate(request: Mapping[str, Any], *, ram_bytes: int) -> Opened:
     forward = accelerate_mapped(
         Path(request["model"]), Path(request["scratch"]), ram_bytes=ram_bytes
     )
-    return replace(_of_transformers(request, forward), notes={"max_memory_cpu_bytes": ram_bytes})
+    return replace(_from_forward(request, forward), notes={"max_memory_cpu_bytes": ram_bytes})
 
 
 @contextmanager
-def _airllm(request: Mapping[str, Any]) -> Iterator[Opened]:
+def _airllm(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
     import torch
 
     from layerstream.tools.compare.peers import airllm
 
     scratch = Path(request["scratch"])
-    yield _of_transformers(request, airllm(Path(request["model"]), torch.device("cpu"), scratch))
+    yield _from_forward(request, airllm(Path(request["model"]), torch.device("cpu"), scratch))
 
 
 @contextmanager
-def _llama_cpp(request: Mapping[str, Any]) -> Iterator[Opened]:
+def _llama_cpp(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
     from layerstream.tools.compare.llama_server import llama_server, server_version
 
     weights, prompt = Path(request["gguf"]), request["prompt_ids"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     server = request["llama_server"]
     with llama_server(server, weights=weights, prompt=prompt, port=port) as (evaluate, process):
-        yield Opened(
+        yield OpenedModel(
             forward=evaluate,
             notes={"weights_bytes": weights.stat().st_size},
             versions={"llama.cpp": server_version(server)},
@@ -161,8 +158,8 @@ def _llama_cpp(request: Mapping[str, Any]) -> Iterator[Opened]:
 
 
 @contextmanager
-def _raw(request: Mapping[str, Any]) -> Iterator[Opened]:
-    """The best block size and number of threads on a part of the files, then all of them with that."""
+def _raw(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
+    """Raw reads of all files, with the block size and number of threads that are fastest on a part of them."""
     from layerstream.tools.benchmarks.raw_read import GRID, raw_read
 
     paths, sample_bytes = [Path(path) for path in request["files"]], 256 << 20
@@ -172,7 +169,7 @@ def _raw(request: Mapping[str, Any]) -> Iterator[Opened]:
     }
     block_bytes, threads = max(rates, key=lambda each: rates[each])
     nbytes = sum(path.stat().st_size for path in paths)
-    yield Opened(
+    yield OpenedModel(
         forward=lambda: nbytes / raw_read(paths, block_bytes=block_bytes, threads=threads),
         notes={"block_bytes": block_bytes, "threads": threads},
     )
@@ -191,7 +188,7 @@ OPENERS = {
 
 def main() -> None:
     """Serve one contender until stdin ends."""
-    # Libraries print; the answers go where nobody else writes.
+    # Answers go to the original stdout; what libraries print to stdout goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -209,8 +206,8 @@ def main() -> None:
             versions=dict(opened.versions),
         )
         for line in sys.stdin:
-            asked = json.loads(line)
-            if asked["do"] == "forward":
+            message = json.loads(line)
+            if message["do"] == "forward":
                 began = time.perf_counter()
                 seconds = opened.forward()
                 answer(seconds=time.perf_counter() - began if seconds is None else seconds)
@@ -218,7 +215,7 @@ def main() -> None:
                 answer(shape=None)
             else:
                 logits = opened.logits()
-                Path(asked["to"]).write_bytes(logits.numpy().tobytes())
+                Path(message["to"]).write_bytes(logits.numpy().tobytes())
                 answer(shape=list(logits.shape))
 
 

@@ -1,1 +1,1 @@
-"""What commands share of a terminal: arguments, progress, tables, pictures, text."""
+"""The command line's input and output: arguments, progress, tables, plots, tokens as text."""

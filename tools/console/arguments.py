@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share, and the types of their values."""
+"""Arguments that several subcommands share, and the argparse types of their values."""
 
 import argparse
 from pathlib import Path
@@ -9,40 +9,40 @@ __all__ = [
     "add_generation_arguments",
     "add_model_arguments",
     "add_output_arguments",
-    "memory",
-    "natural",
-    "picture",
-    "positive",
-    "rate",
-    "size",
+    "budget_size",
+    "byte_count",
+    "byte_rate",
+    "non_negative_int",
+    "picture_path",
+    "positive_int",
     "token_ids",
 ]
 
 
-def positive(text: str) -> int:
-    """A whole number above zero."""
+def positive_int(text: str) -> int:
+    """Parse a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"not a whole number above zero: {text!r}")
     return int(text)
 
 
-def natural(text: str) -> int:
-    """A whole number, zero or above."""
+def non_negative_int(text: str) -> int:
+    """Parse a whole number, zero or above."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"not a whole number, zero or above: {text!r}")
     return int(text)
 
 
-def size(text: str) -> int:
-    """A number of bytes, with or without a unit."""
+def byte_count(text: str) -> int:
+    """Parse a number of bytes, with or without a unit."""
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def memory(text: str) -> str:
-    """A size, or a share of what is free such as "80%", as ``Budget`` takes it."""
+def budget_size(text: str) -> str:
+    """Check a size, or a share of free memory such as "80%", which ``Budget`` parses."""
     try:
         parse_size(text, of_bytes=1 << 40)
     except ValueError as error:
@@ -50,8 +50,8 @@ def memory(text: str) -> str:
     return text
 
 
-def rate(text: str) -> float:
-    """Bytes per second, such as "7GB/s"."""
+def byte_rate(text: str) -> float:
+    """Parse bytes per second, such as "7GB/s"."""
     try:
         return parse_rate(text)
     except ValueError as error:
@@ -59,12 +59,12 @@ def rate(text: str) -> float:
 
 
 def token_ids(text: str) -> list[int]:
-    """Ids with commas between them."""
-    return [natural(part.strip()) for part in text.split(",")]
+    """Parse token ids with commas between them."""
+    return [non_negative_int(part.strip()) for part in text.split(",")]
 
 
-def picture(text: str) -> Path:
-    """The name of a file that a picture can be written to."""
+def picture_path(text: str) -> Path:
+    """Parse the path of a .png or .svg file."""
     path = Path(text)
     if path.suffix.lower() not in {".png", ".svg"}:
         raise argparse.ArgumentTypeError(f"not the name of a .png or .svg file: {text!r}")
@@ -82,10 +82,10 @@ def _temperature(text: str) -> float:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """How many tokens, and how they are chosen."""
+    """Add the number of new tokens, and how they are sampled."""
     parser.add_argument(
         "--max-new-tokens",
-        type=positive,
+        type=positive_int,
         default=max_new_tokens,
         metavar="N",
         help="tokens to generate at most (default: %(default)s)",
@@ -97,11 +97,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     choice.add_argument(
         "--temperature", type=_temperature, metavar="T", help="draw tokens, at this temperature"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of drawn tokens (default: 0)")
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="of drawn tokens (default: 0)"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is streamed: device, budget, reader."""
+    """Add how a model is streamed: device, budget, reader."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -109,12 +111,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vram",
-        type=memory,
+        type=budget_size,
         metavar="SIZE",
         help="VRAM that may be used, such as 4GiB, or 80%% of what is free",
     )
     parser.add_argument(
-        "--host", type=memory, metavar="SIZE", help="host memory that may be used, likewise"
+        "--host", type=budget_size, metavar="SIZE", help="host memory that may be used, likewise"
     )
     parser.add_argument(
         "--reader", choices=["direct", "mmap"], help="how files are read (default: what suits)"
@@ -122,6 +124,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is printed."""
+    """Add the form of the output: JSON, logging."""
     parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     parser.add_argument("--verbose", action="store_true", help="log what happens to stderr")

@@ -1,4 +1,4 @@
-"""Pictures, drawn with matplotlib: the stages as a timeline, and bars to compare."""
+"""Plots with matplotlib: the stages as a timeline, and bar charts that compare."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.telemetry.spans import Activity
 from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["check_plot", "write_bars", "write_plot"]
+__all__ = ["require_matplotlib", "write_bar_chart", "write_timeline"]
 
-# Told apart by lightness too, and by those who do not see red or green.
+# They also differ in lightness, for readers who cannot tell red from green.
 _COLOURS = {
     Activity.WORKING: "#1f5fa8",
     Activity.WAITING_IN: "#f2b84b",
@@ -19,17 +19,17 @@ _COLOURS = {
 }
 
 
-def check_plot() -> None:
-    """Refuse to draw where matplotlib is missing.
+def require_matplotlib() -> None:
+    """Check that matplotlib is installed.
 
     Raises:
-        LayerstreamError: It is.
+        LayerstreamError: It is not.
     """
     _figure_class()
 
 
-def write_plot(timings: Timings, path: Path) -> None:
-    """Draw a row for each stage, with its work and its waiting, to a file of the kind that its suffix says."""
+def write_timeline(timings: Timings, path: Path) -> None:
+    """Draw a row for each stage, with its work and its waiting; the suffix of ``path`` decides the format."""
     figure = _figure_class()(figsize=(12, 1.2 + 0.7 * len(timings.stages)), layout="constrained")
     axes = figure.add_subplot()
     for row, stage in enumerate(timings.stages):
@@ -50,7 +50,7 @@ def write_plot(timings: Timings, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_bars(
+def write_bar_chart(
     series: Mapping[str, Sequence[tuple[str, float, float, float]]],
     path: Path,
     *,
@@ -58,14 +58,14 @@ def write_bars(
     title: str,
     unit: str,
 ) -> None:
-    """Draw panels beside one another, a bar for each row, to a file of the kind that its suffix says.
+    """Draw panels side by side, with a bar for each row; the suffix of ``path`` decides the format.
 
     Args:
-        series: A panel's name, and its rows: label, length, and the least and most that the length stands for.
+        series: For each panel's name its rows: label, length of the bar, and both ends of its error bar.
         path: The file.
-        labels: Of all rows, from the top.
-        title: Over all of them.
-        unit: Of the lengths.
+        labels: Labels of all rows, from the top.
+        title: Title over all panels.
+        unit: Unit of the lengths.
     """
     figure = _figure_class()(figsize=(10, 1.6 + 0.4 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
@@ -90,7 +90,7 @@ def write_bars(
 
 def _figure_class() -> Any:
     try:
-        # By name: type checkers need not have it.
+        # Imported by name, since type checkers may not have it.
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise LayerstreamError(

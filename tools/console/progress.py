@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rich in a terminal, else a line at every tenth."""
+"""Progress on stderr: a bar with rich in a terminal, else a line for every 10 %."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["late_progress", "progress", "waiting"]
 
 _STEPS = 10
-# What is quick needs no progress.
+# Faster operations show no progress.
 _QUIET_SECONDS = 2.0
 
 
@@ -18,9 +18,9 @@ _QUIET_SECONDS = 2.0
 def progress(
     label: str, total: int, *, is_bytes: bool = False
 ) -> Iterator[Callable[[int], object]]:
-    """Show how much of ``total`` is done; the call that is handed out says how much was added.
+    """Show how much of ``total`` is done; the block calls the yielded function with each increment.
 
-    Nothing is shown before the first call, which may add nothing.
+    Nothing is shown before the first call, which may add 0.
     """
     bar = _bar(is_bytes=is_bytes)
     if bar is None:
@@ -41,7 +41,7 @@ def progress(
 
 @contextmanager
 def late_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``progress`` that shows nothing of what is over in a moment; it is told how much is done by now."""
+    """Like ``progress``, but shows nothing in the first seconds, and takes the amount done so far."""
     began, shown = time.monotonic(), 0
     with progress(label, total) as advance:
 
@@ -56,9 +56,9 @@ def late_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """Show what goes on in the block once it has taken a while, where nobody knows how much of it is done.
+    """Show an indeterminate progress bar while the block runs, once it has taken some seconds.
 
-    Only a terminal is told: elsewhere, stderr is for errors, of one line each.
+    It is shown in a terminal only: elsewhere, stderr is for errors, of one line each.
     """
     bar = _bar(is_bytes=False)
     if bar is None:
@@ -69,7 +69,8 @@ def waiting(label: str) -> Iterator[None]:
         bar.add_task(label, total=None)
         bar.start()
 
-    timer = threading.Timer(_QUIET_SECONDS, show)  # the block may well hold up an event loop
+    # A thread, since the block may block an event loop.
+    timer = threading.Timer(_QUIET_SECONDS, show)
     timer.daemon = True
     timer.start()
     try:
@@ -81,7 +82,7 @@ def waiting(label: str) -> Iterator[None]:
 
 
 def _bar(*, is_bytes: bool) -> Any:
-    """A bar on stderr; None where that is no terminal, or there is no rich."""
+    """A progress bar on stderr; None if that is no terminal, or rich is not installed."""
     if not sys.stderr.isatty():
         return None
     try:
@@ -96,7 +97,7 @@ def _bar(*, is_bytes: bool) -> Any:
         rich.TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=False,  # what is printed there is the result, and not for stderr
+        redirect_stdout=False,  # stdout is the command's result
     )
 
 

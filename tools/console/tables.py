@@ -1,4 +1,4 @@
-"""Tables for people: with rich in a terminal, else in plain aligned columns."""
+"""Tables: with rich in a terminal, else in plain aligned columns."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ __all__ = ["print_table"]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print ``rows`` under ``columns``; the first column is flush left, the others right."""
+    """Print ``rows`` under ``columns``; the first column is left-aligned, the others are right-aligned."""
     lines = list(rows)
     if sys.stdout.isatty():
         try:
@@ -27,8 +27,8 @@ def _print_rich(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

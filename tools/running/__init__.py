@@ -1,1 +1,1 @@
-"""What commands share of running a model: reading its files ahead, a generation or sweeps, measured."""
+"""Measured runs of a model for the commands: a generation, or a number of sweeps."""

@@ -1,8 +1,9 @@
-"""One generation on a streamed model, measured: what ``generate`` and ``demo`` both do."""
+"""One measured generation on a streamed model, for ``generate`` and ``demo``."""
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,36 +15,33 @@ from layerstream.stages.text import format_bytes
 from layerstream.tools.running.added_memory import added_memory
 
 if TYPE_CHECKING:
-    from layerstream.pipeline import Plan
+    from layerstream.pipeline import Plan, StreamedModel
 
-__all__ = ["STAGE_COLUMNS", "Generated", "stage_rows", "stream_tokens"]
+__all__ = ["STAGE_COLUMNS", "GenerationResult", "stage_rows", "stream_tokens"]
 
 STAGE_COLUMNS = ("stage", "batches", "bytes", "busy", "while busy", "waited for input", "for room")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """The tokens of one generation and what they took.
-
-    Attributes:
-        token_ids: The new tokens.
-        prompt_tokens: How many tokens they go on from.
-        open_seconds: From the call until the model was ready.
-        first_token_seconds: From the prompt to the first token.
-        seconds: From the prompt to the last token.
-        timings: Sweeps over the weights and what each stage did, as the pipeline counts it.
-        host_budget_bytes: Host memory that the plan kept to.
-        peak_added_bytes: Anonymous memory on top of what was there before the model was opened.
-    """
+class GenerationResult:
+    """The tokens of one generation, with time and memory."""
 
     token_ids: list[int]
+    """The new tokens."""
     prompt_tokens: int
+    """Number of tokens in the prompt."""
     open_seconds: float
+    """Time from the call until the model was ready."""
     first_token_seconds: float
+    """Time from the prompt to the first token."""
     seconds: float
+    """Time from the prompt to the last token."""
     timings: Timings
+    """Sweeps and stages, as the pipeline counts them."""
     host_budget_bytes: int
+    """The plan's host budget."""
     peak_added_bytes: int | None
+    """Peak of the anonymous memory added since before the model was opened; None if unknown."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,7 +57,7 @@ class Generated:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The same for machines, units in the keys."""
+        """The result as JSON data, with units in the keys."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.token_ids),
@@ -81,40 +79,21 @@ async def stream_tokens(
     args: argparse.Namespace,
     on_plan: Callable[["Plan"], object],
     on_token: Callable[[int], object],
-) -> Generated:
+) -> GenerationResult:
     """Open the model at ``path`` and generate from the ids of ``prompt``.
 
     Args:
         path: The model's folder or file.
         prompt: Token ids.
-        args: What ``add_model_arguments`` and ``add_generation_arguments`` ask for.
-        on_plan: Is given the plan, before anything runs.
-        on_token: Is given each new token as it comes.
+        args: Arguments of ``add_model_arguments`` and ``add_generation_arguments``.
+        on_plan: Called with the plan, before anything runs.
+        on_token: Called with each new token.
     """
     import torch
 
-    from layerstream.pipeline import Budget, StreamedModel, Workload
-
-    sampling: dict[str, Any] = {"do_sample": False}
-    if args.temperature is not None:
-        sampling = {"do_sample": True, "temperature": args.temperature}
-        torch.manual_seed(args.seed)
     input_ids = torch.tensor([prompt])
     began = time.monotonic()
-    async with (
-        added_memory() as memory,
-        StreamedModel.open(
-            path,
-            device=args.device,
-            budget=Budget(vram=args.vram, host=args.host),
-            workload=Workload(
-                batch_size=1, prompt_tokens=len(prompt), new_tokens=args.max_new_tokens
-            ),
-            reader=args.reader,
-            # The first token counts here; `layerstream plan` measures, and what it has measured is used.
-            measure=False,
-        ) as model,
-    ):
+    async with added_memory() as memory, _open_model(path, args, len(prompt)) as model:
         plan = model.plan
         _check_prompt(prompt, model.module)
         on_plan(plan)
@@ -124,7 +103,7 @@ async def stream_tokens(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=args.max_new_tokens,
-            **sampling,
+            **_sampling(args),
         ):
             if not tokens:
                 first = time.monotonic()
@@ -132,7 +111,7 @@ async def stream_tokens(
             on_token(token)
         ended = time.monotonic()
         timings = model.timings()
-    return Generated(
+    return GenerationResult(
         token_ids=tokens,
         prompt_tokens=len(prompt),
         open_seconds=prompted - began,
@@ -144,6 +123,33 @@ async def stream_tokens(
     )
 
 
+def _open_model(
+    path: Path, args: argparse.Namespace, prompt_tokens: int
+) -> AbstractAsyncContextManager["StreamedModel"]:
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+
+    return StreamedModel.open(
+        path,
+        device=args.device,
+        budget=Budget(vram=args.vram, host=args.host),
+        workload=Workload(
+            batch_size=1, prompt_tokens=prompt_tokens, new_tokens=args.max_new_tokens
+        ),
+        reader=args.reader,
+        # Measuring would delay the first token; what `layerstream plan` has measured is used.
+        measure=False,
+    )
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    if args.temperature is None:
+        return {"do_sample": False}
+    torch.manual_seed(args.seed)
+    return {"do_sample": True, "temperature": args.temperature}
+
+
 def _check_prompt(prompt: Sequence[int], model: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if (largest := max(prompt)) >= rows:
@@ -153,7 +159,7 @@ def _check_prompt(prompt: Sequence[int], model: Any) -> None:
 
 
 def stage_rows(stages: Sequence[StageTimings]) -> list[tuple[str, ...]]:
-    """A row for each stage, under ``STAGE_COLUMNS``."""
+    """Table rows, one for each stage, for ``STAGE_COLUMNS``."""
     return [
         (
             stage.name,

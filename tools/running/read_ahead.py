@@ -1,4 +1,4 @@
-"""Reads a model's files ahead while Python imports the code that computes with them."""
+"""Reads a model's files ahead while Python imports torch and transformers."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ __all__ = ["reading_ahead"]
 
 @contextmanager
 def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
-    """Fill the page cache with the model of ``args`` during the block, if its files will be mapped.
+    """Read the model's files into the page cache while the block runs, if they will be memory-mapped.
 
-    They are on a CPU, without a host budget, if they fit into free memory; otherwise this does nothing.
+    They are mapped on a CPU without a host budget, if they fit into free memory; otherwise this does nothing.
     """
-    files = _weights(Path(args.model)) if _maps(args) else []
+    files = _weight_files(Path(args.model)) if _will_map(args) else []
     if files and fits_page_cache(sum(path.stat().st_size for path in files)):
         with Readahead(files):
             yield
@@ -24,12 +24,12 @@ def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _maps(args: argparse.Namespace) -> bool:
+def _will_map(args: argparse.Namespace) -> bool:
     on_cpu = args.device == "cpu" or (args.device == "auto" and not Path("/dev/nvidiactl").exists())
     return on_cpu and args.host is None and args.reader in {None, "mmap"}
 
 
-def _weights(model: Path) -> list[Path]:
+def _weight_files(model: Path) -> list[Path]:
     if model.is_dir():
         return sorted(path for path in model.glob("*.safetensors") if path.is_file())
     return [model] if model.suffix == ".safetensors" and model.is_file() else []

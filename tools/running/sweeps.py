@@ -1,4 +1,4 @@
-"""Sweeps over a model's weights, measured: what ``layerstream profile`` does before it prints."""
+"""Measured sweeps over a model's weights, for ``layerstream profile``."""
 
 import argparse
 import asyncio
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Profile", "profile_model"]
 
-_LOOK_SECONDS = 0.5
-# Enough for a disk to show its rate, and a fraction of a second on most.
+_POLL_SECONDS = 0.5
+# Large enough to measure a disk's rate, and read in a fraction of a second by most.
 _SAMPLE_BYTES = 128 << 20
 _SAMPLE_BLOCK_BYTES = 8 << 20
 _SAMPLE_THREADS = (1, 2, 4)
@@ -36,36 +36,31 @@ _SAMPLE_THREADS = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a few sweeps took, and where the time went.
-
-    Attributes:
-        plan: How the weights streamed.
-        prompt_tokens: Tokens of each forward pass; None where weights were swept past no computation.
-        sweep_seconds: Of each sweep, the first one included.
-        timings: Of the whole run, as the pipeline counts it.
-        steady: Of the sweeps after the first, or of the first where there is no other. Of a long run only
-            the latest, as far as its spans were kept.
-        disk_ceiling_bytes_per_second: What the disk could give; None where nobody knows.
-        link_ceiling_bytes_per_second: What the link to the device could carry, as probed before the run;
-            None where there is no link, or nobody knows.
-    """
+    """The times of some sweeps, and of their stages."""
 
     plan: "Plan"
     prompt_tokens: int | None
+    """Tokens of each forward pass; None if the weights were streamed without computation."""
     sweep_seconds: tuple[float, ...]
+    """Seconds of each sweep, including the first."""
     timings: Timings
+    """Timings of the whole run."""
     steady: Timings
+    """Timings of the sweeps after the first, or of the first if it is the only one. In a long run only of the latest
+    sweeps, whose spans were kept."""
     disk_ceiling_bytes_per_second: float | None
+    """The disk's bandwidth; None if unknown."""
     link_ceiling_bytes_per_second: float | None
+    """Bandwidth of the link to the device, as probed before the run; None without a link, or if unknown."""
 
     @property
     def steady_seconds(self) -> tuple[float, ...]:
-        """Of each sweep after the first, or of the first where there is no other."""
+        """Seconds of each sweep after the first, or of the first if it is the only one."""
         return self.sweep_seconds[1:] or self.sweep_seconds
 
     @property
     def predicted(self) -> SweepPrediction:
-        """What the plan said beforehand of a sweep like those that were run: each is a prompt's."""
+        """The plan's prediction for sweeps like these: its first, a prefill, or without computation a decoding step."""
         prediction = self.plan.prediction
         if len(self.sweep_seconds) == 1:
             return prediction.first
@@ -73,24 +68,24 @@ class Profile:
 
     @property
     def forecast(self) -> PredictionCheck:
-        """The steady sweeps beside what the plan said of them."""
-        forecasts = PredictionChecker(on_gpu=self.plan.device_memory is not None)
+        """The steady sweeps compared with the plan's prediction."""
+        predictions = PredictionChecker(on_gpu=self.plan.device_memory is not None)
         for seconds in self.steady_seconds:
-            forecasts.count(self.predicted, seconds)
-        # Of a long run the latest sweeps alone are told stage by stage.
-        shown = len(self.steady_seconds) / max(self.steady.sweeps, 1)
-        busy = {f"{each.name}_seconds": each.busy_seconds * shown for each in self.steady.stages}
-        return forecasts.sums(**busy)
+            predictions.count(self.predicted, seconds)
+        # In a long run only the latest sweeps have timings by stage.
+        scale = len(self.steady_seconds) / max(self.steady.sweeps, 1)
+        busy = {f"{each.name}_seconds": each.busy_seconds * scale for each in self.steady.stages}
+        return predictions.sums(**busy)
 
     def ceiling(self, stage: StageTimings) -> float | None:
-        """The bytes per second that the link of ``stage`` could carry, where that is known."""
+        """The highest bytes per second that the hardware allows ``stage``; None if unknown."""
         return {
             "read": self.disk_ceiling_bytes_per_second,
             "transfer": self.link_ceiling_bytes_per_second,
         }.get(stage.name)
 
     def to_json(self) -> dict[str, Any]:
-        """The same for machines, units in the keys."""
+        """The profile as JSON data, with units in the keys."""
         steady, bottleneck = self.steady.to_dict(), self.steady.bottleneck()
         for stage, each in zip(self.steady.stages, steady["stages"], strict=True):
             each["bytes_per_second"] = stage.bytes_per_second
@@ -121,8 +116,8 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Opened:
-    """A pipeline, with or without a model around it."""
+class _Streamed:
+    """An open pipeline, with or without a model around it."""
 
     plan: "Plan"
     hardware: "Hardware"
@@ -132,13 +127,13 @@ class _Opened:
 
 
 async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
-    """Stream the model at ``path`` past as many sweeps as ``args`` asks for."""
-    opened_as = _model if _computes(path, args) else _weights
+    """Open the model at ``path`` and measure ``args.sweeps`` sweeps."""
+    open_as = _open_model if _can_compute(path, args) else _open_weights
     times: list[tuple[float, float]] = []
     async with AsyncExitStack() as stack:
         with waiting("opening the model"):
-            opened = await stack.enter_async_context(opened_as(path, args))
-        async with _watched(opened, sweeps=args.sweeps):
+            opened = await stack.enter_async_context(open_as(path, args))
+        async with _progress_shown(opened, sweeps=args.sweeps):
             for _ in range(args.sweeps):
                 began = time.perf_counter()
                 await opened.sweep()
@@ -157,7 +152,7 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
     )
 
 
-def _computes(path: Path, args: argparse.Namespace) -> bool:
+def _can_compute(path: Path, args: argparse.Namespace) -> bool:
     folder = path if path.is_dir() else path.parent
     return (
         not args.no_compute
@@ -167,17 +162,17 @@ def _computes(path: Path, args: argparse.Namespace) -> bool:
 
 
 def _steady(timings: Timings, times: list[tuple[float, float]]) -> Timings:
-    """The latest sweeps of which every span was kept, without the first, which fills the pipeline."""
+    """Timings of the latest sweeps whose spans were all kept, without the first, which fills the pipeline."""
     since = timings.complete_since_seconds
     chosen = [each for each in times[1:] if each[0] >= since] or times[-1:]
     return timings.between(chosen[0][0], chosen[-1][1], sweeps=len(chosen))
 
 
-# -- what is swept ---------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def _weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]:
+async def _open_weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Streamed]:
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
 
     checkpoint = await Checkpoint.open_async(path)
@@ -191,21 +186,21 @@ async def _weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opene
         layer_batch_size=args.layer_batch_size,
     )
 
-    def look(batch: "Batch", seen: int) -> int:
+    def count_tensors(batch: "Batch", seen: int) -> int:
         return seen + len(batch.tensors)
 
     async with Pipeline(plan) as pipeline:
-        yield _Opened(
+        yield _Streamed(
             plan=plan,
             hardware=hardware,
             prompt_tokens=None,
             timings=pipeline.timings,
-            sweep=lambda: pipeline.run(look, 0),
+            sweep=lambda: pipeline.run(count_tensors, 0),
         )
 
 
 @asynccontextmanager
-async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]:
+async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Streamed]:
     from layerstream.pipeline import Budget, StreamedModel, Workload
 
     async with StreamedModel.open(
@@ -217,14 +212,14 @@ async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]
         throttle_bytes_per_second=args.throttle,
         layer_batch_size=args.layer_batch_size,
     ) as model:
-        inputs = _inputs(model.module, args.prompt_tokens)
+        inputs = _forward_inputs(model.module, args.prompt_tokens)
 
         async def sweep() -> None:
             output = await model.forward(**inputs)
-            # A GPU is through with it when somebody has seen of the result, as whoever decodes must.
+            # A GPU has finished only when a value of the result is read, as decoding does too.
             await asyncio.to_thread(output[0].flatten()[-1].item)
 
-        yield _Opened(
+        yield _Streamed(
             plan=model.plan,
             hardware=model.hardware,
             prompt_tokens=args.prompt_tokens,
@@ -233,8 +228,8 @@ async def _model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Opened]
         )
 
 
-def _inputs(module: Any, tokens: int) -> dict[str, Any]:
-    """Token ids for one forward pass: which ones, makes no difference to the weights that stream."""
+def _forward_inputs(module: Any, tokens: int) -> dict[str, Any]:
+    """Token ids for one forward pass; the values make no difference to streaming."""
     import torch
 
     if module.main_input_name != "input_ids":
@@ -247,39 +242,39 @@ def _inputs(module: Any, tokens: int) -> dict[str, Any]:
     )
 
 
-# -- progress, and the ceiling ---------------------------------------------------------------------
+# -- progress, and the disk's ceiling --------------------------------------------------------------
 
 
 @asynccontextmanager
-async def _watched(opened: _Opened, *, sweeps: int) -> AsyncIterator[None]:
-    """Show how far the sweeps are while the block runs."""
+async def _progress_shown(opened: _Streamed, *, sweeps: int) -> AsyncIterator[None]:
+    """Show the progress of the sweeps while the block runs."""
 
-    def batches() -> int:
+    def computed_batches() -> int:
         return next(each.items for each in opened.timings().stages if each.name == "compute")
 
-    before = batches()
+    before = computed_batches()
 
     async def watch(reach: Callable[[int], None]) -> None:
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            reach(batches() - before)
+            await asyncio.sleep(_POLL_SECONDS)
+            reach(computed_batches() - before)
 
     with late_progress("sweeping, layer batches", sweeps * len(opened.plan.batches)) as reach:
         task = asyncio.create_task(watch(reach))
         try:
             yield
-            reach(batches() - before)
+            reach(computed_batches() - before)
         finally:
             task.cancel()
             await asyncio.wait([task])
 
 
 def _disk_ceiling(plan: "Plan") -> float | None:
-    """The best rate of raw direct reads of a sample of the files; None where that says nothing."""
+    """The best bandwidth of raw direct reads of a sample of the files; None for other readers."""
     from layerstream.pipeline.planning.plan import ReaderKind
     from layerstream.tools.benchmarks.raw_read import raw_read
 
-    if plan.reader is not ReaderKind.DIRECT:  # mappings come out of the page cache, or not
+    if plan.reader is not ReaderKind.DIRECT:  # mapped files may come from the page cache
         return None
     paths = [Path(file.path) for file in plan.files]
     best = 0.0

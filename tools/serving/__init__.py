@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP service on a streamed model, and how to embed one: read ``app.py`` first."""
+"""An OpenAI-compatible HTTP service on a streamed model; read ``app.py`` first."""

@@ -1,4 +1,4 @@
-"""From requests to answers, which are generated as long as the client is connected."""
+"""Generates the answers to requests, for as long as the client is connected."""
 
 import asyncio
 import logging
@@ -17,35 +17,35 @@ from layerstream.pipeline import (
     StreamedModel,
 )
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
-from layerstream.tools.serving.events import Events, Send
+from layerstream.tools.serving.event_stream import EventStream, Send
 from layerstream.tools.serving.generation import Choice, generate_text
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
-from layerstream.tools.serving.replies import Reply
+from layerstream.tools.serving.responses import ResponseBuilder
 from layerstream.tools.serving.sampling import sampling_options
 
 __all__ = ["Answers"]
 
 logger = logging.getLogger(__name__)
 
-# Retry-After of a refused request: the time of some tokens, at the speed of a disk.
+# Retry-After of a refused request: the time of some tokens with weights from disk.
 _RETRY_AFTER_SECONDS = 5
 
-Asked = ChatRequest | CompletionRequest
+ApiRequest = ChatRequest | CompletionRequest
 
 
 class Answers:
-    """Answers requests with what a model generates.
+    """Answers requests with text that a model generates.
 
     Args:
-        model: Open.
-        tokenizer: Its own.
+        model: The model, open.
+        tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
-        max_answers: Running or waiting at any time; requests for more are refused.
+        max_answers: Maximum of answers that run or wait; requests for more are refused.
 
     Attributes:
-        failure: Why streaming failed when it was last tried, or that the server stops; None if all is well.
-        open: How many answers run or wait.
+        failure: Why streaming failed last, or that the server is shutting down; None if it works.
+        open: Number of answers that run or wait.
     """
 
     def __init__(
@@ -61,92 +61,95 @@ class Answers:
         self._tasks: set[asyncio.Task[None]] = set()  # one for each request
 
     def stop(self) -> None:
-        """End running requests, and refuse new ones, with an error: the server is shutting down."""
+        """End running requests, and refuse new ones, with an error that the server is shutting down."""
         self._stopped = True
         self.failure = STOPPED
         for task in self._tasks:
             task.cancel()
         self._prompts.close()
 
-    async def answer(self, asked: Asked, receive: Receive) -> Response:
-        """The answer to a request whose body has been read from ``receive``.
+    async def answer(self, request: ApiRequest, receive: Receive) -> Response:
+        """Answer a request whose body has been read from ``receive``.
 
         Raises:
             ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
-        reply = Reply(asked)
-        if not asked.stream:
-            await self._attended(self._generate(asked, reply, _ignore), receive)
-            return JSONResponse(reply.whole())
+        response = ResponseBuilder(request)
+        if not request.stream:
+            await self._run_while_connected(self._generate(request, response, _discard), receive)
+            return JSONResponse(response.complete())
 
         async def stream(send: Send) -> None:
             async def emit(chunks: Sequence[dict[str, Any]]) -> None:
                 for chunk in chunks:
                     await send(chunk)
 
-            await self._attended(self._generate(asked, reply, emit), receive)
-            await emit(reply.last())
+            await self._run_while_connected(self._generate(request, response, emit), receive)
+            await emit(response.last_chunks())
 
-        return Events(stream)
+        return EventStream(stream)
 
-    async def _attended(self, generating: Coroutine[Any, Any, None], receive: Receive) -> None:
+    async def _run_while_connected(
+        self, generating: Coroutine[Any, Any, None], receive: Receive
+    ) -> None:
         """Run ``generating`` to its end, or until the client leaves or the server stops."""
         task = asyncio.create_task(generating)
-        leaving = asyncio.create_task(_client_left(receive))
+        disconnect = asyncio.create_task(_client_left(receive))
         self._tasks.add(task)
         try:
-            await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ApiError(
-                    499, "The client has left."
-                )  # for the log: the client does not get it
+                # For the log: the client does not get it.
+                raise ApiError(499, "The client has left.")
             if task.cancelled():
                 raise ApiError(503, STOPPED)
             if (error := task.exception()) is not None:
-                raise self._told(error) from error
+                raise self._client_error(error) from error
         finally:
             self._tasks.discard(task)
             task.cancel()
-            leaving.cancel()
-            await asyncio.wait([task, leaving])
+            disconnect.cancel()
+            await asyncio.wait([task, disconnect])
 
-    def _told(self, error: BaseException) -> ApiError:
+    def _client_error(self, error: BaseException) -> ApiError:
         """The error that the client gets for ``error``, which is logged if the client did not cause it."""
-        told = api_error(error)
-        if told.status >= 500 and error is not told:  # noqa: PLR2004
-            # The message of an error of ours is sufficient.
-            ours = isinstance(error, LayerstreamError)
-            logger.error("a request failed: %s", error, exc_info=None if ours else error)
+        client_error = api_error(error)
+        if client_error.status >= 500 and error is not client_error:  # noqa: PLR2004
+            # The message of a LayerstreamError is sufficient; others are logged with a traceback.
+            expected = isinstance(error, LayerstreamError)
+            logger.error("a request failed: %s", error, exc_info=None if expected else error)
         if not self._stopped and isinstance(error, ReadError | ClosedError | DeviceError):
-            # Usually permanent: whatever monitors /health then restarts the server.
+            # Usually permanent: a monitor of /health then restarts the server.
             self.failure = f"Streaming has failed: {error}"
-        return told
+        return client_error
 
-    async def _generate(self, asked: Asked, reply: Reply, emit: "Emit") -> None:
-        """Generate all answers to a request; pass the chunks of each token to ``emit``."""
+    async def _generate(
+        self, request: ApiRequest, response: ResponseBuilder, emit: "_Emit"
+    ) -> None:
+        """Generate all answers to a request, and pass the chunks of each token to ``emit``."""
 
-        async def one(choice: Choice) -> None:
+        async def generate(choice: Choice) -> None:
             pieces = generate_text(self._model, self._tokenizer, choice)
             async with aclosing(pieces):
                 async for piece in pieces:
                     if not self._stopped:
                         self.failure = None
-                    await emit(reply.add(piece))
+                    await emit(response.add(piece))
 
-        with self._places(asked.answers):
-            prompts = await self._prompts.of(asked)
-            choices = self._choices(asked, prompts)
-            reply.expect(prompts, choices=len(choices))
+        with self._counted_as_open(request.answers):
+            prompts = await self._prompts.token_ids(request)
+            choices = self._choices(request, prompts)
+            response.start(prompts, choices=len(choices))
             try:
                 async with asyncio.TaskGroup() as group:
                     for choice in choices:
-                        group.create_task(one(choice))
+                        group.create_task(generate(choice))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
     @contextmanager
-    def _places(self, count: int) -> Iterator[None]:
-        """Occupy ``count`` of the places for answers."""
+    def _counted_as_open(self, count: int) -> Iterator[None]:
+        """Count ``count`` more answers as open while the block runs."""
         if self._stopped:
             raise ApiError(503, STOPPED)
         if count > self._max_answers:
@@ -167,32 +170,32 @@ class Answers:
         finally:
             self.open -= count
 
-    def _choices(self, asked: Asked, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+    def _choices(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """The answers to generate, ordered by prompt."""
-        wanted = [(prompt, number) for prompt in prompts for number in range(asked.n)]
+        answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
         return [
             Choice(
                 index=index,
                 prompt=prompt,
-                new_tokens=self._prompts.new_tokens(asked, prompt),
-                stops=asked.stops,
+                new_tokens=self._prompts.new_tokens(request, prompt),
+                stops=request.stops,
                 sampling=sampling_options(
-                    asked,
+                    request,
                     self._model.module.generation_config,
                     device=self._model.plan.device,
                     number=number,
                     prompt_tokens=len(prompt),
                 ),
             )
-            for index, (prompt, number) in enumerate(wanted)
+            for index, (prompt, number) in enumerate(answers)
         ]
 
 
-Emit = Callable[[Sequence[dict[str, Any]]], Awaitable[None]]
+_Emit = Callable[[Sequence[dict[str, Any]]], Awaitable[None]]
 
 
-async def _ignore(_: Sequence[dict[str, Any]]) -> None:
-    """Send nothing before the whole answer is there."""
+async def _discard(_: Sequence[dict[str, Any]]) -> None:
+    """Discard chunks: the answer is sent when it is complete."""
 
 
 async def _client_left(receive: Receive) -> None:

@@ -1,7 +1,7 @@
 """The service: a FastAPI app on an open ``StreamedModel``.
 
-It turns HTTP requests into calls of ``StreamedModel.stream``, one for each answer, and tokens into JSON. The library
-decides which of them computes when, and in how much memory: there is no scheduling here.
+It turns HTTP requests into calls of ``StreamedModel.stream``, one for each answer, and tokens into JSON. There is no
+scheduling here: the library decides when each of them computes, and in how much memory.
 """
 
 import hmac
@@ -16,19 +16,19 @@ from starlette.responses import JSONResponse, Response
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.metrics import StatsCollector
 from layerstream.tools.serving.answers import Answers
-from layerstream.tools.serving.errors import ApiError, reply_to
+from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.prompts import Prompts, context_tokens
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
-from layerstream.tools.serving.reading import read_request
+from layerstream.tools.serving.request_body import read_request
 from layerstream.tools.serving.settings import Settings
 
 __all__ = ["make_app"]
 
 
 def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
-    """An app that serves ``model``, which has to be open as long as the app is used.
+    """Make an app that serves ``model``, which has to be open as long as the app is used.
 
-    ``app.state.answers.stop()`` ends running requests; ``tools/serve.py`` calls it when it shuts down.
+    ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
     """
     prompts = Prompts(
         tokenizer,
@@ -41,7 +41,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     registry = prometheus_client.CollectorRegistry()
     registry.register(StatsCollector(model.stats))
     open_answers = prometheus_client.Gauge(
-        "layerstream_open_answers", "Answers under way or waiting", registry=registry
+        "layerstream_open_answers", "Answers that run or wait", registry=registry
     )
     open_answers.set_function(lambda: answers.open)
     routes = Routes(answers, prompts, registry, settings)
@@ -50,16 +50,16 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     )
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
-        app.add_exception_handler(kind, reply_to)
+        app.add_exception_handler(kind, error_response)
     api = APIRouter(prefix="/v1", dependencies=[Depends(routes.check_key)])
-    seen: dict[str, Any] = {"methods": ["GET", "HEAD"], "response_model": None}
-    api.add_api_route("/models", routes.models, **seen)
-    api.add_api_route("/models/{name:path}", routes.model, **seen)
+    read_only: dict[str, Any] = {"methods": ["GET", "HEAD"], "response_model": None}
+    api.add_api_route("/models", routes.models, **read_only)
+    api.add_api_route("/models/{name:path}", routes.model, **read_only)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
     app.include_router(api)
-    app.add_api_route("/health", routes.health, **seen)
-    app.add_api_route("/metrics", routes.metrics, **seen)
+    app.add_api_route("/health", routes.health, **read_only)
+    app.add_api_route("/metrics", routes.metrics, **read_only)
     return app
 
 
@@ -80,12 +80,12 @@ class Routes:
         self._created = int(time.time())
 
     async def check_key(self, request: Request) -> None:
-        """Raise an ApiError unless the request has the key, if one is wanted."""
+        """Raise an ApiError if the service has an API key and the request does not."""
         if self._settings.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
-        if scheme.lower() != "bearer" or not right:
+        matches = hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
+        if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,
                 "Incorrect API key provided; send the right one as 'Authorization: Bearer KEY'.",
@@ -94,22 +94,22 @@ class Routes:
             )
 
     async def health(self) -> Response:
-        """Whether requests can be answered."""
+        """Report whether requests can be answered."""
         if self._answers.failure is None:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
 
     async def metrics(self) -> Response:
-        """Counters and gauges for Prometheus."""
+        """Return counters and gauges for Prometheus."""
         text = prometheus_client.generate_latest(self._registry)
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:
-        """All models: only one."""
+        """List the only model."""
         return {"object": "list", "data": [await self.model(self._settings.model_name)]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The model called ``name``."""
+        """Describe the model called ``name``."""
         if name != self._settings.model_name:
             raise ApiError(
                 404,
@@ -131,8 +131,8 @@ class Routes:
         self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> Response:
         limit = self._settings.max_body_bytes
-        asked = await read_request(
+        api_request = await read_request(
             request, kind, max_bytes=limit, in_thread=self._prompts.in_thread
         )
-        await self.model(asked.model)
-        return await self._answers.answer(asked, request.receive)
+        await self.model(api_request.model)
+        return await self._answers.answer(api_request, request.receive)

@@ -1,4 +1,4 @@
-"""uvicorn's connection of a client, with limits on how long a client may hold it, and errors in OpenAI's form."""
+"""A client's connection: uvicorn's, with time limits, and errors in OpenAI's form."""
 
 import asyncio
 import json
@@ -13,33 +13,33 @@ from layerstream.tools.serving.errors import ApiError
 
 __all__ = ["Connection"]
 
-# Time for the header of a request: from the beginning of the connection for the first one, else from its own beginning.
-# Also for the rest of a body that is not read any more, since its request has been answered.
+# Time limit for the header of a request, from the beginning of the connection for the first one, else from its own
+# first byte; also for the rest of a body whose request has been answered, and which is dropped.
 _WAIT_SECONDS = 30
 
 
 class Connection(H11Protocol):
-    """Closes when expected data does not come in time, and answers what is not HTTP with an error in OpenAI's form."""
+    """Closes when expected data does not come in time, and answers invalid HTTP with an error in OpenAI's form."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to wait for the first header."""
+        """Start the time limit for the first header."""
         super().connection_made(transport)
-        self._expect()
+        self._update_deadline()
 
     def data_received(self, data: bytes) -> None:
-        """Handle data, and wait for the rest if it is incomplete."""
+        """Handle data, and start the time limit for the rest if it is incomplete."""
         super().data_received(data)
-        self._expect()
+        self._update_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
-        self._expect_nothing()
+        """Cancel the time limit."""
+        self._cancel_deadline()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer data that is not HTTP, or too long, with an error, and close."""
+        """Answer invalid or too long HTTP with an error, and close."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is being sent
@@ -54,15 +54,15 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _expect(self) -> None:
-        """Close the connection if the rest of a header, or of a dropped body, takes too long."""
+    def _update_deadline(self) -> None:
+        """Start or cancel the time limit: it runs while a header, or a body that is dropped, is incomplete."""
         states = self.conn.our_state, self.conn.their_state
         if states[1] is not h11.IDLE and states != (h11.DONE, h11.SEND_BODY):
-            self._expect_nothing()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(_WAIT_SECONDS, self.transport.close)
+            self._cancel_deadline()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_WAIT_SECONDS, self.transport.close)
 
-    def _expect_nothing(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

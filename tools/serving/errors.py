@@ -7,11 +7,11 @@ from starlette.responses import JSONResponse, Response
 
 from layerstream.pipeline import AdmissionError, ClosedError, LayerstreamError
 
-__all__ = ["STOPPED", "ApiError", "api_error", "reply_to"]
+__all__ = ["STOPPED", "ApiError", "api_error", "error_response"]
 
 STOPPED = "The server is shutting down."
 
-# Of a client's input that is quoted, which may be a megabyte.
+# Limit for quotes of a client's input, which may be a megabyte.
 _QUOTED_CHARACTERS = 1000
 
 
@@ -20,8 +20,8 @@ class ApiError(Exception):
 
     Attributes:
         status: The HTTP status.
-        body: The answer, ``{"error": {"message", "type", "param", "code"}}``.
-        headers: Of the answer.
+        body: The response, ``{"error": {"message", "type", "param", "code"}}``.
+        headers: Headers of the response.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class ApiError(Exception):
 
 def _shortened(text: str) -> str:
     text = text if len(text) <= _QUOTED_CHARACTERS else f"{text[:_QUOTED_CHARACTERS]} ..."
-    # A path may contain half of a surrogate pair, which an answer cannot.
+    # A path may contain half of a surrogate pair, which cannot be encoded.
     return text.encode("utf-8", "replace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
-    """The error that the client gets for ``error``."""
+    """Convert ``error`` into the error that the client gets."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdmissionError):
@@ -65,20 +65,22 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, "The server had an error while it processed the request.")
 
 
-async def reply_to(request: Request, error: Exception) -> Response:
-    """The answer to a request that failed with ``error``: an exception handler for the app."""
-    status = getattr(error, "status_code", None)  # of starlette: no such path or method
+async def error_response(request: Request, error: Exception) -> Response:
+    """Handle an exception of the app: respond to a request that failed with ``error``."""
+    status = getattr(error, "status_code", None)  # from starlette: no such path or method
     where = f"{request.method} {request.url.path}"
     if status == 404:  # noqa: PLR2004
-        told = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
+        response = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
     elif status == 405 and request.method == "OPTIONS":  # noqa: PLR2004
-        # No CORS headers: pages of other origins in a browser must not use a service on this machine.
+        # No CORS headers: web pages of other origins must not use a service on this machine.
         headers = getattr(error, "headers", None) or {}
         return Response(None, 204, {"Allow": f"{headers.get('Allow', '')}, OPTIONS"})
     elif status is not None:
-        told = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
+        response = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
     else:
-        told = api_error(error)
+        response = api_error(error)
     return JSONResponse(
-        told.body, told.status, {**(getattr(error, "headers", None) or {}), **told.headers}
+        response.body,
+        response.status,
+        {**(getattr(error, "headers", None) or {}), **response.headers},
     )

@@ -1,4 +1,4 @@
-"""One answer: from a prompt's token ids to pieces of text."""
+"""Generates one answer: from the token ids of a prompt to pieces of text."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 
 from layerstream.pipeline import StreamedModel
-from layerstream.tools.console.text import TokenText
-from layerstream.tools.serving.stops import StopStrings
+from layerstream.tools.console.token_text import TokenText
+from layerstream.tools.serving.stop_strings import StopStrings
 
 __all__ = ["Choice", "Piece", "generate_text"]
 
@@ -19,18 +19,20 @@ class Choice:
     """One answer that a request asks for."""
 
     index: int
-    """Among the answers to a request."""
+    """Position among the answers to a request."""
     prompt: Sequence[int]
-    """Token ids."""
+    """Token ids of the prompt."""
     new_tokens: int
+    """Maximum of tokens in the answer."""
     stops: Sequence[str]
+    """Strings that end the text."""
     sampling: Mapping[str, Any]
     """Options of ``generate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """The text that a token adds to an answer; the last piece says why the answer ends, and has no token."""
+    """The text that a token adds to an answer; the last piece has no token, and says why the answer ends."""
 
     index: int
     text: str
@@ -45,8 +47,8 @@ async def generate_text(
     """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
     text, stops = TokenText(tokenizer), StopStrings(choice.stops)
     settings = model.module.generation_config
-    ends = settings.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    eos = settings.eos_token_id
+    eos_tokens = {eos} if isinstance(eos, int) else set(eos or ())
     pad = settings.pad_token_id
     input_ids = torch.tensor([choice.prompt])
     finish_reason = "length"
@@ -55,14 +57,14 @@ async def generate_text(
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=choice.new_tokens,
         **choice.sampling,
-        # Nothing is padded, but transformers warns if this is not set.
-        pad_token_id=next(iter(ends), None) if pad is None else pad,
+        # There is no padding, but transformers warns if this is not set.
+        pad_token_id=next(iter(eos_tokens), None) if pad is None else pad,
     )
     async with aclosing(cast("AsyncGenerator[int]", tokens)):
         async for token in tokens:
             piece = stops.add(text.add(token))
             yield Piece(index=choice.index, text=piece, tokens=1)
-            if token in ends:
+            if token in eos_tokens:
                 finish_reason = "stop"
             if stops.found:
                 break

@@ -1,4 +1,4 @@
-"""From the prompts of a request to token ids, and whether they fit the model."""
+"""Turns the prompts of requests into token ids, and checks that they fit the model."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def context_tokens(config: Any) -> int | None:
-    """The most tokens, prompt and answer together, that a model with this config has positions for."""
+    """The maximum number of tokens, prompt and answer together, of a model with this config; None if unknown."""
     config = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     found = (getattr(config, name, None) for name in names)
@@ -25,11 +25,11 @@ class Prompts:
     """Turns requests into token ids.
 
     Args:
-        tokenizer: The model's, of transformers.
-        chat_template: Instead of the tokenizer's own.
-        context: The most tokens of prompt and answer together, or None.
-        vocabulary: Number of tokens that the model knows.
-        new_tokens: Limit of a chat's answer if the request has none.
+        tokenizer: The model's tokenizer, from transformers.
+        chat_template: Replaces the tokenizer's own template.
+        context: Maximum of tokens of prompt and answer together, or None.
+        vocabulary: Number of tokens in the model's vocabulary.
+        new_tokens: Limit for a chat's answer if the request sets none.
     """
 
     def __init__(
@@ -47,55 +47,61 @@ class Prompts:
         self._vocabulary = vocabulary
         self._new_tokens = new_tokens
         self._closed = False
-        # A long prompt takes a second: not on the event loop. One thread, because transformers changes a
-        # tokenizer's settings while it uses it, and several would compete with the loop for the interpreter.
+        # A long prompt takes a second, which would block the event loop. One thread, since transformers changes the
+        # tokenizer's settings during a call, and several threads would compete with the loop for the interpreter.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layerstream-prompts")
 
     def close(self) -> None:
-        """End the thread. Requests that still wait for it get an error that the server stops."""
+        """End the thread. Requests that still wait for it get an error that the server is shutting down."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def of(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """The token ids of each prompt.
+    async def token_ids(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """Tokenize each prompt of a request.
 
         Raises:
-            ApiError: There is no prompt, or it has tokens that the model does not know.
+            ApiError: There is no prompt, or it has tokens that are not in the vocabulary.
         """
-        if isinstance(asked, ChatRequest):
-            name, found = "messages", [await self.in_thread(self._chat, asked.messages)]
+        if isinstance(request, ChatRequest):
+            name, prompts = (
+                "messages",
+                [await self.in_thread(self._tokenize_chat, request.messages)],
+            )
         else:
-            name, found = "prompt", await self.in_thread(self._completion, asked.prompt)
-        if not found or not all(found):
+            name, prompts = (
+                "prompt",
+                await self.in_thread(self._tokenize_completion, request.prompt),
+            )
+        if not prompts or not all(prompts):
             raise ApiError(400, f"'{name}' must have at least one token.", param=name)
-        return found
+        return prompts
 
-    def new_tokens(self, asked: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
-        """How many tokens may follow ``prompt``.
+    def new_tokens(self, request: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
+        """The maximum number of tokens after ``prompt``.
 
         Raises:
-            ApiError: More are asked for than the model has positions for.
+            ApiError: The request exceeds the model's context.
         """
-        chat = isinstance(asked, ChatRequest)
+        chat = isinstance(request, ChatRequest)
         # 16 is the default of OpenAI's text completions.
-        wanted = asked.asked_tokens or (self._new_tokens if chat else 16)
+        count = request.max_new_tokens or (self._new_tokens if chat else 16)
         if self._context is None:
-            return wanted
-        if asked.asked_tokens is None:
-            wanted = min(wanted, max(1, self._context - len(prompt)))
-        if len(prompt) + wanted > self._context:
+            return count
+        if request.max_new_tokens is None:
+            count = min(count, max(1, self._context - len(prompt)))
+        if len(prompt) + count > self._context:
             raise ApiError(
                 400,
                 f"This model's maximum context length is {self._context} tokens. However, you requested "
-                f"{len(prompt) + wanted} tokens ({len(prompt)} in the {'messages' if chat else 'prompt'}, "
-                f"{wanted} in the completion). Please reduce them.",
+                f"{len(prompt) + count} tokens ({len(prompt)} in the {'messages' if chat else 'prompt'}, "
+                f"{count} in the completion). Please reduce them.",
                 param="messages" if chat else "prompt",
                 code="context_length_exceeded",
             )
-        return wanted
+        return count
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Call ``function`` in the thread for all prompts, and return its result.
+        """Call ``function`` in the thread for prompts, and return its result.
 
         Raises:
             ApiError: The server is shutting down.
@@ -110,14 +116,14 @@ class Prompts:
                 raise ApiError(503, STOPPED) from None
             raise
 
-    def _completion(self, prompt: str | list[Any]) -> list[list[int]]:
-        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-        prompts: list[Any] = [prompt] if one else list(prompt)
+    def _tokenize_completion(self, prompt: str | list[Any]) -> list[list[int]]:
+        single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+        prompts: list[Any] = [prompt] if single else list(prompt)
         return [
             self._ids(each) if isinstance(each, str) else self._checked(each) for each in prompts
         ]
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def _tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
         if self._chat_template is None and self._tokenizer.chat_template is None:
             raise ApiError(
                 400,
@@ -127,7 +133,7 @@ class Prompts:
             )
         try:
             text = self._tokenizer.apply_chat_template(
-                [_turn(message) for message in messages],
+                [_template_message(message) for message in messages],
                 chat_template=self._chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -143,18 +149,18 @@ class Prompts:
         return self._checked(ids)
 
     def _checked(self, ids: list[int]) -> list[int]:
-        wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
+        unknown = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if unknown is not None:
             raise ApiError(
                 400,
-                f"Token {wrong} is none of the model's: they are 0 to {self._vocabulary - 1}.",
+                f"Token {unknown} is none of the model's: they are 0 to {self._vocabulary - 1}.",
                 param="prompt",
             )
         return ids
 
 
-def _turn(message: Message) -> Mapping[str, str]:
-    """A message as chat templates know them: "developer" is OpenAI's new word for "system"."""
+def _template_message(message: Message) -> Mapping[str, str]:
+    """Convert a message for chat templates: "developer" is OpenAI's new word for "system"."""
     role = "system" if message.role == "developer" else message.role
     parts = message.content
     content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)

@@ -1,4 +1,4 @@
-"""The parameters of a request: each of OpenAI's is honoured, or refused by name."""
+"""The parameters of requests: each of OpenAI's is supported, or refused by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["NOT_BUILT", "AnyRequest", "ChatRequest", "CompletionRequest", "Message"]
+__all__ = ["UNSUPPORTED", "AnyRequest", "ChatRequest", "CompletionRequest", "Message"]
 
-# Several answers to one request take places of others; OpenAI's limit is 128.
+# Each answer counts against the server's limit; OpenAI's limit is 128.
 MAX_CHOICES = 8
-# More than any client needs; longer lists would take long to check.
+# More than clients need; longer lists would take long to check.
 _MAX_ITEMS = 2048
 _MAX_PARTS = 128
 # Each new token is compared with the beginnings of stop strings, on the event loop.
@@ -19,8 +19,8 @@ _MAX_STOP = 1000
 
 _INT64 = 1 << 63
 
-# OpenAI's parameters that are not implemented, with values that have no effect. Null has none for each of them.
-NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
+# OpenAI's parameters that are not implemented, with their values that have no effect; null never has an effect.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -43,35 +43,34 @@ NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# Fields of an answer of ours that a client may send back, which have no effect.
+# Fields without effect that clients send back with an earlier answer.
 _EMPTY_IN_MESSAGES: Mapping[str, Sequence[Any]] = {"annotations": [], "tool_calls": []}
 
 
 Item = TypeVar("Item")
-# Only the first wrong item is reported: to describe a megabyte of them would take seconds.
+# Only the first wrong item is reported: describing a megabyte of them would take seconds.
 _Listed = Annotated[list[Item], Field(fail_fast=True, max_length=_MAX_ITEMS)]
-_Tokens = Annotated[list[int], Field(fail_fast=True)]  # the model's context is their limit
+_Tokens = Annotated[list[int], Field(fail_fast=True)]  # limited by the model's context
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
-_Tag = Annotated[str | None, Field(description="a string")]  # it has no effect on the answer
+_Tag = Annotated[str | None, Field(description="a string")]  # no effect on the answer
 
 
-class _Part(BaseModel):
-    """The base of all parts of a request: no unknown fields, no conversions, no infinite numbers."""
+class _StrictModel(BaseModel):
+    """Base of all objects in a request: no unknown fields, no conversions, no infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Part):
+class StreamOptions(_StrictModel):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = (
-        None  # padding that hides lengths from eavesdroppers
-    )
+    # Padding that hides lengths from eavesdroppers, not implemented.
+    include_obfuscation: Literal[False] | None = None
 
 
-class _Generation(_Part):
-    """What both kinds of requests have. A description is what an error says is wanted."""
+class _Generation(_StrictModel):
+    """Parameters of both kinds of requests. Errors quote a field's description."""
 
     model: str = Field(description="the name of a model")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}")
@@ -102,12 +101,12 @@ class _Generation(_Part):
 
     @property
     def answers(self) -> int:
-        """How many answers are asked for."""
+        """The number of answers to generate."""
         return self.n
 
     @property
-    def asked_tokens(self) -> int | None:
-        """The limit of new tokens; None if the request has none."""
+    def max_new_tokens(self) -> int | None:
+        """The maximum number of new tokens; None if the request sets none."""
         return self.max_tokens
 
     def check(self) -> None:
@@ -132,20 +131,20 @@ class CompletionRequest(_Generation):
 
     @property
     def answers(self) -> int:
-        """How many answers are asked for, over all prompts."""
-        one = isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), 0), int)
-        return self.n if one else self.n * len(self.prompt)
+        """The number of answers to generate, over all prompts."""
+        single = isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), 0), int)
+        return self.n if single else self.n * len(self.prompt)
 
 
-class TextPart(_Part):
+class TextPart(_StrictModel):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Part):
-    """One turn of a chat. As in the request itself, null means that a field is not set.
+class Message(_StrictModel):
+    """One message of a chat. As in the request itself, null means that a field is not set.
 
     The official client sends answers back with all their fields, such as ``"refusal": null``.
     """
@@ -156,7 +155,7 @@ class Message(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _said(cls, message: Any) -> Any:
+    def _drop_empty_fields(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
         empty = _EMPTY_IN_MESSAGES
@@ -181,8 +180,8 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
 
     @property
-    def asked_tokens(self) -> int | None:
-        """The limit of new tokens; None if the request has none."""
+    def max_new_tokens(self) -> int | None:
+        """The maximum number of new tokens; None if the request sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def check(self) -> None:

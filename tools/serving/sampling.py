@@ -1,4 +1,4 @@
-"""How tokens are sampled for a request."""
+"""Sampling parameters of a request as options of transformers' ``generate``."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 
 __all__ = ["sampling_options"]
 
-# The values that transformers takes for "not set" in greedy decoding; it warns of others.
+# In greedy decoding transformers treats these values as "not set"; it warns about others.
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
-# Below that, only the likeliest token would be drawn, and divided scores might be infinite.
-_COLDEST = 1e-6
+# Below this, only the most likely token would be sampled, and divided scores might be infinite.
+_MIN_TEMPERATURE = 1e-6
 
 
 def sampling_options(
-    asked: ChatRequest | CompletionRequest,
+    request: ChatRequest | CompletionRequest,
     defaults: Any,
     *,
     device: str,
@@ -26,35 +26,35 @@ def sampling_options(
 ) -> dict[str, Any]:
     """Options of ``generate`` for answer ``number`` to a prompt of ``prompt_tokens`` tokens.
 
-    Parameters that the request does not set come from ``defaults``, the model's generation config, if that is one for
-    sampling; otherwise they are OpenAI's, whose temperature is 1.
+    Parameters that the request does not set come from ``defaults``, the model's generation config, if it enables
+    sampling; otherwise from OpenAI's defaults, with a temperature of 1.
     """
-    sampled = bool(defaults.do_sample)
+    use_defaults = bool(defaults.do_sample)
 
-    def first(said: float | None, default: float | None, otherwise: float) -> float:
-        if said is not None:
-            return said
-        return default if sampled and default is not None else otherwise
+    def choose(requested: float | None, default: float | None, otherwise: float) -> float:
+        if requested is not None:
+            return requested
+        return default if use_defaults and default is not None else otherwise
 
     options: dict[str, Any] = {"num_beams": 1}
-    if asked.presence_penalty or asked.frequency_penalty:
+    if request.presence_penalty or request.frequency_penalty:
         options["logits_processor"] = LogitsProcessorList(
-            [_Penalties(asked, prompt_tokens=prompt_tokens)]
+            [_Penalties(request, prompt_tokens=prompt_tokens)]
         )
-    temperature = first(asked.temperature, defaults.temperature, 1.0)
-    if temperature < _COLDEST:
+    temperature = choose(request.temperature, defaults.temperature, 1.0)
+    if temperature < _MIN_TEMPERATURE:
         return options | _GREEDY
     return options | {
         "do_sample": True,
         "temperature": temperature,
-        "top_p": first(asked.top_p, defaults.top_p, 1.0),
-        "top_k": int(first(None, defaults.top_k, 0)),
-        "generator": _generator(None if asked.seed is None else asked.seed + number, device),
+        "top_p": choose(request.top_p, defaults.top_p, 1.0),
+        "top_k": int(choose(None, defaults.top_k, 0)),
+        "generator": _generator(None if request.seed is None else request.seed + number, device),
     }
 
 
 def _generator(seed: int | None, device: str) -> torch.Generator:
-    """A generator for one answer, so that a seed is reproducible whatever else is sampled at the same time."""
+    """Make a generator for one answer: a seed is reproducible whatever other requests sample at the same time."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -63,14 +63,14 @@ def _generator(seed: int | None, device: str) -> torch.Generator:
 
 
 class _Penalties(LogitsProcessor):
-    """Makes tokens that are in the answer already less likely, by OpenAI's formula.
+    """Makes tokens that the answer already has less likely, by OpenAI's formula.
 
-    score - frequency_penalty · (how often it came) - presence_penalty · (whether it came)
+    score - frequency_penalty · (number of occurrences) - presence_penalty · (1 if it occurs)
     """
 
-    def __init__(self, asked: ChatRequest | CompletionRequest, *, prompt_tokens: int) -> None:
-        self._frequency = asked.frequency_penalty
-        self._presence = asked.presence_penalty
+    def __init__(self, request: ChatRequest | CompletionRequest, *, prompt_tokens: int) -> None:
+        self._frequency = request.frequency_penalty
+        self._presence = request.presence_penalty
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""uvicorn, with a shutdown that leaves time to close the model."""
+"""The HTTP server: uvicorn, with a shutdown that leaves time to close the model."""
 
 import argparse
 import asyncio
@@ -17,8 +17,8 @@ __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
 
-# For clients that do not read, and so do not even take the final error.
-_LAST_SECONDS = 3
+# Time limit for clients that do not read the final error.
+_FINAL_ERROR_SECONDS = 3
 
 
 class Server(uvicorn.Server):
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
                 lifespan="off",  # the model is opened and closed outside the server
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=args.shutdown_seconds + _LAST_SECONDS,
+                timeout_graceful_shutdown=args.shutdown_seconds + _FINAL_ERROR_SECONDS,
                 ws="none",
             )
         )
@@ -43,7 +43,7 @@ class Server(uvicorn.Server):
         self._shutdown_seconds = args.shutdown_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and print the address."""
+        """Begin to listen, and log the address."""
         await super().startup(sockets)
         host, port = self._listener.getsockname()[:2]
         logger.info("ready on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -52,8 +52,8 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Make signals end the server only.
 
-        uvicorn's own version raises the signal again at the end, which would end the process with the model open.
-        So the handlers stay installed as long as the loop runs.
+        uvicorn raises the signal again at the end, which would end the process with the model open. These handlers
+        stay installed as long as the loop runs.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
@@ -64,5 +64,5 @@ class Server(uvicorn.Server):
             self._answers.stop()
             return
         self.should_exit = True
-        logger.info("shutting down: what runs may finish for %d s", self._shutdown_seconds)
+        logger.info("shutting down: running requests may finish for %d s", self._shutdown_seconds)
         asyncio.get_running_loop().call_later(self._shutdown_seconds, self._answers.stop)

@@ -7,20 +7,17 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Names, defaults and limits of one service.
-
-    Attributes:
-        model_name: The model's name for clients.
-        api_key: Required for ``/v1/*``; None: anyone may use it.
-        chat_template: Instead of the tokenizer's own.
-        new_tokens: Limit of a chat's answer if the request has none.
-        max_answers: Running or waiting at any time; requests for more are refused.
-        max_body_bytes: Of one request.
-    """
+    """Names, defaults and limits of one service."""
 
     model_name: str
+    """The model's name for clients."""
     api_key: str | None
+    """Required for ``/v1/*``; None for no key."""
     chat_template: str | None
+    """Replaces the tokenizer's own template."""
     new_tokens: int
+    """Limit for a chat's answer if the request sets none."""
     max_answers: int
+    """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
+    """Maximum size of a request's body."""

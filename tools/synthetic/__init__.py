@@ -1,1 +1,1 @@
-"""Checkpoints in the true shapes of named families, with random weights or none."""
+"""Synthetic checkpoints in the true shapes of named model families, with random weights or none."""

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are the 256 bytes, for models whose weights are random anyway."""
+"""A tokenizer whose tokens are the 256 bytes, for models with random weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _SPECIAL = {"<s>": BOS, "</s>": EOS, "<pad>": PAD}
 
 
 def tokenizer_files() -> dict[str, dict[str, Any]]:
-    """``tokenizer.json`` and ``tokenizer_config.json`` as transformers reads them, by name."""
+    """The contents of ``tokenizer.json`` and ``tokenizer_config.json`` by file name, as transformers reads them."""
     return {
         "tokenizer.json": {
             "version": "1.0",
@@ -68,9 +68,9 @@ def _byte_level() -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies, as in GPT-2.
+    """The printable character for each byte in byte-level vocabularies, as in GPT-2.
 
-    Bytes that print in Latin-1 stand for themselves, the others for characters from 256 on.
+    Printable Latin-1 bytes are represented by themselves, the others by characters from 256 on.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
     printable |= set(range(ord("®"), ord("ÿ") + 1))

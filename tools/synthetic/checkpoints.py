@@ -1,4 +1,4 @@
-"""Whole checkpoints with random weights, or none: a folder as a hub would give it."""
+"""Whole synthetic checkpoints: a folder as downloaded from a hub."""
 
 import json
 import shutil
@@ -14,18 +14,18 @@ from layerstream.tools.synthetic.families import Config
 from layerstream.tools.synthetic.shapes import Tensor, tensors_of
 from layerstream.tools.synthetic.weights import data_bytes, header, noise, sharded, write_shard
 
-__all__ = ["CheckpointSpec", "Made", "make_checkpoint"]
+__all__ = ["CheckpointSpec", "MadeCheckpoint", "make_checkpoint"]
 
-# Says that a folder is ours, which files belong to it, and whether all of them are there.
+# Marks a folder as made here; lists its files, and whether all of them are complete.
 _RECORD = "layerstream-checkpoint.json"
 
-# A file has this at the end of its name until every file is whole.
+# Suffix of all file names until every file is complete.
 _PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSpec:
-    """All that decides a checkpoint's bytes."""
+    """Everything that determines a checkpoint's bytes."""
 
     family: str
     config: Config
@@ -36,8 +36,8 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """What a checkpoint holds, and whether it was there before."""
+class MadeCheckpoint:
+    """Size of a checkpoint, and whether an existing one was reused."""
 
     folder: Path
     tensors: int
@@ -47,46 +47,46 @@ class Made:
 
 
 def make_checkpoint(
-    folder: Path, recipe: CheckpointSpec, *, advance: Callable[[int], object] = lambda _: None
-) -> Made:
-    """Write the checkpoint of ``recipe`` into ``folder``, unless it is there already.
+    folder: Path, spec: CheckpointSpec, *, advance: Callable[[int], object] = lambda _: None
+) -> MadeCheckpoint:
+    """Write the checkpoint of ``spec`` into ``folder``, unless it is there already.
 
-    Files get their names when all of them are whole, so that a folder never holds half a
-    checkpoint that looks like one; what an interrupted run left is written anew.
+    Files get their final names when all of them are complete, so that a partial checkpoint never looks
+    complete; what an interrupted run left is written again.
 
     Args:
-        folder: A new or empty folder, or one that was made here before.
-        recipe: What to write. A sparse checkpoint has true headers and holes for weights.
-        advance: Told how many bytes of weights were written since the last call.
+        folder: A new or empty folder, or one from an earlier call.
+        spec: What to write. A sparse checkpoint has true headers and holes for weights.
+        advance: Called with the number of bytes of weights written since the last call.
 
     Raises:
-        CheckpointError: The folder is not ours to write in, or its disk is full.
+        CheckpointError: The folder holds other files, or its disk is full.
     """
-    shards = _named(recipe)
-    documents = _documents(shards, recipe)
+    shards = _shards(spec)
+    documents = _documents(shards, spec)
     sizes = {name: len(content) for name, content in documents.items()}
     for name, tensors in shards.items():
-        sizes[name] = len(header(tensors, recipe.dtype)) + data_bytes(tensors, recipe.dtype)
-    made = Made(
+        sizes[name] = len(header(tensors, spec.dtype)) + data_bytes(tensors, spec.dtype)
+    made = MadeCheckpoint(
         folder=folder,
         tensors=sum(map(len, shards.values())),
         shards=len(shards),
         total_bytes=sum(sizes.values()),
         reused=False,
     )
-    record = json.loads(json.dumps({"recipe": asdict(recipe), "files": sizes, "complete": True}))
+    record = json.loads(json.dumps({"recipe": asdict(spec), "files": sizes, "complete": True}))
     try:
         before = _read_record(folder)
         if before == record and all(_size(folder / name) == sizes[name] for name in sizes):
             return replace(made, reused=True)
         old = [folder / f"{name}{end}" for name in before["files"] for end in ("", _PARTIAL)]
-        if not recipe.sparse:
+        if not spec.sparse:
             _check_space(folder, need_bytes=made.total_bytes, old=old)
         folder.mkdir(parents=True, exist_ok=True)
         _write_record(folder, {**record, "complete": False})
         for path in old:
             path.unlink(missing_ok=True)
-        _write_files(folder, shards, documents, recipe=recipe, advance=advance)
+        _write_files(folder, shards, documents, spec=spec, advance=advance)
         _write_record(folder, record)
     except OSError as error:
         raise CheckpointError(
@@ -96,10 +96,10 @@ def make_checkpoint(
     return made
 
 
-def _named(recipe: CheckpointSpec) -> dict[str, list[Tensor]]:
-    """The tensors of each weight file, by its name."""
-    tensors = tensors_of(recipe.config)
-    groups = list(sharded(tensors, dtype=recipe.dtype, max_shard_bytes=recipe.max_shard_bytes))
+def _shards(spec: CheckpointSpec) -> dict[str, list[Tensor]]:
+    """The tensors of each weight file, by file name."""
+    tensors = tensors_of(spec.config)
+    groups = list(sharded(tensors, dtype=spec.dtype, max_shard_bytes=spec.max_shard_bytes))
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {
@@ -108,18 +108,18 @@ def _named(recipe: CheckpointSpec) -> dict[str, list[Tensor]]:
     }
 
 
-def _documents(shards: Mapping[str, list[Tensor]], recipe: CheckpointSpec) -> dict[str, bytes]:
-    """Every file beside the weights, by name."""
-    config = recipe.config
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+def _documents(shards: Mapping[str, list[Tensor]], spec: CheckpointSpec) -> dict[str, bytes]:
+    """The contents of all files except the weights, by file name."""
+    config = spec.config
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     documents: dict[str, Any] = {
-        "config.json": {**config, "dtype": recipe.dtype, "use_cache": True},
-        "generation_config.json": {key: config[key] for key in tokens if key in config},
+        "config.json": {**config, "dtype": spec.dtype, "use_cache": True},
+        "generation_config.json": {key: config[key] for key in token_ids if key in config},
     }
     if config["vocab_size"] >= VOCAB_SIZE:
         documents |= tokenizer_files()
     if len(shards) > 1:
-        total = sum(data_bytes(group, recipe.dtype) for group in shards.values())
+        total = sum(data_bytes(group, spec.dtype) for group in shards.values())
         documents["model.safetensors.index.json"] = {
             "metadata": {"total_size": total},
             "weight_map": {tensor.name: name for name in shards for tensor in shards[name]},
@@ -132,14 +132,14 @@ def _write_files(
     shards: Mapping[str, list[Tensor]],
     documents: Mapping[str, bytes],
     *,
-    recipe: CheckpointSpec,
+    spec: CheckpointSpec,
     advance: Callable[[int], object],
 ) -> None:
-    block = None if recipe.sparse else noise(recipe.seed, recipe.dtype)
+    block = None if spec.sparse else noise(spec.seed, spec.dtype)
     partial = {name: folder / f"{name}{_PARTIAL}" for name in [*shards, *documents]}
     try:
         for name, tensors in shards.items():
-            write_shard(partial[name], tensors, dtype=recipe.dtype, block=block, advance=advance)
+            write_shard(partial[name], tensors, dtype=spec.dtype, block=block, advance=advance)
         for name, content in documents.items():
             partial[name].write_bytes(content)
         for name, path in partial.items():
@@ -150,12 +150,12 @@ def _write_files(
 
 
 def _check_space(folder: Path, *, need_bytes: int, old: Iterable[Path]) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    have_bytes = shutil.disk_usage(there).free + sum(_size(path) or 0 for path in old)
-    if need_bytes > have_bytes:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free + sum(_size(path) or 0 for path in old)
+    if need_bytes > free_bytes:
         raise CheckpointError(
             f"The checkpoint needs {format_bytes(need_bytes)} and the disk of {folder} has "
-            f"{format_bytes(have_bytes)} free: choose another folder or fewer layers, or make it "
+            f"{format_bytes(free_bytes)} free: choose another folder or fewer layers, or make it "
             "sparse if only its headers are wanted."
         )
 
@@ -165,14 +165,14 @@ def _size(path: Path) -> int | None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The record of what was made in ``folder``; of nothing, where there is nothing."""
+    """The record in ``folder``; one without files if the folder is new or empty."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint needs a folder of its own.")
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         names = [Path(name).name for name in record["files"]]
         if names != list(record["files"]):
-            raise ValueError("its files lie in other folders")  # noqa: TRY301 refused like the rest
+            raise ValueError("its files lie in other folders")  # noqa: TRY301 - handled below like other damage
     except FileNotFoundError:
         if folder.exists() and any(path.name != _RECORD + _PARTIAL for path in folder.iterdir()):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Families of models by name: the public ``config.json`` of each, which fixes every shape."""
+"""Model families by name: the public ``config.json`` of each, which determines every shape."""
 
 import copy
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ def _layers(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: i
     }
 
 
-# Random weights would end a demo at the first end token that chance brings; these have none.
+# Random weights sample an end token sooner or later, which would end a demo; these families have none.
 _ENDLESS: Config = {
     "bos_token_id": 256,
     "eos_token_id": None,
@@ -185,10 +185,10 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def scaled(config: Config, *, layers: int | None, hidden: int | None, vocab: int | None) -> Config:
-    """``config`` with other sizes; what hangs on the hidden size keeps its proportion to it.
+    """Return ``config`` with other sizes; sizes that depend on the hidden size keep their proportion to it.
 
-    Heads shrink to an eighth of the hidden size at most. Where fewer of them are needed, as many
-    queries go on to share a key and value as before, so that tiny models keep their attention.
+    Heads shrink to an eighth of the hidden size at most. Where fewer heads are needed, the number of queries per
+    key and value stays, so that tiny models keep their kind of attention.
     """
     config = copy.deepcopy(config)
     if layers is not None:
@@ -202,7 +202,7 @@ def scaled(config: Config, *, layers: int | None, hidden: int | None, vocab: int
         head_dim = min(config["head_dim"], max(8, hidden // 8 // 8 * 8))
         groups = heads * config["head_dim"] * hidden // (before * head_dim * queries)
         kv_heads = max(1, min(kv_heads, groups))
-        while hidden % queries:  # transformers wants a hidden size that the heads divide
+        while hidden % queries:  # transformers requires that the heads divide the hidden size
             queries -= 1
         while hidden % (kv_heads * queries):
             kv_heads -= 1

@@ -1,4 +1,4 @@
-"""The tensors of a Llama-shaped model, by name and shape, as its public checkpoint holds them."""
+"""Names and shapes of the tensors in the public checkpoints of Llama-like models."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ __all__ = ["Tensor", "tensors_of"]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint. ``constant`` is its value, or None for random weights."""
+    """One tensor of a checkpoint."""
 
     name: str
     shape: tuple[int, ...]
     constant: float | None = None
+    """Value of all elements; None for random weights."""
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return prod(self.shape)
 
 

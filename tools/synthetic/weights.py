@@ -1,4 +1,4 @@
-"""Weight files in safetensors format, of tensors that are random, constant or holes."""
+"""Writes weight files in safetensors format, with tensors that are random, constant or holes."""
 
 import json
 import os
@@ -20,22 +20,22 @@ DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 # Standard deviation of the weights, the usual initializer_range.
 _SCALE = 0.02
 
-# Random numbers cost a hundred times what writing them costs, so a block is drawn once and laid
-# down over and over. Its length is prime: rows of a matrix do not repeat in step with it.
+# Generating random numbers takes a hundred times as long as writing them, so one block is generated and written
+# repeatedly. Its length is prime, so that the rows of a matrix are not equal.
 _BLOCK_ELEMENTS = 4_194_301
 
 
 def data_bytes(tensors: Iterable[Tensor], dtype: str) -> int:
-    """Bytes that ``tensors`` take in a file, without its header."""
+    """Bytes of ``tensors`` in a file, without its header."""
     return sum(tensor.numel for tensor in tensors) * DTYPES[dtype][1]
 
 
 def sharded(
     tensors: Iterable[Tensor], *, dtype: str, max_shard_bytes: int
 ) -> Iterator[list[Tensor]]:
-    """Groups of tensors that fill ``max_shard_bytes`` at most, in order; a larger one goes alone.
+    """Split tensors, in order, into shards of at most ``max_shard_bytes``; a larger tensor gets its own shard.
 
-    Each group is sorted by name, as the format's own writer sorts tensors of one dtype.
+    Each shard is sorted by name, as the format's own writer sorts tensors of one dtype.
     """
     shard: list[Tensor] = []
     shard_bytes = 0
@@ -50,7 +50,7 @@ def sharded(
 
 
 def header(tensors: Iterable[Tensor], dtype: str) -> bytes:
-    """A safetensors header: its length, JSON, and spaces up to a multiple of eight bytes."""
+    """Encode a safetensors header: its length, JSON, and spaces up to a multiple of eight bytes."""
     name, width = DTYPES[dtype]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -63,7 +63,7 @@ def header(tensors: Iterable[Tensor], dtype: str) -> bytes:
 
 
 def noise(seed: int, dtype: str) -> memoryview:
-    """A block of random weights to write tensors from."""
+    """Generate the block of random weights that tensors are written from."""
     values = np.random.default_rng(seed).standard_normal(_BLOCK_ELEMENTS, dtype=np.float32)
     return _encoded(values * np.float32(_SCALE), dtype)
 
@@ -76,7 +76,7 @@ def write_shard(
     block: memoryview | None,
     advance: Callable[[int], object],
 ) -> None:
-    """Write one file; with no ``block`` of noise to write from, the weights are a hole in it."""
+    """Write one file; without a ``block`` of noise, the weights are a hole in it."""
     with path.open("wb") as file:
         file.write(header(tensors, dtype))
         if block is None:
@@ -86,7 +86,7 @@ def write_shard(
             _write_tensor(file, tensor, dtype=dtype, block=block)
             advance(data_bytes([tensor], dtype))
         file.flush()
-        os.fsync(file.fileno())  # else whoever reads the file next also waits for it to be written
+        os.fsync(file.fileno())  # else the next reader of the file would also wait for this write
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor, *, dtype: str, block: memoryview) -> None:
@@ -94,7 +94,7 @@ def _write_tensor(file: BinaryIO, tensor: Tensor, *, dtype: str, block: memoryvi
         file.write(_encoded(np.full(tensor.numel, tensor.constant, np.float32), dtype))
         return
     width = DTYPES[dtype][1]
-    # Each tensor begins elsewhere in the block, and wherever it is stored it gets the same values.
+    # The name decides where in the block a tensor begins, so that its values do not depend on the sharding.
     start = zlib.crc32(tensor.name.encode()) % _BLOCK_ELEMENTS * width
     left = tensor.numel * width
     while left:
@@ -105,7 +105,7 @@ def _write_tensor(file: BinaryIO, tensor: Tensor, *, dtype: str, block: memoryvi
 
 
 def _encoded(values: npt.NDArray[np.float32], dtype: str) -> memoryview:
-    """The bytes of ``values`` in ``dtype``, rounded to nearest even; numpy has no bfloat16."""
+    """Encode ``values`` in ``dtype``, rounded to nearest even; numpy has no bfloat16."""
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16

@@ -1,4 +1,4 @@
-"""Answers in the form of OpenAI's service, whole and in chunks."""
+"""Response bodies in OpenAI's form, complete and in chunks."""
 
 import time
 import uuid
@@ -8,30 +8,30 @@ from typing import Any
 from layerstream.tools.serving.generation import Piece
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 
-__all__ = ["Reply"]
+__all__ = ["ResponseBuilder"]
 
 
-class Reply:
-    """The answer to one request: takes the pieces of its choices, and returns what to send."""
+class ResponseBuilder:
+    """Builds the response to one request from the pieces of its answers."""
 
-    def __init__(self, asked: ChatRequest | CompletionRequest) -> None:
-        self._chat = isinstance(asked, ChatRequest)
-        self._usage_wanted = bool(asked.stream_options and asked.stream_options.include_usage)
+    def __init__(self, request: ChatRequest | CompletionRequest) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": asked.model,
+            "model": request.model,
         }
         self._pieces: list[list[Piece]] = []
         self._prompt_tokens = 0
 
-    def expect(self, prompts: Sequence[Sequence[int]], *, choices: int) -> None:
-        """Note the prompts that will be answered."""
+    def start(self, prompts: Sequence[Sequence[int]], *, choices: int) -> None:
+        """Set the prompts, and the number of answers to them."""
         self._prompt_tokens = sum(map(len, prompts))
         self._pieces = [[] for _ in range(choices)]
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Add ``piece``; returns the chunks that a streamed answer sends for it."""
+        """Add ``piece``; returns its chunks for a streamed response."""
         pieces = self._pieces[piece.index]
         pieces.append(piece)
         choices: list[dict[str, Any]] = []
@@ -51,12 +51,12 @@ class Reply:
             chunks[-1]["choices"][0]["finish_reason"] = piece.finish_reason
         return chunks
 
-    def last(self) -> list[dict[str, Any]]:
-        """The last chunks of a streamed answer."""
-        return [self._chunk([]) | {"usage": self._usage()}] if self._usage_wanted else []
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """The last chunks of a streamed response."""
+        return [self._chunk([]) | {"usage": self._usage()}] if self._include_usage else []
 
-    def whole(self) -> dict[str, Any]:
-        """The whole answer."""
+    def complete(self) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
         choices = []
         for index, pieces in enumerate(self._pieces):
             text = "".join(piece.text for piece in pieces)
@@ -75,12 +75,12 @@ class Reply:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         chunk = {**self._head, "object": kind, "choices": choices}
-        return chunk | {"usage": None} if self._usage_wanted else chunk
+        return chunk | {"usage": None} if self._include_usage else chunk
 
     def _usage(self) -> dict[str, int]:
-        new = sum(piece.tokens for pieces in self._pieces for piece in pieces)
+        new_tokens = sum(piece.tokens for pieces in self._pieces for piece in pieces)
         return {
             "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": new,
-            "total_tokens": self._prompt_tokens + new,
+            "completion_tokens": new_tokens,
+            "total_tokens": self._prompt_tokens + new_tokens,
         }

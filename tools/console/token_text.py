@@ -1,4 +1,4 @@
-"""Prompts to token ids, and token ids to text as they come."""
+"""Text to token ids, and generated tokens to text, one by one."""
 
 import unicodedata
 from pathlib import Path
@@ -10,13 +10,13 @@ __all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
-# A character takes four bytes at most in UTF-8: up to three may wait for the next, and a tokenizer shows
-# each of them, or all, as a replacement character.
+# A character takes at most four bytes in UTF-8: up to three may still lack their last byte. Tokenizers show each
+# of them, or all together, as a replacement character.
 _MAX_PENDING = 3
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """The transformers tokenizer beside the weights at ``path``, or None where there is none."""
+    """Load the transformers tokenizer in the folder of ``path``; None if there is none."""
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -41,46 +41,46 @@ def prompt_ids(tokenizer: Any | None, prompt: str, path: Path) -> list[int]:
 
 
 class TokenText:
-    """Turns tokens into text one by one, holding back what later tokens may still change.
+    """Turns tokens into text one by one, holding back text that later tokens may still change.
 
-    The pieces joined are what the tokenizer makes of all tokens at once, without special ones. An id that
-    it doesn't know has no text.
+    The joined pieces equal the tokenizer's text of all tokens at once, without special tokens. Unknown ids have no
+    text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known = len(tokenizer)
-        # The last tokens whose text is settled, and behind them those whose text is not. Decoding both
-        # together keeps the spaces that a tokenizer drops at the beginning of a text.
+        self._vocabulary_size = len(tokenizer)
+        # The last tokens whose text is final, followed by those whose text is not. Decoding both together
+        # keeps the spaces that a tokenizer drops at the beginning of a text.
         self._ids: list[int] = []
-        self._settled = 0
-        self._given = 0  # characters of the latter's text that were given out
+        self._final_count = 0
+        self._emitted = 0  # characters of the non-final text that were returned
 
     def add(self, token: int) -> str:
-        """The text that ``token`` completes."""
-        if token >= self._known:
+        """Add ``token``; returns the text that is now complete."""
+        if token >= self._vocabulary_size:
             return ""
         self._ids.append(token)
-        text = self._text()
-        end = len(text) - _unfinished(text)
+        text = self._pending_text()
+        end = len(text) - _incomplete_length(text)
         if text and end == len(text):
-            return self._give(text)
-        piece = text[self._given : end]
-        self._given += len(piece)
+            return self._finalize(text)
+        piece = text[self._emitted : end]
+        self._emitted += len(piece)
         return piece
 
     def finish(self) -> str:
-        """The text of the tokens that still wait."""
-        return self._give(self._text())
+        """Return the text that was held back."""
+        return self._finalize(self._pending_text())
 
-    def _text(self) -> str:
-        before = self._decode(self._ids[: self._settled])
+    def _pending_text(self) -> str:
+        before = self._decode(self._ids[: self._final_count])
         return self._decode(self._ids)[len(before) :]
 
-    def _give(self, text: str) -> str:
-        piece = text[self._given :]
-        self._ids = self._ids[self._settled :] or self._ids
-        self._settled, self._given = len(self._ids), 0
+    def _finalize(self, text: str) -> str:
+        piece = text[self._emitted :]
+        self._ids = self._ids[self._final_count :] or self._ids
+        self._final_count, self._emitted = len(self._ids), 0
         return piece
 
     def _decode(self, ids: list[int]) -> str:
@@ -88,28 +88,28 @@ class TokenText:
 
 
 class TerminalText:
-    """The same for people to look at: unknown ids are shown as ``<id>``, control characters are not sent.
+    """``TokenText`` for a terminal: shows unknown ids as ``<id>``, and replaces control characters.
 
     Without a tokenizer, every id is unknown.
     """
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._text = None if tokenizer is None else TokenText(tokenizer)
-        self._known = 0 if tokenizer is None else len(tokenizer)
+        self._vocabulary_size = 0 if tokenizer is None else len(tokenizer)
 
     def add(self, token: int) -> str:
-        """The text that ``token`` completes."""
-        if self._text is None or token >= self._known:
+        """Add ``token``; returns the text that is now complete."""
+        if self._text is None or token >= self._vocabulary_size:
             return f"{self.finish()}<{token}>"
         return _printable(self._text.add(token))
 
     def finish(self) -> str:
-        """The text of the tokens that still wait."""
+        """Return the text that was held back."""
         return "" if self._text is None else _printable(self._text.finish())
 
 
-def _unfinished(text: str) -> int:
-    """How many characters at the end may be bytes of one that is not all there."""
+def _incomplete_length(text: str) -> int:
+    """The number of characters at the end that may be bytes of an incomplete one."""
     end = text[-_MAX_PENDING:]
     return len(end) - len(end.rstrip("\ufffd"))
 

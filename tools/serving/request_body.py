@@ -1,4 +1,4 @@
-"""From the body of an HTTP request to a validated request, without blocking the event loop for long."""
+"""Reads and validates the body of an HTTP request without blocking the event loop for long."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -9,17 +9,17 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from layerstream.tools.serving.errors import ApiError
-from layerstream.tools.serving.protocol import NOT_BUILT, AnyRequest
+from layerstream.tools.serving.protocol import UNSUPPORTED, AnyRequest
 
 __all__ = ["read_request"]
 
-# Time for a body, since a client might send it byte by byte.
+# Time limit for a body, since a client might send it byte by byte.
 _BODY_SECONDS = 60
-# Lists, objects and names in a body, each of which costs time and memory, however short it is. Two thousand
+# Limit for lists, objects and names in a body: each costs time and memory, however short it is. Two thousand
 # messages with a part each have 14 000; a megabyte of "[]," would have 350 000, and take half a second.
 _MAX_NODES = 16_384
-# Further mistakes are ignored: describing each takes microseconds.
-_MAX_MISTAKES = 100
+# Above this, errors are only counted: describing each takes microseconds.
+_MAX_DESCRIBED_ERRORS = 100
 
 
 async def read_request(
@@ -36,15 +36,15 @@ async def read_request(
     """
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            body = await _body(request, max_bytes=max_bytes)
+            body = await _read_body(request, max_bytes=max_bytes)
     except TimeoutError:
         raise ApiError(
             408, f"The request's body did not come within {_BODY_SECONDS} s.", code="timeout"
         ) from None
-    return await in_thread(_asked, body, kind)
+    return await in_thread(_parse, body, kind)
 
 
-async def _body(request: Request, *, max_bytes: int) -> bytes:
+async def _read_body(request: Request, *, max_bytes: int) -> bytes:
     body = bytearray()
     nbytes = int(request.headers.get("content-length", 0))
     try:
@@ -54,11 +54,10 @@ async def _body(request: Request, *, max_bytes: int) -> bytes:
                 if (nbytes := len(body)) > max_bytes:
                     break
     except ClientDisconnect:
-        raise ApiError(
-            499, "The client has left."
-        ) from None  # for the log: the client does not get it
+        # For the log: the client does not get it.
+        raise ApiError(499, "The client has left.") from None
     if nbytes > max_bytes:
-        # uvicorn reads and drops the rest: a client whose upload is cut off might not see the answer.
+        # uvicorn reads and drops the rest: a client whose upload is cut off might not read the response.
         raise ApiError(
             413,
             f"The request's body is longer than the {max_bytes} bytes that this server takes.",
@@ -67,31 +66,31 @@ async def _body(request: Request, *, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _asked(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    given = _decoded(body)
-    for name in NOT_BUILT.keys() & given.keys():
-        value = given.pop(name)
-        if not any(value == each and type(value) is type(each) for each in NOT_BUILT[name]):
+def _parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+    fields = _decode(body)
+    for name in UNSUPPORTED.keys() & fields.keys():
+        value = fields.pop(name)
+        if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):
             raise ApiError(
                 400,
                 f"Unsupported parameter: '{name}' is not supported by this server.",
                 param=name,
                 code="unsupported_parameter",
             )
-    unknown = next((name for name in given if name not in kind.model_fields), None)
+    unknown = next((name for name in fields if name not in kind.model_fields), None)
     if unknown is not None:
-        raise _unrecognized(unknown)
+        raise _unknown_parameter(unknown)
     try:
-        asked = kind.model_validate(given)
+        request = kind.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error, given, kind) from None
-    asked.check()
-    return asked
+        raise _validation_error(error, fields, kind) from None
+    request.check()
+    return request
 
 
-def _decoded(body: bytes) -> dict[str, Any]:
-    """The JSON object in ``body``, without fields that are null."""
-    if _nodes(body) > _MAX_NODES:
+def _decode(body: bytes) -> dict[str, Any]:
+    """Parse the JSON object in ``body``; drops fields that are null."""
+    if _count_nodes(body) > _MAX_NODES:
         raise ApiError(
             400,
             f"The body of a request may have {_MAX_NODES} lists, objects and names in it, and not more.",
@@ -109,35 +108,37 @@ def _decoded(body: bytes) -> dict[str, Any]:
     return {name: value for name, value in decoded.items() if value is not None}
 
 
-def _nodes(body: bytes) -> int:
-    """How many lists, objects and names are in a body of JSON."""
-    count = _marks(body)
+def _count_nodes(body: bytes) -> int:
+    """Count the lists, objects and names in a body of JSON."""
+    count = _count_marks(body)
     if count <= _MAX_NODES:
         return count
-    # Marks inside strings count too.
-    return _marks(b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]))
+    # Strings may contain such characters too; count again without strings.
+    return _count_marks(b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]))
 
 
-def _marks(body: bytes) -> int:
+def _count_marks(body: bytes) -> int:
     return sum(map(body.count, (b"[", b"{", b":")))
 
 
-def _unrecognized(path: str) -> ApiError:
+def _unknown_parameter(path: str) -> ApiError:
     message = f"Unrecognized request argument supplied: {path}"
     return ApiError(400, message, param=path, code="unknown_parameter")
 
 
-def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]) -> ApiError:
-    """A description of the first mistake in ``body``."""
-    if error.error_count() > _MAX_MISTAKES:
+def _validation_error(
+    error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]
+) -> ApiError:
+    """Describe the first error in ``body``."""
+    if error.error_count() > _MAX_DESCRIBED_ERRORS:
         return ApiError(
             400, f"The request has {error.error_count()} invalid values.", code="invalid_value"
         )
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])
-    path = _path(first["loc"], body)
+    path = _error_path(first["loc"], body)
     if first["type"] == "extra_forbidden":
-        return _unrecognized(path)
+        return _unknown_parameter(path)
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return ApiError(
             400,
@@ -145,24 +146,24 @@ def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[BaseMod
             param=name,
             code="missing_required_parameter",
         )
-    wanted = kind.model_fields[name].description
+    expected = kind.model_fields[name].description
     return ApiError(
         400,
-        f"Invalid value for '{path}': {name} must be {wanted}.",
+        f"Invalid value for '{path}': {name} must be {expected}.",
         param=path,
         code="invalid_value",
     )
 
 
-def _path(location: Sequence[int | str], body: Any) -> str:
-    """The place of an error in ``body``, such as messages[0].role, without the names of a union's types."""
-    path, here = "", body
+def _error_path(location: Sequence[int | str], body: Any) -> str:
+    """The path of an error in ``body``, such as messages[0].role, without the names of a union's types."""
+    path, node = "", body
     for part in location:
-        if isinstance(part, str) and isinstance(here, dict) and part in here:
+        if isinstance(part, str) and isinstance(node, dict) and part in node:
             path += f".{part}" if path else part
-        elif isinstance(part, int) and isinstance(here, list) and part < len(here):
+        elif isinstance(part, int) and isinstance(node, list) and part < len(node):
             path += f"[{part}]"
         else:
             continue
-        here = here[part]
+        node = node[part]
     return path or str(location[0])

@@ -1,4 +1,4 @@
-"""An answer that is sent while it is generated, as server-sent events."""
+"""A response of server-sent events, sent while the answer is generated."""
 
 import asyncio
 import json
@@ -11,18 +11,18 @@ from starlette.responses import Response
 
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["Events", "Send"]
+__all__ = ["EventStream", "Send"]
 
 _LAST_EVENT_SECONDS = 1
 
 Send = Callable[[Any], Awaitable[None]]  # its argument is sent as JSON
 
 
-class Events(Response):
-    """The events that ``produce`` sends, and "[DONE]".
+class EventStream(Response):
+    """Sends the events that ``produce`` passes on, followed by "[DONE]".
 
-    The status is sent with the first event, so an error before that is an ordinary answer. A later one is an event of
-    its own, and the last.
+    The status is sent with the first event, so an error before that becomes an ordinary response. A later error is sent
+    as the last event.
     """
 
     media_type = "text/event-stream"
@@ -33,11 +33,11 @@ class Events(Response):
         self._produce = produce
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
-        """Send the answer."""
+        """Send the response."""
         del scope, receive
         started = False
 
-        async def event(data: str, *, more: bool = True) -> None:
+        async def send_event(data: str, *, more: bool = True) -> None:
             nonlocal started
             if not started:
                 started = True
@@ -52,15 +52,15 @@ class Events(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         try:
-            await self._produce(lambda content: event(_json(content)))
+            await self._produce(lambda content: send_event(_json(content)))
         except ApiError as error:
             if not started:
                 raise
-            with suppress(TimeoutError):  # a client that does not read is not waited for
+            with suppress(TimeoutError):  # a client that does not read must not block
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
-                    await event(_json(error.body), more=False)
+                    await send_event(_json(error.body), more=False)
         else:
-            await event("[DONE]", more=False)
+            await send_event("[DONE]", more=False)
 
 
 def _json(content: Any) -> str:

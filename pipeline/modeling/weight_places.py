@@ -1,0 +1,74 @@
+"""The places of weights in a module tree, and which of them are embedding tables that are read row by row."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from layerstream.pipeline.modeling.execution_trace import ExecutionTrace
+from layerstream.pipeline.modeling.gathered_table import SMALL_WEIGHT_BYTES
+from layerstream.pipeline.modeling.tracing import TracedModel
+
+__all__ = ["WeightPlace", "gathered_places", "places_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlace:
+    """The place of a parameter or buffer in the module tree."""
+
+    module: str
+    """Path of the module that owns it."""
+    name: str
+    """Its name there."""
+
+    @property
+    def path(self) -> str:
+        """Its full name in the tree."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+def places_of(traced: TracedModel) -> dict[str, list[WeightPlace]]:
+    """All places of each recipe's tensor; a module with several paths counts once."""
+    aliases = defaultdict(list)
+    for name in traced.recipes:
+        aliases[name].append(name)
+    for alias, name in traced.aliases.items():
+        aliases[name].append(alias)
+    places: dict[str, list[WeightPlace]] = {}
+    for name, paths in aliases.items():
+        distinct: dict[tuple[int, str], WeightPlace] = {}
+        for path in paths:
+            module, _, leaf = path.rpartition(".")
+            key = id(traced.module.get_submodule(module)), leaf
+            distinct.setdefault(key, WeightPlace(module=module, name=leaf))
+        places[name] = list(distinct.values())
+    return places
+
+
+def gathered_places(
+    traced: TracedModel,
+    places: Mapping[str, Sequence[WeightPlace]],
+    traces: Sequence[ExecutionTrace],
+) -> dict[str, list[WeightPlace]]:
+    """Embedding tables that are stored in a file unchanged, each with the embeddings that look rows up in it."""
+    used_whole = {use.tensor for trace in traces for use in trace.uses if not use.looks_up}
+    gathered = {}
+    for name, places_of_table in places.items():
+        recipe = traced.recipes[name]
+        if recipe.pieces is None or len(recipe.pieces) != 1 or len(recipe.shape) != 2:  # noqa: PLR2004
+            continue
+        lookups = [
+            place
+            for place in places_of_table
+            if _looks_rows_up(traced.module.get_submodule(place.module))
+            and (place.path not in used_whole or recipe.pieces[0].nbytes <= SMALL_WEIGHT_BYTES)
+        ]
+        if lookups:
+            gathered[name] = lookups
+    return gathered
+
+
+def _looks_rows_up(module: nn.Module) -> bool:
+    # max_norm rewrites the rows that it looks up.
+    return isinstance(module, nn.Embedding) and module.max_norm is None
