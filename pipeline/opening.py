@@ -89,7 +89,7 @@ async def open_model(
     checkpoint = await Checkpoint.open_async(path)
     readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
     resources.callback(readahead.stop)
-    traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options))
+    traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
@@ -141,7 +141,9 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
     return readahead
 
 
-def _trace(checkpoint: Checkpoint, options: Options) -> tuple[TracedModel, Assembly]:
+def _trace(
+    checkpoint: Checkpoint, options: Options, *, on_cpu: bool
+) -> tuple[TracedModel, Assembly]:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = load_config(folder, model_class=options.model_class)
     traced = trace_model(
@@ -151,4 +153,5 @@ def _trace(checkpoint: Checkpoint, options: Options) -> tuple[TracedModel, Assem
         dtype=options.dtype,
         **options.model_options,
     )
-    return traced, Assembly(traced, checkpoint, options.workload)
+    # A GPU gets whole layers: experts in its memory are not implemented.
+    return traced, Assembly(traced, checkpoint, options.workload, experts_on_demand=on_cpu)

@@ -7,6 +7,7 @@ from typing import Any
 
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
+from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
 from layerstream.pipeline.opening import Opening, Options
 from layerstream.pipeline.planning.plan import Plan
@@ -75,6 +76,8 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         threads=options.max_requests,
         cache_on_host=plan.kv_cache_on_host,
     )
+    if pipeline.experts is not None:
+        stream_experts(module, plan.experts, pipeline.experts, waiting=engine.passes.waiting)
     hook_modules(module, layout.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.

@@ -1,5 +1,6 @@
 """Prepares a traced model for streaming: which weights are in which layer, which are gathered, and what is bound."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,7 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers, source_name
 from layerstream.pipeline.modeling.execution_trace import trace_execution
+from layerstream.pipeline.modeling.expert_sources import expert_sources, parameters_of
 from layerstream.pipeline.modeling.gathered_table import (
     SMALL_WEIGHT_BYTES,
     GatheredTable,
@@ -37,6 +39,7 @@ class Assembly:
         checkpoint: Its weight files.
         workload: What to measure the memory of.
         device: The device that will compute; the CPU by default.
+        experts_on_demand: Leave experts that can be read one by one out of the layers.
     """
 
     layers: tuple[ModelLayer, ...]
@@ -53,6 +56,8 @@ class Assembly:
         checkpoint: Checkpoint,
         workload: Workload | None = None,
         device: torch.device | None = None,
+        *,
+        experts_on_demand: bool = False,
     ) -> None:
         self.traced = traced
         self._checkpoint = checkpoint
@@ -67,6 +72,24 @@ class Assembly:
             if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
         self.layers = model_layers(traced, checkpoint, self._places, traces)
+        sources = expert_sources(traced, checkpoint, self._places) if experts_on_demand else {}
+        self._experts = {
+            layer.name: [
+                source
+                for source in sources.values()
+                if not layer.always_resident and parameters_of(source) <= set(layer.recipes)
+            ]
+            for layer in self.layers
+        }
+        on_demand = {
+            name for found in self._experts.values() for s in found for name in parameters_of(s)
+        }
+        self.layers = tuple(
+            dataclasses.replace(
+                layer, recipes=tuple(name for name in layer.recipes if name not in on_demand)
+            )
+            for layer in self.layers
+        )
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""
@@ -80,10 +103,12 @@ class Assembly:
             tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
             scratch_bytes=sum(each.scratch_bytes for each in recipes if each.pieces is None),
             always_resident=layer.always_resident,
+            experts=tuple(self._experts[layer.name]),
         )
 
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
         """Put placeholders everywhere, and return a binding for each layer batch."""
+        self._put_placeholders_for_experts(device)
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -98,6 +123,14 @@ class Assembly:
             put_buffers(self.traced.module, binding.absent_buffers())
             bindings.append(binding)
         return bindings
+
+    def _put_placeholders_for_experts(self, device: torch.device) -> None:
+        """Parameters that never come as a whole keep their placeholders."""
+        names = [
+            name for found in self._experts.values() for s in found for name in parameters_of(s)
+        ]
+        recipes = [(self.traced.recipes[name], self._places[name]) for name in names]
+        Binding(self.traced.module, device, recipes, lambda _: None).unbind()
 
     def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
         """Put tables that read rows from the files into the embeddings; returns the open files."""

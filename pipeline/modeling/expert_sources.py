@@ -4,22 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.modeling.model_layers import Use
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import TracedModel
+from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor
 from layerstream.stages.batch import Extent
 
-__all__ = ["expert_sources"]
+__all__ = ["EXACT_IMPLEMENTATIONS", "expert_sources", "parameters_of"]
 
 # What transformers' decorator for expert modules sets on each of them, and what all of them have.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 # Kernels are chosen by the addresses of matrices modulo this, so experts have to lie as in the whole parameter.
 _ALIGNMENT = 64
+# Implementations of transformers whose results do not depend on how many experts are computed with at once.
+EXACT_IMPLEMENTATIONS = frozenset({None, "eager", "grouped_mm"})
 
 
 def expert_sources(
-    traced: TracedModel, checkpoint: Checkpoint, uses: Mapping[str, Sequence[Use]]
+    traced: TracedModel, checkpoint: Checkpoint, places: Mapping[str, Sequence[WeightPlace]]
 ) -> dict[str, ExpertSource]:
     """The modules whose experts can be read one by one, by their paths.
 
@@ -33,8 +35,10 @@ def expert_sources(
             continue
         if not hasattr(type(module).forward, "__wrapped__"):  # not decorated
             continue
+        if getattr(module.config, "_experts_implementation", None) not in EXACT_IMPLEMENTATIONS:
+            continue
         names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        single = all(len(uses.get(name, ())) == 1 for name in names)
+        single = all(len(places.get(name, ())) == 1 for name in names)
         if not names or not single:
             continue
         tensors = [
@@ -48,6 +52,11 @@ def expert_sources(
                 tensors=tuple(tensor for tensor in tensors if tensor is not None),
             )
     return found
+
+
+def parameters_of(source: ExpertSource) -> frozenset[str]:
+    """The full names of the parameters that hold the experts of ``source``."""
+    return frozenset(f"{source.module}.{tensor.name}" for tensor in source.tensors)
 
 
 def _per_token(module: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.expert_set import ExpertSet
@@ -21,7 +22,6 @@ from layerstream.stages.experts.store import ExpertGroup, ExpertStore, Lease
 __all__ = ["stream_experts"]
 
 _EAGER = {None, "eager"}
-_GROUPED = "grouped_mm"
 
 
 def stream_experts(
@@ -162,10 +162,10 @@ class _StreamedExperts(nn.Module):
         name = getattr(self.config, "_experts_implementation", None)
         if name in _EAGER:
             return self._one_by_one(experts, hidden, index, weights)
-        if name != _GROUPED:
+        if name not in EXACT_IMPLEMENTATIONS:
             raise ModelError(
                 f"{access.set.module} reads its experts on demand, which gives equal results with the implementations "
-                f"{_GROUPED} and eager, not with {name}; open the model with experts_implementation={name!r}"
+                f"grouped_mm and eager, not with {name}; open the model with experts_implementation={name!r}"
             )
         return self._in_groups(access.groups(experts, in_order=False), hidden, index, weights)
 

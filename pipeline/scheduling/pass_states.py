@@ -57,6 +57,9 @@ class PassStates:
         self._in_sweep: dict[PassRunner, list[int]] = {}
         # Passes that compute with the current batch, and the events behind the work of those that have done so.
         self._holders: set[PassRunner] = set()
+        self._awaiting_experts: set[PassRunner] = (
+            set()
+        )  # of these, the ones that do not compute now
         self._events: list[Event] = []
         self._joinable: tuple[int, ...] = ()  # the route of a sweep that passes may still join
         self._error: BaseException | None = None
@@ -141,7 +144,17 @@ class PassStates:
         self._waiting.pop(runner, None)
         self._in_sweep.pop(runner, None)
         self._holders.discard(runner)
+        self._awaiting_experts.discard(runner)
         self._changed.set()
+
+    def experts_awaited(self, runner: PassRunner) -> None:
+        """``runner`` keeps its batch, but does not compute: it waits for experts."""
+        self._awaiting_experts.add(runner)
+        self._changed.set()
+
+    def experts_arrived(self, runner: PassRunner) -> None:
+        """``runner`` computes again."""
+        self._awaiting_experts.discard(runner)
 
     def pass_ended(
         self,
@@ -199,7 +212,7 @@ class PassStates:
             Whether a pass holds it, or may still want it.
         """
         for runner, (index, future) in list(self._waiting.items()):
-            if len(self._holders) >= _AT_ONCE:
+            if len(self._holders - self._awaiting_experts) >= _AT_ONCE:
                 break
             if index == bound.index and runner in self._in_sweep:
                 del self._waiting[runner]

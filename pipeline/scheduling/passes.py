@@ -50,6 +50,12 @@ class Scheduler(Protocol):
     def wait_given_up(self, runner: "PassRunner") -> None:
         """The pass neither waits for a batch nor holds one, and wants no more in this sweep."""
 
+    def experts_awaited(self, runner: "PassRunner") -> None:
+        """The pass keeps its batch, but does not compute: it waits for experts."""
+
+    def experts_arrived(self, runner: "PassRunner") -> None:
+        """The pass computes again."""
+
     def pass_ended(
         self,
         runner: "PassRunner",
@@ -207,6 +213,15 @@ class PassRunner:
         if not any(is_weight(leaf) for leaf in pytree.tree_leaves(output)):
             return None
         return pytree.tree_map(lambda leaf: leaf.clone() if is_weight(leaf) else leaf, output)
+
+    def check_cancelled(self) -> None:
+        """Unwind the pass if its request was cancelled.
+
+        Raises:
+            PassCancelled: It was.
+        """
+        if self.cancelled:
+            raise PassCancelled
 
     def abandon(self) -> None:
         """End the pass that an interrupt left unfinished, if there is one."""

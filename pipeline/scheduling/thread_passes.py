@@ -57,6 +57,20 @@ class ThreadPasses:
         """The pass runner of the calling thread, if it has one."""
         return getattr(self._local, "runner", None)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the calling thread's pass waits for experts, another one may compute in its place."""
+        runner = self.current()
+        if runner is None:
+            yield
+            return
+        self._scheduler.call_on_loop(self._scheduler.experts_awaited, runner)
+        try:
+            yield
+        finally:
+            self._scheduler.call_on_loop(self._scheduler.experts_arrived, runner)
+        runner.check_cancelled()
+
     def in_request(self) -> bool:
         """Whether the calling thread belongs to a request, whose memory is reserved."""
         runner = self.current()

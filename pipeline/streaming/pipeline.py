@@ -25,6 +25,7 @@ from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Sweep
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
+from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.read import read_stage
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.route import InFlight, Route
@@ -266,15 +267,22 @@ class Pipeline:
         self._route.replace(plan.batches)
         self.plan = plan
 
+    @property
+    def experts(self) -> ExpertStore | None:
+        """The experts that are read on demand; None if the plan has none."""
+        return self._resources.experts
+
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened; a GPU's work counts once it is finished."""
         arenas = zip(("host slots", "device slots"), self._resources.arenas, strict=False)
         occupancy = (arena.occupancy(name) for name, arena in arenas)
+        experts = self._resources.experts
         return self._sweep_log.timings(
             self._clocks,
             opened_seconds=self._opened_at,
             labels=tuple(batch.label for batch in self.plan.batches),
             occupancy=tuple(each for each in occupancy if each.capacity_bytes),
+            experts=None if experts is None else experts.counts(),
         )
 
     def _ended(self, sweep: Sweep) -> None:

@@ -8,6 +8,8 @@ from layerstream.stages.arena import RingArena
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import CheckpointError, PlanError
+from layerstream.stages.experts.expert_set import request_bytes
+from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
@@ -42,6 +44,7 @@ class Resources:
 
     def __init__(self) -> None:
         self.arenas: tuple[RingArena, ...] = ()
+        self.experts: ExpertStore | None = None
         self._stack = ExitStack()
 
     def acquire(self, plan: Plan, *, device: Device | None, reader: Reader | None) -> None:
@@ -69,6 +72,18 @@ class Resources:
         self.arenas = (RingArena(host_ring.tensor), RingArena(device_ring))
         for arena in self.arenas:
             release(arena.close)
+        if plan.experts:
+            self.experts = ExpertStore(
+                plan.experts,
+                shared_cells=plan.shared_expert_cells,
+                reader=self.reader,
+                file_bytes=[file.nbytes for file in plan.files],
+                threads=plan.reads_in_flight,
+                request_bytes=request_bytes(
+                    (each.expert_bytes for each in plan.experts), most=plan.read_request_bytes
+                ),
+            )
+            release(self.experts.close)
         # Work that is queued on the device may still read the memory above.
         release(self.device.drain)
         self.read_threads = Threads("read", plan.reads_in_flight)

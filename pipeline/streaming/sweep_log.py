@@ -8,7 +8,7 @@ from layerstream.pipeline.planning.prediction import Prediction
 from layerstream.stages.compute import Sweep
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.forecast import PredictionChecker, SweepPrediction
-from layerstream.stages.telemetry.spans import Occupancy, SweepSpan
+from layerstream.stages.telemetry.spans import ExpertCounts, Occupancy, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["SweepLog"]
@@ -62,6 +62,7 @@ class SweepLog:
         opened_seconds: float,
         labels: tuple[str, ...],
         occupancy: tuple[Occupancy, ...],
+        experts: ExpertCounts | None,
     ) -> Timings:
         """What the stages of ``clocks`` did in these sweeps, since ``opened_seconds``."""
         stages = tuple(clock.sums() for clock in clocks)
@@ -76,4 +77,5 @@ class SweepLog:
             forecast=self._predictions.sums(**busy),
             labels=labels,
             occupancy=occupancy,
+            experts=experts,
         )

@@ -17,22 +17,10 @@ from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.threads import Threads
 
-__all__ = ["ExpertCounts", "ExpertGroup", "ExpertStore", "Lease"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertCounts:
-    """What the store has been asked for since it was opened."""
-
-    wanted: int = 0
-    """Experts that passes have asked for, each layer of each pass by itself."""
-    hits: int = 0
-    """Of those, the ones that were there or on their way."""
-    read_bytes: int = 0
-    wait_seconds: float = 0.0
-    """How long passes have waited for experts, in sum."""
+__all__ = ["ExpertGroup", "ExpertStore", "Lease"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-__all__ = ["SPANS_KEPT", "Activity", "Occupancy", "Span", "StageTimings", "SweepSpan"]
+__all__ = [
+    "SPANS_KEPT",
+    "Activity",
+    "ExpertCounts",
+    "Occupancy",
+    "Span",
+    "StageTimings",
+    "SweepSpan",
+]
 
 # Spans kept per stage and ring: some tens of sweeps of a large model, and about a megabyte.
 SPANS_KEPT = 8192
@@ -110,3 +118,21 @@ class Occupancy:
     peak_bytes: int
     spans: tuple[Span, ...] = field(default=(), repr=False)
     """The latest slots that were given back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCounts:
+    """What the store has been asked for since it was opened."""
+
+    wanted: int = 0
+    """Experts that passes have asked for, each layer of each pass by itself."""
+    hits: int = 0
+    """Of those, the ones that were there or on their way."""
+    read_bytes: int = 0
+    wait_seconds: float = 0.0
+    """How long passes have waited for experts, in sum."""
+
+    @property
+    def hit_share(self) -> float:
+        """The share of hits; 0 before any were wanted."""
+        return self.hits / self.wanted if self.wanted else 0.0

@@ -12,6 +12,7 @@ from layerstream.stages.telemetry.bottleneck import (
 from layerstream.stages.telemetry.forecast import PredictionCheck
 from layerstream.stages.telemetry.spans import (
     SPANS_KEPT,
+    ExpertCounts,
     Occupancy,
     StageTimings,
     SweepSpan,
@@ -38,6 +39,8 @@ class Timings:
     occupancy: tuple[Occupancy, ...] = ()
     latest: tuple[SweepSpan, ...] = ()
     """The latest sweeps, oldest first."""
+    experts: ExpertCounts | None = None
+    """Of experts that are read on demand, in the whole run; None if there are none."""
     forecast: PredictionCheck | None = None
     """The plan's predictions for the same sweeps; None for a part of a run."""
 
@@ -79,6 +82,11 @@ class Timings:
             f"in use on average, {format_bytes(each.peak_bytes)} at most"
             for each in self.occupancy
         ]
+        if (experts := self.experts) is not None and experts.wanted:
+            lines.append(
+                f"experts: {experts.hits} of {experts.wanted} were in memory ({experts.hit_share:.0%}), "
+                f"{format_bytes(experts.read_bytes)} read on demand, waited {experts.wait_seconds:.2f} s"
+            )
         if self.forecast is not None and self.forecast.sweeps:
             lines += self.forecast.lines()
         lines.append(f"overlap efficiency {self.overlap_efficiency:.2f}")
@@ -107,6 +115,7 @@ class Timings:
             "overlap_efficiency": self.overlap_efficiency,
             "stages": stages,
             "occupancy": occupancy,
+            "experts": asdict(self.experts) if self.experts is not None else None,
             "forecast": self.forecast.to_dict() if self.forecast is not None else None,
         }
 
