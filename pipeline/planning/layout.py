@@ -10,6 +10,7 @@ import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
+from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.direct import BLOCK_BYTES
@@ -72,7 +73,6 @@ class PlannedLayer:
     """Tensors that computation makes from them before use."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
-
     experts: tuple[ExpertSource, ...] = ()
     """Experts that are read on demand; not among ``tensors``."""
 
@@ -83,7 +83,11 @@ class PlannedLayer:
 
 
 def planned_layers(
-    checkpoint: Checkpoint, layers: Sequence[Layer], *, gathers_tables: bool = False
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    *,
+    gathers_tables: bool = False,
+    experts_on_demand: bool = False,
 ) -> tuple[PlannedLayer, ...]:
     """``layers`` with the files, offsets, dtypes and shapes of their tensors.
 
@@ -92,6 +96,7 @@ def planned_layers(
         layers: In execution order.
         gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
             looked up. A table that is also the head's matrix stays in the head.
+        experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` on a CPU does.
     """
 
     def is_streamed(layer: Layer, name: str) -> bool:
@@ -105,14 +110,16 @@ def planned_layers(
         extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
         return TensorSource(name=name, dtype=info.dtype, shape=info.shape, extents=(extent,))
 
-    planned = [
-        PlannedLayer(
-            name=layer.name,
-            kind=layer.kind,
-            tensors=tuple(source(name) for name in layer.tensors if is_streamed(layer, name)),
+    planned = []
+    for layer in layers:
+        names: Sequence[str] = [name for name in layer.tensors if is_streamed(layer, name)]
+        experts: tuple[ExpertSource, ...] = ()
+        if experts_on_demand:
+            names, experts = split_experts(checkpoint, names)
+        tensors = tuple(map(source, names))
+        planned.append(
+            PlannedLayer(name=layer.name, kind=layer.kind, tensors=tensors, experts=experts)
         )
-        for layer in layers
-    ]
     return tuple(layer for layer in planned if layer.tensors)
 
 

@@ -73,6 +73,10 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "vram_used_bytes": device and device.used_bytes,
         "vram_budget_bytes": device and device.budget_bytes,
         "disk_bytes_per_sweep": plan.disk_bytes_per_sweep,
+        "expert_bytes_per_step": plan.expert_bytes_per_step,
+        "expert_cells": sum(each.cells for each in plan.experts),
+        "experts": sum(each.experts for each in plan.experts),
+        "expert_memory_bytes": host.expert_bytes,
         "predicted_first_sweep_seconds": predicted.first.seconds,
         "predicted_prefill_seconds": predicted.prefill.seconds,
         "predicted_sweep_seconds": predicted.decode.seconds,
@@ -89,7 +93,9 @@ def _decision(plan: Plan) -> Section:
     if workload is not None:
         tokens = f"{workload.prompt_tokens} prompt + {workload.new_tokens} new"
         requests = f"{workload.batch_size} x ({tokens}) tokens"
-    size = format_bytes(plan.first_sweep_bytes)
+    size = format_bytes(
+        plan.first_sweep_bytes + sum(e.experts * e.expert_bytes for e in plan.experts)
+    )
     blocks: list[Block] = [
         Facts(pairs=list(_facts(plan))),
         Facts(pairs=list(_memory_facts(plan))),
@@ -122,11 +128,23 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             f"{residents or 'none stays'}"
         ),
     )
+    if plan.experts:
+        yield "experts", _experts(plan)
     if plan.decode_residents:
         side = "VRAM" if plan.device_memory else "host RAM"
         yield "while decoding", f"{len(plan.decode_residents)} more stay in {side}"
     if plan.kv_cache_on_host:
         yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
+
+
+def _experts(plan: Plan) -> str:
+    cells = sum(each.cells for each in plan.experts)
+    experts = sum(each.experts for each in plan.experts)
+    step = format_bytes(plan.expert_bytes_per_step)
+    return (
+        f"read on demand: {cells} of {experts} in {len(plan.experts)} layers stay in host RAM; a decoding step reads "
+        f"{step} of them if routing is even (ASSUMED)"
+    )
 
 
 def _memory_facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -153,8 +171,11 @@ def _memory_bar(memory: MemoryUse) -> str:
     parts = {
         "slots": memory.arena_bytes,
         "residents": memory.resident_bytes,
+        "experts": memory.expert_bytes,
         "workload": memory.reserved_bytes,
     }
+    if not memory.expert_bytes:
+        del parts["experts"]
     bar, total = "", 0
     for name, nbytes in parts.items():
         total += nbytes

@@ -120,7 +120,8 @@ def _plan(
     from layerstream.pipeline.planning.layout import planned_layers
 
     groups = group_layers(checkpoint)
-    layers = planned_layers(checkpoint, groups, gathers_tables=True)
+    on_cpu = hardware.device == "cpu"
+    layers = planned_layers(checkpoint, groups, gathers_tables=True, experts_on_demand=on_cpu)
     plan = make_plan(
         checkpoint,
         hardware,
@@ -135,8 +136,9 @@ def _plan(
         reader=args.reader,
         layer_batch_size=args.layer_batch_size,
     )
-    all_bytes = sum(layer.nbytes for layer in planned_layers(checkpoint, groups))
-    table_bytes = all_bytes - sum(layer.nbytes for layer in layers)
+    # What is in the layers when tables are, less what is without them.
+    whole = planned_layers(checkpoint, groups, experts_on_demand=on_cpu)
+    table_bytes = sum(each.nbytes for each in whole) - sum(each.nbytes for each in layers)
     notes = list(plan.notes)
     if table_bytes:
         notes.append(
