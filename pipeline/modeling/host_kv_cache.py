@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.modeling.call_arguments import GenerationSettings, by_name, wants_cache
+from layerstream.pipeline.modeling.call_arguments import (
+    CACHE_NAMES,
+    GenerationSettings,
+    by_name,
+    cache_argument,
+    given_cache,
+    wants_cache,
+)
 from layerstream.stages.errors import PlanError
 
 __all__ = ["check_host_cache", "with_host_cache"]
 
-_ARGUMENT = "past_key_values"
 # What says nothing: checkpoints of models with sliding windows ask for the last, which ``generate`` takes for unset.
 _NO_OTHER = ("hybrid",)
 
@@ -83,16 +89,14 @@ def with_host_cache(
         named: Keyword arguments.
     """
     given = by_name(getattr(module, what, None), inputs, named)
-    by_place = _ARGUMENT in given.keys() - named.keys()
+    by_place = any(name in given and name not in named for name in CACHE_NAMES)
     kinds = (
         GenerationSettings(module, given).said("cache_implementation") if what == "generate" else []
     )
     other = any(kind not in _NO_OTHER for kind in kinds)
-    if (
-        by_place
-        or other
-        or given.get(_ARGUMENT) is not None
-        or not wants_cache(module, what, given)
-    ):
+    brings = given_cache(given) is not None
+    if by_place or other or brings or not wants_cache(module, what, given):
         return dict(named)
-    return {**named, _ARGUMENT: _kind()(config=module.config)}
+    # A None under one of the other names would be a second cache.
+    rest = {name: value for name, value in named.items() if name not in CACHE_NAMES}
+    return {**rest, cache_argument(module): _kind()(config=module.config)}

@@ -13,6 +13,7 @@ from layerstream.pipeline.modeling.call_arguments import (
     GenerationSettings,
     Shape,
     by_name,
+    given_cache,
     is_encoder_decoder,
     shape_of,
     takes_criteria,
@@ -250,7 +251,7 @@ class Estimator:
             and setting.get("use_cache") is not False
             and not setting.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()
-            and ("past_key_values" not in named or (shape.on_host and not shape.past))
+            and (given_cache(named) is None or (shape.on_host and not shape.past))
         )
 
     def _chunk(self, length: int, at_once: Any) -> int | None:
