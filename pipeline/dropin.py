@@ -105,7 +105,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
 
     Each call, from any thread, is a request: it waits for the memory that it may need, and frees it when it returns.
     What you keep of a result is not in the budget, as with any transformers model. That includes
-    ``past_key_values``; they count during a call that gets them.
+    its KV cache, which counts during a call that gets it.
 
     Args:
         source: A folder, a safetensors file, or a hub id.

@@ -13,6 +13,7 @@ from layerstream.pipeline.modeling.call_arguments import (
     GenerationSettings,
     Shape,
     by_name,
+    given_cache,
     is_encoder_decoder,
     shape_of,
     takes_criteria,
@@ -258,7 +259,7 @@ class Estimator:
             and setting.get("use_cache") is not False
             and not setting.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()
-            and ("past_key_values" not in named or (shape.on_host and not shape.past))
+            and (given_cache(named) is None or (shape.on_host and not shape.past))
         )
 
     def _chunk_tokens(self, length: int, parts_with: Callable[[int], Parts]) -> int | None:
