@@ -73,7 +73,9 @@ def test_the_end_of_a_request_is_logged_as_info_and_that_of_a_single_pass_as_deb
     with load_streamed(folder, device="cpu", budget=Budget(host="64MiB")) as model:
         model(IDS)
         model.generate(IDS, **GREEDY)
-        vars(model)["_layerstream_close"]._host.run(turns())  # after the calls that report the ends
+        vars(model)["_layerstream_close"]._loop_thread.run(
+            turns()
+        )  # after the calls that report the ends
     ends = [each for each in caplog.records if hasattr(each, "outcome")]
     assert [each.levelname for each in ends] == ["DEBUG", "INFO"]
     assert [each.getMessage().split(":")[0] for each in ends] == [

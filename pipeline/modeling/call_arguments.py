@@ -10,12 +10,12 @@ import torch
 __all__ = [
     "CACHE_NAMES",
     "GenerationSettings",
-    "Shape",
+    "InputShape",
     "by_name",
     "cache_argument",
     "given_cache",
+    "input_shape",
     "is_encoder_decoder",
-    "shape_of",
     "takes_criteria",
     "wants_cache",
 ]
@@ -32,7 +32,7 @@ _DEFAULT_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class InputShape:
     """How many tokens the inputs hold."""
 
     rows: int
@@ -136,7 +136,7 @@ def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
     return bool(wants)
 
 
-def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
+def input_shape(module: Any, method: str, named: Mapping[str, Any]) -> InputShape:
     """How many tokens a call of ``method``, "forward" or "generate", has; ``named`` are all its arguments."""
     given = dict(named)
     main = getattr(module, "main_input_name", "input_ids")
@@ -154,7 +154,7 @@ def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
     ids = _rows_and_tokens(given, "input_ids", "")[1]
     if is_encoder_decoder(module):
         ids = max(decoder, 1)  # the decoder starts with one token
-    return Shape(
+    return InputShape(
         rows=max(rows, decoder_rows) or max(first_dims, default=1),
         length=max(length, 1),
         past=past,

@@ -106,7 +106,7 @@ class _Search:
             found = [
                 candidate
                 for reader in self._readers()
-                for candidate in self._of_placer(
+                for candidate in self._candidates(
                     self._placer(reader, kv_on_host=kv_on_host), with_overhead=with_overhead
                 )
             ]
@@ -155,7 +155,7 @@ class _Search:
             overhead_bytes=problem.overhead_bytes,
         )
 
-    def _of_placer(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:
+    def _candidates(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:
         problem, cost_model = self._problem, self._cost_model()
         spare = MemoryBytes(-problem.request_overhead_bytes if with_overhead else 0, 0)
         for size in self._sizes():

@@ -54,7 +54,7 @@ def estimator(plan: Plan, module: Any) -> Estimator:
         config,
         workload=WORKLOAD,
         memory=request_memory_of(plan, module, config),
-        reserved=plan,
+        plan=plan,
     )
 
 
