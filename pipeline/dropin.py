@@ -49,8 +49,8 @@ async def _cancel_others() -> None:
 class _Closer:
     """Closes a model and its loop, once; at the interpreter's exit at the latest."""
 
-    def __init__(self, host: _LoopThread, model: StreamedModel) -> None:
-        self._host = host
+    def __init__(self, loop_thread: _LoopThread, model: StreamedModel) -> None:
+        self._loop_thread = loop_thread
         self.model = model
         self._lock = threading.Lock()
         ref = weakref.ref(self)
@@ -60,8 +60,8 @@ class _Closer:
     def __call__(self) -> None:
         if self._lock.acquire(blocking=False):
             self.model.abandon_pass()
-            self._host.run(self.model.aclose())
-            self._host.stop()
+            self._loop_thread.run(self.model.aclose())
+            self._loop_thread.stop()
 
 
 class _Closable:
@@ -105,21 +105,21 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
 
     Each call, from any thread, is a request: it waits for the memory that it may need, and frees it when it returns.
     What you keep of a result is not in the budget, as with any transformers model. That includes
-    ``past_key_values``; they count during a call that gets them.
+    its KV cache, which counts during a call that gets it.
 
     Args:
         source: A folder, a safetensors file, or a hub id.
         options: The arguments of ``StreamedModel.open``.
     """
-    host = _LoopThread()
+    loop_thread = _LoopThread()
     model = StreamedModel.open(source, **options)
     try:
-        host.run(model.__aenter__())
+        loop_thread.run(model.__aenter__())
     except BaseException:
-        host.stop()
+        loop_thread.stop()
         raise
 
-    closer = _Closer(host, model)
+    closer = _Closer(loop_thread, model)
 
     module = model.module
     kind = type(module)

@@ -113,7 +113,7 @@ class StreamedModel:
         )
         return cls(source, options)
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- opening and closing ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         """Open the model.

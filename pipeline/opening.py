@@ -68,7 +68,7 @@ class Opening:
     checkpoint: Checkpoint
     module: Any
     """The transformers model, without weights."""
-    layout: Assembly
+    assembly: Assembly
     hardware: Hardware
     plan: Plan
     make_plan: Callable[..., Plan]
@@ -89,7 +89,7 @@ async def open_model(
     checkpoint = await Checkpoint.open_async(path)
     readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
     resources.callback(readahead.stop)
-    traced, layout = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
+    traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
@@ -100,8 +100,8 @@ async def open_model(
         checkpoint,
         workload=options.workload,
         objective=options.objective,
-        layers=layout.planned(checkpoint),
-        memory=layout.memory,
+        layers=assembly.planned(checkpoint),
+        memory=assembly.memory,
         held_bytes=held_bytes,
     )
     plan = await finish_in_thread(
@@ -124,7 +124,7 @@ async def open_model(
     return Opening(
         checkpoint=checkpoint,
         module=traced.module,
-        layout=layout,
+        assembly=assembly,
         hardware=hardware,
         plan=plan,
         make_plan=make_model_plan,

@@ -41,19 +41,19 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         DeviceError: The device is not there, or does not have the memory.
         PlanError: The plan keeps KV caches on the host, and this model's cannot be.
     """
-    plan, module, layout = opening.plan, opening.module, opening.layout
+    plan, module, assembly = opening.plan, opening.module, opening.assembly
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
-    bindings = await finish_in_thread(lambda: layout.bind(plan, device.torch_device))
-    for table in layout.gather(opening.checkpoint, device.torch_device):
+    bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
+    for table in assembly.gather(opening.checkpoint, device.torch_device):
         resources.callback(table.close)
     move_buffers(module, device.torch_device)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     pipeline = await resources.enter_async_context(Pipeline(residency.first, device=device))
-    always_bound = _always_bound(layout, plan)
+    always_bound = _always_bound(assembly, plan)
     await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
     scheduler = SweepScheduler(
         pipeline, bindings, device=device, always_bound=always_bound, residency=residency
@@ -65,7 +65,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         workload=options.workload,
         memory=memory,
         on_cpu=plan.device_memory is None,
-        reserved=plan,
+        plan=plan,
     )
     engine = Engine(
         module,
@@ -78,7 +78,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     )
     if pipeline.experts is not None:
         stream_experts(module, plan.experts, pipeline.experts, waiting=engine.passes.waiting)
-    hook_modules(module, layout.batch_of_module(plan), engine.passes)
+    hook_modules(module, assembly.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
@@ -86,9 +86,9 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     return Runtime(pipeline=pipeline, scheduler=scheduler, engine=engine)
 
 
-def _always_bound(layout: Assembly, plan: Plan) -> list[int]:
+def _always_bound(assembly: Assembly, plan: Plan) -> list[int]:
     """Indices of the layer batches that have to be bound all the time."""
-    always_resident = {layer.name for layer in layout.layers if layer.always_resident}
+    always_resident = {layer.name for layer in assembly.layers if layer.always_resident}
     return [batch.index for batch in plan.batches if always_resident.intersection(batch.layers)]
 
 

@@ -7,7 +7,7 @@
     ├── DeviceError         a device is not there, or refuses memory
     ├── ModelError          the model cannot be built, or does not match its checkpoint
     ├── AdmissionError      a request needs more memory than there is for requests
-    ├── BusyError           a second sweep was asked for while one is under way
+    ├── BusyError           a second sweep was requested while one is under way
     └── ClosedError         used before it was opened or after it was closed
 
 Every message names what was needed, what was available and what to do, in one sentence or two. Errors that
@@ -62,7 +62,7 @@ class AdmissionError(LayerstreamError):
 
 
 class BusyError(LayerstreamError):
-    """Raised when a second sweep is asked for while one is under way on the same pipeline."""
+    """Raised when a second sweep is requested while one is under way on the same pipeline."""
 
 
 class ClosedError(LayerstreamError):

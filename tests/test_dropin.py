@@ -12,7 +12,7 @@ import transformers
 from support.faults import Gate
 from support.leaks import nothing_left_behind
 from support.loop import happens, run, turns
-from support.models import save_model
+from support.models import CACHE, save_model
 from support.streaming import open_streaming
 
 from layerstream.pipeline import AdmissionError, Budget, ClosedError, StreamedModel, load_streamed
@@ -73,7 +73,9 @@ def test_the_end_of_a_request_is_logged_as_info_and_that_of_a_single_pass_as_deb
     with load_streamed(folder, device="cpu", budget=Budget(host="64MiB")) as model:
         model(IDS)
         model.generate(IDS, **GREEDY)
-        vars(model)["_layerstream_close"]._host.run(turns())  # after the calls that report the ends
+        vars(model)["_layerstream_close"]._loop_thread.run(
+            turns()
+        )  # after the calls that report the ends
     ends = [each for each in caplog.records if hasattr(each, "outcome")]
     assert [each.levelname for each in ends] == ["DEBUG", "INFO"]
     assert [each.getMessage().split(":")[0] for each in ends] == [
@@ -163,15 +165,13 @@ def test_a_cache_that_the_caller_keeps_between_passes_counts_only_while_a_pass_r
             ids, past = IDS, None
             for _ in range(8):
                 new = ids if past is None else ids[:, -1:]
-                output = await asyncio.to_thread(
-                    model.module, new, past_key_values=past, use_cache=True
-                )
+                output = await asyncio.to_thread(model.module, new, use_cache=True, **{CACHE: past})
                 await turns()
                 assert model.stats().reserved_bytes == 0
                 if past is not None:
-                    cache = {"past_key_values": past}
+                    cache = {CACHE: past}
                     assert estimate((new,), cache).nbytes > estimate((new,), {}).nbytes
-                past = output.past_key_values
+                past = output[CACHE]
                 ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
             assert torch.equal(ids, expected)
 

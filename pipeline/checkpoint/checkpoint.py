@@ -38,7 +38,7 @@ class Checkpoint:
     path: Path
     """The folder or file that was opened, absolute."""
     files: tuple[WeightFile, ...]
-    """In natural order; `TensorInfo.file` is an index into it."""
+    """In natural order; ``TensorInfo.file`` is an index into it."""
     tensors: Mapping[str, TensorInfo]
     """By name, in the order of files and offsets."""
     config: Mapping[str, Any] | None
@@ -66,7 +66,7 @@ class Checkpoint:
 
     @classmethod
     async def open_async(cls, path: str | os.PathLike[str]) -> Self:
-        """The same as `open`, without blocking the event loop."""
+        """The same as ``open``, without blocking the event loop."""
         listing = await asyncio.to_thread(list_files, Path(path))
         documents = {path: await _read_document_async(path) for path in listing.documents}
         selection = await asyncio.to_thread(select_files, listing, documents)

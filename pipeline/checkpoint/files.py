@@ -56,7 +56,7 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The relevant files of a folder; `documents` must be read before `select_files`."""
+    """The relevant files of a folder; ``documents`` must be read before ``select_files``."""
 
     path: Path
     folder: Path
@@ -78,7 +78,7 @@ class Selection:
     path: Path
     files: tuple[WeightFile, ...]
     weight_map: Mapping[str, str]
-    """The file of each tensor, as tensor -> `WeightFile.name`; empty without an index."""
+    """The file of each tensor, as tensor -> ``WeightFile.name``; empty without an index."""
     config: Mapping[str, Any] | None
     ignored_files: tuple[str, ...]
 

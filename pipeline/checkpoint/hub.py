@@ -59,7 +59,7 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
 async def resolve_model_path_async(
     source: str | os.PathLike[str], *, revision: str | None = None
 ) -> Path:
-    """The same as `resolve_model_path`, without blocking the event loop.
+    """The same as ``resolve_model_path``, without blocking the event loop.
 
     A download cannot be interrupted: if the waiting task is cancelled, the download goes on in its
     thread, into the cache, where the next call finds it. It uses no buffer of the pipeline, so

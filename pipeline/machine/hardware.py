@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The machine that a plan is made for; constructed directly instead of by `probe`, a what-if.
+    """The machine that a plan is made for; constructed directly instead of by ``probe``, a what-if.
 
     Unknown rates are None.
 

@@ -25,7 +25,7 @@ PER_BYTE = "_per_byte"  # the suffix of the names of costs, which may be zero
 
 _VERSION = 1  # of the file format, and of the way of measuring
 # Machines are rebuilt, disks are swapped and fill up, the load of a shared virtual disk changes: a week later at most,
-# rates are measured again. For faster changes there is `fresh`.
+# rates are measured again. For faster changes there is ``fresh``.
 _MAX_AGE_SECONDS = 7 * 24 * 3600.0
 # Rates that were measured next to busy processes are valid only while those are probably still running.
 _MAX_CONTENDED_AGE_SECONDS = 600.0

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES
 from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
 from layerstream.pipeline.planning.plan import Workload
@@ -266,10 +267,10 @@ def _extend_cache(cache: Any, tokens: int) -> None:
 
 def _cache_of(output: Any) -> tuple[str, Any]:
     """The name of the argument by which a model gets its cache at the next step, and the cache."""
-    for name in ("past_key_values", "cache_params", "state"):
-        cache = getattr(output, name, None)
-        if cache is not None:
-            return name, cache
+    fields = vars(output)  # attributes of a ModelOutput warn of old names
+    for name in (*CACHE_NAMES, "state"):
+        if fields.get(name) is not None:
+            return name, fields[name]
     return "", None
 
 

@@ -8,14 +8,20 @@ from typing import Any
 import torch
 
 __all__ = [
+    "CACHE_NAMES",
     "GenerationSettings",
-    "Shape",
+    "InputShape",
     "by_name",
+    "cache_argument",
+    "given_cache",
+    "input_shape",
     "is_encoder_decoder",
-    "shape_of",
     "takes_criteria",
     "wants_cache",
 ]
+
+# What transformers calls a KV cache or recurrent state: "cache" from 5.24 on, where the others are deprecated.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # How many tokens a model makes of these inputs is not known here.
 _NON_TOKEN_INPUTS = ("pixel_values", "input_features", "input_values")
@@ -26,7 +32,7 @@ _DEFAULT_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class InputShape:
     """How many tokens the inputs hold."""
 
     rows: int
@@ -91,6 +97,18 @@ def by_name(function: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> d
     return {**dict(zip(names, inputs, strict=False)), **named}
 
 
+def cache_argument(module: Any) -> str:
+    """The name by which ``forward`` and ``generate`` of a transformers model take a KV cache."""
+    functions = (module.forward, getattr(module, "prepare_inputs_for_generation", None))
+    accepted = [name for each in functions if each for name in inspect.signature(each).parameters]
+    return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAMES[0])
+
+
+def given_cache(named: Mapping[str, Any]) -> Any:
+    """The KV cache or recurrent state that a call brings, under any of its names; None without one."""
+    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+
+
 def takes_criteria(module: Any) -> bool:
     """Whether the model's ``generate`` takes stopping criteria by name."""
     generate = getattr(module, "generate", None)
@@ -118,7 +136,7 @@ def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
     return bool(wants)
 
 
-def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
+def input_shape(module: Any, method: str, named: Mapping[str, Any]) -> InputShape:
     """How many tokens a call of ``method``, "forward" or "generate", has; ``named`` are all its arguments."""
     given = dict(named)
     main = getattr(module, "main_input_name", "input_ids")
@@ -126,8 +144,8 @@ def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
         given.setdefault(main, given["inputs"])
     rows, length = _rows_and_tokens(given, "input_ids", "inputs_embeds")
     decoder_rows, decoder = _rows_and_tokens(given, "decoder_input_ids", "decoder_inputs_embeds")
-    past: Any = given.get("past_key_values")
-    cached = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
+    cache = given_cache(given)
+    past = _cached_tokens(cache)
     first_dims = [
         value.shape[0]
         for value in given.values()
@@ -136,21 +154,23 @@ def shape_of(module: Any, method: str, named: Mapping[str, Any]) -> Shape:
     ids = _rows_and_tokens(given, "input_ids", "")[1]
     if is_encoder_decoder(module):
         ids = max(decoder, 1)  # the decoder starts with one token
-    return Shape(
+    return InputShape(
         rows=max(rows, decoder_rows) or max(first_dims, default=1),
         length=max(length, 1),
-        past=int(cached),
+        past=past,
         decoder=decoder,
         prefix=ids,
-        cached=cached > 0 or wants_cache(module, method, named),
-        on_host=_has_host_cache(named),
+        cached=past > 0 or wants_cache(module, method, named),
+        on_host=getattr(cache, "on_host", False),
         is_known=bool(rows or decoder_rows) and not _has_non_token_inputs(given),
     )
 
 
-def _has_host_cache(named: Mapping[str, Any]) -> bool:
-    """Whether the call's KV cache is in host RAM, while it computes on a GPU."""
-    return getattr(named.get("past_key_values"), "on_host", False)
+def _cached_tokens(cache: Any) -> int:
+    try:
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    except ValueError:  # a recurrent state counts no tokens
+        return 0
 
 
 def _has_non_token_inputs(given: Mapping[str, Any]) -> bool:

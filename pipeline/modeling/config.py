@@ -25,13 +25,13 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_bytes())
-    except FileNotFoundError as exc:
+    except FileNotFoundError as error:
         raise ModelError(
             f"{folder} has no config.json, so there is no telling which model its weights are; "
             "copy it there from where the weights came from."
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise ModelError(f"{path} is not readable as JSON ({exc}); fetch it anew.") from exc
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable as JSON ({error}); fetch it anew.") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     own = getattr(model_class, "config_class", None)  # which an AutoModel does not have
     if own is None and str(model_type) not in transformers.CONFIG_MAPPING:
@@ -41,10 +41,10 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
         )
     try:
         return (own or transformers.AutoConfig).from_pretrained(folder, local_files_only=True)
-    except Exception as exc:
+    except Exception as error:
         raise ModelError(
-            f"{path} does not describe a {model_type} model: {summary_of(exc)}."
-        ) from exc
+            f"{path} does not describe a {model_type} model: {summary_of(error)}."
+        ) from error
 
 
 def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
@@ -75,6 +75,6 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
     return model_class
 
 
-def summary_of(exc: Exception) -> str:
+def summary_of(error: Exception) -> str:
     """The message of an exception in one line."""
-    return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

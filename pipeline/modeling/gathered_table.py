@@ -43,8 +43,8 @@ class TableSource:
         self._path = Path(path)
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise ReadError(f"{self._path} cannot be opened: {exc.strerror}.") from exc
+        except OSError as error:
+            raise ReadError(f"{self._path} cannot be opened: {error.strerror}.") from error
         self._lock = threading.Lock()
         self._active_reads = 0
         self._closed = False
@@ -71,8 +71,8 @@ class TableSource:
                 os.posix_fadvise(self._descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for offset, buffer in spans:
                 self._read(offset, buffer)
-        except OSError as exc:
-            raise ReadError(f"{self._path} cannot be read: {exc.strerror}.") from exc
+        except OSError as error:
+            raise ReadError(f"{self._path} cannot be read: {error.strerror}.") from error
         finally:
             with self._lock:
                 self._active_reads -= 1
@@ -107,8 +107,8 @@ class TableSource:
 
     def __exit__(
         self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self.close()

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.modeling.call_arguments import GenerationSettings, by_name, wants_cache
+from layerstream.pipeline.modeling.call_arguments import (
+    CACHE_NAMES,
+    GenerationSettings,
+    by_name,
+    cache_argument,
+    given_cache,
+    wants_cache,
+)
 from layerstream.stages.errors import PlanError
 
 __all__ = ["check_host_cache", "with_host_cache"]
 
-_CACHE_ARGUMENT = "past_key_values"
 # ``generate`` takes this kind of cache, which checkpoints of models with sliding windows name, for unset.
 _UNSET_IMPLEMENTATIONS = ("hybrid",)
 
@@ -88,18 +94,16 @@ def with_host_cache(
         named: Keyword arguments.
     """
     given = by_name(getattr(module, method, None), inputs, named)
-    by_position = _CACHE_ARGUMENT in given.keys() - named.keys()
+    by_position = any(name in given and name not in named for name in CACHE_NAMES)
     implementations = (
         GenerationSettings(module, given).values_of("cache_implementation")
         if method == "generate"
         else []
     )
     names_other = any(each not in _UNSET_IMPLEMENTATIONS for each in implementations)
-    if (
-        by_position
-        or names_other
-        or given.get(_CACHE_ARGUMENT) is not None
-        or not wants_cache(module, method, given)
-    ):
+    brings_cache = given_cache(given) is not None
+    if by_position or names_other or brings_cache or not wants_cache(module, method, given):
         return dict(named)
-    return {**named, _CACHE_ARGUMENT: _host_cache_class()(config=module.config)}
+    # A None under one of the other names would be a second cache.
+    rest = {name: value for name, value in named.items() if name not in CACHE_NAMES}
+    return {**rest, cache_argument(module): _host_cache_class()(config=module.config)}

@@ -55,7 +55,8 @@ class TracedModel:
 
     module: Any
     """The ``PreTrainedModel``, in eval mode. Tensors with a recipe are on the meta device; all others (buffers that are
-    never stored, parameters that transformers computes) have their values, on the CPU."""
+    never stored, parameters that transformers computes) have their values, on the CPU.
+    """
     recipes: Mapping[str, Recipe]
     """For each parameter and persistent buffer, under the first of its names in the module."""
     aliases: Mapping[str, str]
@@ -124,11 +125,11 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
             _finish_loading(module, checkpoint.path)
         except ModelError:
             raise
-        except Exception as exc:
+        except Exception as error:
             raise ModelError(
                 f"transformers cannot build {model_class.__name__} for {checkpoint.path}: "
-                f"{summary_of(exc)}."
-            ) from exc
+                f"{summary_of(error)}."
+            ) from error
     module.__class__ = model_class
     return module
 

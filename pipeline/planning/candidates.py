@@ -88,7 +88,7 @@ class _Search:
             found = [
                 candidate
                 for reader in self._readers()
-                for candidate in self._of_placer(
+                for candidate in self._candidates(
                     self._placer(reader, kv_on_host=kv_on_host, cells=cells),
                     cells,
                     with_overhead=with_overhead,
@@ -140,7 +140,7 @@ class _Search:
             expert_bytes=self._store_bytes(cells),
         )
 
-    def _of_placer(
+    def _candidates(
         self, placer: Placer, cells: ExpertCells, *, with_overhead: bool
     ) -> Iterator[PricedCandidate]:
         problem = self._problem

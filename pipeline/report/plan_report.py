@@ -154,8 +154,8 @@ def _memory_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.overhead_bytes:
         size = format_bytes(plan.overhead_bytes)
         yield (
-            "beside that",
-            f"{size} of loaded code, compiled kernels and the like, for which room is left",
+            "in addition",
+            f"{size} of loaded code, compiled kernels and the like, which is left free",
         )
 
 

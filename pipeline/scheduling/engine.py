@@ -12,7 +12,7 @@ from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
 from layerstream.pipeline.scheduling.passes import PassRunner
-from layerstream.pipeline.scheduling.request import CLOSED, Method, Request, Requests
+from layerstream.pipeline.scheduling.request import CLOSED, MethodOf, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.sampling_rng import sampling_from
@@ -78,15 +78,15 @@ class Engine:
 
     async def _run(
         self,
-        what: str,
-        call: Method,
+        method: str,
+        call: MethodOf,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
     ) -> Any:
         # The stream that is current now, so that computation is ordered with the caller's own work. When the
         # request is admitted, another one may be current on the event loop.
         stream = self._device.stream()
-        request = self._request(what, call, inputs, named, threads=1)
+        request = self._request(method, call, inputs, named, threads=1)
         try:
             self.requests.enqueue(request, request.reservation)
             await asyncio.wrap_future(request.reservation)
@@ -146,7 +146,7 @@ class Engine:
 
     # -- requests of other threads ---------------------------------------------------------------
 
-    def generate_here(self, call: Method, inputs: Sequence[Any], named: Any) -> Any:
+    def generate_here(self, call: MethodOf, inputs: Sequence[Any], named: Any) -> Any:
         """Generate in the calling thread.
 
         Args:
@@ -225,8 +225,8 @@ class Engine:
 
     def _request(
         self,
-        what: str,
-        call: Method,
+        method: str,
+        call: MethodOf,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
         *,
@@ -236,10 +236,10 @@ class Engine:
     ) -> Request:
         self.requests.check_open()
         named = dict(named)
-        generator = named.pop("generator", None) if what == "generate" else None
+        generator = named.pop("generator", None) if method == "generate" else None
         if self._cache_on_host and whole_model:
-            named = with_host_cache(self._module, what, inputs, named)
-        estimate = self._estimator.generation if what == "generate" else self._estimator.forward
+            named = with_host_cache(self._module, method, inputs, named)
+        estimate = self._estimator.generation if method == "generate" else self._estimator.forward
         try:
             cost = estimate(inputs, named)
         except AdmissionError:
@@ -249,7 +249,7 @@ class Engine:
         runner.cost = cost
         request = Request(
             number=next(self._numbers),
-            what=what,
+            method=method,
             cost=cost,
             call=call,
             inputs=inputs,
@@ -261,7 +261,7 @@ class Engine:
         )
         if cost.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = cost.chunk_tokens
-        if what == "generate":
+        if method == "generate":
             request.named = with_token_counter(self._module, inputs, request.named, request)
         return request
 

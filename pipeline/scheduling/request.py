@@ -17,12 +17,12 @@ from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["CLOSED", "Method", "Request", "Requests"]
+__all__ = ["CLOSED", "MethodOf", "Request", "Requests"]
 
 logger = logging.getLogger(__name__)
 
 # Returns what to call with the inputs, given a clone of the module tree.
-Method = Callable[[Any], Callable[..., Any]]
+MethodOf = Callable[[Any], Callable[..., Any]]
 
 CLOSED = "the model was closed before this request's turn came"
 
@@ -32,10 +32,10 @@ class Request:
     """One call of ``forward`` or ``generate``, or of the module itself."""
 
     number: int
-    what: str
+    method: str
     """"forward" or "generate"."""
     cost: RequestCost
-    call: Method
+    call: MethodOf
     inputs: Sequence[Any]
     named: dict[str, Any]
     runner: PassRunner
@@ -99,7 +99,7 @@ class Requests:
         self._counters.started += 1
         self._scheduler.request_began(request.runner)
         extra = {"request_id": request.number, "reserved_bytes": request.cost.nbytes}
-        logger.debug("request %d (%s) admitted", request.number, request.what, extra=extra)
+        logger.debug("request %d (%s) admitted", request.number, request.method, extra=extra)
         if request.cost.chunk_tokens is not None:
             self._counters.chunked += 1
             logger.info(
@@ -121,7 +121,7 @@ class Requests:
             request.end_level,
             "request %d (%s) %s: %d tokens in %d forward passes, %.2f s",
             request.number,
-            request.what,
+            request.method,
             outcome,
             request.tokens,
             passes,

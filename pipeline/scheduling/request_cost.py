@@ -11,10 +11,11 @@ import torch
 
 from layerstream.pipeline.modeling.call_arguments import (
     GenerationSettings,
-    Shape,
+    InputShape,
     by_name,
+    given_cache,
+    input_shape,
     is_encoder_decoder,
-    shape_of,
     takes_criteria,
 )
 from layerstream.pipeline.planning.overheads import overheads
@@ -30,7 +31,7 @@ _SMALLEST_CHUNK = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCost:
-    """What a request needs."""
+    """The memory that a request needs, and the numbers of tokens that it depends on."""
 
     nbytes: int
     """Bytes of the memory for all requests."""
@@ -56,7 +57,7 @@ class Estimator:
         workload: The requests that the plan reserves memory for.
         memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
-        reserved: The plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
+        plan: The running plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class Estimator:
         workload: Workload,
         memory: RequestMemory,
         on_cpu: bool = False,
-        reserved: Plan | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self._module = module
         self._config = config
         self._workload = workload
         self._memory = memory
         self._scales = (1.0, 1.0)
-        if reserved is not None:
-            estimated, whole = self._estimated(workload), reserved.workload_bytes
-            cache = reserved.kv_cache_bytes
+        if plan is not None:
+            estimated, whole = self._estimated(workload), plan.workload_bytes
+            cache = plan.kv_cache_bytes
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
             if memory.is_split:
@@ -103,7 +104,7 @@ class Estimator:
             AdmissionError: More than there is for all requests together.
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
-        shape = shape_of(self._module, "forward", named)
+        shape = input_shape(self._module, "forward", named)
         kept = named.get("logits_to_keep")
         positions = kept if isinstance(kept, int) and kept > 0 else shape.length
         # A loss is computed from logits in float32.
@@ -138,19 +139,19 @@ class Estimator:
             AdmissionError: More than there is for all requests together.
         """
         named = by_name(getattr(self._module, "generate", None), inputs, named)
-        shape = shape_of(self._module, "generate", named)
-        setting = GenerationSettings(self._module, named)
+        shape = input_shape(self._module, "generate", named)
+        settings = GenerationSettings(self._module, named)
         # Ids that come with a cache usually include the tokens in the cache.
         prompt = shape.length if shape.length > shape.past else shape.length + shape.past
-        new = setting.new_tokens(shape.decoder if self._encoder_decoder else shape.length)
-        branches = max(setting.number("num_beams", 1), setting.number("num_return_sequences", 1))
+        new = settings.new_tokens(shape.decoder if self._encoder_decoder else shape.length)
+        branches = max(settings.number("num_beams", 1), settings.number("num_return_sequences", 1))
         rows = shape.rows * branches
-        candidates = setting.candidates()
-        guided = setting.get("guidance_scale") not in (None, 1)
+        candidates = settings.candidates()
+        guided = settings.get("guidance_scale") not in (None, 1)
         if guided:
             rows *= 2  # a second pass without the prompt, with its own cache
         other = rows * candidates * self._vocabulary_size * 12  # logits, scores, softmax in float32
-        scores = setting.number("output_scores", 0) + setting.number("output_logits", 0)
+        scores = settings.number("output_scores", 0) + settings.number("output_logits", 0)
         other += scores * rows * new * self._vocabulary_size * 4
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
         # What libraries keep after the pass over the prompt stays until the end.
@@ -165,12 +166,12 @@ class Estimator:
                 half_on_device=guided,
             ).plus(other)
 
-        cached = setting.get("use_cache") is not False
-        chunk = setting.get("prefill_chunk_size")
+        cached = settings.get("use_cache") is not False
+        chunk = settings.get("prefill_chunk_size")
         first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
         parts = parts_with(max(first, candidates) if cached else prompt + new)
         smaller = None
-        if not self._fits(parts) and chunk is None and self._may_chunk(setting, named, shape):
+        if not self._fits(parts) and chunk is None and self._may_chunk(settings, named, shape):
             smaller = self._chunk_tokens(shape.length, parts_with)
             parts = parts if smaller is None else parts_with(smaller)
         step = parts_with(1 + candidates) if cached else parts
@@ -191,7 +192,7 @@ class Estimator:
 
     def _parts(
         self,
-        shape: Shape,
+        shape: InputShape,
         *,
         rows: int,
         pass_tokens: int,
@@ -249,16 +250,16 @@ class Estimator:
         return workload_bytes(config.to_dict(), workload)[0]
 
     def _may_chunk(
-        self, setting: GenerationSettings, named: Mapping[str, Any], shape: Shape
+        self, settings: GenerationSettings, named: Mapping[str, Any], shape: InputShape
     ) -> bool:
         return (
             shape.is_known
             and takes_criteria(self._module)
             and not self._encoder_decoder
-            and setting.get("use_cache") is not False
-            and not setting.candidates()
+            and settings.get("use_cache") is not False
+            and not settings.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()
-            and ("past_key_values" not in named or (shape.on_host and not shape.past))
+            and (given_cache(named) is None or (shape.on_host and not shape.past))
         )
 
     def _chunk_tokens(self, length: int, parts_with: Callable[[int], Parts]) -> int | None:
@@ -270,7 +271,9 @@ class Estimator:
             pieces *= 2
         return None
 
-    def _checked(self, request: str, shape: Shape, parts: Parts, cost: RequestCost) -> RequestCost:
+    def _checked(
+        self, request: str, shape: InputShape, parts: Parts, cost: RequestCost
+    ) -> RequestCost:
         if self._fits(parts):
             return cost
         if not shape.is_known:

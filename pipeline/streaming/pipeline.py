@@ -48,14 +48,13 @@ class Pipeline:
     """Streams the layer batches of a plan past a computation, sweep after sweep.
 
     Reading, copying and computing overlap. At the end of a sweep the first batches of the next one are already
-    being read; if no sweep is requested, the queues fill and the stages wait.
+    being read; if no sweep is requested, the queues fill and the stages wait. An error in any stage ends the pipeline:
+    the sweep under way raises it, and so does every later one.
 
     Args:
         plan: What to stream, and how.
         device: Used instead of the one that the plan names (for tests).
         reader: Used instead of the one that the plan names (for tests). The pipeline closes it.
-
-    An error in any stage ends the pipeline: the sweep under way raises it, and so does every later one.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Pipeline:
         self._closing = Once()
         self._opened_at = time.perf_counter()
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- opening and closing ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -84,7 +83,7 @@ class Pipeline:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
 

@@ -30,7 +30,7 @@ async def run_stages(
             await stage
         except BaseExceptionGroup as group:
             if not ready.closed:  # otherwise this is a consequence of an earlier error
-                error = _first(group)
+                error = _first_error(group)
                 _forget_locals(error)
                 # Now, since the other stages end only when their threads have finished their calls.
                 ready.close(error)
@@ -47,7 +47,7 @@ async def run_stages(
         ready.close(ClosedError("the pipeline was closed"))
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that came first; the others in ``group`` are its consequences."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):

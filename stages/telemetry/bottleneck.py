@@ -60,7 +60,7 @@ def find_bottleneck(stages: Sequence[StageTimings], *, wall_seconds: float) -> B
         remedy = "more slots (a larger budget or a smaller layer batch size); then a faster stage"
     else:
         words = "is the longest stage, but most of the time goes to hand-offs and waiting in turn"
-        remedy = "larger layer batches, and room for several of them"
+        remedy = "larger layer batches, and memory for several of them"
     between = f", and {idle:.0%} pass between sweeps" if idle >= _REPORTED else ""
     sentence = (
         f"{longest.name} {words}: busy {share:.0%} of the time{between}. What helps: {remedy}"

@@ -4,12 +4,13 @@ test_cuda_memory.py tests it on a GPU; here both of its devices are the CPU.
 """
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 import transformers
 from support.leaks import nothing_left_behind
-from support.models import CASES, inputs_for, save_model
+from support.models import CACHE, CASES, inputs_for, save_model
 from support.streaming import SMALL
 
 from layerstream.pipeline import Budget, load_streamed, opening
@@ -57,13 +58,13 @@ def test_tokens_are_those_of_a_cache_on_the_device(tmp_path, moved, case, option
 
 def test_a_layer_is_on_the_device_only_while_it_computes(tmp_path, moved):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
-    cache = with_host_cache(model, "forward", (ids,), {})["past_key_values"]
+    cache = with_host_cache(model, "forward", (ids,), {})[CACHE]
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         first, second = (id(layer) for layer in cache.layers)
         assert moved == [(first, "cpu"), (second, "cpu")]
         moved.clear()
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     assert moved[:2] == [
         (first, "cpu"),
         (first, "cpu"),
@@ -85,6 +86,7 @@ def test_a_cache_implementation_that_generate_takes_for_unset_is_ignored(tmp_pat
     [
         {"use_cache": False},
         {"cache_implementation": "static"},
+        {"cache": transformers.DynamicCache()},
         {"past_key_values": transformers.DynamicCache()},
         {"generation_config": transformers.GenerationConfig(use_cache=False)},
     ],
@@ -103,11 +105,11 @@ def test_a_forward_pass_ignores_the_settings_of_generation(tmp_path, config):
     model.generation_config.update(**config)
     assert with_host_cache(model, "generate", (ids,), {}) == {}
     named = with_host_cache(model, "forward", (ids,), {})
-    assert named["past_key_values"].on_host
+    assert named[CACHE].on_host
     with torch.no_grad():
         output = model(ids, **named)
         assert torch.equal(output.logits, model(ids).logits)
-    assert output.past_key_values is named["past_key_values"]
+    assert output[CACHE] is named[CACHE]
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,17 @@ def test_the_models_config_decides_whether_a_forward_pass_keeps_a_cache(
 ):
     model, ids = loaded(tmp_path, "llama"), inputs_for("llama")["input_ids"]
     model.config.use_cache = in_config
-    assert (model(ids, **named).past_key_values is not None) == kept
-    assert ("past_key_values" in with_host_cache(model, "forward", (ids,), named)) == kept
+    assert (CACHE in model(ids, **named)) == kept
+    assert (CACHE in with_host_cache(model, "forward", (ids,), named)) == kept
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("what", ["forward", "generate"])
+def test_none_for_a_cache_under_any_name_is_replaced_by_one_cache(tmp_path, what, name):
+    model = loaded(tmp_path, "llama")
+    named = with_host_cache(model, what, (), {name: None})
+    assert list(named) == [CACHE]
+    assert named[CACHE].on_host
 
 
 def test_a_cache_of_none_that_is_passed_by_position_is_left_unchanged(tmp_path):
@@ -150,15 +161,34 @@ def test_the_drop_in_keeps_the_cache_of_a_direct_call_on_the_host(tmp_path, monk
         load_streamed(folder, device="cpu", budget=Budget(host="64MiB"), workload=SMALL) as model,
     ):
         first = model(ids)
-        assert first.past_key_values.on_host
-        second = model(ids[:, :1], past_key_values=first.past_key_values)
-        assert second.past_key_values is first.past_key_values
+        assert first[CACHE].on_host
+        second = model(ids[:, :1], **{CACHE: first[CACHE]})
+        assert second[CACHE] is first[CACHE]
         torch.testing.assert_close(second.logits[:, -1], expected.logits[:, -1])
-        assert model(ids, use_cache=False).past_key_values is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions warn the caller
+            third = model(ids[:, :1], past_key_values=second[CACHE])
+        assert third[CACHE] is first[CACHE]
+        assert CACHE not in model(ids, use_cache=False)
         assert moved
         moved.clear()
-        assert not hasattr(model.model(ids).past_key_values, "on_host")  # a part of the model
+        assert not hasattr(model.model(ids)[CACHE], "on_host")  # a part of the model
         assert not moved
+
+
+@pytest.mark.parametrize("case", ["llama", "mamba"])
+def test_no_deprecated_name_of_a_cache_is_used(tmp_path, monkeypatch, case):
+    logged = []
+    logger = transformers.utils.generic.logger  # it says each thing once in a process
+    monkeypatch.setattr(logger, "warning_once", lambda *said: logged.append(said))
+    folder, ids = save_model(tmp_path / "model", case), inputs_for(case)["input_ids"]
+    if case == "llama":
+        plan_cache_on_host(monkeypatch)
+    options = {"device": "cpu", "budget": Budget(host="64MiB"), "workload": SMALL}
+    with load_streamed(folder, **options) as model:
+        model(ids, use_cache=True)
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert not logged
 
 
 @pytest.mark.parametrize("case", ["mamba", "t5", "bert", "qwen3-next"])

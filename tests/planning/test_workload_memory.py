@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import CPU
-from support.models import CASES, save_model
+from support.models import CACHE, CASES, save_model
 
 from layerstream.pipeline import Checkpoint, Workload
 from layerstream.pipeline.modeling.activation_memory import LiveBytes, measure_memory
@@ -85,8 +85,8 @@ def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
     with LiveBytes() as live:
         output = model(**prompt)
         sampled(output.logits)
-    cache = output.get("past_key_values", output.get("cache_params"))
-    name = "past_key_values" if "past_key_values" in output else "cache_params"
+    name = CACHE if CACHE in output else "cache_params"
+    cache = output[name]
     del output
     prefill, cache_bytes_now = live.peak_bytes, live.now_bytes
     live.peak_bytes = live.now_bytes
@@ -109,10 +109,10 @@ def test_the_cache_is_estimated_to_the_byte(case: str, tmp_path: Path) -> None:
     workload = Workload(batch_size=2, prompt_tokens=PROMPT, new_tokens=6)
     memory = measure_memory(built(case, on_meta=True, **settings), workload)
     model = built(case, on_meta=False, **settings)
-    cache = model(**inputs(2, PROMPT, PROMPT, padded=False)).past_key_values
+    cache = model(**inputs(2, PROMPT, PROMPT, padded=False))[CACHE]
     for step in range(6):
         more = inputs(2, 1, PROMPT + step + 1, padded=False)
-        cache = model(**more, past_key_values=cache).past_key_values
+        cache = model(**more, **{CACHE: cache})[CACHE]
     assert memory is not None
     assert memory.kv_bytes == cache_bytes(cache)
     assert kv_bytes(config, batch_size=2, tokens=PROMPT + 6) == cache_bytes(cache)

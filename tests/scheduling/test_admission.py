@@ -305,5 +305,5 @@ def test_the_drop_in_reserves_memory_for_generate_and_forward(tmp_path: Path) ->
             model.generate(IDS, max_new_tokens=10_000_000)
         assert model(IDS).logits.isfinite().all()
         # Runs after the call that this thread has queued on the loop.
-        vars(model)["_layerstream_close"]._host.run(turns())
+        vars(model)["_layerstream_close"]._loop_thread.run(turns())
         assert streamed.stats().reserved_bytes == 0

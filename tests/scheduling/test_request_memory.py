@@ -54,7 +54,7 @@ def estimator(plan: Plan, module: Any) -> Estimator:
         config,
         workload=WORKLOAD,
         memory=request_memory_of(plan, module, config),
-        reserved=plan,
+        plan=plan,
     )
 
 
@@ -133,6 +133,7 @@ def test_a_long_prompt_is_processed_in_pieces_that_vram_can_hold(
     "named",
     [
         {"cache_implementation": "static"},
+        {"cache": transformers.DynamicCache()},
         {"past_key_values": transformers.DynamicCache()},
         {"guidance_scale": 1.5},
     ],
@@ -153,6 +154,43 @@ def test_a_pass_that_keeps_no_cache_takes_no_memory_for_one(
     without = cost_of(estimator, module, "forward", 1000, use_cache=False)
     in_vram = {"past_key_values": transformers.DynamicCache()}
     assert without.nbytes < cost_of(estimator, module, "forward", 1000, **in_vram).nbytes
+
+
+@pytest.mark.parametrize("what", ["forward", "generate"])
+def test_a_cache_is_priced_alike_under_each_of_its_names(
+    module: Any, estimator: Estimator, what: str
+) -> None:
+    cache = transformers.DynamicCache()
+    cache.update(*torch.empty((2, 1, 8, 500, 128), device="meta"), 0)
+    options = ONE_SEQUENCE if what == "generate" else {}
+    first, second = (
+        cost_of(estimator, module, what, 64, **options, **{name: cache})
+        for name in ("cache", "past_key_values")
+    )
+    assert first == second
+    empty = cost_of(estimator, module, what, 64, **options, cache=transformers.DynamicCache())
+    assert first.nbytes > empty.nbytes
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_of_the_callers_own_is_not_filled_in_pieces(
+    module: Any, estimator: Estimator, name: str
+) -> None:
+    with pytest.raises(AdmissionError):
+        cost_of(
+            estimator,
+            module,
+            "generate",
+            6000,
+            **ONE_SEQUENCE,
+            **{name: transformers.DynamicCache()},
+        )
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_recurrent_state_counts_no_tokens(module: Any, estimator: Estimator, name: str) -> None:
+    state = transformers.DynamicCache(config=transformers.MambaConfig(num_hidden_layers=2))
+    assert cost_of(estimator, module, "forward", 64, **{name: state}).nbytes > 0
 
 
 def test_layers_may_be_resident_according_to_what_requests_take_of_vram(

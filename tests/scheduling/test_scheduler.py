@@ -212,7 +212,7 @@ def test_threads_that_share_a_drop_in_share_its_sweeps(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(30)
         # Runs after the calls that the threads have queued on the loop.
-        vars(model)["_layerstream_close"]._host.run(turns())
+        vars(model)["_layerstream_close"]._loop_thread.run(turns())
         stats = streamed.stats()
         assert stats.sweeps < stats.passes == 32
         assert (stats.requests_completed, stats.reserved_bytes) == (4, 0)

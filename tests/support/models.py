@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-__all__ = ["CASES", "Case", "inputs_for", "save_model"]
+__all__ = ["CACHE", "CASES", "Case", "inputs_for", "save_model"]
+
+# What the installed transformers calls the KV cache of a text model, in arguments and outputs.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in transformers.modeling_outputs.CausalLMOutputWithPast.__annotations__
+)
 
 BLOCK = {
     "hidden_size": 32,
