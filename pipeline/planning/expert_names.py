@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor
@@ -15,6 +15,9 @@ __all__ = ["split_experts"]
 _SEPARATE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(.+\.experts)\.(\w+)")
 
+# Path of the module -> name of the tensor in it -> number of the expert -> tensor.
+_Modules = dict[str, dict[str, dict[int, TensorInfo]]]
+
 
 def split_experts(
     checkpoint: Checkpoint, names: Sequence[str]
@@ -23,47 +26,55 @@ def split_experts(
     shape = shape_of(checkpoint.config)
     if shape is None or not shape.experts:
         return tuple(names), ()
-    found: dict[str, dict[str, list[tuple[str, Extent]]]] = defaultdict(lambda: defaultdict(list))
+    found: _Modules = defaultdict(lambda: defaultdict(dict))
     for name in names:
+        if ".experts." not in name:
+            continue
         info = checkpoint.tensors[name]
         if match := _SEPARATE.fullmatch(name):
-            extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
-            found[match[1]][match[3]].append((name, extent))
+            found[match[1]][match[3]][int(match[2])] = info
         elif (match := _STACKED.fullmatch(name)) and info.shape[:1] == (shape.experts,):
-            each = info.nbytes // shape.experts
-            found[match[1]][match[2]] += [
-                (name, Extent(file=info.file, offset=info.offset + i * each, nbytes=each))
-                for i in range(shape.experts)
-            ]
+            found[match[1]][match[2]] = dict.fromkeys(range(shape.experts), info)
     sources, taken = [], set()
     for module, tensors in found.items():
-        made = [
-            _tensor(name, parts, checkpoint.tensors[parts[0][0]], shape.experts)
-            for name, parts in tensors.items()
-            if len(parts) == shape.experts and len({part.nbytes for _, part in parts}) == 1
-        ]
-        if len(made) < len(tensors):
+        if not all(_are_alike(infos, shape.experts) for infos in tensors.values()):
             continue
         sources.append(
             ExpertSource(
                 module=module,
                 experts=shape.experts,
                 per_token=shape.experts_per_token,
-                tensors=tuple(made),
+                tensors=tuple(_tensor(infos) for infos in tensors.values()),
             )
         )
-        taken |= {name for parts in tensors.values() for name, _ in parts}
+        taken |= {info.name for infos in tensors.values() for info in infos.values()}
     return tuple(name for name in names if name not in taken), tuple(sources)
 
 
-def _tensor(
-    name: str, parts: Sequence[tuple[str, Extent]], info: TensorInfo, experts: int
-) -> ExpertTensor:
-    stacked = len({tensor for tensor, _ in parts}) == 1 < experts
+def _are_alike(infos: Mapping[int, TensorInfo], experts: int) -> bool:
+    """Whether each of ``experts`` has one, all of equal dtype and shape."""
+    numbers_match = len(infos) == experts and max(infos) == experts - 1
+    return numbers_match and len({(info.dtype, info.shape) for info in infos.values()}) == 1
+
+
+def _tensor(infos: Mapping[int, TensorInfo]) -> ExpertTensor:
+    """The tensor that each expert has in ``infos``, by number: one of its own, or a part of one for all."""
+    experts, first = len(infos), infos[0]
+    stacked = experts > 1 and first is infos[1]
+    nbytes = first.nbytes // experts if stacked else first.nbytes
+    # The files may hold the experts in any order; the router counts them.
+    extents = (
+        Extent(
+            file=infos[expert].file,
+            offset=infos[expert].offset + (expert * nbytes if stacked else 0),
+            nbytes=nbytes,
+        )
+        for expert in range(experts)
+    )
     return ExpertTensor(
-        name=name,
-        dtype=info.dtype,
-        shape=info.shape[1:] if stacked else info.shape,
-        nbytes=parts[0][1].nbytes,
-        extents=tuple((extent,) for _, extent in parts),
+        name=first.name,
+        dtype=first.dtype,
+        shape=first.shape[1:] if stacked else first.shape,
+        nbytes=nbytes,
+        extents=tuple((extent,) for extent in extents),
     )

@@ -1,7 +1,8 @@
 """The experts of a layer as they lie in the files, and their places in cells. Pure."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from layerstream.stages.batch import Extent, Place, TensorView
 from layerstream.stages.experts.expert_set import ExpertPiece, ExpertSet
@@ -30,9 +31,12 @@ class ExpertTensor:
     """Its address modulo 64 where transformers computes with it, which decides on kernels."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertSource:
-    """The routed experts of one module, which can be read one by one."""
+    """The routed experts of one module, which can be read one by one.
+
+    It has no ``__slots__``, so that it is laid out once, not for each plan that is considered.
+    """
 
     module: str
     experts: int
@@ -40,7 +44,7 @@ class ExpertSource:
     """How many experts a token is routed to; 0 if unknown."""
     tensors: tuple[ExpertTensor, ...]
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -53,41 +57,43 @@ class ExpertSource:
     @property
     def cell_bytes(self) -> int:
         """What one expert takes in a cell."""
+        return self.without_cells.cell_bytes
+
+    @cached_property
+    def without_cells(self) -> ExpertSet:
+        """The experts with their places in a cell, before the store has cells for them."""
+        views: list[TensorView] = []
+        pieces: list[ExpertPiece] = []
         at = 0
         for tensor in self.tensors:
-            at = _up(at) + tensor.shift + tensor.nbytes
-        return _up(at)
+            begin = _up(at) + tensor.shift
+            at = begin + tensor.nbytes
+            views.append(
+                TensorView(
+                    name=tensor.name,
+                    dtype=tensor.dtype,
+                    shape=tensor.shape,
+                    place=Place.HOST,
+                    offset=begin,
+                    nbytes=tensor.nbytes,
+                )
+            )
+            pieces += _pieces(tensor.extents, begin)
+        return ExpertSet(
+            module=self.module,
+            layer="",
+            experts=self.experts,
+            per_token=self.per_token,
+            cells=0,
+            cell_bytes=_up(at),
+            tensors=tuple(views),
+            pieces=tuple(pieces),
+        )
 
 
 def lay_out_experts(source: ExpertSource, *, layer: str, cells: int) -> ExpertSet:
     """The experts of ``source`` with their places in a cell, ``cells`` of which the store keeps for the layer."""
-    views: list[TensorView] = []
-    pieces: list[ExpertPiece] = []
-    at = 0
-    for tensor in source.tensors:
-        begin = _up(at) + tensor.shift
-        at = begin + tensor.nbytes
-        views.append(
-            TensorView(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                place=Place.HOST,
-                offset=begin,
-                nbytes=tensor.nbytes,
-            )
-        )
-        pieces += _pieces(tensor.extents, begin)
-    return ExpertSet(
-        module=source.module,
-        layer=layer,
-        experts=source.experts,
-        per_token=source.per_token,
-        cells=cells,
-        cell_bytes=_up(at),
-        tensors=tuple(views),
-        pieces=tuple(pieces),
-    )
+    return replace(source.without_cells, layer=layer, cells=cells)
 
 
 def _pieces(extents: tuple[tuple[Extent, ...], ...], begin: int) -> Iterable[ExpertPiece]:

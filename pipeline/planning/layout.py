@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,9 +38,12 @@ _LEAST_ALIGNMENT = 16
 _VECTOR_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """A tensor as computation needs it, and the extents of files that it consists of, in order."""
+    """A tensor as computation needs it, and the extents of files that it consists of, in order.
+
+    It has no ``__slots__``, so that its bytes are counted once, not for each plan that is considered.
+    """
 
     name: str
     dtype: str
@@ -50,7 +54,7 @@ class TensorSource:
     copied: bool = False
     """Whether transformers computes with a copy of it, which needs an aligned place of its own."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return sum(extent.nbytes for extent in self.extents)
@@ -62,9 +66,9 @@ class TensorSource:
         return dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedLayer:
-    """A layer with everything that is needed to place it."""
+    """A layer with everything that is needed to place it. It has no ``__slots__`` for the same reason."""
 
     name: str
     kind: LayerKind
@@ -76,7 +80,7 @@ class PlannedLayer:
     experts: tuple[ExpertSource, ...] = ()
     """Experts that are read on demand; not among ``tensors``."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)

