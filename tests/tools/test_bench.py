@@ -34,6 +34,7 @@ def our_cgroups() -> list[Path]:
 def test_all_contenders_are_measured_in_one_run_and_nothing_is_left_over(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    children = psutil.Process().children()  # such as the service of other tests
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     air = interpreter_with(tmp_path / "air", airllm=AIRLLM)
     server = save_llama_server(tmp_path / "bin")
@@ -62,7 +63,7 @@ def test_all_contenders_are_measured_in_one_run_and_nothing_is_left_over(
     assert {"processor", "cores", "memory_bytes"} <= report["machine"].keys()
     assert [each.name for each in model.parent.iterdir()] == ["model"]  # the work folder is gone
     assert our_cgroups() == []
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == children
 
 
 def test_the_planner_finds_a_memory_limit_and_the_report_names_it(
