@@ -6,9 +6,10 @@ the expert store. Results equal those of the whole parameters bit for bit.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ class _Access:
         self.index = index
         self.set = experts
         self._waiting = waiting
-        self._banks: dict[int, dict[str, nn.Parameter]] = {}
+        # Weak: a module that outlives its model must not keep the cells.
+        self._banks: WeakKeyDictionary[CellRegion, dict[str, nn.Parameter]] = WeakKeyDictionary()
 
     def groups(self, experts: Sequence[int], *, in_order: bool) -> list[ExpertGroup]:
         """What to compute with together; ``in_order``: only ascending experts from group to group."""
@@ -73,40 +75,42 @@ class _Access:
             for at in range(0, len(experts), size)
         ]
 
-    def leases(self, groups: Sequence[ExpertGroup]) -> Iterator[Lease]:
+    def leases(self, groups: Sequence[ExpertGroup]) -> Generator[Lease]:
         """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
-        upcoming: Lease | None = None
-        try:
+        with ExitStack() as held:  # all of them; releasing one again does nothing
+
+            def hold(group: ExpertGroup, *, wait: bool) -> Lease | None:
+                if (lease := self.store.take(group, wait=wait)) is not None:
+                    held.callback(lease.release)
+                return lease
+
+            upcoming: Lease | None = None
             for group, later in zip(groups, [*groups[1:], None], strict=True):
-                current, upcoming = upcoming, None
+                current = upcoming or hold(group, wait=False)
                 if current is None:
-                    with self._waiting():
-                        current = self.store.take(group)
+                    with self._waiting():  # which raises if the request was cancelled meanwhile
+                        current = hold(group, wait=True)
                 assert current is not None  # noqa: S101
-                try:
-                    # Not waited for: two passes that hold cells and wait for the other's would wait for ever.
-                    upcoming = self.store.take(later, wait=False) if later is not None else None
-                    if not current.ready:
-                        with self._waiting():
-                            current.wait()
-                    else:
+                # Not waited for: two passes that hold cells and wait for the other's would wait for ever.
+                upcoming = hold(later, wait=False) if later is not None else None
+                if current.ready:
+                    current.wait()
+                else:
+                    with self._waiting():
                         current.wait()
-                    yield current
-                finally:
-                    current.release()
-        finally:
-            if upcoming is not None:
-                upcoming.release()
+                yield current
+                current.release()
 
     def bank(self, region: CellRegion) -> Mapping[str, nn.Parameter]:
         """The module's parameters over the cells of ``region``, in place of its experts."""
-        if id(region) not in self._banks:
+        bank = self._banks.get(region)
+        if bank is None:
             with torch.inference_mode(mode=False):
-                self._banks[id(region)] = {
+                bank = self._banks[region] = {
                     view.name: nn.Parameter(region.strided(view), requires_grad=False)
                     for view in self.set.tensors
                 }
-        return self._banks[id(region)]
+        return bank
 
 
 class _OnDemand:
@@ -132,14 +136,19 @@ class _InTurn:
     def tensor(self, name: str, expert: int) -> torch.Tensor:
         """The tensor of ``expert``; the ones before it in the order are gone when its group comes."""
         while expert not in self._cells:
-            lease = next(self._leases)
+            lease = next(self._leases, None)
+            if lease is None:
+                raise ModelError(
+                    f"{self._access.set.module} takes expert {expert} out of order, which cannot be read on demand: open "
+                    "the model with experts_implementation='batched_mm'"
+                )
             self._cells = dict(zip(lease.group.experts, lease.cells, strict=True))
             self._bank = self._access.bank(lease.region)
         return self._bank[name][self._cells[expert]]
 
     def close(self) -> None:
         """Give all cells back."""
-        self._leases.close()  # type: ignore[attr-defined]
+        self._leases.close()
 
 
 class _StreamedExperts(nn.Module):
@@ -177,13 +186,15 @@ class _StreamedExperts(nn.Module):
         # The order of rows within an expert decides on bits, and torch's sort is not stable: the same call, on all of them.
         order = torch.sort(chosen)[1]
         results: torch.Tensor | None = None
-        for lease in self.layerstream_experts.leases(groups):
-            number = self._numbers(lease, chosen)
-            places = order[number[chosen[order]] >= 0]
-            part = self._products(lease, number[chosen[places]], hidden[places // index.shape[1]])
-            if results is None:
-                results = part.new_empty((len(chosen), part.shape[-1]))
-            results[places] = part
+        with closing(self.layerstream_experts.leases(groups)) as leases:
+            for lease in leases:
+                number = self._numbers(lease, chosen)
+                places = order[number[chosen[order]] >= 0]
+                rows = hidden[places // index.shape[1]]
+                part = self._products(lease, number[chosen[places]], rows)
+                if results is None:
+                    results = part.new_empty((len(chosen), part.shape[-1]))
+                results[places] = part
         if results is None:  # no tokens
             return torch.zeros_like(hidden)
         weighted = results * weights.reshape(-1, 1)

@@ -82,9 +82,10 @@ def filled_cells(
         if added < most:
             break
     for i in growing:  # the rest: one more for the first layers
-        if free_bytes >= sources[i].cell_bytes:
-            own[i] += 1
-            free_bytes -= sources[i].cell_bytes
+        free_bytes -= sources[i].cell_bytes
+        if free_bytes < 0:  # no smaller one instead: more memory shall never mean fewer cells
+            break
+        own[i] += 1
     whole = all(n == source.experts for n, source in zip(own, sources, strict=True))
     return ExpertCells(own=tuple(own), shared=0 if whole else cells.shared)
 

@@ -19,7 +19,7 @@ class Cell:
         number: Its place in the region.
         tensor: Its bytes, uint8 ``[cell_bytes]``.
         key: What it holds; None if nothing.
-        users: How many passes hold it: it is not used again meanwhile.
+        users: How many passes hold it, and 1 more while it is loaded: it is not used again meanwhile.
         loaded: Done when its bytes have arrived, or has the error.
     """
 
@@ -69,7 +69,8 @@ class CellRegion:
         """Cells for ``keys``, held for the caller: all of them, or None if not all can be had now.
 
         Returns:
-            The cells in the order of ``keys``, and those among them that have to be loaded.
+            The cells in the order of ``keys``, and those among them that have to be loaded, which are held for that too: the
+            caller may give up while reads still write into them.
         """
         missing = [key for key in keys if key not in self._cells]
         if len(missing) > len(self._free):
@@ -85,19 +86,19 @@ class CellRegion:
         new = []
         for key in missing:
             cell = self._free.pop() if self._free else self._evict()
-            cell.key, cell.users, cell.loaded = key, 1, Future()
+            cell.key, cell.users, cell.loaded = key, 2, Future()
             self._cells[key] = cell
             new.append(cell)
         return [self._cells[key] for key in keys], new
 
     def release(self, cell: Cell) -> None:
-        """One pass less holds ``cell``."""
+        """One pass less holds ``cell``, or it is loaded."""
         cell.users -= 1
         if not cell.users and cell.key is None:
             self._free.append(cell)
 
     def forget(self, cell: Cell) -> None:
-        """Loading ``cell`` has failed: nobody finds it any more; the last pass that holds it frees it."""
+        """Loading ``cell`` has failed: nobody finds it any more; its last ``release`` frees it."""
         del self._cells[cell.key]
         cell.key = None
 

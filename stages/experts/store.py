@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import torch
 
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
@@ -21,6 +22,8 @@ from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.threads import Threads
 
 __all__ = ["ExpertGroup", "ExpertStore", "Lease"]
+
+_CLOSED = "the model was closed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class Lease:
         began = time.perf_counter()
         for cell in self._cells:
             if (error := cell.loaded.exception()) is not None:
-                raise copy.copy(error)  # several passes may wait for one expert
+                raise _copy_of(error)
         self._store.count_wait(time.perf_counter() - began)
 
     def release(self) -> None:
@@ -130,7 +133,10 @@ class ExpertStore:
 
         Half of the shared cells make a group, so that the next one is read while one is computed with.
         """
-        own = self._own[set_index]
+        with self._changed:
+            if self._closed:
+                raise ClosedError(_CLOSED)
+            own = self._own[set_index]
         if len(experts) <= own.count:
             return [ExpertGroup(set_index=set_index, experts=tuple(experts), streamed=False)]
         if not self._shared.count:
@@ -167,11 +173,11 @@ class ExpertStore:
         Raises:
             ClosedError: The store was closed.
         """
-        region, keys = self._region(group)
         with self._changed:
             while True:
                 if self._closed:
-                    raise ClosedError("the model was closed")
+                    raise ClosedError(_CLOSED)
+                region, keys = self._region(group)
                 if (taken := region.take(keys)) is not None:
                     break
                 if not wait:
@@ -226,7 +232,7 @@ class ExpertStore:
 
         def done(read: Future[None]) -> None:
             nonlocal left, failure
-            error = ClosedError("the model was closed") if read.cancelled() else read.exception()
+            error = ClosedError(_CLOSED) if read.cancelled() else read.exception()
             with self._changed:
                 left, failure = left - 1, failure or error
                 if left:  # also after an error: the others still write into the cell
@@ -236,6 +242,8 @@ class ExpertStore:
                 else:
                     region.forget(cell)
                     loaded.set_exception(failure)
+                region.release(cell)
+                self._changed.notify_all()
 
         for each in reads:
             self._threads.submit(self._read, each, cell, experts, expert).add_done_callback(done)
@@ -273,4 +281,15 @@ class ExpertStore:
             self._closed = True
             self._changed.notify_all()
         self._threads.close()
+        # Modules may outlive this, and refer to it.
+        self._own, self._shared = [], CellRegion(torch.empty(0, dtype=torch.uint8), 0)
         self._resources.close()
+
+
+def _copy_of(error: BaseException) -> BaseException:
+    """``error`` for one of the passes that wait for an expert: one object raised repeatedly collects tracebacks and notes."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    if notes := getattr(error, "__notes__", ()):
+        copied.__notes__ = [*notes]
+    return copied

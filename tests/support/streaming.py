@@ -38,7 +38,17 @@ def smallest_streaming_budget(plan: Plan) -> Budget:
     resident = sum(size for batch, size in image_bytes.items() if "shared" in batch.layers)
     sizes = [size for batch, size in image_bytes.items() if "shared" not in batch.layers]
     slots = 2 if sum(sizes) > 2 * max(sizes) else 1
-    return Budget(host=plan.host_memory.reserved_bytes + resident + slots * max(sizes))
+    host = plan.host_memory.reserved_bytes + resident + slots * max(sizes)
+    return Budget(host=host + _fewest_cells_bytes(plan))
+
+
+def _fewest_cells_bytes(plan: Plan) -> int:
+    """Bytes of the store with one cell for each layer and two for all, and its buffers."""
+    sizes = [each.cell_bytes for each in plan.experts]
+    largest = max(sizes, default=0)
+    cells = sum(each.cells * each.cell_bytes for each in plan.experts)
+    buffers = plan.host_memory.expert_bytes - cells - plan.shared_expert_cells * largest
+    return buffers + sum(sizes) + 2 * largest
 
 
 async def open_streaming(folder: Path, **options: Any) -> StreamedModel:
