@@ -8,15 +8,7 @@ from functools import partial
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.cost_model import CostModel, Placement
-from layerstream.pipeline.planning.expert_cells import (
-    ExpertCells,
-    cells_bytes,
-    expert_sets,
-    fewest_cells,
-    filled_cells,
-    sources_of,
-    staging_bytes,
-)
+from layerstream.pipeline.planning.expert_cells import ExpertCells, ExpertMemory
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
@@ -29,7 +21,6 @@ from layerstream.pipeline.planning.problem import (
 )
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
-from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
@@ -65,7 +56,12 @@ def search(problem: Problem) -> list[PricedCandidate]:
 class _Search:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._sources = sources_of(problem.layers)
+        self._experts = ExpertMemory(
+            layers=problem.layers,
+            given=problem.expert_cells,
+            request_bytes=READ_REQUEST_BYTES,
+            reads_in_flight=READS_IN_FLIGHT,
+        )
 
     def ranked(self) -> list[PricedCandidate]:
         found = self._fitting()
@@ -83,7 +79,7 @@ class _Search:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
         # The same with cells for all experts of a token, instead of one.
         for kv_on_host, cells, with_overhead in itertools.product(
-            self._kv_places(), self._fewest_cells(), (True, False)
+            self._kv_places(), self._experts.fewest, (True, False)
         ):
             found = [
                 candidate
@@ -137,7 +133,7 @@ class _Search:
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
             overhead_bytes=problem.overhead_bytes,
-            expert_bytes=self._store_bytes(cells),
+            expert_bytes=self._experts.nbytes(cells),
         )
 
     def _candidates(
@@ -199,10 +195,8 @@ class _Search:
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
         free = placer.host_budget_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
-        cells = self._problem.expert_cells or filled_cells(
-            self._sources, fewest, free_bytes=max(0, free)
-        )
-        expert_bytes = self._store_bytes(cells)
+        cells = self._experts.filled(fewest, free_bytes=free)
+        expert_bytes = self._experts.nbytes(cells)
         spare = self._decode_spare()
         spare = spare._replace(host=spare.host - (expert_bytes - placer.expert_bytes))
         placement = Placement(
@@ -217,32 +211,13 @@ class _Search:
             else batches,
             expert_cells=cells,
             expert_bytes=expert_bytes,
-            expert_sets=self._sets_by_layer(cells),
+            expert_sets=self._experts.sets_by_layer(cells),
             kv_bytes_per_block=placer.kv_on_host_bytes // max(blocks, 1),
             page_cache_bytes=self._page_cache_bytes(placer, batches),
         )
         return PricedCandidate(
             placer=placer, placement=placement, prediction=cost_model.predict(placement)
         )
-
-    def _fewest_cells(self) -> tuple[ExpertCells, ...]:
-        """The least of cells to try, in this order."""
-        if self._problem.expert_cells is not None:
-            return (self._problem.expert_cells,)
-        if not self._sources:
-            return (ExpertCells(),)
-        return tuple(fewest_cells(self._sources, whole_token=whole) for whole in (True, False))
-
-    def _store_bytes(self, cells: ExpertCells) -> int:
-        """Host memory of the expert store."""
-        staging = staging_bytes(self._sources, request=READ_REQUEST_BYTES, threads=READS_IN_FLIGHT)
-        return cells_bytes(self._sources, cells) + staging
-
-    def _sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
-        found: dict[str, list[ExpertSet]] = {}
-        for experts in expert_sets(self._problem.layers, cells):
-            found.setdefault(experts.layer, []).append(experts)
-        return found
 
     def _decode_spare(self) -> MemoryBytes:
         """Memory for the activations of a prompt, which is free while no prompt is processed."""
@@ -288,7 +263,7 @@ class _Search:
     def _refusal(self) -> str:
         """The message if nothing fits, for the choices that need the least."""
         placers = [
-            self._placer(reader, kv_on_host=kv_on_host, cells=self._fewest_cells()[-1])
+            self._placer(reader, kv_on_host=kv_on_host, cells=self._experts.fewest[-1])
             for reader in self._readers()
             for kv_on_host in self._kv_places()
         ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
 from layerstream.pipeline.planning.layout import PlannedLayer
@@ -9,12 +10,11 @@ from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 
 __all__ = [
     "ExpertCells",
+    "ExpertMemory",
     "cells_bytes",
     "expert_sets",
     "fewest_cells",
     "filled_cells",
-    "sources_of",
-    "staging_bytes",
 ]
 
 # Cells that all layers share while a prompt needs more experts than a layer keeps: one half is read while the other one is
@@ -31,11 +31,6 @@ class ExpertCells:
     """For each source, how many of its experts are kept."""
     shared: int = 0
     """How many pass through cells of all layers."""
-
-
-def sources_of(layers: Sequence[PlannedLayer]) -> tuple[ExpertSource, ...]:
-    """The expert sources of ``layers``, in execution order."""
-    return tuple(source for layer in layers for source in layer.experts)
 
 
 def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
@@ -56,13 +51,6 @@ def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
     largest = max((source.cell_bytes for source in sources), default=0)
     own = sum(n * source.cell_bytes for n, source in zip(cells.own, sources, strict=True))
     return own + cells.shared * largest
-
-
-def staging_bytes(sources: Sequence[ExpertSource], *, request: int, threads: int) -> int:
-    """Bytes of the buffers that experts are read into, before they are copied to their cells."""
-    if not sources:
-        return 0
-    return threads * request_bytes((source.expert_bytes for source in sources), most=request)
 
 
 def filled_cells(
@@ -97,3 +85,50 @@ def expert_sets(layers: Sequence[PlannedLayer], cells: ExpertCells) -> tuple[Exp
         lay_out_experts(source, layer=name, cells=count)
         for (name, source), count in zip(found, cells.own, strict=True)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMemory:
+    """The choices of cells for the experts of ``layers``, and what each takes."""
+
+    layers: Sequence[PlannedLayer]
+    given: ExpertCells | None
+    """Those of a running pipeline, which cannot change."""
+    request_bytes: int
+    """The most that is read at once."""
+    reads_in_flight: int
+
+    @cached_property
+    def sources(self) -> tuple[ExpertSource, ...]:
+        """In execution order."""
+        return tuple(source for layer in self.layers for source in layer.experts)
+
+    @property
+    def fewest(self) -> tuple[ExpertCells, ...]:
+        """The least cells to try, in this order: enough for all experts of a token, else to compute with one by one."""
+        if self.given is not None:
+            return (self.given,)
+        if not self.sources:
+            return (ExpertCells(),)
+        return tuple(fewest_cells(self.sources, whole_token=whole) for whole in (True, False))
+
+    def filled(self, fewest: ExpertCells, *, free_bytes: int) -> ExpertCells:
+        """``fewest`` and what fits into ``free_bytes``."""
+        if self.given is not None:
+            return self.given
+        return filled_cells(self.sources, fewest, free_bytes=max(0, free_bytes))
+
+    def nbytes(self, cells: ExpertCells) -> int:
+        """Bytes of the store with ``cells``, and of the buffers that experts are read into."""
+        if not self.sources:
+            return 0
+        sizes = (source.expert_bytes for source in self.sources)
+        staging = self.reads_in_flight * request_bytes(sizes, most=self.request_bytes)
+        return cells_bytes(self.sources, cells) + staging
+
+    def sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
+        """The experts of each layer, by its name."""
+        found: dict[str, list[ExpertSet]] = {}
+        for experts in expert_sets(self.layers, cells):
+            found.setdefault(experts.layer, []).append(experts)
+        return found

@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.planning.choosing import evenly, oversized_batches
 from layerstream.pipeline.planning.layout import PlannedLayer, layout_batch
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import LayerBatch
 
-__all__ = ["ArenaBytes", "MemoryBytes", "Placer", "evenly"]
+__all__ = ["ArenaBytes", "MemoryBytes", "Placer"]
 
-# A batch this many times as large as most decides the size of the ring for all.
-_OVERSIZED = 2
 # torch's allocator takes large blocks from the driver in multiples of this; small ones share one.
 _DEVICE_BLOCK_BYTES = 2 << 20
 _SMALL_BYTES = 1 << 20
@@ -203,7 +202,7 @@ class Placer:
         spare = MemoryBytes(-self.overhead_bytes, 0)
         for on_host in (True,) if self.on_cpu else (False, True):
             if oversized_first:
-                for index in _oversized(placed):
+                for index in oversized_batches(placed):
                     trial = self._with(placed, {index}, on_host=on_host)
                     need = self.need(trial, arenas or self.arenas(trial, slots))
                     if self.fits(need, spare=spare):
@@ -286,18 +285,3 @@ def _allocated_bytes(nbytes: int) -> int:
     if nbytes <= _SMALL_BYTES:
         return nbytes
     return -(-nbytes // _DEVICE_BLOCK_BYTES) * _DEVICE_BLOCK_BYTES
-
-
-def evenly(among: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``among``, evenly spread, so that disk and compute are loaded evenly."""
-    return [(2 * i + 1) * among // (2 * count) for i in range(count)]
-
-
-def _oversized(batches: Sequence[LayerBatch]) -> list[int]:
-    """Indices of streamed batches that are much larger than most, the largest first."""
-    streamed = sorted(b.host_bytes for b in batches if b.streamed)
-    if not streamed:
-        return []
-    typical = streamed[len(streamed) // 2]
-    large = [b for b in batches if b.streamed and b.host_bytes > _OVERSIZED * typical]
-    return [b.index for b in sorted(large, key=lambda b: -b.host_bytes)]

@@ -273,15 +273,12 @@ class Pipeline:
 
     def timings(self) -> Timings:
         """What the stages have done since the pipeline was opened; a GPU's work counts once it is finished."""
-        arenas = zip(("host slots", "device slots"), self._resources.arenas, strict=False)
-        occupancy = (arena.occupancy(name) for name, arena in arenas)
-        experts = self._resources.experts
         return self._sweep_log.timings(
             self._clocks,
             opened_seconds=self._opened_at,
             labels=tuple(batch.label for batch in self.plan.batches),
-            occupancy=tuple(each for each in occupancy if each.capacity_bytes),
-            experts=None if experts is None else experts.counts(),
+            occupancy=self._resources.occupancy(),
+            experts=self.experts.counts() if self.experts is not None else None,
         )
 
     def _ended(self, sweep: Sweep) -> None:

@@ -15,6 +15,7 @@ from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.readers.throttled import ThrottledReader
 from layerstream.stages.residents import Residents
+from layerstream.stages.telemetry.spans import Occupancy
 from layerstream.stages.threads import Threads
 
 __all__ = ["Resources"]
@@ -92,6 +93,12 @@ class Resources:
         release(self.transfer_threads.close)
         self.compute_threads = Threads("compute", 1)
         release(self.compute_threads.close)
+
+    def occupancy(self) -> tuple[Occupancy, ...]:
+        """How full each ring of slots has been."""
+        arenas = zip(("host slots", "device slots"), self.arenas, strict=False)
+        found = (arena.occupancy(name) for name, arena in arenas)
+        return tuple(each for each in found if each.capacity_bytes)
 
     def close(self) -> None:
         """Release everything, in reverse order."""
