@@ -6,6 +6,7 @@ predicted (``cost_model``); the fastest is chosen. The plan also records its pre
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
@@ -85,9 +86,7 @@ def make_plan(
         layer_batch_size=layer_batch_size,
         slots=slots,
         loaded_code_bytes=held_bytes,
-        arenas=None if running is None else _arenas_of(running),
-        kv_on_host=None if running is None else running.kv_cache_on_host,
-        expert_cells=None if running is None else _cells_of(running),
+        **({} if running is None else _fixed_by(running)),
     )
     return _plan(problem, search(problem))
 
@@ -143,14 +142,15 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
     )
 
 
-def _arenas_of(plan: Plan) -> ArenaBytes:
-    return ArenaBytes(plan.host_arena_bytes, plan.device_arena_bytes)
-
-
-def _cells_of(plan: Plan) -> ExpertCells:
-    return ExpertCells(
-        own=tuple(each.cells for each in plan.experts), shared=plan.shared_expert_cells
-    )
+def _fixed_by(running: Plan) -> dict[str, Any]:
+    """What a running pipeline cannot change, as arguments of ``Problem``."""
+    return {
+        "arenas": ArenaBytes(running.host_arena_bytes, running.device_arena_bytes),
+        "kv_on_host": running.kv_cache_on_host,
+        "expert_cells": ExpertCells(
+            own=tuple(each.cells for each in running.experts), shared=running.shared_expert_cells
+        ),
+    }
 
 
 def _memory(

@@ -37,7 +37,6 @@ from layerstream.stages.transfer import transfer_stage
 __all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 # One batch ready behind each stage absorbs jitter. The arenas bound how many are under way.
