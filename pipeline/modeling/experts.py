@@ -23,6 +23,10 @@ from layerstream.stages.experts.store import ExpertGroup, ExpertStore, Lease
 __all__ = ["stream_experts"]
 
 _EAGER = {None, "eager"}
+# torch's element-wise kernels take two vectors at once (of 64 bytes at most; gate and up are half a row each), and give
+# a thread no less than so many elements.
+_VECTORS_BYTES = 256
+_ONE_THREADS_ELEMENTS = 32768
 
 
 def stream_experts(
@@ -168,6 +172,8 @@ class _StreamedExperts(nn.Module):
                 f"{access.set.module} has {access.set.experts} experts, but tokens were routed to expert "
                 f"{experts[0] if experts[0] < 0 else experts[-1]}: the router's weights do not fit the experts"
             )
+        if not experts:  # no tokens
+            return torch.zeros_like(hidden)
         name = getattr(self.config, "_experts_implementation", None)
         if name in _EAGER:
             return self._one_by_one(experts, hidden, index, weights)
@@ -183,31 +189,44 @@ class _StreamedExperts(nn.Module):
     ) -> Any:
         """One computation for each group, of the choices that fall on it; weighted and summed at the end as in one."""
         chosen = index.reshape(-1)
+        total, top_k = len(chosen), index.shape[1]
         # The order of rows within an expert decides on bits, and torch's sort is not stable: the same call, on all of them.
         order = torch.sort(chosen)[1]
         results: torch.Tensor | None = None
         with closing(self.layerstream_experts.leases(groups)) as leases:
             for lease in leases:
-                number = self._numbers(lease, chosen)
-                places = order[number[chosen[order]] >= 0]
-                rows = hidden[places // index.shape[1]]
-                part = self._products(lease, number[chosen[places]], rows)
+                cells = self._numbers(lease, chosen)[chosen[order]]
+                # Where the rows of this lease are in that order, cell by cell.
+                rows = torch.sort(cells, stable=True)[1][int((cells < 0).sum()) :]
+                part = self._products(lease, cells[rows], hidden[order[rows] // top_k], rows, total)
                 if results is None:
-                    results = part.new_empty((len(chosen), part.shape[-1]))
-                results[places] = part
-        if results is None:  # no tokens
-            return torch.zeros_like(hidden)
+                    results = part.new_empty((total, part.shape[-1]))
+                results[order[rows]] = part
+        assert results is not None  # noqa: S101
         weighted = results * weights.reshape(-1, 1)
         return weighted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
 
-    def _products(self, lease: Lease, cells: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The product of each row with the expert in its cell, as in transformers' grouped implementation."""
+    def _products(
+        self,
+        lease: Lease,
+        cells: torch.Tensor,
+        inputs: torch.Tensor,
+        rows: torch.Tensor,
+        total: int,
+    ) -> torch.Tensor:
+        """The product of each input with the expert in its cell, as in transformers' grouped implementation.
+
+        Args:
+            lease: Holds the cells.
+            cells: The cell of each input, ascending.
+            inputs: Tokens.
+            rows: Which of the rows of a computation with all experts these are.
+            total: How many rows that has.
+        """
         from transformers.integrations.moe import _grouped_linear
 
         module: Any = self
         bank = self.layerstream_experts.bank(lease.region)
-        by_cell = torch.sort(cells, stable=True)[1]
-        cells, rows = cells[by_cell], rows[by_cell]
         counts = torch.bincount(cells, minlength=lease.region.count)
         offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
 
@@ -219,16 +238,14 @@ class _StreamedExperts(nn.Module):
             return result
 
         inner = (
-            module._apply_gate(linear(rows, "gate_up_proj"))  # noqa: SLF001
+            _activated(module._apply_gate, linear(inputs, "gate_up_proj"), rows, total)  # noqa: SLF001
             if module.has_gate
-            else module.act_fn(linear(rows, "up_proj"))
+            else _activated(module.act_fn, linear(inputs, "up_proj"), rows, total)
         )
         outer = linear(inner, "down_proj")
         if getattr(module, "has_post_expert_norm", False):
             outer = module.post_expert_norm(outer)
-        results = torch.empty_like(outer)
-        results[by_cell] = outer
-        return results
+        return outer
 
     def _numbers(self, lease: Lease, like: torch.Tensor) -> torch.Tensor:
         """For each expert, the cell that it is in; -1 if it is in none of this lease."""
@@ -249,6 +266,24 @@ class _StreamedExperts(nn.Module):
         finally:
             own["_parameters"] = parameters
             in_turn.close()
+
+
+def _activated(
+    activate: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    total: int,
+) -> torch.Tensor:
+    """``activate(values)``, with the bits that it has where ``values`` are these rows of a tensor of ``total`` rows.
+
+    torch computes exponentials in another way at the end of a tensor, or of a thread's share of it, than in its middle.
+    """
+    whole_vectors = values.shape[-1] * values.itemsize % _VECTORS_BYTES == 0
+    if whole_vectors and total * values.shape[-1] <= _ONE_THREADS_ELEMENTS:
+        return activate(values)
+    everything = values.new_zeros((total, values.shape[-1]))
+    everything[rows] = values
+    return activate(everything)[rows]
 
 
 _CLASSES: dict[type[Any], type[Any]] = {}
