@@ -193,8 +193,11 @@ class _StreamedExperts(nn.Module):
         # The order of rows within an expert decides on bits, and torch's sort is not stable: the same call, on all of them.
         order = torch.sort(chosen)[1]
         results: torch.Tensor | None = None
-        with closing(self.layerstream_experts.leases(groups)) as leases:
+        access = self.layerstream_experts
+        with closing(access.leases(groups)) as leases:
             for lease in leases:
+                if lease.group is groups[-1]:
+                    access.store.read_ahead(access.index + 1, tokens=len(index))
                 cells = self._numbers(lease, chosen)[chosen[order]]
                 # Where the rows of this lease are in that order, cell by cell.
                 rows = torch.sort(cells, stable=True)[1][int((cells < 0).sum()) :]
@@ -278,12 +281,25 @@ def _activated(
 
     torch computes exponentials in another way at the end of a tensor, or of a thread's share of it, than in its middle.
     """
-    whole_vectors = values.shape[-1] * values.itemsize % _VECTORS_BYTES == 0
-    if whole_vectors and total * values.shape[-1] <= _ONE_THREADS_ELEMENTS:
-        return activate(values)
-    everything = values.new_zeros((total, values.shape[-1]))
+    columns = values.shape[-1]
+    if columns < _ONE_THREADS_ELEMENTS and _without_ends(total, columns, values.itemsize):
+        # In one thread each, so that there are no ends here either.
+        pieces = torch.split(values, max((_ONE_THREADS_ELEMENTS - 1) // columns, 1))
+        return torch.cat([activate(piece) for piece in pieces])
+    everything = values.new_zeros((total, columns))
     everything[rows] = values
     return activate(everything)[rows]
+
+
+def _without_ends(rows: int, columns: int, itemsize: int) -> bool:
+    """Whether every thread gets whole vectors of each row of such a tensor, and of the halves of its rows."""
+    if columns * itemsize % _VECTORS_BYTES:
+        return False
+    threads = torch.get_num_threads()
+    shares = {
+        min(threads, -(-n // _ONE_THREADS_ELEMENTS)) for n in (rows * columns, rows * columns // 2)
+    }
+    return all(rows * columns * itemsize % (_VECTORS_BYTES * max(each, 1)) == 0 for each in shares)
 
 
 _CLASSES: dict[type[Any], type[Any]] = {}

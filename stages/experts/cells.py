@@ -20,16 +20,18 @@ class Cell:
         tensor: Its bytes, uint8 ``[cell_bytes]``.
         key: What it holds; None if nothing.
         users: How many passes hold it, and 1 more while it is loaded: it is not used again meanwhile.
+        read_ahead: Whether it was read before a pass asked for it, and none has since.
         loaded: Done when its bytes have arrived, or has the error.
     """
 
-    __slots__ = ("key", "loaded", "number", "tensor", "users")
+    __slots__ = ("key", "loaded", "number", "read_ahead", "tensor", "users")
 
     def __init__(self, number: int, tensor: torch.Tensor) -> None:
         self.number = number
         self.tensor = tensor
         self.key: Hashable | None = None
         self.users = 0
+        self.read_ahead = False
         self.loaded: Future[None] = Future()
 
 
@@ -50,6 +52,11 @@ class CellRegion:
             for number in reversed(range(self.count))
         ]
         self._cells: OrderedDict[Hashable, Cell] = OrderedDict()  # least recently used first
+
+    @property
+    def free_count(self) -> int:
+        """How many cells hold nothing."""
+        return len(self._free)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._cells
@@ -87,6 +94,7 @@ class CellRegion:
         for key in missing:
             cell = self._free.pop() if self._free else self._evict()
             cell.key, cell.users, cell.loaded = key, 2, Future()
+            cell.read_ahead = False
             self._cells[key] = cell
             new.append(cell)
         return [self._cells[key] for key in keys], new

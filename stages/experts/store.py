@@ -26,6 +26,10 @@ __all__ = ["ExpertGroup", "ExpertStore", "Lease"]
 _CLOSED = "the model was closed"
 
 
+# A pass that is expected to need this share of a layer's experts will need whichever is read ahead.
+_CERTAIN = 0.9
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGroup:
     """Experts of a layer that are computed with together, in cells of one region."""
@@ -154,10 +158,14 @@ class ExpertStore:
                 break
             kept.add(expert)
         rest = [expert for expert in experts if expert not in kept]
+        with self._changed:  # what has been read ahead first, before it makes way for the others
+            rest.sort(key=lambda expert: (set_index, expert) not in self._shared)
         size = max(self._shared.count // 2, 1)
         groups = [ExpertGroup(set_index=set_index, experts=tuple(sorted(kept)), streamed=False)]
         groups += [
-            ExpertGroup(set_index=set_index, experts=tuple(rest[at : at + size]), streamed=True)
+            ExpertGroup(
+                set_index=set_index, experts=tuple(sorted(rest[at : at + size])), streamed=True
+            )
             for at in range(0, len(rest), size)
         ]
         return [group for group in groups if group.experts]
@@ -184,13 +192,49 @@ class ExpertStore:
                     return None
                 self._changed.wait()
             cells, new = taken
+            self._load_new(group, region, cells, new)
             self._wanted += len(cells)
-            self._hits += len(cells) - len(new)
-            fresh = {id(cell) for cell in new}
-            for cell, expert in zip(cells, group.experts, strict=True):
-                if id(cell) in fresh:
-                    self._load(region, cell, self.sets[group.set_index], expert)
+            self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
+            for cell in cells:
+                cell.read_ahead = False
         return Lease(self, group, region, cells)
+
+    def _load_new(
+        self, group: ExpertGroup, region: CellRegion, cells: Sequence[Cell], new: Sequence[Cell]
+    ) -> None:
+        """Queue the reads of those of ``cells`` that are ``new``. The lock is held."""
+        fresh = {id(cell) for cell in new}
+        for cell, expert in zip(cells, group.experts, strict=True):
+            if id(cell) in fresh:
+                self._load(region, cell, self.sets[group.set_index], expert)
+
+    def read_ahead(self, set_index: int, *, tokens: int) -> None:
+        """Begin to read experts of a layer that a pass of ``tokens`` comes to next, if it is as good as certain to need all.
+
+        Nobody holds them: they may make way for others before the pass has come.
+        """
+        if set_index >= len(self.sets):
+            return
+        experts = self.sets[set_index]
+        if experts.distinct(tokens) < _CERTAIN * experts.experts:
+            return
+        own, size = self._own[set_index], max(self._shared.count // 2, 1)
+        with self._changed:
+            missing = [expert for expert in range(experts.experts) if expert not in own]
+            streamed = not own.free_count
+            at_most = size if streamed else min(own.free_count, size)
+            group = ExpertGroup(
+                set_index=set_index, experts=tuple(missing[:at_most]), streamed=streamed
+            )
+            region, keys = self._region(group)
+            taken = None if self._closed or not keys else region.take(keys)
+            if taken is not None:
+                cells, new = taken
+                self._load_new(group, region, cells, new)
+                for cell in new:
+                    cell.read_ahead = True
+                for cell in cells:
+                    region.release(cell)
 
     def give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
         """For ``Lease``."""
