@@ -1,5 +1,11 @@
 """Quiet for the tests: no progress bars and tables of transformers, which are not ours; and no cache of the user's."""
 
+import os
+
+# Before torch is loaded, here and in processes that tests start: threads of OpenMP sleep while they wait. Those of a dozen
+# requests at once would spin instead, which takes three times the processor time on two cores, five where others work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import transformers
 from support.service import client, folder, http, reference, server  # noqa: F401 - one for all files that ask it
