@@ -15,18 +15,16 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
+from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.expert_set import ExpertSet
-from layerstream.stages.experts.store import ExpertGroup, ExpertStore, Lease
+from layerstream.stages.experts.lease import ExpertGroup, Lease
+from layerstream.stages.experts.store import ExpertStore
 
 __all__ = ["stream_experts"]
 
 _EAGER = {None, "eager"}
-# torch's element-wise kernels take two vectors at once (of 64 bytes at most; gate and up are half a row each), and give
-# a thread no less than so many elements.
-_VECTORS_BYTES = 256
-_ONE_THREADS_ELEMENTS = 32768
 
 
 def stream_experts(
@@ -241,9 +239,9 @@ class _StreamedExperts(nn.Module):
             return result
 
         inner = (
-            _activated(module._apply_gate, linear(inputs, "gate_up_proj"), rows, total)  # noqa: SLF001
+            activate_rows(module._apply_gate, linear(inputs, "gate_up_proj"), rows, total)  # noqa: SLF001
             if module.has_gate
-            else _activated(module.act_fn, linear(inputs, "up_proj"), rows, total)
+            else activate_rows(module.act_fn, linear(inputs, "up_proj"), rows, total)
         )
         outer = linear(inner, "down_proj")
         if getattr(module, "has_post_expert_norm", False):
@@ -269,37 +267,6 @@ class _StreamedExperts(nn.Module):
         finally:
             own["_parameters"] = parameters
             in_turn.close()
-
-
-def _activated(
-    activate: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
-    rows: torch.Tensor,
-    total: int,
-) -> torch.Tensor:
-    """``activate(values)``, with the bits that it has where ``values`` are these rows of a tensor of ``total`` rows.
-
-    torch computes exponentials in another way at the end of a tensor, or of a thread's share of it, than in its middle.
-    """
-    columns = values.shape[-1]
-    if columns < _ONE_THREADS_ELEMENTS and _without_ends(total, columns, values.itemsize):
-        # In one thread each, so that there are no ends here either.
-        pieces = torch.split(values, max((_ONE_THREADS_ELEMENTS - 1) // columns, 1))
-        return torch.cat([activate(piece) for piece in pieces])
-    everything = values.new_zeros((total, columns))
-    everything[rows] = values
-    return activate(everything)[rows]
-
-
-def _without_ends(rows: int, columns: int, itemsize: int) -> bool:
-    """Whether every thread gets whole vectors of each row of such a tensor, and of the halves of its rows."""
-    if columns * itemsize % _VECTORS_BYTES:
-        return False
-    threads = torch.get_num_threads()
-    shares = {
-        min(threads, -(-n // _ONE_THREADS_ELEMENTS)) for n in (rows * columns, rows * columns // 2)
-    }
-    return all(rows * columns * itemsize % (_VECTORS_BYTES * max(each, 1)) == 0 for each in shares)
 
 
 _CLASSES: dict[type[Any], type[Any]] = {}

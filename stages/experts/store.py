@@ -1,12 +1,9 @@
 """The expert store: cells for the experts of all layers, filled on demand. Its methods may be called from any thread."""
 
-import copy
 import threading
-import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -15,69 +12,19 @@ import torch
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
 from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
+from layerstream.stages.experts.lease import ExpertGroup, Lease
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.threads import Threads
 
-__all__ = ["ExpertGroup", "ExpertStore", "Lease"]
+__all__ = ["ExpertStore"]
 
 _CLOSED = "the model was closed"
 
-
 # A pass that is expected to need this share of a layer's experts will need whichever is read ahead.
 _CERTAIN = 0.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertGroup:
-    """Experts of a layer that are computed with together, in cells of one region."""
-
-    set_index: int
-    experts: tuple[int, ...]
-    streamed: bool
-    """They take cells that all layers share, since they are more than the layer's own."""
-
-
-class Lease:
-    """Cells that a pass holds: nobody else's bytes come into them before ``release``."""
-
-    def __init__(
-        self, store: "ExpertStore", group: ExpertGroup, region: CellRegion, cells: Sequence[Cell]
-    ) -> None:
-        self._store = store
-        self._cells = list(cells)
-        self.group = group
-        self.region = region
-
-    @property
-    def cells(self) -> list[int]:
-        """The numbers of the cells in the region, in the order of the group's experts."""
-        return [cell.number for cell in self._cells]
-
-    @property
-    def ready(self) -> bool:
-        """Whether all bytes are there."""
-        return all(cell.loaded.done() for cell in self._cells)
-
-    def wait(self) -> None:
-        """Block until all bytes are there.
-
-        Raises:
-            ReadError: A read has failed.
-            ClosedError: The store was closed.
-        """
-        began = time.perf_counter()
-        for cell in self._cells:
-            if (error := cell.loaded.exception()) is not None:
-                raise _copy_of(error)
-        self._store.count_wait(time.perf_counter() - began)
-
-    def release(self) -> None:
-        """Give the cells back; the work that reads them is done. May be called again."""
-        cells, self._cells = self._cells, []
-        self._store.give_back(self.region, cells)
 
 
 class ExpertStore:
@@ -197,7 +144,7 @@ class ExpertStore:
             self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
             for cell in cells:
                 cell.read_ahead = False
-        return Lease(self, group, region, cells)
+        return Lease(group, region, cells, on_wait=self._count_wait, on_release=self._give_back)
 
     def _load_new(
         self, group: ExpertGroup, region: CellRegion, cells: Sequence[Cell], new: Sequence[Cell]
@@ -236,14 +183,14 @@ class ExpertStore:
                 for cell in cells:
                     region.release(cell)
 
-    def give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
+    def _give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
         """For ``Lease``."""
         with self._changed:
             for cell in cells:
                 region.release(cell)
             self._changed.notify_all()
 
-    def count_wait(self, seconds: float) -> None:
+    def _count_wait(self, seconds: float) -> None:
         """For ``Lease``."""
         with self._changed:
             self._wait_seconds += seconds
@@ -328,12 +275,3 @@ class ExpertStore:
         # Modules may outlive this, and refer to it.
         self._own, self._shared = [], CellRegion(torch.empty(0, dtype=torch.uint8), 0)
         self._resources.close()
-
-
-def _copy_of(error: BaseException) -> BaseException:
-    """``error`` for one of the passes that wait for an expert: one object raised repeatedly collects tracebacks and notes."""
-    copied = copy.copy(error)
-    copied.__cause__ = error.__cause__
-    if notes := getattr(error, "__notes__", ()):
-        copied.__notes__ = [*notes]
-    return copied

@@ -23,7 +23,8 @@ from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
 from layerstream.stages.batch import Extent
 from layerstream.stages.experts.expert_set import request_bytes
-from layerstream.stages.experts.store import ExpertStore, Lease
+from layerstream.stages.experts.lease import Lease
+from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}

@@ -16,7 +16,8 @@ from support.leaks import nothing_left_behind
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ClosedError, ReadError
-from layerstream.stages.experts.store import ExpertGroup, ExpertStore, Lease
+from layerstream.stages.experts.lease import ExpertGroup, Lease
+from layerstream.stages.experts.store import ExpertStore
 
 SECONDS = 10
 

@@ -10,7 +10,8 @@ from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTens
 from layerstream.stages.batch import Extent
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
-from layerstream.stages.experts.store import ExpertStore, Lease
+from layerstream.stages.experts.lease import Lease
+from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
 from layerstream.stages.readers.protocol import Reader
 

@@ -1,0 +1,84 @@
+"""Leases of cells: what a pass holds while it computes with experts."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layerstream.stages.experts.cells import Cell, CellRegion
+
+__all__ = ["ExpertGroup", "Lease"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGroup:
+    """Experts of a layer that are computed with together, in cells of one region."""
+
+    set_index: int
+    experts: tuple[int, ...]
+    streamed: bool
+    """They take cells that all layers share, since they are more than the layer's own."""
+
+
+class Lease:
+    """Cells that a pass holds: nobody else's bytes come into them before ``release``.
+
+    Args:
+        group: What is in them, or on its way.
+        region: Where they are.
+        cells: In the order of the group's experts.
+        on_wait: Gets the seconds that the pass has waited for bytes.
+        on_release: Gets the region and the cells that are given back.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        region: CellRegion,
+        cells: Sequence[Cell],
+        *,
+        on_wait: Callable[[float], None],
+        on_release: Callable[[CellRegion, Sequence[Cell]], None],
+    ) -> None:
+        self._cells = list(cells)
+        self._on_wait = on_wait
+        self._on_release = on_release
+        self.group = group
+        self.region = region
+
+    @property
+    def cells(self) -> list[int]:
+        """The numbers of the cells in the region, in the order of the group's experts."""
+        return [cell.number for cell in self._cells]
+
+    @property
+    def ready(self) -> bool:
+        """Whether all bytes are there."""
+        return all(cell.loaded.done() for cell in self._cells)
+
+    def wait(self) -> None:
+        """Block until all bytes are there.
+
+        Raises:
+            ReadError: A read has failed.
+            ClosedError: The store was closed.
+        """
+        began = time.perf_counter()
+        for cell in self._cells:
+            if (error := cell.loaded.exception()) is not None:
+                raise _copy_of(error)
+        self._on_wait(time.perf_counter() - began)
+
+    def release(self) -> None:
+        """Give the cells back; the work that reads them is done. May be called again."""
+        cells, self._cells = self._cells, []
+        self._on_release(self.region, cells)
+
+
+def _copy_of(error: BaseException) -> BaseException:
+    """``error`` for one of the passes that wait for an expert: one object raised repeatedly collects tracebacks and notes."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    if notes := getattr(error, "__notes__", ()):
+        copied.__notes__ = [*notes]
+    return copied
