@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.planning.choosing import evenly, oversized_batches
 from layerstream.pipeline.planning.layout import PlannedLayer, layout_batch
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
+from layerstream.pipeline.planning.resident_choice import evenly, oversized_batches
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import LayerBatch
 

@@ -11,7 +11,7 @@ from support.checkpoints import CPU, GPU, write_checkpoint
 from support.plans import plan_of
 
 from layerstream.pipeline import Checkpoint, PlanError, Workload, make_plan
-from layerstream.pipeline.planning.choosing import evenly
+from layerstream.pipeline.planning.resident_choice import evenly
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Place
 
