@@ -26,6 +26,8 @@ _COUNTERS = (
     ("prompts_chunked", "Prompts read in pieces to save memory", "prompts_chunked"),
     ("generated_tokens", "Tokens generated", "tokens_generated"),
     ("read_bytes", "Bytes of weights read", "bytes_read"),
+    ("experts_wanted", "Experts that forward passes needed, in each layer", "experts_wanted"),
+    ("expert_hits", "Of those, the ones that were in memory", "expert_hits"),
 )
 _GAUGES = (
     ("requests_waiting", "Requests that wait for memory or a free place", "requests_waiting"),
