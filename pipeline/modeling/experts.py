@@ -69,10 +69,11 @@ class _Access:
         """What to compute with together; ``in_order``: only ascending experts from group to group."""
         if not in_order:
             return self.store.groups(self.index, experts)
-        size = max(self.set.cells, 1)
+        streamed = not self.set.cells
+        size = self.store.shared_group if streamed else self.set.cells
         return [
             ExpertGroup(
-                set_index=self.index, experts=tuple(experts[at : at + size]), streamed=False
+                set_index=self.index, experts=tuple(experts[at : at + size]), streamed=streamed
             )
             for at in range(0, len(experts), size)
         ]

@@ -46,6 +46,7 @@ class ComputeCost:
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
         text = with_text_config(config or {})
         self._rates = rates
+        self._split: dict[str, tuple[int, int]] = {}  # by layer name
         self._encodes_once = bool(text.get("is_encoder_decoder"))
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
         per_token = _first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
@@ -65,7 +66,9 @@ class ComputeCost:
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # only rows are looked up
         tokens = shape.sequences * (1 if layer.kind is LayerKind.HEAD else shape.tokens)
-        dense, experts = _split(layer)
+        if layer.name not in self._split:
+            self._split[layer.name] = _split(layer)
+        dense, experts = self._split[layer.name]
         total = dense / self._rates.weights_per_second(tokens)
         if experts:
             read_share = 1 - (1 - self._expert_share) ** tokens

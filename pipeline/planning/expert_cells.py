@@ -34,12 +34,12 @@ class ExpertCells:
 
 
 def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
-    """The fewest cells: enough for the experts of a token, or without ``whole_token``, to compute one by one."""
+    """The fewest cells: enough for the experts of a token, or without ``whole_token``, to compute one by one in shared cells."""
     if not sources:
         return ExpertCells()
     return ExpertCells(
         own=tuple(
-            min(source.experts, max(source.per_token, 1) if whole_token else 1)
+            min(source.experts, max(source.per_token, 1)) if whole_token else 0
             for source in sources
         ),
         shared=_SHARED_CELLS if whole_token else _FEWEST_SHARED_CELLS,

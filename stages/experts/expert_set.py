@@ -12,6 +12,8 @@ __all__ = ["CellCopy", "ExpertPiece", "ExpertRead", "ExpertSet", "request_bytes"
 
 # Reading a gap is cheaper than a second request below this; see the layout of layer batches.
 _READ_GAP_BYTES = 256 << 10
+# Of one request: each thread has a buffer of this size. Experts of a few MiB then come in several requests at once.
+_REQUEST_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,4 +129,4 @@ def _requests(
 def request_bytes(expert_bytes: Iterable[int], *, most: int) -> int:
     """The size of a request that reads experts of these sizes at once, or a part of ``most`` bytes of them."""
     largest = max(expert_bytes)
-    return min(most, -(-largest // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES)
+    return min(most, _REQUEST_BYTES, -(-largest // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES)

@@ -77,6 +77,11 @@ class ExpertStore:
         self._threads = Threads("experts", threads)
         self._resources.callback(self._threads.close)
 
+    @property
+    def shared_group(self) -> int:
+        """How many experts are computed with together in shared cells: one half, while the other one is read into."""
+        return max(self._shared.count // 2, 1)
+
     # -- demand ----------------------------------------------------------------------------------
 
     def groups(self, set_index: int, experts: Sequence[int]) -> list[ExpertGroup]:
@@ -107,7 +112,7 @@ class ExpertStore:
         rest = [expert for expert in experts if expert not in kept]
         with self._changed:  # what has been read ahead first, before it makes way for the others
             rest.sort(key=lambda expert: (set_index, expert) not in self._shared)
-        size = max(self._shared.count // 2, 1)
+        size = self.shared_group
         groups = [ExpertGroup(set_index=set_index, experts=tuple(sorted(kept)), streamed=False)]
         groups += [
             ExpertGroup(
@@ -165,7 +170,7 @@ class ExpertStore:
         experts = self.sets[set_index]
         if experts.distinct(tokens) < _CERTAIN * experts.experts:
             return
-        own, size = self._own[set_index], max(self._shared.count // 2, 1)
+        own, size = self._own[set_index], self.shared_group
         with self._changed:
             missing = [expert for expert in range(experts.experts) if expert not in own]
             streamed = not own.free_count

@@ -21,7 +21,7 @@ from layerstream.stages.text import format_bytes
 from layerstream.tools.benchmarks.raw_read import best_raw_read
 from layerstream.tools.console.arguments import byte_count, positive_int
 
-__all__ = ["main"]
+__all__ = ["bytes_read", "main"]
 
 _HEARTBEAT_SECONDS = 0.005
 
@@ -61,10 +61,10 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.rounds):
             raw = [await asyncio.to_thread(best_raw_read, paths)]
             heartbeat = asyncio.create_task(_record_lateness(lateness))
-            read, began = _bytes_read(), time.perf_counter()
+            read, began = bytes_read(), time.perf_counter()
             for _ in range(args.sweeps):
                 await pipeline.run(_count_tensors, 0)
-            seconds, read = time.perf_counter() - began, _bytes_read() - read
+            seconds, read = time.perf_counter() - began, bytes_read() - read
             heartbeat.cancel()
             peak = max(peak, (anonymous_bytes() or 0) - before)
             raw.append(await asyncio.to_thread(best_raw_read, paths))
@@ -94,7 +94,8 @@ def _count_tensors(batch: Batch, seen: int) -> int:
     return seen + len(batch.tensors)
 
 
-def _bytes_read() -> int:
+def bytes_read() -> int:
+    """What this process has read from disk, as the kernel counts it."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
