@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
-from layerstream.stages.batch import Extent, LayerBatch
+from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import annotated
 from layerstream.stages.memory import Image
+from layerstream.stages.readers.coalescing import requests_of
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
@@ -102,7 +103,7 @@ async def _start_reads(  # noqa: PLR0917 - those of the stage, by the same names
     if mapped is not None:
         item.reads = [
             threads.submit(_timed, mapped.fault_in, extent)
-            for extent, _ in _requests(batch, request_bytes)
+            for extent, _ in requests_of(batch.reads, request_bytes)
             if not mapped.faulted_in_recently(extent)
         ]
         return
@@ -116,20 +117,9 @@ async def _start_reads(  # noqa: PLR0917 - those of the stage, by the same names
         return
     item.host = Image([(0, destination)])
     buffer = memoryview(destination.numpy().data)  # the same bytes, as a buffer for preadv
-    for extent, start in _requests(batch, request_bytes):
+    for extent, start in requests_of(batch.reads, request_bytes):
         stop = start + -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
         item.reads.append(threads.submit(_timed, reader.read, extent, buffer[start:stop]))
-
-
-def _requests(batch: LayerBatch, request_bytes: int) -> Iterator[tuple[Extent, int]]:
-    """The extents to read with one call each, and their offsets in the host image."""
-    for read in batch.reads:
-        for start in range(0, read.nbytes, request_bytes):
-            nbytes = min(request_bytes, read.nbytes - start)
-            yield (
-                Extent(file=read.file, offset=read.file_offset + start, nbytes=nbytes),
-                read.host_offset + start,
-            )
 
 
 def _count_work(

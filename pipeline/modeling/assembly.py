@@ -81,12 +81,12 @@ class Assembly:
             ]
             for layer in self.layers
         }
-        on_demand = {
+        self._on_demand = {
             name for found in self._experts.values() for s in found for name in parameters_of(s)
         }
         self.layers = tuple(
             dataclasses.replace(
-                layer, recipes=tuple(name for name in layer.recipes if name not in on_demand)
+                layer, recipes=tuple(name for name in layer.recipes if name not in self._on_demand)
             )
             for layer in self.layers
         )
@@ -126,10 +126,7 @@ class Assembly:
 
     def _put_placeholders_for_experts(self, device: torch.device) -> None:
         """Parameters that never come as a whole keep their placeholders."""
-        names = [
-            name for found in self._experts.values() for s in found for name in parameters_of(s)
-        ]
-        recipes = [(self.traced.recipes[name], self._places[name]) for name in names]
+        recipes = [(self.traced.recipes[name], self._places[name]) for name in self._on_demand]
         Binding(self.traced.module, device, recipes, lambda _: None).unbind()
 
     def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:

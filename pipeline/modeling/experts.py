@@ -5,6 +5,7 @@ compute with them through interchangeable implementations. Here such a module co
 the expert store. Results equal those of the whole parameters bit for bit.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -43,9 +44,10 @@ def stream_experts(
         waiting: Entered by the calling thread while it waits for experts.
     """
     for index, experts in enumerate(sets):
-        module = root.get_submodule(experts.module)
+        module: Any = root.get_submodule(experts.module)
         vars(module)["layerstream_experts"] = _Access(store, index, experts, waiting)
-        module.__class__ = _streamed(type(module))
+        kind: Any = type(module)
+        module.__class__ = _streamed(kind)
 
 
 class _Access:
@@ -270,13 +272,9 @@ class _StreamedExperts(nn.Module):
             in_turn.close()
 
 
-_CLASSES: dict[type[Any], type[Any]] = {}
-
-
+@functools.cache
 def _streamed(kind: type[Any]) -> type[Any]:
     """The class ``kind`` with experts on demand."""
-    if kind not in _CLASSES:
-        names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        names["layerstream_signature"] = inspect.signature(kind.forward)
-        _CLASSES[kind] = type(kind.__name__, (_StreamedExperts, kind), names)
-    return _CLASSES[kind]
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names["layerstream_signature"] = inspect.signature(kind.forward)
+    return type(kind.__name__, (_StreamedExperts, kind), names)

@@ -14,13 +14,10 @@ from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
+from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["PlannedLayer", "TensorSource", "layout_batch", "planned_layers"]
-
-# Reading a gap is cheaper than a second request if it takes less time than the latency of a request:
-# 100 microseconds at 2.5 GB/s.
-_READ_GAP_BYTES = 256 << 10
 
 # A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
 _COPY_GAP_BYTES = 16 << 10
@@ -154,7 +151,7 @@ def layout_batch(
             another alignment, some float32 kernels give other bits.)
     """
     sources = _distinct(layers)
-    reads = _coalesce([extent for source in sources for extent in source.extents], file_bytes)
+    reads = coalesce([extent for source in sources for extent in source.extents], file_bytes)
     host_image = _HostImage(reads)
     places = [(source, [host_image.find(each) for each in source.extents]) for source in sources]
     copied = [
@@ -200,27 +197,6 @@ def _usable_in_place(source: TensorSource) -> bool:
 
 def _bytes_of(places: Sequence[tuple[TensorSource, list[_Piece]]]) -> int:
     return sum(source.nbytes for source, _ in places)
-
-
-def _coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Read, ...]:
-    """A few large reads that cover ``extents``, on block boundaries, sorted by file and offset."""
-    spans: list[list[int]] = []  # [file, start, stop]
-    for extent in sorted(extents, key=lambda e: (e.file, e.offset)):
-        if not extent.nbytes:
-            continue
-        start = extent.offset // BLOCK_BYTES * BLOCK_BYTES
-        stop = min(_round_up(extent.offset + extent.nbytes, BLOCK_BYTES), file_bytes[extent.file])
-        if spans and spans[-1][0] == extent.file and start <= spans[-1][2] + _READ_GAP_BYTES:
-            spans[-1][2] = max(spans[-1][2], stop)
-        else:
-            spans.append([extent.file, start, stop])
-    reads, host_offset = [], 0
-    for file, start, stop in spans:
-        reads.append(
-            Read(file=file, file_offset=start, host_offset=host_offset, nbytes=stop - start)
-        )
-        host_offset += _round_up(stop - start, BLOCK_BYTES)
-    return tuple(reads)
 
 
 class _HostImage:

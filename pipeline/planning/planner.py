@@ -4,6 +4,7 @@ Every reasonable layer batch size, slot count and reader is fitted into the budg
 predicted (``cost_model``); the fastest is chosen. The plan also records its prediction and the alternatives.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
-from layerstream.pipeline.planning.expert_cells import ExpertCells, expert_sets
+from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
@@ -137,7 +138,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
         notes=_notes(problem, best),
-        experts=expert_sets(problem.layers, placement.expert_cells),
+        experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
     )
 

@@ -150,8 +150,7 @@ class PassRunner:
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
         self._modules.append(id(module))
-        if self.cancelled:
-            raise PassCancelled
+        self.check_cancelled()
         return named
 
     def leave(self, *, completed: bool) -> None:

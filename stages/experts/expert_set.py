@@ -1,17 +1,16 @@
 """The experts of one layer: where their bytes are in the files, and where they go in a cell. Plain data."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from layerstream.stages.batch import Extent, TensorView
+from layerstream.stages.readers.coalescing import coalesce, requests_of
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["CellCopy", "ExpertPiece", "ExpertRead", "ExpertSet", "request_bytes"]
 
-# Reading a gap is cheaper than a second request below this; see the layout of layer batches.
-_READ_GAP_BYTES = 256 << 10
 # Of one request: each thread has a buffer of this size. Experts of a few MiB then come in several requests at once.
 _REQUEST_BYTES = 2 << 20
 
@@ -89,41 +88,24 @@ class ExpertSet:
             request_bytes: The size of one request, whole blocks.
             file_bytes: The size of each file: a read ends with the file at the latest.
         """
-        runs = sorted(
-            (piece.files[expert], piece.offsets[expert], piece.nbytes, piece.cell_offset)
-            for piece in self.pieces
-        )
-        at = 0
-        while at < len(runs):
-            file, start, nbytes, _ = runs[at]
-            stop, after = start + nbytes, at + 1
-            while (
-                after < len(runs)
-                and runs[after][0] == file
-                and runs[after][1] - stop <= _READ_GAP_BYTES
-            ):
-                stop = max(stop, runs[after][1] + runs[after][2])
-                after += 1
-            yield from _requests(
-                runs[at:after], stop=stop, request_bytes=request_bytes, file_bytes=file_bytes[file]
+        runs = [
+            (
+                Extent(file=piece.files[expert], offset=piece.offsets[expert], nbytes=piece.nbytes),
+                piece.cell_offset,
             )
-            at = after
-
-
-def _requests(
-    runs: Sequence[tuple[int, int, int, int]], *, stop: int, request_bytes: int, file_bytes: int
-) -> Iterator[ExpertRead]:
-    """The aligned reads from the first of ``runs`` to ``stop`` in their file, each with its part of them."""
-    file, begin = runs[0][0], runs[0][1] // BLOCK_BYTES * BLOCK_BYTES
-    while begin < stop:
-        end = min(begin + request_bytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES, file_bytes)
-        copies = tuple(
-            CellCopy(first - begin, cell_offset + first - offset, last - first)
-            for _, offset, nbytes, cell_offset in runs
-            if (first := max(offset, begin)) < (last := min(offset + nbytes, end))
-        )
-        yield ExpertRead(Extent(file=file, offset=begin, nbytes=end - begin), copies)
-        begin = end
+            for piece in self.pieces
+        ]
+        reads = coalesce([run for run, _ in runs], file_bytes)
+        for extent, _ in requests_of(reads, request_bytes):
+            stop = extent.offset + extent.nbytes
+            copies = tuple(
+                CellCopy(first - extent.offset, cell_offset + first - run.offset, last - first)
+                for run, cell_offset in runs
+                if run.file == extent.file
+                and (first := max(run.offset, extent.offset))
+                < (last := min(run.offset + run.nbytes, stop))
+            )
+            yield ExpertRead(extent, copies)
 
 
 def request_bytes(expert_bytes: Iterable[int], *, most: int) -> int:

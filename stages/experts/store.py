@@ -92,35 +92,22 @@ class ExpertStore:
         with self._changed:
             if self._closed:
                 raise ClosedError(_CLOSED)
-            own = self._own[set_index]
-        if len(experts) <= own.count:
-            return [ExpertGroup(set_index=set_index, experts=tuple(experts), streamed=False)]
-        if not self._shared.count:
-            return [
-                ExpertGroup(
-                    set_index=set_index, experts=tuple(experts[at : at + own.count]), streamed=False
-                )
-                for at in range(0, len(experts), own.count)
-            ]
-        with self._changed:
-            there = [expert for expert in experts if expert in own]
-        kept = set(there)
-        for expert in experts:
-            if len(kept) >= own.count:
-                break
-            kept.add(expert)
-        rest = [expert for expert in experts if expert not in kept]
-        with self._changed:  # what has been read ahead first, before it makes way for the others
-            rest.sort(key=lambda expert: (set_index, expert) not in self._shared)
-        size = self.shared_group
-        groups = [ExpertGroup(set_index=set_index, experts=tuple(sorted(kept)), streamed=False)]
-        groups += [
+            own, shared = self._own[set_index], self._shared
+            if len(experts) <= own.count or not shared.count:
+                kept, rest = list(experts), []
+            else:
+                # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
+                kept = sorted(experts, key=lambda expert: expert not in own)[: own.count]
+                rest = sorted(set(experts) - set(kept))
+                rest.sort(key=lambda expert: (set_index, expert) not in shared)
+        parts = ((kept, max(own.count, 1), False), (rest, self.shared_group, True))
+        return [
             ExpertGroup(
-                set_index=set_index, experts=tuple(sorted(rest[at : at + size])), streamed=True
+                set_index=set_index, experts=tuple(sorted(each[at : at + size])), streamed=streamed
             )
-            for at in range(0, len(rest), size)
+            for each, size, streamed in parts
+            for at in range(0, len(each), size)
         ]
-        return [group for group in groups if group.experts]
 
     def take(self, group: ExpertGroup, *, wait: bool = True) -> Lease | None:
         """Hold cells for ``group``, and begin to read what is not there.

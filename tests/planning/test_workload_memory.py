@@ -130,20 +130,20 @@ def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path
     assert estimated.kv_bytes >= measured.kv_bytes
 
 
-@pytest.mark.parametrize("tokens", [(1, 16), (1, 512), (1, 4096), (8, 128)], ids=str)
+# Attention with sinks holds all scores in memory, which no config.json tells: the estimate is too low, but for short prompts.
+SINKS = pytest.mark.xfail(raises=AssertionError, strict=True, reason="sinks are not estimated")
+
+
 @pytest.mark.parametrize(
-    "family",
+    ("family", "tokens"),
     [
         pytest.param(
-            family,
-            marks=pytest.mark.xfail(
-                family == "gpt-oss-120b",
-                raises=AssertionError,
-                reason="attention with sinks holds all scores in memory, which no config.json tells",
-            ),
+            family, tokens, marks=[SINKS] if family == "gpt-oss-120b" and tokens != (1, 16) else []
         )
         for family in FAMILIES
+        for tokens in ((1, 16), (1, 512), (1, 4096), (8, 128))
     ],
+    ids=str,
 )
 def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
     six_layers = scaled(FAMILIES[family].config, layers=6, hidden=None, vocab=None)
