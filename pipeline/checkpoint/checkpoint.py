@@ -9,23 +9,24 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import aiofiles
 
 from layerstream.pipeline.checkpoint.files import (
     Selection,
-    WeightFile,
     list_files,
     select_files,
     translated_os_errors,
 )
-from layerstream.pipeline.checkpoint.formats.safetensors import (
-    PREFIX_BYTES,
+from layerstream.pipeline.checkpoint.formats.format import (
+    ByteRange,
+    Header,
+    HeaderReader,
     TensorInfo,
-    header_length,
-    parse_header,
+    WeightFile,
 )
+from layerstream.pipeline.checkpoint.formats.registry import read_header
 from layerstream.stages.errors import CheckpointError
 
 __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
@@ -42,7 +43,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     """By name, in the order of files and offsets."""
     config: Mapping[str, Any] | None
-    """The config.json of the folder, also if a single file was opened; None without one."""
+    """What the weight files themselves say of the model, if they do, else the config.json of the folder, also if a
+    single file was opened; None without one.
+    """
+    format: str = "safetensors"
+    """The name of the files' format."""
     ignored_files: tuple[str, ...] = ()
     """Names of weight files in the folder that are not part of the model."""
 
@@ -61,7 +66,7 @@ class Checkpoint:
         listing = list_files(Path(path))
         documents = {path: _read_document(path) for path in listing.documents}
         selection = select_files(listing, documents)
-        headers = [_read_header(file) for file in selection.files]
+        headers = [_read_header(file, number) for number, file in enumerate(selection.files)]
         return cls._from_headers(selection, headers)
 
     @classmethod
@@ -70,15 +75,15 @@ class Checkpoint:
         listing = await asyncio.to_thread(list_files, Path(path))
         documents = {path: await _read_document_async(path) for path in listing.documents}
         selection = await asyncio.to_thread(select_files, listing, documents)
-        headers = [await _read_header_async(file) for file in selection.files]
+        headers = [
+            await _read_header_async(file, number) for number, file in enumerate(selection.files)
+        ]
         return await asyncio.to_thread(cls._from_headers, selection, headers)
 
     @classmethod
-    def _from_headers(cls, selection: Selection, headers: Sequence[bytes]) -> Self:
-        tensors_by_file = [
-            parse_header(header, path=file.path, size_bytes=file.size_bytes, file=number)
-            for number, (file, header) in enumerate(zip(selection.files, headers, strict=True))
-        ]
+    def _from_headers(cls, selection: Selection, headers: Sequence[Header]) -> Self:
+        _check_parts(selection, headers)
+        tensors_by_file = [header.tensors for header in headers]
         _remove_duplicates(selection, tensors_by_file)
         tensors = {name: info for table in tensors_by_file for name, info in table.items()}
         _check_weight_map(selection, tensors)
@@ -88,9 +93,22 @@ class Checkpoint:
             path=selection.path,
             files=selection.files,
             tensors=tensors,
-            config=selection.config,
+            config=headers[0].config or selection.config,
+            format=selection.format.name,
             ignored_files=selection.ignored_files,
         )
+
+
+def _check_parts(selection: Selection, headers: Sequence[Header]) -> None:
+    """Refuse files that say themselves that others belong to them, unless these are all there."""
+    for number, (file, header) in enumerate(zip(selection.files, headers, strict=True)):
+        if header.part and header.part != (number, len(headers)):
+            own, count = header.part
+            raise CheckpointError(
+                f"{file.path} says that it is part {own + 1} of {count}, and was found as part "
+                f"{number + 1} of {len(headers)}: give all parts the names that they were downloaded "
+                "with, in one folder."
+            )
 
 
 def _remove_duplicates(selection: Selection, tensors_by_file: list[dict[str, TensorInfo]]) -> None:
@@ -136,15 +154,32 @@ async def _read_document_async(path: Path) -> bytes:
             return await stream.read()
 
 
-def _read_header(file: WeightFile) -> bytes:
+def _read_header(file: WeightFile, number: int) -> Header:
     with translated_os_errors(file.path), file.path.open("rb") as stream:
-        prefix = stream.read(PREFIX_BYTES)
-        return stream.read(header_length(prefix, path=file.path, size_bytes=file.size_bytes))
+        reader = read_header(file, number)
+        asked = _advance(reader, None)
+        while isinstance(asked, ByteRange):
+            stream.seek(asked.offset)
+            asked = _advance(reader, stream.read(asked.length))
+        return asked
 
 
-async def _read_header_async(file: WeightFile) -> bytes:
+async def _read_header_async(file: WeightFile, number: int) -> Header:
     with translated_os_errors(file.path):
         async with aiofiles.open(file.path, "rb") as stream:
-            prefix = await stream.read(PREFIX_BYTES)
-            length = header_length(prefix, path=file.path, size_bytes=file.size_bytes)
-            return await stream.read(length)
+            reader = read_header(file, number)
+            asked = _advance(reader, None)
+            while isinstance(asked, ByteRange):
+                await stream.seek(asked.offset)
+                content = await stream.read(asked.length)
+                # Headers of 100 MB take seconds to parse.
+                asked = await asyncio.to_thread(_advance, reader, content)
+            return asked
+
+
+def _advance(reader: HeaderReader, content: bytes | None) -> ByteRange | Header:
+    """Give a reader the bytes that it asked for; returns what it asks for next, or what it has found."""
+    try:
+        return next(reader) if content is None else reader.send(content)
+    except StopIteration as result:
+        return cast("Header", result.value)

@@ -11,24 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from layerstream.pipeline.checkpoint.formats.format import Format, WeightFile
+from layerstream.pipeline.checkpoint.formats.registry import FORMATS, format_by_name
 from layerstream.stages.errors import CheckpointError
 
 __all__ = [
     "Listing",
     "Selection",
-    "WeightFile",
     "list_files",
     "natural_order",
     "select_files",
     "translated_os_errors",
 ]
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_UNSUPPORTED = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_SUPPORTED = " or ".join(known.suffix for known in FORMATS)
+_UNSUPPORTED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
 _HOW_TO_CONVERT = (
-    "convert it: load it with transformers' from_pretrained() (GGUF with gguf_file=...), and write "
-    "it with save_pretrained()"
+    "convert it: load it with transformers' from_pretrained(), and write it with save_pretrained()"
 )
 
 _ERRNO_EXPLANATIONS = {
@@ -43,23 +42,13 @@ _ERRNO_EXPLANATIONS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightFile:
-    """A safetensors file of a checkpoint."""
-
-    name: str
-    """Relative to the checkpoint's folder, as the index spells it."""
-    path: Path
-    """Absolute; it may be a link (the hub's cache is made of them)."""
-    size_bytes: int
-    """Of the whole file, including the header."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
     """The relevant files of a folder; ``documents`` must be read before ``select_files``."""
 
     path: Path
     folder: Path
+    format: Format
+    """That of the weights."""
     weights: tuple[str, ...]
     """Names of weight files, in natural order."""
     index: Path | None
@@ -76,6 +65,7 @@ class Selection:
     """The files that make up the model."""
 
     path: Path
+    format: Format
     files: tuple[WeightFile, ...]
     weight_map: Mapping[str, str]
     """The file of each tensor, as tensor -> ``WeightFile.name``; empty without an index."""
@@ -103,7 +93,7 @@ def translated_os_errors(path: Path) -> Iterator[None]:
 
 
 def list_files(path: Path) -> Listing:
-    """List the relevant files in a folder, or a single file and the config.json next to it."""
+    """List the weight files in a folder, of the first format that is there; or a single file. And its config.json."""
     path = path.absolute()
     with translated_os_errors(path):
         if not path.is_dir():
@@ -111,29 +101,39 @@ def list_files(path: Path) -> Listing:
             return Listing(
                 path=path,
                 folder=path.parent,
+                format=format_by_name(path.name) or FORMATS[0],
                 weights=(path.name,),
                 index=None,
                 config=config if config.is_file() else None,
             )
         with os.scandir(path) as entries:
             names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
-    weights = tuple(name for name in names if name.endswith(".safetensors"))
-    indices = [name for name in names if name.endswith(".safetensors.index.json")]
-    if not weights and not indices:
-        raise CheckpointError(_no_weights_message(path, names))
-    if len(indices) > 1 and _INDEX_FILE not in indices:
+    for known in FORMATS:
+        weights = tuple(name for name in names if name.lower().endswith(known.suffix))
+        index = _index_of(known, path, names)
+        if weights or index:
+            return Listing(
+                path=path,
+                folder=path,
+                format=known,
+                weights=weights,
+                index=index,
+                config=path / "config.json" if "config.json" in names else None,
+            )
+    raise CheckpointError(_no_weights_message(path, names))
+
+
+def _index_of(known: Format, folder: Path, names: Sequence[str]) -> Path | None:
+    if known.index_file is None:
+        return None
+    indices = [name for name in names if name.endswith(f"{known.suffix}.index.json")]
+    if len(indices) > 1 and known.index_file not in indices:
         raise CheckpointError(
-            f"{path} holds several indices ({', '.join(indices)}), and it is unclear which one "
-            f"counts; name that one {_INDEX_FILE}."
+            f"{folder} holds several indices ({', '.join(indices)}), and it is unclear which one "
+            f"counts; name that one {known.index_file}."
         )
-    index = _INDEX_FILE if _INDEX_FILE in indices else next(iter(indices), None)
-    return Listing(
-        path=path,
-        folder=path,
-        weights=weights,
-        index=path / index if index else None,
-        config=path / "config.json" if "config.json" in names else None,
-    )
+    index = known.index_file if known.index_file in indices else next(iter(indices), None)
+    return folder / index if index else None
 
 
 def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection:
@@ -147,17 +147,21 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
         CheckpointError: The index or config.json is corrupt, or a file that is needed is absent.
     """
     config = _parse_object(listing.config, documents) if listing.config else None
-    weight_map: Mapping[str, str] = {}
-    names: Sequence[str] = listing.weights
-    if listing.index:
-        weight_map = _parse_weight_map(listing.index, documents)
-        names = sorted(set(weight_map.values()), key=natural_order)
+    known = listing.format
+    weight_map: Mapping[str, str] = (
+        _parse_weight_map(listing.index, documents) if listing.index else {}
+    )
+    names: Sequence[str] = sorted(set(weight_map.values()), key=natural_order)
     # As in transformers, model.safetensors is the model, whatever other files there are: weights of
     # another format, adapters, the index of an earlier save.
-    if _SINGLE_FILE in listing.weights and _SINGLE_FILE not in weight_map.values():
-        weight_map, names = {}, [_SINGLE_FILE]
+    single = known.single_file
+    if single in listing.weights and single not in names:
+        weight_map, names = {}, [single]
+    if not names:
+        names = known.choose(listing.path, listing.weights)
     return Selection(
         path=listing.path,
+        format=known,
         files=tuple(_weight_file(listing.folder, name, listing.index) for name in names),
         weight_map=weight_map,
         config=config,
@@ -169,11 +173,11 @@ def _no_weights_message(path: Path, names: Sequence[str]) -> str:
     unsupported = next((name for name in names if name.lower().endswith(_UNSUPPORTED)), None)
     if unsupported:
         return (
-            f"{path} holds no safetensors files, and {unsupported} is not supported: "
+            f"{path} holds no {_SUPPORTED} files, and {unsupported} is not supported: "
             f"{_HOW_TO_CONVERT}."
         )
     return (
-        f"{path} holds no weights: give the folder that the *.safetensors files themselves are in, "
+        f"{path} holds no weights: give the folder that the {_SUPPORTED} files themselves are in, "
         "or download the model again."
     )
 
@@ -226,7 +230,7 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
                 f"{path} is not there, but {index.name} names it: download it again."
             ) from error
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file: replace it by a safetensors file.")
+        raise CheckpointError(f"{path} is not a regular file: replace it by one.")
     if name.lower().endswith(_UNSUPPORTED):
-        raise CheckpointError(f"{path} is not a safetensors file: {_HOW_TO_CONVERT}.")
+        raise CheckpointError(f"{path} is no {_SUPPORTED} file: {_HOW_TO_CONVERT}.")
     return WeightFile(name=name, path=path, size_bytes=status.st_size)

@@ -30,10 +30,13 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most weights; bfloat16 if they are quantised, since they are unpacked to that."""
+    """Return the dtype of most weights; float32 or bfloat16 if they are quantised, since they are unpacked to that.
+
+    GGUF's blocks are unpacked to float32, all others to bfloat16.
+    """
     nbytes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        nbytes[tensor.dtype] += tensor.nbytes
+        nbytes["float32" if tensor.encoding else tensor.dtype] += tensor.nbytes
     name, _ = nbytes.most_common(1)[0]
     return name if name in _FLOATS else "bfloat16"
 
@@ -43,7 +46,7 @@ def block_shapes(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
     layers = group_layers(checkpoint)
     blocks = [layer for layer in layers if layer.kind is LayerKind.BLOCK]
     typical = blocks[len(blocks) // 2 : len(blocks) // 2 + 1] or layers
-    shapes = [checkpoint.tensors[name].shape for layer in typical for name in layer.tensors]
+    shapes = [checkpoint.tensors[name].logical_shape for layer in typical for name in layer.tensors]
     matrices = [
         (shape[0], shape[1])
         for shape in shapes

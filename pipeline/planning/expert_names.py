@@ -11,9 +11,9 @@ from layerstream.stages.batch import Extent
 
 __all__ = ["split_experts"]
 
-# One tensor per expert, or one for all of them whose first dimension counts experts.
+# One tensor per expert, or one for all of them whose first dimension counts experts (the second is GGUF's name).
 _SEPARATE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-_STACKED = re.compile(r"(.+\.experts)\.(\w+)")
+_STACKED = re.compile(r"(.+\.experts)\.(\w+)|(.+)\.(ffn_\w+_exps\.\w+)")
 
 # Path of the module -> name of the tensor in it -> number of the expert -> tensor.
 _Modules = dict[str, dict[str, dict[int, TensorInfo]]]
@@ -28,13 +28,14 @@ def split_experts(
         return tuple(names), ()
     found: _Modules = defaultdict(lambda: defaultdict(dict))
     for name in names:
-        if ".experts." not in name:
+        if ".experts." not in name and "_exps." not in name:
             continue
         info = checkpoint.tensors[name]
         if match := _SEPARATE.fullmatch(name):
             found[match[1]][match[3]][int(match[2])] = info
         elif (match := _STACKED.fullmatch(name)) and info.shape[:1] == (shape.experts,):
-            found[match[1]][match[2]] = dict.fromkeys(range(shape.experts), info)
+            module, tensor = (part for part in match.groups() if part)
+            found[module][tensor] = dict.fromkeys(range(shape.experts), info)
     sources, taken = [], set()
     for module, tensors in found.items():
         if not all(_are_alike(infos, shape.experts) for infos in tensors.values()):

@@ -183,8 +183,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda at: write(at, "pytorch_model.bin"),
         "pytorch_model.bin is not supported: convert it",
     ),
-    "GGUF only": (lambda at: write(at, "Q4.gguf"), "Q4.gguf is not supported: convert it"),
-    "a pickle": (lambda at: write(at, "a.bin", b"x" * 64) / "a.bin", "is not a safetensors file"),
+    "a pickle": (lambda at: write(at, "a.bin", b"x" * 64) / "a.bin", "is no .safetensors or .gguf file"),
     "a folder named as weights": (
         lambda at: (at / ONE).mkdir() or mapped(at, "a", ONE),
         f"{ONE} is not a regular file",

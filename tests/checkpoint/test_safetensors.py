@@ -46,8 +46,10 @@ MALFORMED = {
         content=b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         says="git-lfs pointer",
     ),
-    "a GGUF file": Malformed(content=b"GGUF" + bytes(60), says="is a GGUF file"),
-    "a pickle": Malformed(content=b"PK\x03\x04" + bytes(60), says="is a pickled torch file"),
+    "a GGUF file": Malformed(content=b"GGUF" + bytes(60), says="a name that ends in .gguf"),
+    "a pickle": Malformed(
+        content=b"PK\x03\x04" + bytes(60), says="is a pickled torch file, not a safetensors file"
+    ),
     "a huge header": Malformed(content=struct.pack("<Q", 100_000_001), says="100,000,001 bytes"),
     "a header beyond the end": Malformed(
         content=struct.pack("<Q", 500) + b"{}", says="truncated within its header"

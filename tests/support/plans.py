@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from layerstream.pipeline import Budget, Checkpoint, make_plan
-from layerstream.pipeline.checkpoint.files import WeightFile
+from layerstream.pipeline.checkpoint.formats.format import WeightFile
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent

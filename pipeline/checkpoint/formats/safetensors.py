@@ -1,21 +1,29 @@
 """Parses and validates the header of a safetensors file, which describes each tensor.
 
-Pure functions on bytes, which checkpoint.py reads. The format: 8 bytes of header length, little-endian; a JSON object
+The format: 8 bytes of header length, little-endian; a JSON object
 of tensors; the data, without gaps or overlaps.
 """
 
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layerstream.pipeline.checkpoint.formats.format import (
+    ByteRange,
+    Format,
+    Header,
+    HeaderReader,
+    TensorInfo,
+    WeightFile,
+    quoted,
+)
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["PREFIX_BYTES", "TensorInfo", "header_length", "parse_header"]
+__all__ = ["SAFETENSORS"]
 
-PREFIX_BYTES = 8
+_PREFIX_BYTES = 8
 
 # safetensors' own limit; it keeps a corrupt length from allocating the machine's memory.
 _MAX_HEADER_BYTES = 100_000_000
@@ -51,42 +59,11 @@ _DTYPES = {
 _Entry = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """One tensor of a checkpoint, and the place of its bytes."""
-
-    name: str
-    """The checkpoint's name of the tensor."""
-    dtype: str
-    """torch's name of the dtype, without ``torch.``: "bfloat16", "float8_e4m3fn"."""
-    shape: tuple[int, ...]
-    """As torch sees it: two packed 4-bit floats count as one element."""
-    file: int
-    """An index into Checkpoint.files."""
-    offset: int
-    """Bytes from the start of the file to the tensor's first byte."""
-    nbytes: int
-    """Length in bytes; 0 for an empty tensor."""
-
-
-def header_length(prefix: bytes, *, path: Path, size_bytes: int) -> int:
-    """Return how many bytes of header follow the file's first 8 bytes.
-
-    Raises:
-        CheckpointError: The file is no safetensors file, or ends within its header.
-    """
-    if prefix == b"version ":
-        raise CheckpointError(
-            f"{path} is a git-lfs pointer, not the weights themselves: fetch them with "
-            "'git lfs pull', or download the model again."
-        )
-    for magic, kind in ((b"GGUF", "a GGUF file"), (b"PK\x03\x04", "a pickled torch file")):
-        if prefix.startswith(magic):
-            raise CheckpointError(
-                f"{path} is {kind}, not a safetensors file: load it with transformers, and "
-                "write it with save_pretrained(), which writes safetensors."
-            )
-    if len(prefix) < PREFIX_BYTES:
+def _read_header(file: WeightFile, number: int) -> HeaderReader:
+    """See ``Format.read_header``."""
+    path, size_bytes = file.path, file.size_bytes
+    prefix = yield ByteRange(offset=0, length=_PREFIX_BYTES)
+    if len(prefix) < _PREFIX_BYTES:
         raise CheckpointError(
             f"{path} has only {size_bytes} bytes, too few for a safetensors file: "
             "download it again."
@@ -97,25 +74,24 @@ def header_length(prefix: bytes, *, path: Path, size_bytes: int) -> int:
             f"{path} is not a safetensors file, or is corrupt: its first 8 bytes give a header of "
             f"{length:,} bytes, where {_MAX_HEADER_BYTES:,} are allowed; download it again."
         )
-    if length > size_bytes - PREFIX_BYTES:
+    if length > size_bytes - _PREFIX_BYTES:
         raise CheckpointError(
             f"{path} is truncated within its header, or is not a safetensors file: the header "
             f"takes {length:,} bytes and the whole file has {size_bytes:,}; download it again."
         )
-    return length
+    header = yield ByteRange(offset=_PREFIX_BYTES, length=length)
+    return Header(tensors=_parse_header(header, path=path, size_bytes=size_bytes, file=number))
 
 
-def parse_header(header: bytes, *, path: Path, size_bytes: int, file: int) -> dict[str, TensorInfo]:
-    """Return the tensors of a file in the order of their offsets, after checking each rule of the format.
-
-    Raises:
-        CheckpointError: The header breaks a rule, or disagrees with the size of the file.
-    """
+def _parse_header(
+    header: bytes, *, path: Path, size_bytes: int, file: int
+) -> dict[str, TensorInfo]:
+    """Return the tensors of a file in the order of their offsets, after checking each rule of the format."""
     entries = _decode_json(header, path)
     _check_metadata(entries.pop("__metadata__", {}), path)
     rows = [_parse_entry(name, entry, path) for name, entry in entries.items()]
     rows.sort()
-    data_start = PREFIX_BYTES + len(header)
+    data_start = _PREFIX_BYTES + len(header)
     tensors = {}
     expected = 0
     for begin, end, name, dtype, shape in rows:
@@ -164,7 +140,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ..
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         duplicate = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"key {_quoted(duplicate)} occurs twice in one object")
+        raise ValueError(f"key {quoted(duplicate)} occurs twice in one object")
     shape, offsets = result.get("shape"), result.get("data_offsets")
     if type(shape) is list and type(offsets) is list and "dtype" in result:
         # The garbage collector stops tracking tuples of numbers; with 100,000 dicts of lists it would take
@@ -199,10 +175,10 @@ def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
         if type(number) is not int or not 0 <= number <= _MAX_NUMBER:
             limits = "only whole numbers from 0 to 2**60 are allowed"
             _refuse(
-                path, name, f"has {_quoted(number)} in its shape or data_offsets, where {limits}"
+                path, name, f"has {quoted(number)} in its shape or data_offsets, where {limits}"
             )
     if dtype not in _DTYPES:
-        _refuse(path, name, f"has dtype {_quoted(dtype)}, which torch does not know", "convert it")
+        _refuse(path, name, f"has dtype {quoted(dtype)}, which torch does not know", "convert it")
     dtype, bits = _DTYPES[dtype]
     elements = math.prod(shape)
     if (elements or math.prod(filter(None, shape))) > _MAX_NUMBER:
@@ -229,7 +205,7 @@ def _check_file_size(
         cut = next((row[2] for row in rows if data_start + row[1] > size_bytes), "")
         raise CheckpointError(
             f"{path} is truncated: its header describes {expected_bytes:,} bytes and the file has "
-            f"{size_bytes:,}, so that tensor {_quoted(cut)} is cut short; download it again."
+            f"{size_bytes:,}, so that tensor {quoted(cut)} is cut short; download it again."
         )
     if size_bytes > expected_bytes:
         raise CheckpointError(
@@ -239,10 +215,15 @@ def _check_file_size(
 
 
 def _refuse(path: Path, name: str, fault: str, remedy: str = "download the file again") -> NoReturn:
-    raise CheckpointError(f"{path}: tensor {_quoted(name)} {fault}; {remedy}.")
+    raise CheckpointError(f"{path}: tensor {quoted(name)} {fault}; {remedy}.")
 
 
-def _quoted(value: object) -> str:
-    """Return a value from a file as ASCII text that fits into an error message."""
-    quoted = ascii(value)
-    return quoted if len(quoted) < 200 else f"{quoted[:197]}..."  # noqa: PLR2004 - about two lines
+SAFETENSORS = Format(
+    name="safetensors",
+    suffix=".safetensors",
+    magic=b"",
+    index_file="model.safetensors.index.json",
+    single_file="model.safetensors",
+    choose=lambda _path, names: names,
+    read_header=_read_header,
+)
