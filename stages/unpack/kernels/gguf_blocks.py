@@ -1,0 +1,125 @@
+"""GGUF's blocks of 32 numbers with one scale, and IQ4_XS, which has eight of them.
+
+Each kernel takes the packed bytes, the first row, the number of rows and of blocks in a row, the output, and an array of the
+type that intermediate results are rounded to. What is stored is rounded by ``put``.
+"""
+
+from typing import Any
+
+from layerstream.stages.unpack.kernels.lanes import (
+    float_of,
+    iq4_levels,
+    lanes_of_bits,
+    mxfp4_levels,
+    signed_floats,
+)
+from layerstream.stages.unpack.kernels.vectors import (
+    byte_at,
+    bytes16_at,
+    half_at,
+    halved_exponent_at,
+    put,
+    rounded,
+    short_at,
+)
+
+__all__ = ["iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+
+
+def q8_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale (half), 32 signed bytes."""
+    at = first * blocks * 34
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        put(out, start, signed_floats(bytes16_at(packed, at + 2)) * scale)
+        put(out, start + 16, signed_floats(bytes16_at(packed, at + 18)) * scale)
+        at += 34
+
+
+def q4_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale (half), 16 bytes; the lower four bits are numbers 0 to 15, the upper 16 to 31."""
+    at = first * blocks * 18
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        quants = bytes16_at(packed, at + 2)
+        put(out, start, signed_floats((quants & 15) - 8) * scale)
+        put(out, start + 16, signed_floats((quants >> 4) - 8) * scale)
+        at += 18
+
+
+def q4_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale, minimum (halves), 16 bytes as in Q4_0."""
+    at = first * blocks * 20
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        minimum = rounded(like, half_at(packed, at + 2))
+        quants = bytes16_at(packed, at + 4)
+        put(out, start, rounded(like, signed_floats(quants & 15) * scale) + minimum)
+        put(out, start + 16, rounded(like, signed_floats(quants >> 4) * scale) + minimum)
+        at += 20
+
+
+def q5_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale (half), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
+    at = first * blocks * 22
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        quants = bytes16_at(packed, at + 6)
+        low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 2)) << 4)
+        high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
+        put(out, start, signed_floats(low - 16) * scale)
+        put(out, start + 16, signed_floats(high - 16) * scale)
+        at += 22
+
+
+def q5_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale, minimum (halves), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
+    at = first * blocks * 24
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        minimum = rounded(like, half_at(packed, at + 2))
+        quants = bytes16_at(packed, at + 8)
+        low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
+        high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 6)) << 4)
+        put(out, start, rounded(like, signed_floats(low) * scale) + minimum)
+        put(out, start + 16, rounded(like, signed_floats(high) * scale) + minimum)
+        at += 24
+
+
+def iq4_nl(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: scale (half), 16 bytes as in Q4_0, whose numbers stand for 16 levels."""
+    at = first * blocks * 18
+    for start in range(0, rows * blocks * 32, 32):
+        scale = rounded(like, half_at(packed, at))
+        quants = bytes16_at(packed, at + 2)
+        put(out, start, signed_floats(iq4_levels(quants & 15)) * scale)
+        put(out, start + 16, signed_floats(iq4_levels(quants >> 4)) * scale)
+        at += 18
+
+
+def iq4_xs(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block of 256: scale (half), two upper bits of eight scales, their lower four bits, eight times the bytes of IQ4_NL."""
+    at = first * blocks * 136
+    for start in range(0, rows * blocks * 256, 256):
+        scale = rounded(like, half_at(packed, at))
+        upper = short_at(packed, at + 2)
+        for group in range(8):
+            lower = (byte_at(packed, at + 4 + group // 2) >> (group % 2 * 4)) & 15
+            factor = lower | ((upper >> (2 * group)) & 3) << 4
+            part = rounded(like, scale * float_of(factor - 32))
+            quants = bytes16_at(packed, at + 8 + 16 * group)
+            place = start + 32 * group
+            put(out, place, signed_floats(iq4_levels(quants & 15)) * part)
+            put(out, place + 16, signed_floats(iq4_levels(quants >> 4)) * part)
+        at += 136
+
+
+def mxfp4(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+    """Block: exponent (one byte), 16 bytes as in Q4_0 with e2m1 numbers. All products are exact."""
+    at = first * blocks * 17
+    for start in range(0, rows * blocks * 32, 32):
+        scale = halved_exponent_at(packed, at)
+        quants = bytes16_at(packed, at + 1)
+        put(out, start, signed_floats(mxfp4_levels(quants & 15)) * scale)
+        put(out, start + 16, signed_floats(mxfp4_levels(quants >> 4)) * scale)
+        at += 17

@@ -1,0 +1,206 @@
+"""What kernels do with vectors: arithmetic, and conversions of packed numbers to float32, all of them exact."""
+
+import operator
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import lower_builtin
+
+from layerstream.stages.unpack.kernels.vectors import (
+    BytesType,
+    FloatsType,
+    generated,
+    repeated,
+    same,
+    vector_of,
+)
+
+__all__ = [
+    "doubled_fp4",
+    "float_of",
+    "floats",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "interleaved_high",
+    "interleaved_low",
+    "iq4_levels",
+    "lanes_of_bits",
+    "mxfp4_levels",
+    "signed_floats",
+]
+
+_I1, _I8, _I16, _I32 = (ir.IntType(bits) for bits in (1, 8, 16, 32))
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+
+
+def _operator(function: Any, kind: Any, scalar: Any, instruction: str) -> None:
+    """Define ``function`` for two vectors of ``kind``, and for a vector and a ``scalar``."""
+
+    class _VectorOperation(AbstractTemplate):
+        def generic(self, args: Any, _: Any) -> Any:
+            left, right = args
+            if isinstance(left, kind) and (left == right or isinstance(right, types.Number)):
+                return signature(left, left, left if left == right else scalar)
+            return None
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        left, right = args
+        if sig.args[1] == scalar:
+            if scalar == types.int64:
+                right = builder.trunc(right, _I8)
+            right = repeated(builder, right, left.type.count)
+        return getattr(builder, instruction)(left, right)
+
+    infer_global(function)(_VectorOperation)
+    lower_builtin(function, kind, kind)(lower)
+    lower_builtin(function, kind, scalar)(lower)
+
+
+# Shifts are those of unsigned bytes; the others do not care. Sums of bytes wrap.
+for _function, _instruction in (
+    (operator.and_, "and_"),
+    (operator.or_, "or_"),
+    (operator.xor, "xor"),
+    (operator.rshift, "lshr"),
+    (operator.lshift, "shl"),
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+):
+    _operator(_function, BytesType, types.int64, _instruction)
+for _function, _instruction in (
+    (operator.mul, "fmul"),
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+):
+    _operator(_function, FloatsType, types.float32, _instruction)
+
+
+def _conversion(convert: Callable[[Any, Any], Any], result: Any = FloatsType) -> Any:
+    """Return an intrinsic that turns ``Bytes`` into as many numbers of ``result``."""
+
+    def of(typing_context: Any, data: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            return convert(builder, arguments[0])
+
+        return result(data.lanes)(data), generate
+
+    return generated(of)
+
+
+def _of_half(builder: Any, bits: Any, factor: float) -> Any:
+    """Return the IEEE halves ``bits`` (16 bits each) times a power of two.
+
+    Formats of 8 and 4 bits have the fields of a half, but narrower ones and another bias. Converting from half is exact and
+    as fast for subnormal numbers as for others; the same by way of float32 is slow on some processors.
+    """
+    lanes = bits.type.count
+    value = builder.fpext(builder.bitcast(bits, vector_of(_HALF, lanes)), vector_of(_FLOAT, lanes))
+    scale = ir.Constant(vector_of(_FLOAT, lanes), [factor] * lanes)
+    return value if factor == 1.0 else builder.fmul(value, scale)
+
+
+def _fp8_e4m3(builder: Any, value: Any) -> Any:
+    wide = builder.zext(value, vector_of(_I16, value.type.count))
+    sign = builder.shl(builder.and_(wide, same(wide, 0x80, 16)), same(wide, 8, 16))
+    rest = builder.and_(wide, same(wide, 0x7F, 16))
+    # All ones are NaN in e4m3, which has no infinities.
+    is_nan = builder.icmp_unsigned("==", rest, same(wide, 0x7F, 16))
+    shifted = builder.shl(rest, same(wide, 7, 16))
+    magnitude = builder.select(is_nan, same(wide, 0x7E00, 16), shifted)
+    return _of_half(builder, builder.or_(sign, magnitude), 2.0**8)
+
+
+def _fp8_e5m2(builder: Any, value: Any) -> Any:
+    wide = builder.zext(value, vector_of(_I16, value.type.count))
+    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
+
+
+def _doubled_fp4(builder: Any, value: Any) -> Any:
+    wide = builder.zext(value, vector_of(_I16, value.type.count))
+    sign = builder.shl(builder.and_(wide, same(wide, 8, 16)), same(wide, 12, 16))
+    rest = builder.shl(builder.and_(wide, same(wide, 7, 16)), same(wide, 9, 16))
+    return _of_half(builder, builder.or_(sign, rest), 2.0**15)
+
+
+def _float_vector(value: Any) -> Any:
+    return vector_of(_FLOAT, value.type.count)
+
+
+floats = _conversion(lambda builder, value: builder.uitofp(value, _float_vector(value)))
+signed_floats = _conversion(lambda builder, value: builder.sitofp(value, _float_vector(value)))
+fp8_e4m3 = _conversion(_fp8_e4m3)
+fp8_e5m2 = _conversion(_fp8_e5m2)
+doubled_fp4 = _conversion(_doubled_fp4)
+"""Twice the e2m1 number in the lower four bits, which are an integer: what is halved is then the scale, or it is not."""
+
+
+@generated
+def float_of(typing_context: Any, number: Any) -> Any:
+    """One integer as float32, exact below 2^24."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.sitofp(builder.trunc(arguments[0], _I32), _FLOAT)
+
+    return types.float32(types.int64), generate
+
+
+@generated
+def lanes_of_bits(typing_context: Any, number: Any) -> Any:
+    """The lower 16 bits of an integer as 16 bytes of 0 or 1, the lowest first."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(builder.trunc(arguments[0], _I16), vector_of(_I1, 16))
+        return builder.zext(bits, vector_of(_I8, 16))
+
+    return BytesType(16)(types.int64), generate
+
+
+def _interleaved(start: int) -> Any:
+    def of(typing_context: Any, low: Any, high: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            order = [start + lane // 2 + lane % 2 * 16 for lane in range(16)]
+            return builder.shuffle_vector(*arguments, ir.Constant(vector_of(_I32, 16), order))
+
+        return low(low, high), generate
+
+    return generated(of)
+
+
+interleaved_low, interleaved_high = _interleaved(0), _interleaved(8)
+"""The first, and the second, 16 of ``low[0], high[0], low[1], high[1], ...``."""
+
+
+def _levels(levels: tuple[int, ...]) -> Any:
+    """Return an intrinsic that takes bytes of 0 to 15, and returns the ``levels`` that they stand for, as signed bytes."""
+
+    def choose(builder: Any, value: Any) -> Any:
+        if platform.machine() in {"x86_64", "AMD64"}:
+            # Every processor that converts halves has this instruction of SSSE3.
+            table = ir.Constant(value.type, list(levels))
+            kind = ir.FunctionType(value.type, [value.type, value.type])
+            shuffle = cgutils.get_or_insert_function(builder.module, kind, _BYTE_SHUFFLE)
+            return builder.call(shuffle, [table, value])
+        # Anywhere else choose bit by bit: 15 choices for 16 numbers.
+        choices = [same(value, level, 8) for level in levels]
+        for bit in range(4):
+            is_set = builder.icmp_unsigned(
+                "!=", builder.and_(value, same(value, 1 << bit, 8)), same(value, 0, 8)
+            )
+            pairs = zip(choices[::2], choices[1::2], strict=True)
+            choices = [builder.select(is_set, odd, even) for even, odd in pairs]
+        return choices[0]
+
+    return _conversion(choose, BytesType)
+
+
+_BYTE_SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
+
+iq4_levels = _levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+"""The levels of IQ4_NL and IQ4_XS (ggml's ``kvalues_iq4nl``)."""
+mxfp4_levels = _levels((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
+"""Doubled e2m1 numbers, as ggml has them: without a negative zero."""

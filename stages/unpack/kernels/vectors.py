@@ -1,0 +1,244 @@
+"""Vectors for compiled kernels: loads, stores, conversions and roundings as LLVM instructions on 16 numbers at a time.
+
+numba knows neither vectors nor bfloat16 nor half, and whether LLVM vectorises a loop over a block of 32 is a matter of luck. So
+kernels name their vectors: ``Bytes`` of 16 (or one) integers of 8 bits, and ``Floats`` of 16 (or one) float32. LLVM makes
+of them what the processor has.
+
+Memory is a flat array whose type tells the format of the numbers: ``float32`` is itself, ``uint16`` holds bfloat16, and
+``int16`` holds IEEE half. Packed tensors are always arrays of ``uint8``, since files give them any alignment. Indices are
+neither checked nor counted from the end.
+
+Nothing here may be contracted or reordered: numba's fast math stays off, and a product is rounded before it is added to.
+
+Rounding does not ask whether a number is NaN, which would be a third of its work: NaN stays NaN as long as the lower 16 bits are
+zero. The NaN that arithmetic makes has none, and those that are loaded lose theirs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+__all__ = [
+    "BytesType",
+    "FloatsType",
+    "bfloat_at",
+    "byte_at",
+    "bytes1_at",
+    "bytes16_at",
+    "exponent_at",
+    "generated",
+    "half_at",
+    "halved_exponent_at",
+    "nan_exponent_at",
+    "put",
+    "repeated",
+    "rounded",
+    "same",
+    "short_at",
+    "signed_at",
+    "single_at",
+    "vector_of",
+    "word_at",
+]
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+_BFLOAT, _IEEE_HALF = types.uint16, types.int16
+
+
+class BytesType(types.Type):
+    """So many integers of 8 bits in a vector; what they mean is up to what is done with them."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__(name=f"Bytes{lanes}")
+        self.lanes = lanes
+
+
+class FloatsType(types.Type):
+    """So many float32 in a vector."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__(name=f"Floats{lanes}")
+        self.lanes = lanes
+
+
+def generated(function: Callable[..., Any]) -> Any:
+    """Make ``function`` a call in kernels: it gets the arguments' types, and returns a signature and a generator of code."""
+    return intrinsic(function)
+
+
+def vector_of(element: Any, lanes: int) -> Any:
+    """Return LLVM's type of ``lanes`` numbers."""
+    return ir.VectorType(element, lanes)
+
+
+@register_model(BytesType)
+class _BytesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, vector_of(_I8, kind.lanes))
+
+
+@register_model(FloatsType)
+class _FloatsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, vector_of(_FLOAT, kind.lanes))
+
+
+def repeated(builder: Any, number: Any, lanes: int) -> Any:
+    """Return the vector that holds ``number`` in every lane."""
+    kind = vector_of(number.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, _I32(0))
+    order = ir.Constant(vector_of(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), order)
+
+
+def same(value: Any, number: int, bits: int = 32) -> Any:
+    """Return the constant ``number``, as often as ``value`` has lanes."""
+    return ir.Constant(vector_of(ir.IntType(bits), value.type.count), [number] * value.type.count)
+
+
+# Memory
+
+
+def _packed_scope(module: Any) -> Any:
+    """Return the alias scope of packed bytes: LLVM then knows that a store to the output changes none of them."""
+    domain = module.add_metadata(["layerstream.stages.unpack"])
+    return module.add_metadata([module.add_metadata(["packed", domain])])
+
+
+def _address(
+    context: Any, builder: Any, array_type: Any, array: Any, offset: Any, kind: Any
+) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return cgutils.pointer_add(builder, data, offset, kind.as_pointer())
+
+
+def _loader(kind: Any, result: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """Return an intrinsic ``(bytes, offset) -> result`` that loads ``kind`` and converts it."""
+
+    def at(typing_context: Any, data: Any, offset: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            array, place = arguments
+            address = _address(context, builder, sig.args[0], array, place, kind)
+            loaded = builder.load(address, align=1)
+            loaded.set_metadata("alias.scope", _packed_scope(builder.module))
+            return convert(builder, loaded)
+
+        return result(data, types.intp), generate
+
+    return generated(at)
+
+
+def _unsigned(builder: Any, value: Any) -> Any:
+    return builder.zext(value, _I64)
+
+
+def _plain_nan(builder: Any, value: Any) -> Any:
+    nan = builder.bitcast(_I32(0x7FC00000), _FLOAT)
+    return builder.select(builder.fcmp_unordered("uno", value, value), nan, value)
+
+
+def _bfloat(builder: Any, value: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT)
+
+
+def _exponent(builder: Any, value: Any) -> Any:
+    """2^(byte - 127), as torch computes it in float32: 0 is a subnormal number, 255 is infinite."""
+    bits = builder.shl(builder.zext(value, _I32), _I32(23))
+    is_zero = builder.icmp_unsigned("==", value, _I8(0))
+    return builder.bitcast(builder.select(is_zero, _I32(1 << 22), bits), _FLOAT)
+
+
+def _halved_exponent(builder: Any, value: Any) -> Any:
+    """2^(byte - 128): finite for every byte."""
+    bits = builder.shl(builder.sub(builder.zext(value, _I32), _I32(1)), _I32(23))
+    small = builder.shl(_I32(1 << 21), builder.zext(value, _I32))
+    is_small = builder.icmp_unsigned("<", value, _I8(2))
+    return builder.bitcast(builder.select(is_small, small, bits), _FLOAT)
+
+
+def _nan_exponent(builder: Any, value: Any) -> Any:
+    """As ``_exponent``, but 255 is NaN, as ``float8_e8m0fnu`` has it."""
+    is_nan = builder.icmp_unsigned("==", value, _I8(255))
+    nan = builder.bitcast(_I32(0x7FC00000), _FLOAT)
+    return builder.select(is_nan, nan, _exponent(builder, value))
+
+
+# Integers come as 64 bits: numba's arithmetic has no narrower ones, and mixes signed and unsigned into floats.
+byte_at = _loader(_I8, types.int64, _unsigned)
+signed_at = _loader(_I8, types.int64, lambda builder, value: builder.sext(value, _I64))
+short_at = _loader(_I16, types.int64, _unsigned)
+word_at = _loader(_I32, types.int64, _unsigned)
+single_at = _loader(_FLOAT, types.float32, _plain_nan)
+half_at = _loader(
+    _HALF, types.float32, lambda builder, value: _plain_nan(builder, builder.fpext(value, _FLOAT))
+)
+bfloat_at = _loader(_I16, types.float32, _bfloat)
+exponent_at = _loader(_I8, types.float32, _exponent)
+halved_exponent_at = _loader(_I8, types.float32, _halved_exponent)
+nan_exponent_at = _loader(_I8, types.float32, _nan_exponent)
+bytes16_at = _loader(vector_of(_I8, 16), BytesType(16), lambda _, value: value)
+bytes1_at = _loader(vector_of(_I8, 1), BytesType(1), lambda _, value: value)
+
+
+# Rounding
+
+
+def _rounded_bfloat_bits(builder: Any, value: Any) -> Any:
+    """Round to the nearest bfloat16, ties to even, in the upper half of 32 bits."""
+    bits = builder.bitcast(value, vector_of(_I32, value.type.count))
+    odd = builder.and_(builder.lshr(bits, same(value, 16)), same(value, 1))
+    return builder.add(builder.add(bits, same(value, 0x7FFF)), odd)
+
+
+def _as_held(builder: Any, value: Any, element: Any) -> Any:
+    """Round a vector of float32 to what an array of ``element`` can hold, as float32."""
+    if element == types.float32:
+        return value
+    if element == _IEEE_HALF:
+        half = builder.fptrunc(value, vector_of(_HALF, value.type.count))
+        return builder.fpext(half, value.type)
+    bits = builder.and_(_rounded_bfloat_bits(builder, value), same(value, 0xFFFF0000))
+    return builder.bitcast(bits, value.type)
+
+
+@generated
+def rounded(typing_context: Any, like: Any, value: Any) -> Any:
+    """Round ``value`` (a vector or one float32) to what an array of the type of ``like`` can hold, as float32."""
+    single = not isinstance(value, FloatsType)
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        vector = repeated(builder, arguments[1], 1) if single else arguments[1]
+        held = _as_held(builder, vector, like.dtype)
+        return builder.extract_element(held, _I32(0)) if single else held
+
+    kind = types.float32 if single else value
+    return kind(like, kind), generate
+
+
+@generated
+def put(typing_context: Any, out: Any, place: Any, value: Any) -> Any:
+    """Round the vector ``value`` to the type of ``out``, and store it from index ``place`` on."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        array, index, vector = arguments
+        lanes = vector.type.count
+        if out.dtype == types.float32:
+            stored = vector
+        elif out.dtype == _IEEE_HALF:
+            stored = builder.fptrunc(vector, vector_of(_HALF, lanes))
+        else:
+            bits = builder.lshr(_rounded_bfloat_bits(builder, vector), same(vector, 16))
+            stored = builder.trunc(bits, vector_of(_I16, lanes))
+        offset = builder.mul(index, _I64(out.dtype.bitwidth // 8))
+        address = _address(context, builder, sig.args[0], array, offset, stored.type)
+        builder.store(stored, address, align=1).set_metadata(
+            "noalias", _packed_scope(builder.module)
+        )
+        return context.get_dummy_value()
+
+    return types.none(out, types.intp, value), generate
