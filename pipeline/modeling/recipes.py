@@ -74,7 +74,10 @@ class Recipe:
                 f"Loading mixes {name} with a tensor that has no data, so it cannot be followed; load "
                 "this model with transformers' from_pretrained instead."
             )
-        if any(torch.Tag.nondeterministic_seeded in op.function.tags for op in operations):
+        if any(
+            torch.Tag.nondeterministic_seeded in getattr(op.function, "tags", ())
+            for op in operations
+        ):
             raise ModelError(
                 f"Loading puts random numbers into {name}, which cannot be followed; load this model "
                 "with transformers' from_pretrained instead."

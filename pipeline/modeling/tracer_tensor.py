@@ -1,6 +1,6 @@
 """Tensors without data that record the operations that made them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Self
@@ -11,7 +11,16 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.modeling.byte_runs import Run, Runs, merge_runs, propagate_runs
 from layerstream.stages.errors import ModelError
 
-__all__ = ["VOID", "Node", "Operation", "Output", "Source", "Tracer", "collect_history"]
+__all__ = [
+    "VOID",
+    "Node",
+    "Operation",
+    "Output",
+    "Source",
+    "Tracer",
+    "collect_history",
+    "record_call",
+]
 
 _aten = torch.ops.aten
 
@@ -150,6 +159,23 @@ class Tracer(torch.Tensor):
             for index, (tensor, runs) in enumerate(zip(meta_tensors, runs_of_results, strict=True))
         ]
         return pytree.tree_unflatten(tracers, structure)
+
+
+def record_call(
+    function: Callable[..., torch.Tensor],
+    tracers: Sequence[Any],
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tracer:
+    """Record a call of ``function`` with ``tracers``, whose result is contiguous and in memory of its own."""
+    meta_tensor = torch.empty(shape, dtype=dtype, device="meta")
+    operation = Operation(
+        function=function,
+        arguments=(tuple(tracer.value for tracer in tracers), {}),
+        fresh_bytes=meta_tensor.nbytes,
+    )
+    return Tracer(meta_tensor, value=Output(operation, 0, Storage()), runs=None)
 
 
 def collect_history(value: Node) -> tuple[list[Node], tuple[Operation, ...]]:
