@@ -21,16 +21,14 @@ from layerstream.stages.unpack.kernels.vectors import (
 )
 
 __all__ = [
-    "doubled_fp4",
     "float_of",
     "floats",
-    "fp8_e4m3",
-    "fp8_e5m2",
     "interleaved_high",
     "interleaved_low",
     "iq4_levels",
     "lanes_of_bits",
     "mxfp4_levels",
+    "numbers",
     "signed_floats",
 ]
 
@@ -120,23 +118,47 @@ def _fp8_e5m2(builder: Any, value: Any) -> Any:
     return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
 
 
-def _doubled_fp4(builder: Any, value: Any) -> Any:
+def _fp4(builder: Any, value: Any, factor: float) -> Any:
     wide = builder.zext(value, vector_of(_I16, value.type.count))
     sign = builder.shl(builder.and_(wide, same(wide, 8, 16)), same(wide, 12, 16))
     rest = builder.shl(builder.and_(wide, same(wide, 7, 16)), same(wide, 9, 16))
-    return _of_half(builder, builder.or_(sign, rest), 2.0**15)
+    return _of_half(builder, builder.or_(sign, rest), factor)
 
 
-def _float_vector(value: Any) -> Any:
-    return vector_of(_FLOAT, value.type.count)
+def _signed(builder: Any, value: Any) -> Any:
+    return builder.sitofp(value, vector_of(_FLOAT, value.type.count))
 
 
-floats = _conversion(lambda builder, value: builder.uitofp(value, _float_vector(value)))
-signed_floats = _conversion(lambda builder, value: builder.sitofp(value, _float_vector(value)))
-fp8_e4m3 = _conversion(_fp8_e4m3)
-fp8_e5m2 = _conversion(_fp8_e5m2)
-doubled_fp4 = _conversion(_doubled_fp4)
-"""Twice the e2m1 number in the lower four bits, which are an integer: what is halved is then the scale, or it is not."""
+def _shifted(builder: Any, value: Any, zero: int) -> Any:
+    return _signed(builder, builder.sub(value, same(value, zero, 8)))
+
+
+floats = _conversion(
+    lambda builder, value: builder.uitofp(value, vector_of(_FLOAT, value.type.count))
+)
+signed_floats = _conversion(_signed)
+
+# What bytes mean, by the type of an array.
+_NUMBERS: dict[Any, Callable[[Any, Any], Any]] = {
+    types.uint8: _fp8_e4m3,
+    types.uint16: _fp8_e5m2,
+    types.int8: _signed,
+    types.uint32: lambda builder, value: _shifted(builder, value, 128),
+    types.int16: lambda builder, value: _shifted(builder, value, 8),
+    types.int32: lambda builder, value: _fp4(builder, value, 2.0**14),
+    # Twice the number, which is an integer, for half the scale, which is finite.
+    types.int64: lambda builder, value: _fp4(builder, value, 2.0**15),
+}
+
+
+@generated
+def numbers(typing_context: Any, like: Any, data: Any) -> Any:
+    """Turn bytes into float32. The type of ``like`` tells what they mean: see ``scaled_rows.NUMBERS``."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return _NUMBERS[like.dtype](builder, arguments[1])
+
+    return FloatsType(data.lanes)(like, data), generate
 
 
 @generated
