@@ -57,8 +57,9 @@ def scaled_bytes(
     columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
     for row in range(first, first + rows):
         at, start = row * row_bytes, (row - first) * columns
+        band = row // height % bands * groups
         for group in range(groups):
-            index = row // height % bands * groups + group
+            index = band + group
             scale = scale_at(scale_like, scales, index)
             zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
@@ -88,8 +89,9 @@ def scaled_nibbles(
     columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
     for row in range(first, first + rows):
         at, start = row * row_bytes, (row - first) * columns
+        band = row // height % bands * groups
         for group in range(groups):
-            index = row // height % bands * groups + group
+            index = band + group
             scale = scale_at(scale_like, scales, index)
             zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
