@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from support.packed import assert_equal_bits
 
 from layerstream.stages.unpack import compiling
-from layerstream.stages.unpack.gguf import GgufPacking
+from layerstream.stages.unpack.gguf import GGUF_BLOCKS, GgufPacking
 
 PACKING = GgufPacking(encoding="Q8_0", columns=64, arithmetic="float32")
 PACKED = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (512, 68), dtype=np.uint8))
@@ -113,3 +114,18 @@ def test_threads_may_unpack_at_once_before_anything_is_compiled():
     assert len(results) == 4
     for result in results:
         assert_equal_bits(result, expected)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("encoding", ["IQ4_NL", "MXFP4"])
+def test_processors_without_a_byte_shuffle_choose_levels_bit_by_bit(encoding, monkeypatch):
+    lanes = pytest.importorskip("layerstream.stages.unpack.kernels.lanes")
+    nbytes = GGUF_BLOCKS[encoding].nbytes
+    packed = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (99, nbytes), np.uint8))
+    packing = GgufPacking(encoding=encoding, columns=32, arithmetic="float32")
+    expected, values = torch.empty(99, 32), torch.empty(99, 32)
+    packing.unpack([packed], 0, expected)
+    monkeypatch.setattr(lanes, "platform", SimpleNamespace(machine=lambda: "another"))
+    compiling.set_cache_folder(None)
+    packing.unpack([packed], 0, values)
+    assert_equal_bits(values, expected)
