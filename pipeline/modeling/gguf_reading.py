@@ -19,7 +19,7 @@ import numpy as np
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import ModelError
 
-__all__ = ["for_this_thread", "quick_headers", "require_gguf_packages"]
+__all__ = ["for_this_thread", "load_gguf_tokenizer", "quick_headers", "require_gguf_packages"]
 
 # Replacing a function of a module is undone in the reverse order only, so one thread at a time does it.
 _LOCK = threading.RLock()
@@ -87,6 +87,26 @@ def quick_headers(checkpoint: Checkpoint) -> Iterator[None]:
         read_parts = enter(for_this_thread(gguf.GGUFReader, "_get_field_parts", parts))
         read_table = enter(for_this_thread(own_reader, "_read_tensor_table", table))
         yield
+
+
+def load_gguf_tokenizer(checkpoint: Checkpoint) -> Any | None:
+    """The transformers tokenizer in a GGUF model, with its special tokens and chat template; None if it has none.
+
+    Raises:
+        ModelError: A package is missing. transformers raises errors of other types about tokenizers that it cannot make.
+    """
+    from transformers import AutoTokenizer
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    require_gguf_packages(checkpoint.path)
+    file = checkpoint.files[0].path
+    metadata, _ = read_gguf_metadata(str(file))
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    with quick_headers(checkpoint):
+        return AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True
+        )
 
 
 def _long_array(reader: Any, at: int, kind: int) -> Any:

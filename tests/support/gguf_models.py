@@ -11,6 +11,7 @@ from torch import device, nn
 from transformers import modeling_gguf_pytorch_utils as transformers_gguf
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+from layerstream.tools.synthetic.byte_tokenizer import BOS, EOS, PAD, tokenizer_files
 from support.ggufs import write_gguf
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
@@ -68,6 +69,7 @@ def save_gguf_model(
     told: dict[str, int] | None = None,
     without: str | None = None,
     blocks: Callable[..., np.ndarray] | None = None,
+    tokens: Callable[[gguf.GGUFWriter], Any] | None = None,
     **options: Any,
 ) -> Path:
     """Write a tiny random model; matrices with whole blocks are stored as ``kind``, all else as float32.
@@ -80,6 +82,7 @@ def save_gguf_model(
         changes: Settings of the config.
         told: Metadata that say something else.
         without: A tensor to leave out.
+        tokens: Writes the tokenizer; by default there are only names of tokens.
         blocks: (kind, rows, columns) -> blocks that are taken instead of random numbers.
         options: Of ``GGUFWriter``.
     """
@@ -104,7 +107,7 @@ def save_gguf_model(
         path,
         tensors,
         architecture=architecture,
-        describe=lambda writer: _describe(writer, architecture, config, told or {}),
+        describe=lambda writer: _describe(writer, architecture, config, told or {}, tokens),
         **options,
     )
 
@@ -145,7 +148,11 @@ def _shapes(model: nn.Module, architecture: str) -> Iterator[tuple[str, tuple[in
 
 
 def _describe(
-    writer: gguf.GGUFWriter, architecture: str, config: Any, told: dict[str, int]
+    writer: gguf.GGUFWriter,
+    architecture: str,
+    config: Any,
+    told: dict[str, int],
+    tokens: Callable[[gguf.GGUFWriter], Any] | None,
 ) -> None:
     theirs = _THEIRS.get(architecture, architecture)
     if architecture == "lfm2":  # of whose keys transformers' newer loader has its own table
@@ -165,5 +172,23 @@ def _describe(
             writer.add_array(f"{architecture}.{key}", value)
         elif isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)
+    if tokens:
+        tokens(writer)
+    else:
+        writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+
+
+def byte_tokens(writer: gguf.GGUFWriter) -> None:
+    """Write the tokenizer of the 256 bytes, three special tokens and "ab", with a chat template."""
+    model = tokenizer_files()["tokenizer.json"]["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([*model["vocab"], "ab"])
+    writer.add_token_types(
+        [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL]
+    )
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_pad_token_id(PAD)
+    writer.add_chat_template("{% for m in messages %}<s>{{ m.content }}{% endfor %}")
