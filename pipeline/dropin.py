@@ -108,7 +108,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     its KV cache, which counts during a call that gets it.
 
     Args:
-        source: A folder, a safetensors file, or a hub id.
+        source: A folder, a safetensors or GGUF file, or a hub id.
         options: The arguments of ``StreamedModel.open``.
     """
     loop_thread = _LoopThread()

@@ -77,7 +77,7 @@ class StreamedModel:
         """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
 
         Args:
-            source: A folder, a safetensors file, or a hub id such as "org/name".
+            source: A folder, a safetensors or GGUF file, or a hub id such as "org/name" or "org/name:file.gguf".
             device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
             budget: Memory that may be used; by default what is free, less a tenth.
             workload: The expected requests; memory for their KV cache and activations is reserved.

@@ -16,7 +16,7 @@ from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
-    load_config,
+    config_of,
     resolve_model_class,
     trace_model,
 )
@@ -144,8 +144,7 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
 def _trace(
     checkpoint: Checkpoint, options: Options, *, on_cpu: bool
 ) -> tuple[TracedModel, Assembly]:
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    config = load_config(folder, model_class=options.model_class)
+    config = config_of(checkpoint, model_class=options.model_class)
     traced = trace_model(
         checkpoint,
         config=config,

@@ -28,3 +28,15 @@ def _no_cache_of_the_users(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--mutations", type=int, default=1000, help="how many mutated files each fuzz test reads"
+    )
+
+
+@pytest.fixture
+def mutations(request):
+    """How many mutated files a fuzz test reads."""
+    return request.config.getoption("--mutations")

@@ -1,12 +1,14 @@
-"""Finds a model by folder, file, or id on the hub such as ``org/name``, and downloads it if need be."""
+"""Finds a model by folder, file, or id on the hub (``org/name``, ``org/name:file.gguf``), and downloads it if need be."""
 
 import asyncio
 import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from layerstream.pipeline.checkpoint.formats.gguf_files import all_parts
 from layerstream.stages.errors import CheckpointError
 
 __all__ = ["resolve_model_path", "resolve_model_path_async"]
@@ -25,6 +27,9 @@ _CONFIG_FILE = "config.json"
 
 _MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
+# A repository holds a GGUF model in many quantisations, so that one file of it is named; it may be in a folder.
+_GGUF_SUFFIX = ".gguf"
+
 # For a short query; downloads have huggingface_hub's own timeouts.
 _HUB_TIMEOUT_SECONDS = 10.0
 
@@ -36,6 +41,7 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
         source: An existing folder or file; or, as a string, a model id. An id is looked up in
             huggingface_hub's local cache first, without the network; a model that is not
             complete there is downloaded into it, with huggingface_hub's own progress bars.
+            ``id:file.gguf`` is that file of the repository, with its other parts if there are any.
         revision: Branch, tag or commit of a model id.
 
     Raises:
@@ -49,11 +55,20 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
                 "leave the revision out, or give a model id."
             )
         return path
-    if not isinstance(source, str) or not _is_model_id(source):
+    model_id, colon, file = str(source).partition(":")
+    if (
+        not isinstance(source, str)
+        or not _is_model_id(model_id)
+        or (colon and not _is_gguf_path(file))
+    ):
         raise CheckpointError(
-            f"No such file or folder: {path}; check the path, or give a model id."
+            f"No such file or folder: {path}; check the path, or give a model id, or id:file.gguf."
         )
-    return _cached_snapshot(source, revision) or _download_snapshot(source, revision)
+    files = [str(Path(file).with_name(name)) for name in all_parts(Path(file).name)] if file else []
+    folder = _cached_snapshot(model_id, revision, files) or _download_snapshot(
+        model_id, revision, files
+    )
+    return folder / files[0] if files else folder
 
 
 async def resolve_model_path_async(
@@ -69,11 +84,17 @@ async def resolve_model_path_async(
 
 
 def _is_model_id(source: str) -> bool:
-    return _MODEL_ID.fullmatch(source) is not None and not source.endswith(".safetensors")
+    is_file = source.endswith((".safetensors", _GGUF_SUFFIX))
+    return _MODEL_ID.fullmatch(source) is not None and not is_file
 
 
-def _cached_snapshot(model_id: str, revision: str | None) -> Path | None:
-    """Return the cached snapshot of ``model_id`` if it has all its weights, else None."""
+def _is_gguf_path(file: str) -> bool:
+    """Whether ``file`` is the path of a GGUF file in a repository."""
+    return file.endswith(_GGUF_SUFFIX) and ".." not in file and file[0] != "/"
+
+
+def _cached_snapshot(model_id: str, revision: str | None, files: Sequence[str]) -> Path | None:
+    """Return the cached snapshot of ``model_id`` if it has ``files``, or all its weights if none are given; else None."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -86,7 +107,10 @@ def _cached_snapshot(model_id: str, revision: str | None) -> Path | None:
         # Only the configuration is requested: if everything were, a snapshot that lacks any small
         # file of the repository would count as absent. The weights are checked below.
         folder = snapshot_download(
-            model_id, revision=revision, local_files_only=True, allow_patterns=[_CONFIG_FILE]
+            model_id,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=[*files] or [_CONFIG_FILE],
         )
     except LocalEntryNotFoundError:
         return None
@@ -95,43 +119,65 @@ def _cached_snapshot(model_id: str, revision: str | None) -> Path | None:
             f"No such file or folder: {model_id}; nor is it a model id: {_first_line(error)}."
         ) from error
     snapshot = Path(folder)
-    missing = _missing_files(snapshot)
+    missing = _missing_files(snapshot, files)
     if missing:
         logger.info("%s is cached in part and lacks %s", model_id, _first_names(missing))
         return None
     return snapshot
 
 
-def _download_snapshot(model_id: str, revision: str | None) -> Path:
-    """Download ``model_id`` into the local cache."""
+def _download_snapshot(model_id: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Download ``files`` of ``model_id`` into the local cache, or all that a model needs."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         # Without a network the download would retry for half a minute; this query fails at once.
-        HfApi().model_info(model_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            allow_patterns=_DOWNLOAD_PATTERNS,
-            ignore_patterns=_IGNORE_PATTERNS,
-        )
+        info = HfApi().model_info(model_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:
         # The hub's client changes its HTTP library, and so the exceptions, between versions.
         raise CheckpointError(_download_error_message(error, model_id, revision)) from error
-    missing = _missing_files(Path(folder))
+    _refuse_choice(model_id, [each.rfilename for each in info.siblings or ()], files)
+    try:
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            allow_patterns=[*files] or _DOWNLOAD_PATTERNS,
+            ignore_patterns=None if files else _IGNORE_PATTERNS,
+        )
+    except Exception as error:
+        raise CheckpointError(_download_error_message(error, model_id, revision)) from error
+    missing = _missing_files(Path(folder), files)
     if missing:
         raise CheckpointError(
             f"{model_id} was downloaded to {folder}, which lacks {_first_names(missing)}: a model "
-            "needs config.json and weights in safetensors format; try again, or another model."
+            "needs config.json and weights in safetensors format, or id:file.gguf names one of its GGUF files; try "
+            "again, or another model."
         )
     return Path(folder)
 
 
-def _missing_files(snapshot: Path) -> list[str]:
-    """Return the files that ``snapshot`` should have and does not.
+def _refuse_choice(model_id: str, names: Sequence[str], files: Sequence[str]) -> None:
+    """Refuse to download files that are not there, or a repository of GGUF models as if it were one."""
+    found = sorted(name for name in names if name.endswith(_GGUF_SUFFIX))
+    if files and names:
+        missing = [name for name in files if name not in names]
+        if missing:
+            others = f"it has {_first_names(found, count=12)}" if found else "it has no GGUF files"
+            raise CheckpointError(f"{model_id} on the hub has no {missing[0]}: {others}.")
+    elif found and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{model_id} on the hub holds GGUF models ({_first_names(found, count=12)}): name one, as in "
+            f"{model_id}:{found[0]}."
+        )
+
+
+def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
+    """Return the files that ``snapshot`` should have and does not: ``files``, or a whole model if there are none.
 
     A link to a blob that was deleted from the cache counts as missing.
     """
+    if files:
+        return [name for name in files if not (snapshot / name).is_file()]
     missing = [] if (snapshot / _CONFIG_FILE).is_file() else [_CONFIG_FILE]
     index = snapshot / _INDEX_FILE
     if not index.is_file():
@@ -182,7 +228,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
 
 
-def _first_names(names: list[str], *, count: int = 3) -> str:
+def _first_names(names: Sequence[str], *, count: int = 3) -> str:
     """Return the first ``count`` names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

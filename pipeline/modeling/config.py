@@ -1,12 +1,51 @@
-"""A model's config.json, and the model class that it describes."""
+"""A model's config, in config.json or in the metadata of its weights, and the model class that it describes."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.gguf_reading import quick_headers, require_gguf_packages
 from layerstream.stages.errors import ModelError
 
-__all__ = ["load_config", "resolve_model_class", "summary_of"]
+__all__ = ["config_of", "load_config", "resolve_model_class", "summary_of"]
+
+
+def config_of(checkpoint: Checkpoint, *, model_class: type[Any] | None = None) -> Any:
+    """Read the config of a checkpoint, as ``load_config`` does; of a GGUF model, from its own metadata.
+
+    Raises:
+        ModelError: There is none, or it describes no model that transformers knows.
+    """
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if checkpoint.format == "GGUF":
+        return _gguf_config(checkpoint)
+    return load_config(folder, model_class=model_class)
+
+
+def _gguf_config(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    require_gguf_packages(checkpoint.path)
+    file = checkpoint.files[0].path
+    try:
+        with quick_headers(checkpoint):
+            config = transformers.AutoConfig.from_pretrained(
+                str(file.parent), gguf_file=file.name, local_files_only=True
+            )
+    except Exception as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot load {file}: {summary_of(error)}."
+        ) from error
+    if not config.architectures:
+        # As AutoModelForCausalLM and AutoModelForSeq2SeqLM choose the class.
+        mappings: list[Any] = [
+            transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+            transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        ]
+        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+        config.architectures = [each.__name__ for each in classes[:1]] or None
+    return config
 
 
 def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
@@ -61,7 +100,7 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
         model_class = getattr(transformers, str(names[0]), None)
         if model_class is None:
             raise ModelError(
-                f"The config.json of this {config.model_type} model names as its architecture "
+                f"The config of this {config.model_type} model names as its architecture "
                 f"{names[0]!r}, which transformers {transformers.__version__} does not have; "
                 "pass model_class=."
             )

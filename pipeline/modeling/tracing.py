@@ -18,12 +18,18 @@ import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.checkpoint_mismatch import refuse_mismatch
-from layerstream.pipeline.modeling.config import load_config, resolve_model_class, summary_of
+from layerstream.pipeline.modeling.config import (
+    config_of,
+    load_config,
+    resolve_model_class,
+    summary_of,
+)
+from layerstream.pipeline.modeling.gguf_weights import load_gguf_tracers
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.stages.errors import ModelError
 
-__all__ = ["TracedModel", "load_config", "resolve_model_class", "trace_model"]
+__all__ = ["TracedModel", "config_of", "load_config", "resolve_model_class", "trace_model"]
 
 # While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
 # at once might leave each other's replacements in place for good.
@@ -112,17 +118,14 @@ def trace_model(
 
 def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any) -> Any:
     """Let transformers load a model whose parameters are tracers."""
-    # If the config names no dtype, the first tensor's is used; transformers goes file by file.
-    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.name))
-    tracers = {
-        info.name: Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
-        for info in infos
-    }
     with _LOADING_LOCK, _without_progress_bar():
         loader = _loader_class(model_class, checkpoint)
         try:
-            module = loader.from_pretrained(None, state_dict=tracers, **kwargs)
-            _finish_loading(module, checkpoint.path)
+            if checkpoint.format == "GGUF":
+                module = load_gguf_tracers(checkpoint, loader, **kwargs)
+            else:
+                module = _load_state_dict(checkpoint, loader, **kwargs)
+                _finish_loading(module, checkpoint.path)
         except ModelError:
             raise
         except Exception as error:
@@ -132,6 +135,16 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
             ) from error
     module.__class__ = model_class
     return module
+
+
+def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -> Any:
+    # If the config names no dtype, the first tensor's is used; transformers goes file by file.
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.name))
+    tracers = {
+        info.name: Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
+        for info in infos
+    }
+    return loader.from_pretrained(None, state_dict=tracers, **kwargs)
 
 
 def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:

@@ -79,9 +79,12 @@ class HubHandler(BaseHTTPRequestHandler):
                 ]
             )
         elif path.startswith("/api/"):
-            self.respond({"id": "org/name", "sha": COMMIT}, self.server.info_failure)
+            siblings = [{"rfilename": name} for name in self.server.files]
+            info = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+            self.respond(info, self.server.info_failure)
         else:
-            self.respond(self.server.files[path.rpartition("/")[2]], self.server.file_failure)
+            name = path.partition(f"/{COMMIT}/")[2] or path.rpartition("/")[2]
+            self.respond(self.server.files[name], self.server.file_failure)
 
     do_HEAD = do_GET  # noqa: N815 the name that the server looks for
 
@@ -154,7 +157,18 @@ def test_a_revision_of_a_folder_is_refused_instead_of_ignored(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    ["/no/such/folder", "./org/name", "a/b/c", "model.safetensors", Path("org/name")],
+    [
+        "/no/such/folder",
+        "./org/name",
+        "a/b/c",
+        "model.safetensors",
+        "model.gguf",
+        Path("org/name"),
+        "org/name:file.bin",
+        "org/name:../file.gguf",
+        "org/name:/file.gguf",
+        "org/name:",
+    ],
     ids=str,
 )
 def test_what_cannot_be_a_model_id_is_a_missing_path(source):
@@ -264,3 +278,40 @@ def test_a_model_whose_files_are_gated_is_refused_with_the_remedy(online_hub):
 def test_a_model_without_safetensors_weights_is_refused(online_hub):
     online_hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
     assert "lacks *.safetensors" in refusal("org/name")
+
+
+PARTS = [f"Q8/m-{number:05}-of-00002.gguf" for number in (1, 2)]
+QUANTISED = {"m-Q4_K_M.gguf": b"four", **dict.fromkeys(PARTS, b"eight"), "README.md": b"#"}
+
+
+def test_one_gguf_file_of_a_repository_is_downloaded_once_and_alone(cache, online_hub):
+    online_hub.files = QUANTISED
+    path = resolve_model_path("org/name:m-Q4_K_M.gguf")
+    assert path == cache / "models--org--name" / "snapshots" / COMMIT / "m-Q4_K_M.gguf"
+    assert path.read_bytes() == b"four"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    online_hub.requests.clear()
+    assert resolve_model_path("org/name:m-Q4_K_M.gguf") == path
+    assert online_hub.requests == []
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.usefixtures("cache")
+def test_all_parts_of_a_gguf_model_are_downloaded(online_hub, part):
+    online_hub.files = QUANTISED
+    path = resolve_model_path(f"org/name:{part}")
+    assert path.name == Path(PARTS[0]).name
+    assert sorted(file.name for file in path.parent.iterdir()) == [Path(p).name for p in PARTS]
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_repository_of_gguf_models_says_which_there_are(online_hub):
+    online_hub.files = QUANTISED
+    assert f"({', '.join(PARTS)}, m-Q4_K_M.gguf): name one, as in" in refusal("org/name")
+    assert f"has no Q2.gguf: it has {PARTS[0]}" in refusal("org/name:Q2.gguf")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_gguf_file_of_a_repository_without_any_is_refused(online_hub):
+    online_hub.files = SINGLE
+    assert "it has no GGUF files" in refusal("org/name:Q2.gguf")

@@ -21,11 +21,12 @@ def write_gguf(
     describe: Callable[[gguf.GGUFWriter], Any] = lambda _writer: None,
     **options: Any,
 ) -> Path:
-    """Write ``tensors``, each an array of numbers and the type to store it as; ``describe`` adds metadata."""
+    """Write ``tensors``, each an array of numbers (or of the bytes of blocks) and the type to store it as; ``describe`` adds metadata."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     describe(writer)
     for name, (values, kind) in tensors.items():
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        packed = values if values.dtype == np.uint8 else gguf.quants.quantize(values, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -128,5 +128,6 @@ def _resolve(model: str) -> Path:
 
 
 def _model_bytes(path: Path) -> int:
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    from layerstream.pipeline import Checkpoint
+
+    return sum(file.size_bytes for file in Checkpoint.open(path).files)

@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 
 from layerstream.tools.console.arguments import (
+    MODEL_HELP,
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -27,7 +28,7 @@ HELP = "generate text from a model whose weights stream"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
-    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on from")
     prompt.add_argument(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import (
+    MODEL_HELP,
     add_model_arguments,
     add_output_arguments,
     byte_count,
@@ -26,7 +27,7 @@ HELP = "say how a model would be streamed, how fast that is, and why, before any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
-    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     add_model_arguments(parser)
     what_if = parser.add_argument_group(
         "what if", "plan for another machine: also with a --device that is not here"

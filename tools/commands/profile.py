@@ -10,6 +10,7 @@ from pathlib import Path
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
+    MODEL_HELP,
     add_model_arguments,
     add_output_arguments,
     byte_count,
@@ -40,7 +41,7 @@ _COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
-    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     parser.add_argument(
         "--sweeps",
         type=positive_int,

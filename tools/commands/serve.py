@@ -13,6 +13,7 @@ from typing import Any
 
 from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.tools.console.arguments import (
+    MODEL_HELP,
     add_model_arguments,
     byte_count,
     non_negative_int,
@@ -29,7 +30,7 @@ HELP = "serve a model whose weights stream, over HTTP as OpenAI does"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
-    parser.add_argument("model", metavar="PATH", help="a folder, a weight file, or a hub id")
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     parser.add_argument(
         "--bind",
         default="127.0.0.1",
@@ -178,11 +179,13 @@ def _bind(address: str, port: int) -> socket.socket:
 
 
 def _default_name(model: str) -> str:
-    """The model's name unless one is given: the hub id, or the name of the folder."""
+    """The model's name unless one is given: the hub id, or the name of the folder or of the GGUF file."""
     path = Path(model)
     if not path.exists():
         return model
     path = path.resolve()
+    if path.suffix == ".gguf":
+        return path.stem
     return path.name if path.is_dir() else path.parent.name
 
 

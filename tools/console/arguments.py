@@ -6,6 +6,7 @@ from pathlib import Path
 from layerstream.stages.text import parse_bytes, parse_rate, parse_size
 
 __all__ = [
+    "MODEL_HELP",
     "add_generation_arguments",
     "add_model_arguments",
     "add_output_arguments",
@@ -17,6 +18,8 @@ __all__ = [
     "positive_int",
     "token_ids",
 ]
+
+MODEL_HELP = "a folder, a weight file (safetensors, or GGUF with any of its parts), a hub id, or ID:FILE.gguf"
 
 
 def positive_int(text: str) -> int:

@@ -4,6 +4,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import ModelError
 
 __all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
@@ -16,18 +17,25 @@ _MAX_PENDING = 3
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """Load the transformers tokenizer in the folder of ``path``; None if there is none."""
+    """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one."""
     folder = path if path.is_dir() else path.parent
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    checkpoint = Checkpoint.open(path)
+    in_file = checkpoint.format == "GGUF"
+    if not in_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
         from transformers import AutoTokenizer
+
+        from layerstream.pipeline.modeling.gguf_reading import load_gguf_tokenizer
     except ImportError as error:
         raise ModelError("Text needs transformers: pip install 'layerstream[hf]'.") from error
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+        return load_gguf_tokenizer(checkpoint) if in_file else AutoTokenizer.from_pretrained(folder)
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        where = path if in_file else folder
+        raise ModelError(f"The tokenizer in {where} cannot be loaded: {error}") from error
 
 
 def prompt_ids(tokenizer: Any | None, prompt: str, path: Path) -> list[int]:

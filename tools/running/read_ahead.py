@@ -30,6 +30,11 @@ def _will_map(args: argparse.Namespace) -> bool:
 
 
 def _weight_files(model: Path) -> list[Path]:
-    if model.is_dir():
-        return sorted(path for path in model.glob("*.safetensors") if path.is_file())
-    return [model] if model.suffix == ".safetensors" and model.is_file() else []
+    if not model.is_dir():
+        known = model.suffix in {".safetensors", ".gguf"}
+        return [model] if known and model.is_file() else []
+    found = [path for path in model.glob("*.safetensors") if path.is_file()]
+    if not found:  # a folder may hold several GGUF models, of which none is meant
+        found = list(model.glob("*.gguf"))
+        found = found if len(found) == 1 else []
+    return sorted(found)

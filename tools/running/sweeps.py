@@ -153,10 +153,11 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
 
 
 def _can_compute(path: Path, args: argparse.Namespace) -> bool:
-    folder = path if path.is_dir() else path.parent
+    from layerstream.pipeline import Checkpoint
+
     return (
         not args.no_compute
-        and (folder / "config.json").is_file()
+        and Checkpoint.open(path).config is not None
         and importlib.util.find_spec("transformers") is not None
     )
 

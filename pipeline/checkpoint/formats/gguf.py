@@ -167,7 +167,7 @@ class _Parser:
         # This runs hundreds of thousands of times for a vocabulary: hence local names and no calls of ours.
         content, at, end = self._content, self._at, len(self._content)
         unpack = _LENGTH.unpack_from
-        with suppress(struct.error):
+        with suppress(struct.error, OverflowError):
             for _ in range(count):
                 at += 8 + unpack(content, at)[0]
             if at <= end:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["choose_files"]
+__all__ = ["all_parts", "choose_files"]
 
 # "name-00001-of-00003.gguf", as llama.cpp's gguf-split names them.
 _PART = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
@@ -16,7 +16,7 @@ _PART = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.
 def choose_files(path: Path, names: Sequence[str]) -> Sequence[str]:
     """See ``Format.choose``: all parts of the model that ``path`` is a part of, or that the folder holds."""
     if path.name in names and not path.is_dir():
-        return _all_parts(path.name)
+        return all_parts(path.name)
     models: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if not _is_projector(name):
@@ -33,7 +33,7 @@ def choose_files(path: Path, names: Sequence[str]) -> Sequence[str]:
             f"{path} holds {len(models)} GGUF models ({_few(choices)}): open one of these files "
             "instead of the folder."
         )
-    return _all_parts(next(iter(models.values()))[0])
+    return all_parts(next(iter(models.values()))[0])
 
 
 def _is_projector(name: str) -> bool:
@@ -41,7 +41,8 @@ def _is_projector(name: str) -> bool:
     return "mmproj" in name.lower()
 
 
-def _all_parts(name: str) -> Sequence[str]:
+def all_parts(name: str) -> Sequence[str]:
+    """The names of all files of the model that a file is a part of, in order."""
     part = _PART.fullmatch(name)
     if part is None:
         return (name,)
