@@ -52,10 +52,10 @@ def row_numbers(
         if function is _aten._to_copy.default:  # noqa: SLF001
             results[id(operation)] = _value(args[0], results)
             continue
-        narrowed = _without_columns(function, args, kwargs, columns, results)
-        if narrowed is None:
+        made = _on_numbers(function, args, kwargs, columns, results)
+        if made is None:
             return None
-        results[id(operation)] = function(*narrowed)
+        results[id(operation)] = made
     found = _value(value, results)
     return found if isinstance(found, torch.Tensor) else None
 
@@ -67,14 +67,14 @@ def _value(node: Any, results: Mapping[int, Any]) -> Any:
     return None if isinstance(node, Node) else node
 
 
-def _without_columns(
+def _on_numbers(
     function: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     columns: int,
     results: Mapping[int, Any],
-) -> list[Any] | None:
-    """The arguments for tensors ``[..., 1]`` instead of ``[..., columns]``; None if the last dimension takes part."""
+) -> Any:
+    """What ``function`` makes of tensors ``[..., 1]`` instead of ``[..., columns]``; None if the last dimension takes part."""
     if kwargs and set(kwargs) - {"memory_format"}:
         return None
     values = list(pytree.tree_map(lambda leaf: _value(leaf, results), args))
@@ -83,15 +83,16 @@ def _without_columns(
         return None
     last = first.dim() - 1
     if function in COPIES:
-        return values[:1]
+        return first
     if function in _RESHAPES:
         shape = list(values[1])
         keeps = bool(shape) and shape[-1] in {columns, -1}
-        return [values[0], [*shape[:-1], 1]] if keeps else None
+        # Of rows that are permuted, too: where the operation was recorded, they had been copied.
+        return first.reshape([*shape[:-1], 1]) if keeps else None
     if function is _aten.permute.default:
-        return values if values[1][-1] % (last + 1) == last else None
+        return function(*values) if values[1][-1] % (last + 1) == last else None
     # A dimension that is left out is the first.
     named = [values[at] if at < len(values) else 0 for at in _ALONG.get(function, ())]
     dims = last + 1 + (function in _GROWING)
     keeps = bool(named) and all(dim % dims != dims - 1 for dim in named)
-    return values if keeps else None
+    return function(*values) if keeps else None
