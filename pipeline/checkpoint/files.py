@@ -19,6 +19,7 @@ __all__ = [
     "WeightFile",
     "list_files",
     "natural_order",
+    "refuse_special_files",
     "select_files",
     "translated_os_errors",
 ]
@@ -30,6 +31,9 @@ _HOW_TO_CONVERT = (
     "convert it: load it with transformers' from_pretrained() (GGUF with gguf_file=...), and write "
     "it with save_pretrained()"
 )
+
+# What is read of a folder beside the weights: configs, the index, tokenizers, chat templates.
+_DOCUMENTS = (".json", ".txt", ".model", ".jinja")
 
 _ERRNO_EXPLANATIONS = {
     errno.ENOENT: "it is not there; check the path, or download it again",
@@ -102,12 +106,32 @@ def translated_os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be opened: {reason}.") from error
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a folder in which something that would be read is no file: reading a pipe or a device may never end.
+
+    Raises:
+        CheckpointError: It names what is no file.
+    """
+    with translated_os_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_DOCUMENTS) and not entry.is_file() and os.path.exists(entry):  # noqa: PTH110
+                _refuse_special_file(Path(entry))
+
+
+def _refuse_special_file(path: Path) -> None:
+    raise CheckpointError(
+        f"{path} is no regular file, and reading it may never end: replace it by the model's own, or remove it."
+    )
+
+
 def list_files(path: Path) -> Listing:
     """List the relevant files in a folder, or a single file and the config.json next to it."""
     path = path.absolute()
     with translated_os_errors(path):
         if not path.is_dir():
             config = path.with_name("config.json")
+            if config.exists() and not config.is_file():
+                _refuse_special_file(config)
             return Listing(
                 path=path,
                 folder=path.parent,
@@ -115,6 +139,7 @@ def list_files(path: Path) -> Listing:
                 index=None,
                 config=config if config.is_file() else None,
             )
+        refuse_special_files(path)
         with os.scandir(path) as entries:
             names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
     weights = tuple(name for name in names if name.endswith(".safetensors"))

@@ -4,6 +4,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from layerstream.pipeline.checkpoint.files import refuse_special_files
 from layerstream.stages.errors import ModelError
 
 __all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
@@ -18,6 +19,7 @@ _MAX_PENDING = 3
 def load_tokenizer(path: Path) -> Any | None:
     """Load the transformers tokenizer in the folder of ``path``; None if there is none."""
     folder = path if path.is_dir() else path.parent
+    refuse_special_files(folder)  # transformers would wait for ever
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
