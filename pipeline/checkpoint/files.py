@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.readers.files import FileVersion
 
 __all__ = [
     "Listing",
@@ -56,6 +57,8 @@ class WeightFile:
     """Absolute; it may be a link (the hub's cache is made of them)."""
     size_bytes: int
     """Of the whole file, including the header."""
+    version: FileVersion | None = None
+    """Before its header was read; None for a file that exists nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,4 +257,6 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
         raise CheckpointError(f"{path} is not a regular file: replace it by a safetensors file.")
     if name.lower().endswith(_UNSUPPORTED):
         raise CheckpointError(f"{path} is not a safetensors file: {_HOW_TO_CONVERT}.")
-    return WeightFile(name=name, path=path, size_bytes=status.st_size)
+    return WeightFile(
+        name=name, path=path, size_bytes=status.st_size, version=FileVersion.of(status)
+    )

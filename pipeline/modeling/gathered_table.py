@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.stages.errors import ClosedError, ModelError, ReadError
+from layerstream.stages.readers.files import FileVersion
 
 __all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
 
@@ -45,6 +46,7 @@ class TableSource:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ReadError(f"{self._path} cannot be opened: {error.strerror}.") from error
+        self._version = FileVersion.of(os.fstat(self._descriptor))
         self._lock = threading.Lock()
         self._active_reads = 0
         self._closed = False
@@ -71,6 +73,7 @@ class TableSource:
                 os.posix_fadvise(self._descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for offset, buffer in spans:
                 self._read(offset, buffer)
+            self._version.refuse_change(self._path, FileVersion.of(os.fstat(self._descriptor)))
         except OSError as error:
             raise ReadError(f"{self._path} cannot be read: {error.strerror}.") from error
         finally:

@@ -109,7 +109,7 @@ def _open_reader(plan: Plan) -> Reader:
     """The reader that ``plan`` names, with the plan's files open.
 
     Raises:
-        CheckpointError: A file is missing, or has another size than when the plan was made.
+        CheckpointError: A file is missing, or is of another version than when the plan was made.
     """
     paths = [Path(file.path) for file in plan.files]
     for path, file in zip(paths, plan.files, strict=True):
@@ -123,10 +123,13 @@ def _open_reader(plan: Plan) -> Reader:
             raise CheckpointError(
                 f"{path}: has {size} bytes, but had {file.nbytes} when the plan was made; plan anew"
             )
+    versions = [file.version for file in plan.files]
+    # Plans written before versions were recorded have none.
+    expected = [] if None in versions else [each for each in versions if each]
     if plan.reader is ReaderKind.MMAP:
-        return MmapReader(paths)
+        return MmapReader(paths, expected=expected)
     if plan.reader is ReaderKind.THROTTLED:
         if plan.throttle_bytes_per_second is None:
             raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
-        return ThrottledReader(paths, plan.throttle_bytes_per_second)
-    return DirectReader(paths)
+        return ThrottledReader(paths, plan.throttle_bytes_per_second, expected=expected)
+    return DirectReader(paths, expected=expected)

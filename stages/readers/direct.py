@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
-from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.files import FileVersion, WeightFiles
 
 __all__ = ["BLOCK_BYTES", "DirectReader"]
 
@@ -28,21 +28,25 @@ class DirectReader:
     Where a filesystem refuses O_DIRECT (tmpfs, some overlay and network filesystems), reads are buffered and
     the pages that they leave in the page cache are dropped at once.
 
+    Args:
+        paths: The weight files.
+        expected: The versions that they have to be; by default any.
+
     Attributes:
         falls_back: Reads are buffered.
 
     Raises:
-        ReadError: A file cannot be opened.
+        ReadError: A file cannot be opened, or is of another version.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._buffered = WeightFiles(paths)
+    def __init__(self, paths: Sequence[Path], *, expected: Sequence[FileVersion] = ()) -> None:
+        self._buffered = WeightFiles(paths, expected=expected)
         self._direct: WeightFiles | None = None
         self.falls_back = not hasattr(os, "O_DIRECT")
         if self.falls_back:
             return
         try:
-            self._direct = WeightFiles(paths, os.O_DIRECT)
+            self._direct = WeightFiles(paths, os.O_DIRECT, expected=expected)
         except ReadError as error:
             if getattr(error.__cause__, "errno", None) not in _REFUSED:
                 self._buffered.close()
@@ -60,9 +64,9 @@ class DirectReader:
     def read(self, extent: Extent, into: memoryview) -> None:
         """Read with ``preadv``, directly where the filesystem allows it."""
         try:
-            if not self.falls_back and self._read_direct(extent, into):
-                return
-            self._read_buffered(extent, into)
+            if self.falls_back or not self._read_direct(extent, into):
+                self._read_buffered(extent, into)
+            self._buffered.refuse_change(extent.file)
         except OSError as error:
             raise WeightFiles.error(
                 self._buffered.paths[extent.file], extent.offset, error

@@ -3,11 +3,48 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from layerstream.stages.errors import ReadError
 
-__all__ = ["WeightFiles"]
+__all__ = ["FileVersion", "WeightFiles"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileVersion:
+    """What tells one version of a file from another, without reading it."""
+
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """The version of the file with this status."""
+        return cls(inode=status.st_ino, nbytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+    def refuse_change(self, path: Path, now: "FileVersion") -> None:
+        """Refuse ``path`` if it is another version ``now``.
+
+        Raises:
+            ReadError: It says what has changed.
+        """
+        if now == self:
+            return
+        if now.nbytes != self.nbytes:
+            change = f"has {now.nbytes} bytes now, but had {self.nbytes} when its header was read"
+        elif now.inode != self.inode:
+            change = "was replaced by another file of the same size after its header was read"
+        else:
+            written = datetime.fromtimestamp(now.modified_ns / 1e9, tz=UTC)
+            change = f"was written to at {written:%Y-%m-%d %H:%M:%S} UTC, after its header was read"
+        raise ReadError(
+            f"{path}: {change}: what is read of it may belong to another model; open the model again, and let "
+            "nothing write to its files while it is open"
+        )
 
 
 class WeightFiles:
@@ -16,12 +53,15 @@ class WeightFiles:
     Args:
         paths: The files.
         flags: For ``os.open``, in addition to those for reading.
+        expected: The versions that they have to be; by default any.
 
     Raises:
-        ReadError: A file cannot be opened; the others have been closed again.
+        ReadError: A file cannot be opened, or is of another version; the others have been closed again.
     """
 
-    def __init__(self, paths: Sequence[Path], flags: int = 0) -> None:
+    def __init__(
+        self, paths: Sequence[Path], flags: int = 0, *, expected: Sequence[FileVersion] = ()
+    ) -> None:
         self.paths = paths
         self.descriptors: list[int] = []
         with ExitStack() as opened:
@@ -32,7 +72,21 @@ class WeightFiles:
                     raise self.error(path, 0, error) from error
                 opened.callback(os.close, descriptor)
                 self.descriptors.append(descriptor)
+            self._versions = [FileVersion.of(os.fstat(each)) for each in self.descriptors]
+            for path, version, now in zip(paths, expected, self._versions, strict=False):
+                version.refuse_change(path, now)
             self._opened = opened.pop_all()
+
+    def refuse_change(self, file: int) -> None:
+        """Refuse what was read of ``file`` if anything has been written to it since it was opened.
+
+        That takes a microsecond, and is asked for after each request: a write changes the time before it changes bytes.
+
+        Raises:
+            ReadError: It was written to.
+        """
+        now = FileVersion.of(os.fstat(self.descriptors[file]))
+        self._versions[file].refuse_change(self.paths[file], now)
 
     @staticmethod
     def error(path: Path, offset: int, error: OSError) -> ReadError:

@@ -14,7 +14,7 @@ import torch
 from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.errors import ReadError
 from layerstream.stages.memory import Image, address_of, tensor_over
-from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.files import FileVersion, WeightFiles
 
 __all__ = ["MmapReader"]
 
@@ -34,15 +34,19 @@ class MmapReader:
     On a CPU, computation uses the mapping itself (``fault_in``, then ``image``), with no slot and no copy. Other
     devices copy from slots, which ``read`` fills.
 
-    A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So the size is
-    checked before each batch; truncation between that check and the batch's last use still does.
+    A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So size and time of the
+    last change are checked before each batch; truncation between that check and the batch's last use still does.
+
+    Args:
+        paths: The weight files.
+        expected: The versions that they have to be; by default any.
 
     Raises:
-        ReadError: A file cannot be opened or mapped.
+        ReadError: A file cannot be opened or mapped, or is of another version.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = WeightFiles(paths)
+    def __init__(self, paths: Sequence[Path], *, expected: Sequence[FileVersion] = ()) -> None:
+        self._files = WeightFiles(paths, expected=expected)
         self._maps: list[mmap.mmap] = []
         try:
             for path, descriptor in zip(paths, self._files.descriptors, strict=True):
@@ -151,6 +155,7 @@ class MmapReader:
     def _check(self, file: int, needed: int) -> None:
         if os.fstat(self._files.descriptors[file]).st_size < needed:
             raise self._files.shrank(file, needed)
+        self._files.refuse_change(file)
 
     def interrupt(self) -> None:
         """Nothing to do: a page fault ends soon."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.files import FileVersion
 
 __all__ = ["ThrottledReader"]
 
@@ -17,10 +18,17 @@ class ThrottledReader(DirectReader):
     Args:
         paths: The weight files.
         bytes_per_second: The rate, over all threads together.
+        expected: The versions that they have to be; by default any.
     """
 
-    def __init__(self, paths: Sequence[Path], bytes_per_second: float) -> None:
-        super().__init__(paths)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        bytes_per_second: float,
+        *,
+        expected: Sequence[FileVersion] = (),
+    ) -> None:
+        super().__init__(paths, expected=expected)
         self._rate = bytes_per_second
         self._lock = threading.Lock()
         self._free_at = 0.0  # when the simulated disk is done with all requests so far
