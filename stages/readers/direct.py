@@ -9,6 +9,7 @@ from pathlib import Path
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
 from layerstream.stages.readers.files import FileVersion, WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["BLOCK_BYTES", "DirectReader"]
 
@@ -31,6 +32,7 @@ class DirectReader:
     Args:
         paths: The weight files.
         expected: The versions that they have to be; by default any.
+        guard: Watches over the reads; by default one of its own.
 
     Attributes:
         falls_back: Reads are buffered.
@@ -39,7 +41,15 @@ class DirectReader:
         ReadError: A file cannot be opened, or is of another version.
     """
 
-    def __init__(self, paths: Sequence[Path], *, expected: Sequence[FileVersion] = ()) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        expected: Sequence[FileVersion] = (),
+        guard: ReadGuard | None = None,
+    ) -> None:
+        self._guard = guard or ReadGuard()
+        self._owns_guard = guard is None
         self._buffered = WeightFiles(paths, expected=expected)
         self._direct: WeightFiles | None = None
         self.falls_back = not hasattr(os, "O_DIRECT")
@@ -63,28 +73,28 @@ class DirectReader:
 
     def read(self, extent: Extent, into: memoryview) -> None:
         """Read with ``preadv``, directly where the filesystem allows it."""
-        try:
-            if self.falls_back or not self._read_direct(extent, into):
-                self._read_buffered(extent, into)
-            self._buffered.refuse_change(extent.file)
-        except OSError as error:
-            raise WeightFiles.error(
-                self._buffered.paths[extent.file], extent.offset, error
-            ) from error
+        if self.falls_back or not self._read_direct(extent, into):
+            self._read_buffered(extent, into)
+        self._buffered.refuse_change(extent.file)
 
     def _read_direct(self, extent: Extent, into: memoryview) -> bool:
         """Whether ``extent`` could be read directly; if not, it has to be a buffered read."""
         assert self._direct is not None  # noqa: S101
         descriptor, done = self._direct.descriptors[extent.file], 0
+        path = self._direct.paths[extent.file]
+
+        def read() -> int:
+            return os.preadv(descriptor, [into[done:]], extent.offset + done)
+
         while done < extent.nbytes:
             try:
-                got = os.preadv(descriptor, [into[done:]], extent.offset + done)
+                got = self._guard.run(read, path=path, offset=extent.offset + done)
             except OSError as error:
                 # Some filesystems refuse only at the first read, not when the file is opened.
                 if error.errno in _REFUSED and done == 0:
                     self._fall_back(error)
                     return False
-                raise
+                raise WeightFiles.error(path, extent.offset + done, error) from error
             if done + got >= extent.nbytes:
                 break
             # A short read may end inside a block; the next one has to begin on a block again.
@@ -96,20 +106,19 @@ class DirectReader:
         return True
 
     def _read_buffered(self, extent: Extent, into: memoryview) -> None:
-        descriptor, done = self._buffered.descriptors[extent.file], 0
-        while done < extent.nbytes:
-            got = os.preadv(descriptor, [into[done : extent.nbytes]], extent.offset + done)
-            if got == 0:
-                raise self._buffered.shrank(extent.file, extent.offset + extent.nbytes)
-            done += got
+        self._buffered.read(extent.file, extent.offset, into[: extent.nbytes], self._guard)
         if hasattr(os, "posix_fadvise"):
+            descriptor = self._buffered.descriptors[extent.file]
             os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def interrupt(self) -> None:
-        """Nothing to do: a read in progress ends soon."""
+        """Repeat no reads that fail; one in progress ends soon."""
+        self._guard.stop()
 
     def close(self) -> None:
         """Close the files."""
         self._buffered.close()
         if self._direct is not None:
             self._direct.close()
+        if self._owns_guard:
+            self._guard.close()

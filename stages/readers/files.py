@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from layerstream.stages.errors import ReadError
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["FileVersion", "WeightFiles"]
 
@@ -69,7 +70,10 @@ class WeightFiles:
                 try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
                 except OSError as error:
-                    raise self.error(path, 0, error) from error
+                    raise ReadError(
+                        f"{path}: cannot be opened: {error.strerror or error} (errno {error.errno}); check that it "
+                        "is there and readable"
+                    ) from error
                 opened.callback(os.close, descriptor)
                 self.descriptors.append(descriptor)
             self._versions = [FileVersion.of(os.fstat(each)) for each in self.descriptors]
@@ -94,6 +98,36 @@ class WeightFiles:
         return ReadError(
             f"{path}: reading at offset {offset} failed: {error.strerror or error} (errno {error.errno}); "
             "check the disk and that the file is readable"
+        )
+
+    def read(self, file: int, offset: int, buffer: memoryview, guard: ReadGuard) -> None:
+        """Fill ``buffer`` through the page cache.
+
+        Raises:
+            ReadError: The file is too short, or the disk reports an error.
+        """
+        path, done = self.paths[file], 0
+
+        def read() -> int:
+            return os.preadv(self.descriptors[file], [buffer[done:]], offset + done)
+
+        while done < len(buffer):
+            try:
+                got = guard.run(read, path=path, offset=offset + done)
+            except OSError as error:
+                raise self.error(path, offset + done, error) from error
+            if got == 0:
+                raise self.ends_early(file, offset + len(buffer), at=offset + done)
+            done += got
+
+    def ends_early(self, file: int, needed: int, *, at: int) -> ReadError:
+        """The error to raise when reading ``file``, of which ``needed`` bytes are needed, ends at ``at``."""
+        size = os.fstat(self.descriptors[file]).st_size
+        if size < needed:
+            return self.shrank(file, needed)
+        return ReadError(
+            f"{self.paths[file]}: reading at offset {at} gives no more bytes, although the file has {size}: its disk or "
+            "network filesystem returns too little; check it, or copy the file elsewhere"
         )
 
     def shrank(self, file: int, needed: int) -> ReadError:
