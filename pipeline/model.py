@@ -27,8 +27,7 @@ __all__ = ["StreamedModel"]
 
 T = TypeVar("T")
 
-# A sweep costs the same for one request and for twenty, and memory bounds them anyway. Each that runs costs a thread
-# and a clone of the module tree, which is a megabyte or two.
+# Memory bounds them anyway. Each that runs costs a thread and a clone of the module tree: a megabyte or two.
 _MAX_REQUESTS = 16
 
 
@@ -53,6 +52,7 @@ class StreamedModel:
         self._closed = False
         self._closing = Once()
 
+    # Longer than 60 lines: it names, explains and hands on each option.
     @classmethod
     def open(
         cls,
@@ -72,6 +72,7 @@ class StreamedModel:
         model_class: type[Any] | None = None,
         dtype: torch.dtype | str = "auto",
         revision: str | None = None,
+        hanging_read_seconds: float = 30.0,
         **model_options: Any,
     ) -> Self:
         """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
@@ -92,6 +93,7 @@ class StreamedModel:
             model_class: The transformers class; by default the config's ``architectures[0]``.
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
+            hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
             model_options: Other arguments of ``from_pretrained``, such as ``attn_implementation``.
         """
         options = Options(
@@ -109,6 +111,7 @@ class StreamedModel:
             model_class=model_class,
             dtype=dtype,
             revision=revision,
+            hanging_read_seconds=hanging_read_seconds,
             model_options=model_options,
         )
         return cls(source, options)
@@ -165,8 +168,6 @@ class StreamedModel:
         if runner is not None:
             runner.abandon()
 
-    # -- use -------------------------------------------------------------------------------------
-
     async def forward(self, *inputs: Any, **named: Any) -> Any:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
 
@@ -184,9 +185,8 @@ class StreamedModel:
 
         Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first
         served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
-        ``torch.Generator``, is what this request samples from; torch's default generator is shared by all.
-        Tensors among the inputs are moved to the device where computation runs. If the waiting task is
-        cancelled, generation is unwound at its next layer batch.
+        ``torch.Generator``, is what this request samples from; all share torch's default one. Inputs are moved, and
+        a cancelled generation is unwound, as in ``forward``.
 
         Raises:
             AdmissionError: It needs more memory than there is for requests.

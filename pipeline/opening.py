@@ -54,6 +54,7 @@ class Options:
     model_class: type[Any] | None
     dtype: torch.dtype | str
     revision: str | None
+    hanging_read_seconds: float
     model_options: Mapping[str, Any]
     """Arguments of ``from_pretrained``."""
 

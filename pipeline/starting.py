@@ -20,6 +20,7 @@ from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["Runtime", "start_model"]
@@ -48,13 +49,17 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
     if assembly.tiles is not None:
         resources.callback(assembly.tiles.close)
-    for table in assembly.gather(opening.checkpoint, device.torch_device):
+    guard = ReadGuard(options.hanging_read_seconds)
+    resources.callback(guard.close)
+    for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
         resources.callback(table.close)
     move_buffers(module, device.torch_device)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
-    pipeline = await resources.enter_async_context(Pipeline(residency.first, device=device))
+    pipeline = await resources.enter_async_context(
+        Pipeline(residency.first, device=device, guard=guard)
+    )
     always_bound = _always_bound(assembly, plan)
     await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
     scheduler = SweepScheduler(
@@ -76,6 +81,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         estimator=estimator,
         memory=memory,
         threads=options.max_requests,
+        guard=guard,
         cache_on_host=plan.kv_cache_on_host,
     )
     if pipeline.experts is not None:

@@ -1,13 +1,15 @@
 """Requests that end early or fail leave the streamed model usable, and nothing behind."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.faults import Gate
 from support.leaks import nothing_left_behind
-from support.loop import run
+from support.loop import run, turns
 from support.models import inputs_for, save_model
 from support.streaming import open_streaming
 
@@ -52,6 +54,29 @@ def test_a_cancelled_request_ends_and_the_next_one_is_served(tmp_path: Path) -> 
                 async with asyncio.timeout(0.05):
                     await model.generate(**inputs, max_new_tokens=10_000, do_sample=False)
             assert (await model.forward(**inputs)).logits.isfinite().all()
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_a_read_that_hangs_is_among_the_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    preadv = os.preadv
+
+    async def main() -> None:
+        async with await open_streaming(folder, hanging_read_seconds=0.01) as model:
+            with Gate() as gate:
+                monkeypatch.setattr(os, "preadv", lambda *given: gate() or preadv(*given))
+                request = asyncio.create_task(model.generate(**inputs_for("llama"), **GREEDY))
+                while not (hanging := model.stats().hanging_reads):
+                    await turns(1)
+                assert {Path(read.path).parent for read in hanging} == {folder}
+                assert model.stats().to_dict()["hanging_reads"][0]["seconds"] > 0
+                gate.open()
+                await request
+            assert model.stats().hanging_reads == ()
 
     with nothing_left_behind():
         run(main())

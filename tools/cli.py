@@ -1,10 +1,13 @@
 """The ``layerstream`` command: exit code 0 success, 1 an error on stderr, 2 wrong usage."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from layerstream.stages.errors import LayerstreamError
 from layerstream.tools.commands import bench, demo, generate, make_checkpoint, plan, profile, serve
@@ -32,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: On wrong usage, and after ``--help``, from argparse.
     """
+    if not _open_standard_streams():
+        return _report("standard output is closed; redirect it, to /dev/null if nobody reads it.")
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("layerstream").setLevel(logging.DEBUG if args.verbose else logging.WARNING)
@@ -39,15 +44,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The process that read our output is gone; Python must not write to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return _INTERRUPTED
     except (LayerstreamError, OSError) as error:
-        print(f"layerstream: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _discard_output()
+        return _report(_one_line(error))
+    except Exception as error:  # noqa: BLE001 - nothing that goes wrong ends in a traceback unasked
+        if args.verbose:
+            traceback.print_exc()
+        return _report(
+            f"{type(error).__name__}: {_one_line(error)} (this is a fault of layerstream or of a library that it "
+            "uses; --verbose shows where it arose)"
+        )
     return code
+
+
+def _report(message: str) -> int:
+    """Print an error; returns the exit code for errors, also if nobody reads stderr."""
+    with suppress(OSError):
+        print(f"layerstream: error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _open_standard_streams() -> bool:
+    """Open those of stdin, stdout and stderr that are closed on nothing; returns whether stdout was open.
+
+    Otherwise the first files that are opened get their numbers, and what libraries print would be written to them.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:  # noqa: PLR2004 - stderr's
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
+    return sys.stdout is not None
+
+
+def _discard_output() -> None:
+    """Discard what was not written, which Python would write at exit, where nobody can handle that it fails."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -66,6 +66,11 @@ class StatsCollector(Collector):
             yield GaugeMetricFamily(
                 f"layerstream_{name}", meaning, value=float(getattr(stats, field))
             )
+        yield GaugeMetricFamily(
+            "layerstream_hanging_reads",
+            "Reads of the weight files that have not returned for long",
+            value=float(len(stats.hanging_reads)),
+        )
         busy = GaugeMetricFamily(
             "layerstream_stage_utilisation_ratio",
             "Share of the time that a stage was busy, since the model was opened",

@@ -14,12 +14,14 @@ from typing import Any
 from layerstream.pipeline.checkpoint.formats.format import Format, WeightFile
 from layerstream.pipeline.checkpoint.formats.registry import FORMATS, format_by_name
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.readers.files import FileVersion
 
 __all__ = [
     "Listing",
     "Selection",
     "list_files",
     "natural_order",
+    "refuse_special_files",
     "select_files",
     "translated_os_errors",
 ]
@@ -29,6 +31,9 @@ _UNSUPPORTED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".np
 _HOW_TO_CONVERT = (
     "convert it: load it with transformers' from_pretrained(), and write it with save_pretrained()"
 )
+
+# What is read of a folder beside the weights: configs, the index, tokenizers, chat templates.
+_DOCUMENTS = (".json", ".txt", ".model", ".jinja")
 
 _ERRNO_EXPLANATIONS = {
     errno.ENOENT: "it is not there; check the path, or download it again",
@@ -92,12 +97,32 @@ def translated_os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be opened: {reason}.") from error
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a folder in which something that would be read is no file: reading a pipe or a device may never end.
+
+    Raises:
+        CheckpointError: It names what is no file.
+    """
+    with translated_os_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_DOCUMENTS) and not entry.is_file() and os.path.exists(entry):  # noqa: PTH110
+                _refuse_special_file(Path(entry))
+
+
+def _refuse_special_file(path: Path) -> None:
+    raise CheckpointError(
+        f"{path} is no regular file, and reading it may never end: replace it by the model's own, or remove it."
+    )
+
+
 def list_files(path: Path) -> Listing:
     """List the weight files in a folder, of the first format that is there; or a single file. And its config.json."""
     path = path.absolute()
     with translated_os_errors(path):
         if not path.is_dir():
             config = path.with_name("config.json")
+            if config.exists() and not config.is_file():
+                _refuse_special_file(config)
             return Listing(
                 path=path,
                 folder=path.parent,
@@ -106,6 +131,7 @@ def list_files(path: Path) -> Listing:
                 index=None,
                 config=config if config.is_file() else None,
             )
+        refuse_special_files(path)
         with os.scandir(path) as entries:
             names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
     for known in FORMATS:
@@ -233,4 +259,6 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
         raise CheckpointError(f"{path} is not a regular file: replace it by one.")
     if name.lower().endswith(_UNSUPPORTED):
         raise CheckpointError(f"{path} is no {_SUPPORTED} file: {_HOW_TO_CONVERT}.")
-    return WeightFile(name=name, path=path, size_bytes=status.st_size)
+    return WeightFile(
+        name=name, path=path, size_bytes=status.st_size, version=FileVersion.of(status)
+    )

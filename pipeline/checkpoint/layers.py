@@ -257,7 +257,9 @@ def _may_be_tied(config: Mapping[str, Any]) -> bool:
         for part in (config, text)
         if isinstance(part, Mapping) and "tie_word_embeddings" in part
     ]
-    architectures = config.get("architectures") or ()
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list | tuple):
+        architectures = [architectures] if architectures else []
     generates = any(_LANGUAGE_MODEL_CLASS.search(str(name)) for name in architectures)
     if any(flags):
         return generates or not architectures

@@ -34,6 +34,7 @@ from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.tiles import TILES
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["Assembly", "move_buffers"]
 
@@ -182,7 +183,9 @@ class Assembly:
         recipes = [(self.traced.recipes[name], self._places[name]) for name in self._on_demand]
         Binding(self.traced.module, device, recipes, lambda _: None).unbind()
 
-    def gather(self, checkpoint: Checkpoint, device: torch.device) -> list[TableSource]:
+    def gather(
+        self, checkpoint: Checkpoint, device: torch.device, guard: ReadGuard
+    ) -> list[TableSource]:
         """Put tables that read rows from the files into the embeddings; returns the open files."""
         files: dict[int, TableSource] = {}
         with ExitStack() as opened:
@@ -196,7 +199,7 @@ class Assembly:
                 )
                 if extent.file not in files:
                     path = checkpoint.files[extent.file].path
-                    files[extent.file] = opened.enter_context(TableSource(path))
+                    files[extent.file] = opened.enter_context(TableSource(path, guard))
                 table = GatheredTable(
                     files[extent.file],
                     offset=extent.offset,

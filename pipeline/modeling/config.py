@@ -1,6 +1,7 @@
 """A model's config, in config.json or in the metadata of its weights, and the model class that it describes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def _gguf_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
+# transformers makes a module for each, which takes a gigabyte and minutes for 100,000 layers; no model has more.
+_MOST_MODULES = 10_000
+_COUNTS = re.compile(r"(layers?|blocks?|depths?|experts|stages?|codebooks)$")
+
+
 def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
     """Read a model's config.json.
 
@@ -78,12 +84,24 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
             f"{path} is for a model of type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
         )
+    _refuse_endless(settings, path)
     try:
         return (own or transformers.AutoConfig).from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ModelError(
             f"{path} does not describe a {model_type} model: {summary_of(error)}."
         ) from error
+
+
+def _refuse_endless(settings: Any, path: Path) -> None:
+    """Refuse numbers of layers that would take the machine's memory before weights are found missing."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if _COUNTS.search(name) and type(value) is int and value > _MOST_MODULES:
+                raise ModelError(
+                    f"{path} gives {name} as {value:,}, where no model has more than {_MOST_MODULES:,}; fetch it anew."
+                )
+            _refuse_endless(value, path)
 
 
 def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
@@ -97,11 +115,12 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
 
     if model_class is None:
         names = config.architectures or [None]
-        model_class = getattr(transformers, str(names[0]), None)
+        name = names[0] if isinstance(names, list | tuple) else names
+        model_class = getattr(transformers, str(name), None)
         if model_class is None:
             raise ModelError(
                 f"The config of this {config.model_type} model names as its architecture "
-                f"{names[0]!r}, which transformers {transformers.__version__} does not have; "
+                f"{name!r:.80}, which transformers {transformers.__version__} does not have; "
                 "pass model_class=."
             )
     if not isinstance(model_class, type) or not issubclass(

@@ -15,7 +15,9 @@ from typing import Any, Self
 import torch
 from torch.utils import _pytree as pytree
 
-from layerstream.stages.errors import ClosedError, ModelError, ReadError
+from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.unpack.packing import Packing
 
 __all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
@@ -40,12 +42,11 @@ class TableSource:
     the same ones are read again and again.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], guard: ReadGuard | None = None) -> None:
         self._path = Path(path)
-        try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ReadError(f"{self._path} cannot be opened: {error.strerror}.") from error
+        self._files = WeightFiles([self._path])
+        self._guard = guard or ReadGuard()
+        self._owns_guard = guard is None
         self._lock = threading.Lock()
         self._active_reads = 0
         self._closed = False
@@ -68,28 +69,16 @@ class TableSource:
             self._active_reads += 1
         try:
             # All spans are requested at once, so that the disk works on them in parallel.
+            descriptor = self._files.descriptors[0]
             for offset, buffer in spans:
-                os.posix_fadvise(self._descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for offset, buffer in spans:
-                self._read(offset, buffer)
-        except OSError as error:
-            raise ReadError(f"{self._path} cannot be read: {error.strerror}.") from error
+                self._files.read(0, offset, buffer, self._guard)
+            self._files.refuse_change(0)
         finally:
             with self._lock:
                 self._active_reads -= 1
                 self._close_when_idle()
-
-    def _read(self, offset: int, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-            if count == 0:
-                size = os.fstat(self._descriptor).st_size
-                raise ReadError(
-                    f"{self._path} has shrunk to {size} bytes while rows at {offset} were read "
-                    "from it; fetch it anew and open the model again."
-                )
-            done += count
 
     def close(self) -> None:
         """Refuse further reads. The descriptor is closed when the last read in progress ends."""
@@ -99,9 +88,10 @@ class TableSource:
 
     def _close_when_idle(self) -> None:
         # Closed during a read, the descriptor's number might already belong to another file.
-        if self._closed and not self._active_reads and self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._closed and not self._active_reads:
+            self._files.close()
+            if self._owns_guard:
+                self._guard.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from layerstream.pipeline.planning.prediction import Advice, Candidate, Predicti
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.experts.expert_set import ExpertSet
+from layerstream.stages.readers.files import FileVersion
 from layerstream.stages.text import parse_size
 
 __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
@@ -85,6 +86,8 @@ class PlannedFile:
 
     path: str
     nbytes: int
+    version: FileVersion | None = None
+    """When its header was read; None in plans that were written before this was recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
     return Plan(
         checkpoint=str(problem.checkpoint.path),
         files=tuple(
-            PlannedFile(path=str(file.path), nbytes=file.size_bytes)
+            PlannedFile(path=str(file.path), nbytes=file.size_bytes, version=file.version)
             for file in problem.checkpoint.files
         ),
         device=problem.hardware.device,

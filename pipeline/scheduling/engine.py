@@ -23,6 +23,7 @@ from layerstream.pipeline.scheduling.tokens import with_token_counter
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.process.libraries import LibraryMemory
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.threads import Threads, wait_all
 
 __all__ = ["Engine"]
@@ -41,6 +42,7 @@ class Engine:
         estimator: Estimates the memory of requests.
         memory: The memory for all requests together.
         threads: The number of worker threads.
+        guard: Watches over the reads, for the statistics.
         cache_on_host: Requests that bring no KV cache get one in host RAM.
     """
 
@@ -53,6 +55,7 @@ class Engine:
         estimator: Estimator,
         memory: RequestMemory,
         threads: int,
+        guard: ReadGuard,
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
@@ -60,7 +63,9 @@ class Engine:
         self._scheduler = scheduler
         self._device = device
         self._estimator = estimator
-        self.requests = Requests(scheduler, memory_bytes=memory.nbytes, threads=threads)
+        self.requests = Requests(
+            scheduler, memory_bytes=memory.nbytes, threads=threads, guard=guard
+        )
         self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
         self.threads = Threads("pass", threads)
         self._leftovers = LibraryMemory()

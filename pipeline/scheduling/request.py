@@ -15,6 +15,7 @@ from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["CLOSED", "MethodOf", "Request", "Requests"]
@@ -58,10 +59,14 @@ class Requests:
         scheduler: Makes the sweeps that they take part in.
         memory_bytes: Memory for all of them together.
         threads: The number of worker threads.
+        guard: Watches over the reads.
     """
 
-    def __init__(self, scheduler: SweepScheduler, *, memory_bytes: int, threads: int) -> None:
+    def __init__(
+        self, scheduler: SweepScheduler, *, memory_bytes: int, threads: int, guard: ReadGuard
+    ) -> None:
         self._scheduler = scheduler
+        self._guard = guard
         self._admission = Admission(memory_bytes=memory_bytes, threads=threads)
         self._counters = Counters()
         self._active: set[Request] = set()
@@ -163,4 +168,5 @@ class Requests:
             in_sweep=self._scheduler.passes_in_sweep,
             reserved_bytes=self._admission.reserved_bytes,
             reservable_bytes=self._admission.memory_bytes,
+            hanging_reads=self._guard.hanging(),
         )

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from layerstream.stages.readers.guard import HangingRead
 from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.telemetry.timings import Timings
 
@@ -61,6 +62,8 @@ class Stats:
     """All memory for requests."""
     open_seconds: float
     stages: tuple[StageUse, ...]
+    hanging_reads: tuple[HangingRead, ...]
+    """Reads of the weight files that have not returned for long (``hanging_read_seconds`` of ``open``)."""
 
     @property
     def tokens_per_sweep(self) -> float:
@@ -77,6 +80,7 @@ class Stats:
         return {
             **asdict(self),
             "stages": [asdict(stage) for stage in self.stages],
+            "hanging_reads": [asdict(read) for read in self.hanging_reads],
             "tokens_per_sweep": self.tokens_per_sweep,
             "bytes_per_token": self.bytes_per_token,
         }
@@ -114,6 +118,7 @@ class Counters:
         in_sweep: int,
         reserved_bytes: int,
         reservable_bytes: int,
+        hanging_reads: tuple[HangingRead, ...],
     ) -> Stats:
         """The counters together with those kept elsewhere."""
         seconds = max(timings.wall_seconds, 1e-9)
@@ -141,4 +146,5 @@ class Counters:
                 StageUse(name=stage.name, utilisation=min(1.0, stage.busy_seconds / seconds))
                 for stage in timings.stages
             ),
+            hanging_reads=hanging_reads,
         )

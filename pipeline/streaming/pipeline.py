@@ -8,6 +8,7 @@ disk ──> [read] ──queue──> [transfer] ──queue──> [compute] �
 """
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -27,6 +28,7 @@ from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.read import read_stage
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
@@ -54,19 +56,26 @@ class Pipeline:
         plan: What to stream, and how.
         device: Used instead of the one that the plan names (for tests).
         reader: Used instead of the one that the plan names (for tests). The pipeline closes it.
+        guard: Watches over the reads, and reports those that hang; by default one of the pipeline's own.
     """
 
     def __init__(
-        self, plan: Plan, *, device: Device | None = None, reader: Reader | None = None
+        self,
+        plan: Plan,
+        *,
+        device: Device | None = None,
+        reader: Reader | None = None,
+        guard: ReadGuard | None = None,
     ) -> None:
         self.plan = plan
-        self._device_given = device
-        self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
         self._current: weakref.ref[Sweep] | None = None
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
+        self._acquire = functools.partial(
+            self._resources.acquire, plan, device=device, reader=reader, guard=guard
+        )
         self._closed = False
         self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
         self._closing = Once()
@@ -99,11 +108,7 @@ class Pipeline:
         self._thread = threading.get_ident()
         try:
             # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
-            await finish_in_thread(
-                lambda: self._resources.acquire(
-                    self.plan, device=self._device_given, reader=self._reader_given
-                )
-            )
+            await finish_in_thread(self._acquire)
         except BaseException:
             await finish_in_thread(self._resources.close)
             raise
@@ -147,10 +152,7 @@ class Pipeline:
         )
 
     async def aclose(self) -> None:
-        """Stop the stages and free everything, after the calls that cannot be stopped have returned.
-
-        May be called again, and by several tasks.
-        """
+        """Stop the stages, wait for calls that cannot be stopped, free everything. Any task may call it, and again."""
         self._closed = True
         await self._closing.run(self._close)
 
@@ -164,8 +166,6 @@ class Pipeline:
             async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
                 await self._route.empty()
         await finish_in_thread(self._resources.close)
-
-    # -- use -------------------------------------------------------------------------------------
 
     def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.

@@ -11,6 +11,7 @@ from layerstream.stages.errors import CheckpointError, PlanError
 from layerstream.stages.experts.expert_set import request_bytes
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.readers.throttled import ThrottledReader
@@ -48,19 +49,27 @@ class Resources:
         self.experts: ExpertStore | None = None
         self._stack = ExitStack()
 
-    def acquire(self, plan: Plan, *, device: Device | None, reader: Reader | None) -> None:
+    def acquire(
+        self,
+        plan: Plan,
+        *,
+        device: Device | None,
+        reader: Reader | None,
+        guard: ReadGuard | None,
+    ) -> None:
         """Acquire what ``plan`` needs; what was acquired before an error is released by ``close``.
 
         Args:
             plan: Its sizes and files.
             device: Used instead of the one that the plan names.
             reader: Used instead of the one that the plan names; closed with the rest.
+            guard: Watches over the plan's reader.
         """
         release = self._stack.callback
         self.device = device or open_device(plan.device)
         # First here, so last on release: it returns to other processes what closing the rest has freed.
         release(self.device.trim)
-        self.reader = reader or _open_reader(plan)
+        self.reader = reader or _open_reader(plan, guard)
         release(self.reader.close)
         self.mapped = None
         if isinstance(self.reader, MmapReader) and self.device.reads_host_images:
@@ -105,11 +114,11 @@ class Resources:
         self._stack.close()
 
 
-def _open_reader(plan: Plan) -> Reader:
+def _open_reader(plan: Plan, guard: ReadGuard | None) -> Reader:
     """The reader that ``plan`` names, with the plan's files open.
 
     Raises:
-        CheckpointError: A file is missing, or has another size than when the plan was made.
+        CheckpointError: A file is missing, or is of another version than when the plan was made.
     """
     paths = [Path(file.path) for file in plan.files]
     for path, file in zip(paths, plan.files, strict=True):
@@ -123,10 +132,15 @@ def _open_reader(plan: Plan) -> Reader:
             raise CheckpointError(
                 f"{path}: has {size} bytes, but had {file.nbytes} when the plan was made; plan anew"
             )
+    versions = [file.version for file in plan.files]
+    # Plans written before versions were recorded have none.
+    expected = [] if None in versions else [each for each in versions if each]
     if plan.reader is ReaderKind.MMAP:
-        return MmapReader(paths)
+        return MmapReader(paths, expected=expected, guard=guard)
     if plan.reader is ReaderKind.THROTTLED:
         if plan.throttle_bytes_per_second is None:
             raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
-        return ThrottledReader(paths, plan.throttle_bytes_per_second)
-    return DirectReader(paths)
+        return ThrottledReader(
+            paths, plan.throttle_bytes_per_second, expected=expected, guard=guard
+        )
+    return DirectReader(paths, expected=expected, guard=guard)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
-from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.files import FileVersion, WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["BLOCK_BYTES", "DirectReader"]
 
@@ -28,21 +29,34 @@ class DirectReader:
     Where a filesystem refuses O_DIRECT (tmpfs, some overlay and network filesystems), reads are buffered and
     the pages that they leave in the page cache are dropped at once.
 
+    Args:
+        paths: The weight files.
+        expected: The versions that they have to be; by default any.
+        guard: Watches over the reads; by default one of its own.
+
     Attributes:
         falls_back: Reads are buffered.
 
     Raises:
-        ReadError: A file cannot be opened.
+        ReadError: A file cannot be opened, or is of another version.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._buffered = WeightFiles(paths)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        expected: Sequence[FileVersion] = (),
+        guard: ReadGuard | None = None,
+    ) -> None:
+        self._guard = guard or ReadGuard()
+        self._owns_guard = guard is None
+        self._buffered = WeightFiles(paths, expected=expected)
         self._direct: WeightFiles | None = None
         self.falls_back = not hasattr(os, "O_DIRECT")
         if self.falls_back:
             return
         try:
-            self._direct = WeightFiles(paths, os.O_DIRECT)
+            self._direct = WeightFiles(paths, os.O_DIRECT, expected=expected)
         except ReadError as error:
             if getattr(error.__cause__, "errno", None) not in _REFUSED:
                 self._buffered.close()
@@ -59,28 +73,28 @@ class DirectReader:
 
     def read(self, extent: Extent, into: memoryview) -> None:
         """Read with ``preadv``, directly where the filesystem allows it."""
-        try:
-            if not self.falls_back and self._read_direct(extent, into):
-                return
+        if self.falls_back or not self._read_direct(extent, into):
             self._read_buffered(extent, into)
-        except OSError as error:
-            raise WeightFiles.error(
-                self._buffered.paths[extent.file], extent.offset, error
-            ) from error
+        self._buffered.refuse_change(extent.file)
 
     def _read_direct(self, extent: Extent, into: memoryview) -> bool:
         """Whether ``extent`` could be read directly; if not, it has to be a buffered read."""
         assert self._direct is not None  # noqa: S101
         descriptor, done = self._direct.descriptors[extent.file], 0
+        path = self._direct.paths[extent.file]
+
+        def read() -> int:
+            return os.preadv(descriptor, [into[done:]], extent.offset + done)
+
         while done < extent.nbytes:
             try:
-                got = os.preadv(descriptor, [into[done:]], extent.offset + done)
+                got = self._guard.run(read, path=path, offset=extent.offset + done)
             except OSError as error:
                 # Some filesystems refuse only at the first read, not when the file is opened.
                 if error.errno in _REFUSED and done == 0:
                     self._fall_back(error)
                     return False
-                raise
+                raise WeightFiles.error(path, extent.offset + done, error) from error
             if done + got >= extent.nbytes:
                 break
             # A short read may end inside a block; the next one has to begin on a block again.
@@ -92,20 +106,19 @@ class DirectReader:
         return True
 
     def _read_buffered(self, extent: Extent, into: memoryview) -> None:
-        descriptor, done = self._buffered.descriptors[extent.file], 0
-        while done < extent.nbytes:
-            got = os.preadv(descriptor, [into[done : extent.nbytes]], extent.offset + done)
-            if got == 0:
-                raise self._buffered.shrank(extent.file, extent.offset + extent.nbytes)
-            done += got
+        self._buffered.read(extent.file, extent.offset, into[: extent.nbytes], self._guard)
         if hasattr(os, "posix_fadvise"):
+            descriptor = self._buffered.descriptors[extent.file]
             os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def interrupt(self) -> None:
-        """Nothing to do: a read in progress ends soon."""
+        """Repeat no reads that fail; one in progress ends soon."""
+        self._guard.stop()
 
     def close(self) -> None:
         """Close the files."""
         self._buffered.close()
         if self._direct is not None:
             self._direct.close()
+        if self._owns_guard:
+            self._guard.close()

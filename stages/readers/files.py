@@ -3,11 +3,49 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from layerstream.stages.errors import ReadError
+from layerstream.stages.readers.guard import ReadGuard
 
-__all__ = ["WeightFiles"]
+__all__ = ["FileVersion", "WeightFiles"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileVersion:
+    """What tells one version of a file from another, without reading it."""
+
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """The version of the file with this status."""
+        return cls(inode=status.st_ino, nbytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+    def refuse_change(self, path: Path, now: "FileVersion") -> None:
+        """Refuse ``path`` if it is another version ``now``.
+
+        Raises:
+            ReadError: It says what has changed.
+        """
+        if now == self:
+            return
+        if now.nbytes != self.nbytes:
+            change = f"has {now.nbytes} bytes now, but had {self.nbytes} when its header was read"
+        elif now.inode != self.inode:
+            change = "was replaced by another file of the same size after its header was read"
+        else:
+            written = datetime.fromtimestamp(now.modified_ns / 1e9, tz=UTC)
+            change = f"was written to at {written:%Y-%m-%d %H:%M:%S} UTC, after its header was read"
+        raise ReadError(
+            f"{path}: {change}: what is read of it may belong to another model; open the model again, and let "
+            "nothing write to its files while it is open"
+        )
 
 
 class WeightFiles:
@@ -16,12 +54,15 @@ class WeightFiles:
     Args:
         paths: The files.
         flags: For ``os.open``, in addition to those for reading.
+        expected: The versions that they have to be; by default any.
 
     Raises:
-        ReadError: A file cannot be opened; the others have been closed again.
+        ReadError: A file cannot be opened, or is of another version; the others have been closed again.
     """
 
-    def __init__(self, paths: Sequence[Path], flags: int = 0) -> None:
+    def __init__(
+        self, paths: Sequence[Path], flags: int = 0, *, expected: Sequence[FileVersion] = ()
+    ) -> None:
         self.paths = paths
         self.descriptors: list[int] = []
         with ExitStack() as opened:
@@ -29,10 +70,27 @@ class WeightFiles:
                 try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
                 except OSError as error:
-                    raise self.error(path, 0, error) from error
+                    raise ReadError(
+                        f"{path}: cannot be opened: {error.strerror or error} (errno {error.errno}); check that it "
+                        "is there and readable"
+                    ) from error
                 opened.callback(os.close, descriptor)
                 self.descriptors.append(descriptor)
+            self._versions = [FileVersion.of(os.fstat(each)) for each in self.descriptors]
+            for path, version, now in zip(paths, expected, self._versions, strict=False):
+                version.refuse_change(path, now)
             self._opened = opened.pop_all()
+
+    def refuse_change(self, file: int) -> None:
+        """Refuse what was read of ``file`` if anything has been written to it since it was opened.
+
+        That takes a microsecond, and is asked for after each request: a write changes the time before it changes bytes.
+
+        Raises:
+            ReadError: It was written to.
+        """
+        now = FileVersion.of(os.fstat(self.descriptors[file]))
+        self._versions[file].refuse_change(self.paths[file], now)
 
     @staticmethod
     def error(path: Path, offset: int, error: OSError) -> ReadError:
@@ -40,6 +98,36 @@ class WeightFiles:
         return ReadError(
             f"{path}: reading at offset {offset} failed: {error.strerror or error} (errno {error.errno}); "
             "check the disk and that the file is readable"
+        )
+
+    def read(self, file: int, offset: int, buffer: memoryview, guard: ReadGuard) -> None:
+        """Fill ``buffer`` through the page cache.
+
+        Raises:
+            ReadError: The file is too short, or the disk reports an error.
+        """
+        path, done = self.paths[file], 0
+
+        def read() -> int:
+            return os.preadv(self.descriptors[file], [buffer[done:]], offset + done)
+
+        while done < len(buffer):
+            try:
+                got = guard.run(read, path=path, offset=offset + done)
+            except OSError as error:
+                raise self.error(path, offset + done, error) from error
+            if got == 0:
+                raise self.ends_early(file, offset + len(buffer), at=offset + done)
+            done += got
+
+    def ends_early(self, file: int, needed: int, *, at: int) -> ReadError:
+        """The error to raise when reading ``file``, of which ``needed`` bytes are needed, ends at ``at``."""
+        size = os.fstat(self.descriptors[file]).st_size
+        if size < needed:
+            return self.shrank(file, needed)
+        return ReadError(
+            f"{self.paths[file]}: reading at offset {at} gives no more bytes, although the file has {size}: its disk or "
+            "network filesystem returns too little; check it, or copy the file elsewhere"
         )
 
     def shrank(self, file: int, needed: int) -> ReadError:

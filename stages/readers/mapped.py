@@ -14,7 +14,8 @@ import torch
 from layerstream.stages.batch import Extent, LayerBatch
 from layerstream.stages.errors import ReadError
 from layerstream.stages.memory import Image, address_of, tensor_over
-from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.files import FileVersion, WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["MmapReader"]
 
@@ -34,15 +35,28 @@ class MmapReader:
     On a CPU, computation uses the mapping itself (``fault_in``, then ``image``), with no slot and no copy. Other
     devices copy from slots, which ``read`` fills.
 
-    A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So the size is
-    checked before each batch; truncation between that check and the batch's last use still does.
+    A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So size and time of the
+    last change are checked before each batch; truncation between that check and the batch's last use still does.
+
+    Args:
+        paths: The weight files.
+        expected: The versions that they have to be; by default any.
+        guard: Watches over the reads; by default one of its own.
 
     Raises:
-        ReadError: A file cannot be opened or mapped.
+        ReadError: A file cannot be opened or mapped, or is of another version.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = WeightFiles(paths)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        expected: Sequence[FileVersion] = (),
+        guard: ReadGuard | None = None,
+    ) -> None:
+        self._guard = guard or ReadGuard()
+        self._owns_guard = guard is None
+        self._files = WeightFiles(paths, expected=expected)
         self._maps: list[mmap.mmap] = []
         try:
             for path, descriptor in zip(paths, self._files.descriptors, strict=True):
@@ -94,15 +108,22 @@ class MmapReader:
         # sweep. Asking the kernel first takes 0.02 s.
         if not first and self.resident_bytes(extent) == extent.nbytes:
             return
+        path = self._files.paths[extent.file]
+        try:
+            self._guard.run(lambda: self._populate(extent), path=path, offset=extent.offset)
+        except OSError as error:
+            raise WeightFiles.error(path, extent.offset, error) from error
+
+    def _populate(self, extent: Extent) -> None:
         address = self._addresses[extent.file] + extent.offset
         if self._madvise(address, extent.nbytes, _MADV_POPULATE_READ) != 0:
             code = ctypes.get_errno()
             if code == errno.EINVAL:  # an older kernel: at least start the read-ahead
                 self._madvise(address, extent.nbytes, mmap.MADV_WILLNEED)
                 return
-            raise WeightFiles.error(
-                self._files.paths[extent.file], extent.offset, OSError(code, os.strerror(code))
-            )
+            # What would be a SIGBUS is EFAULT here: of a file that is long enough, an error of its disk.
+            code = errno.EIO if code == errno.EFAULT else code
+            raise OSError(code, os.strerror(code))
 
     def faulted_in_recently(self, extent: Extent) -> bool:
         """Whether ``extent`` was in memory a few seconds ago, so that ``fault_in`` has nothing to do."""
@@ -151,9 +172,11 @@ class MmapReader:
     def _check(self, file: int, needed: int) -> None:
         if os.fstat(self._files.descriptors[file]).st_size < needed:
             raise self._files.shrank(file, needed)
+        self._files.refuse_change(file)
 
     def interrupt(self) -> None:
-        """Nothing to do: a page fault ends soon."""
+        """Repeat nothing that fails; a page fault ends soon."""
+        self._guard.stop()
 
     def close(self) -> None:
         """Close the files. A mapping stays until its last view is dropped."""
@@ -165,3 +188,5 @@ class MmapReader:
             except BufferError:
                 logger.debug("a mapping stays until its last view is dropped")
         self._files.close()
+        if self._owns_guard:
+            self._guard.close()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.files import FileVersion
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["ThrottledReader"]
 
@@ -17,10 +19,19 @@ class ThrottledReader(DirectReader):
     Args:
         paths: The weight files.
         bytes_per_second: The rate, over all threads together.
+        expected: The versions that they have to be; by default any.
+        guard: Watches over the reads; by default one of its own.
     """
 
-    def __init__(self, paths: Sequence[Path], bytes_per_second: float) -> None:
-        super().__init__(paths)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        bytes_per_second: float,
+        *,
+        expected: Sequence[FileVersion] = (),
+        guard: ReadGuard | None = None,
+    ) -> None:
+        super().__init__(paths, expected=expected, guard=guard)
         self._rate = bytes_per_second
         self._lock = threading.Lock()
         self._free_at = 0.0  # when the simulated disk is done with all requests so far
@@ -37,3 +48,4 @@ class ThrottledReader(DirectReader):
     def interrupt(self) -> None:
         """Make all waiting reads return at once, and later ones, too."""
         self._closing.set()
+        super().interrupt()

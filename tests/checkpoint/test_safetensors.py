@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import CheckpointError
@@ -58,6 +58,10 @@ MALFORMED = {
     "no UTF-8": Malformed(content=file_bytes(b'{"\xff": 1}'), says="header that is not valid JSON"),
     "a constant": Malformed(content=file_bytes(b'{"a": NaN}'), says="NaN is not JSON"),
     "a deep header": Malformed(content=file_bytes(b"[" * 100_000), says="is not valid JSON"),
+    "millions of arrays": Malformed(
+        content=file_bytes(b'{"a": %b, "x": [%b]}}' % (TENSOR[:-1], b",".join([b"[]"] * 600_000))),
+        says="far more than its tensors need",
+    ),
     "a list": Malformed(content=file_bytes(b"[]"), says="JSON list, not an object"),
     "half of a surrogate pair": Malformed(
         content=file_bytes(b'{"\\ud800": %b}' % TENSOR, bytes(4)), says="surrogates not allowed"
@@ -94,6 +98,14 @@ MALFORMED = {
     ),
     "a huge empty tensor": Malformed(
         content=file_bytes({"a": entry(0, 0, shape=[2**40, 2**40, 0])}),
+        says="more than 2**60 elements",
+    ),
+    "a product of 400,000 huge sizes": Malformed(
+        content=file_bytes({"a": entry(shape=[2**60] * 400_000)}, bytes(4)),
+        says="more than 2**60 elements",
+    ),
+    "a product of huge sizes and of 0": Malformed(
+        content=file_bytes({"a": entry(0, 0, shape=[0, *[2**60] * 400_000])}),
         says="more than 2**60 elements",
     ),
     "an unknown dtype": Malformed(
@@ -152,6 +164,25 @@ def assert_safetensors_agrees(path: Path) -> None:
             assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{info.dtype}", info.shape)
             there = tensor.reshape(-1).view(torch.uint8) if info.nbytes else torch.empty(0)
             assert there.numpy().tobytes() == content[info.offset : info.offset + info.nbytes]
+
+
+@pytest.mark.parametrize("depth", [127, 128])
+@pytest.mark.parametrize(
+    "nest", [b"[%b]", b'{"dtype": 0, "shape": [], "data_offsets": [], "x": %b}']
+)
+def test_nesting_is_refused_from_the_depth_at_which_safetensors_refuses_it(tmp_path, depth, nest):
+    path = tmp_path / "model.safetensors"
+    deep = b'["[[{\\""]'
+    for _ in range(depth - 3):
+        deep = nest % deep
+    path.write_bytes(file_bytes(b'{"a": %b, "x": %b}}' % (TENSOR[:-1], deep), bytes(4)))
+    if depth == 127:
+        assert_safetensors_agrees(path)
+        return
+    with pytest.raises(SafetensorError, match="recursion limit"), safe_open(path, "pt"):
+        pass
+    with pytest.raises(CheckpointError, match="nests deeper than 127 levels"):
+        Checkpoint.open(path)
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,12 @@ def test_a_mapping_that_shrank_is_an_error_before_any_byte_is_accessed(files):
     reader.close()
 
 
-def test_an_error_while_faulting_in_names_file_and_offset(files, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EIO, errno.EFAULT], ids=errno.errorcode.get)
+def test_an_error_while_faulting_in_names_file_and_offset(files, monkeypatch, code):
     reader = MmapReader(files)
 
     def broken(_address, _nbytes, _advice):
-        ctypes.set_errno(errno.EIO)
+        ctypes.set_errno(code)
         return -1
 
     monkeypatch.setattr(reader, "_madvise", broken)

@@ -20,6 +20,7 @@ from layerstream.tools.console.arguments import (
     positive_int,
 )
 from layerstream.tools.console.token_text import load_tokenizer
+from layerstream.tools.running.generation import check_generates
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -149,6 +150,7 @@ async def _serve(
     # connections are refused.
     with _bind(args.bind, args.port) as listener:
         async with opening as model:
+            check_generates(model.module, path)
             logger.info(model.plan.describe())
             app = make_app(model, tokenizer, settings)
             # All objects that exist now live as long as the process. A full collection that traverses them

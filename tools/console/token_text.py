@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.files import refuse_special_files
 from layerstream.stages.errors import ModelError
 
 __all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
@@ -19,6 +20,7 @@ _MAX_PENDING = 3
 def load_tokenizer(path: Path) -> Any | None:
     """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one."""
     folder = path if path.is_dir() else path.parent
+    refuse_special_files(folder)  # transformers would wait for ever
     checkpoint = Checkpoint.open(path)
     in_file = checkpoint.format == "GGUF"
     if not in_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):

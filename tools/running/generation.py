@@ -2,13 +2,13 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerstream.stages.errors import ModelError
+from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.text import format_bytes
@@ -17,7 +17,7 @@ from layerstream.tools.running.added_memory import added_memory
 if TYPE_CHECKING:
     from layerstream.pipeline import Plan, StreamedModel
 
-__all__ = ["STAGE_COLUMNS", "GenerationResult", "stage_rows", "stream_tokens"]
+__all__ = ["STAGE_COLUMNS", "GenerationResult", "check_generates", "stage_rows", "stream_tokens"]
 
 STAGE_COLUMNS = ("stage", "batches", "bytes", "busy", "while busy", "waited for input", "for room")
 
@@ -95,16 +95,18 @@ async def stream_tokens(
     began = time.monotonic()
     async with added_memory() as memory, _open_model(path, args, len(prompt)) as model:
         plan = model.plan
+        check_generates(model.module, path)
         _check_prompt(prompt, model.module)
         on_plan(plan)
         tokens: list[int] = []
         first = prompted = time.monotonic()
-        async for token in model.stream(
+        stream = model.stream(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=args.max_new_tokens,
             **_sampling(args),
-        ):
+        )
+        while (token := await _next_token(stream, path)) is not None:
             if not tokens:
                 first = time.monotonic()
             tokens.append(token)
@@ -148,6 +150,37 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         return {"do_sample": False}
     torch.manual_seed(args.seed)
     return {"do_sample": True, "temperature": args.temperature}
+
+
+def check_generates(model: Any, path: Path) -> None:
+    """Refuse a model that generates no text, such as a plain encoder.
+
+    Raises:
+        ModelError: It says what the model is.
+    """
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise ModelError(
+            f"{path} is a {type(model).__name__}, which does not generate text; it takes a model whose config.json "
+            "names a class with a language model's head, such as LlamaForCausalLM, in its architectures"
+        )
+
+
+async def _next_token(stream: AsyncIterator[int], path: Path) -> int | None:
+    """The next token; None at the end.
+
+    Raises:
+        ModelError: The model's own code failed: its weights do not go with what config.json says of them.
+    """
+    try:
+        return await anext(stream, None)
+    except (LayerstreamError, OSError):
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(
+            f"transformers fails to generate with {path}: {type(error).__name__}: {cause}; check what its config.json "
+            "and generation_config.json say"
+        ) from error
 
 
 def _check_prompt(prompt: Sequence[int], model: Any) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from layerstream.stages.readers.files import FileVersion
+
 __all__ = [
     "BLOCKS",
     "Block",
@@ -62,6 +64,8 @@ class WeightFile:
     """Absolute; it may be a link (the hub's cache is made of them)."""
     size_bytes: int
     """Of the whole file, including the header."""
+    version: FileVersion | None = None
+    """Before its header was read; None for a file that exists nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

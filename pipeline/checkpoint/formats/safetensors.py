@@ -5,10 +5,12 @@ of tensors; the data, without gaps or overlaps.
 """
 
 import json
-import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from layerstream.pipeline.checkpoint.formats.format import (
     ByteRange,
@@ -27,6 +29,13 @@ _PREFIX_BYTES = 8
 
 # safetensors' own limit; it keeps a corrupt length from allocating the machine's memory.
 _MAX_HEADER_BYTES = 100_000_000
+
+# safetensors refuses JSON that nests deeper; Python's parser goes on for as long as its stack lasts.
+_MAX_DEPTH = 127
+
+# Numbers, arrays and objects of a header beyond 16 for each tensor. Python's parser keeps the GIL and takes a few
+# gigabytes for a hundred megabytes of empty arrays; the JSON that some put into __metadata__ has far fewer.
+_MAX_SURPLUS_VALUES = 1_000_000
 
 # torch's sizes are signed 64-bit integers, and sizes in bits must fit as well as those in bytes.
 _MAX_NUMBER = 2**60
@@ -55,6 +64,8 @@ _DTYPES = {
     "F64": ("float64", 64),
     "C64": ("complex64", 64),
 }
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 _Entry = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
 
@@ -90,7 +101,10 @@ def _parse_header(
     entries = _decode_json(header, path)
     _check_metadata(entries.pop("__metadata__", {}), path)
     rows = [_parse_entry(name, entry, path) for name, entry in entries.items()]
-    rows.sort()
+    if rows:
+        # numpy sorts without the GIL: list.sort would hold up all other threads for a second or two with a million rows.
+        begins, ends = np.array([row[:2] for row in rows], dtype=np.int64).T
+        rows = [rows[at] for at in np.lexsort((ends, begins))]
     data_start = _PREFIX_BYTES + len(header)
     tensors = {}
     expected = 0
@@ -112,6 +126,12 @@ def _parse_header(
 
 
 def _decode_json(header: bytes, path: Path) -> dict[str, Any]:
+    values = sum(map(header.count, (b"{", b"[", b",")))
+    if values > 16 * header.count(b'"data_offsets"') + _MAX_SURPLUS_VALUES:
+        raise CheckpointError(
+            f"{path} has a header of {values:,} values, far more than its tensors need: it is "
+            "corrupt, or not a safetensors file; download it again."
+        )
     try:
         entries = json.loads(
             header.decode("utf-8"),
@@ -131,7 +151,21 @@ def _decode_json(header: bytes, path: Path) -> dict[str, Any]:
             f"{path} has a header that is a JSON {type(entries).__name__}, not an object of "
             "tensors: it is not a safetensors file; download it again."
         )
+    # A regular header has three brackets for each tensor, and is not searched for deep ones.
+    brackets = header.count(b"{") + header.count(b"[")
+    if brackets > 3 * len(entries) + 100 and _depth(header) > _MAX_DEPTH:
+        raise CheckpointError(
+            f"{path} has a header that nests deeper than {_MAX_DEPTH} levels, which safetensors "
+            "refuses: it is corrupt; download it again."
+        )
     return entries
+
+
+def _depth(header: bytes) -> int:
+    """How deep the objects and arrays of valid JSON nest."""
+    structure = re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", header, flags=re.DOTALL)
+    brackets = structure.translate(bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), _NO_BRACKETS)
+    return int(np.frombuffer(brackets, dtype=np.int8).cumsum(dtype=np.int32).max(initial=0))
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
@@ -171,18 +205,22 @@ def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
     if type(entry) is not tuple or len(entry[2]) != 2 or type(entry[0]) is not str:  # noqa: PLR2004
         _refuse(path, name, "is not described by a dtype, a shape and two data_offsets")
     dtype, shape, (begin, end) = entry
-    for number in (*shape, begin, end):
+    product = 1  # of all dimensions but those of 0
+    for number in (begin, end, *shape):
         if type(number) is not int or not 0 <= number <= _MAX_NUMBER:
             limits = "only whole numbers from 0 to 2**60 are allowed"
             _refuse(
                 path, name, f"has {quoted(number)} in its shape or data_offsets, where {limits}"
             )
+    for number in shape:
+        # Checked at each step: the product of a shape of 400,000 dimensions would take minutes.
+        product *= number or 1
+        if product > _MAX_NUMBER:
+            _refuse(path, name, "has a shape of more than 2**60 elements")
     if dtype not in _DTYPES:
         _refuse(path, name, f"has dtype {quoted(dtype)}, which torch does not know", "convert it")
     dtype, bits = _DTYPES[dtype]
-    elements = math.prod(shape)
-    if (elements or math.prod(filter(None, shape))) > _MAX_NUMBER:
-        _refuse(path, name, "has a shape of more than 2**60 elements")
+    elements = 0 if 0 in shape else product
     if elements * bits != 8 * (end - begin):
         needs = f"{elements * bits / 8:,.10g} bytes"
         _refuse(path, name, f"has {end - begin:,} bytes, but its shape and dtype take {needs}")
