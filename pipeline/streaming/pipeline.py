@@ -9,10 +9,9 @@ disk ──> [read] ──queue──> [transfer] ──queue──> [compute] �
 
 import asyncio
 import logging
-import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -22,7 +21,7 @@ from layerstream.pipeline.streaming.supervision import run_stages
 from layerstream.pipeline.streaming.sweep_log import SweepLog
 from layerstream.pipeline.streaming.switching import check_compatible, swap_residents
 from layerstream.stages.channel import Channel
-from layerstream.stages.compute import Batch, Sweep
+from layerstream.stages.compute import Batch, Handover, Sweep
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
 from layerstream.stages.experts.store import ExpertStore
@@ -64,7 +63,7 @@ class Pipeline:
         self._reader_given = reader
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
-        self._current: weakref.ref[Sweep] | None = None
+        self._current: Handover | None = None  # of the sweep under way
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
         self._closed = False
@@ -96,7 +95,6 @@ class Pipeline:
         if self._stages is not None or self._closed:
             raise ClosedError("a pipeline is opened once; make a new one from the same plan")
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         try:
             # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
             await finish_in_thread(
@@ -159,8 +157,8 @@ class Pipeline:
             self._resources.reader.interrupt()
             self._stages.cancel()
             await asyncio.wait([self._stages])
-            if (sweep := self._current_sweep()) is not None:
-                sweep.end()
+            if self._current is not None:
+                self._current.closed = True  # its batch is dropped with all others
             async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
                 await self._route.empty()
         await finish_in_thread(self._resources.close)
@@ -186,30 +184,23 @@ class Pipeline:
             )
         self._route.redirect(order)
         self._sweep_log.loading = not self._resources.residents.complete
-        sweep = Sweep(
-            order=order,
+        self._current = handover = Handover(
             route=self._route,
             source=self._ready,
             device=self._resources.device,
             clock=self._compute_clock,
-            on_end=self._ended,
-            on_drop=self._dropped,
         )
-        self._current = weakref.ref(sweep)
-        return sweep
+        return Sweep(order=order, handover=handover, on_end=self._ended, on_drop=self._dropped)
 
     def _check_idle(self) -> None:
         if self._stages is None or self._closed:
             raise ClosedError("the pipeline is not open; use it inside `async with`")
-        if self._adopting.locked() or self._current_sweep() is not None:
+        self._end_dropped()
+        if self._adopting.locked() or self._current is not None:
             raise BusyError(
                 "a sweep is under way on this pipeline; finish or close it first, or share sweeps "
                 "through StreamedModel"
             )
-
-    def _current_sweep(self) -> Sweep | None:
-        """The sweep under way. The reference is weak, so that a sweep dropped without being closed is noticed."""
-        return self._current() if self._current is not None else None
 
     async def run(
         self, compute: Callable[[Batch, T], T], state: T, *, route: Sequence[int] | None = None
@@ -234,7 +225,8 @@ class Pipeline:
                 try:
                     state = await self._resources.compute_threads.run(step, batch, state)
                 finally:
-                    sweep.give_back(after)
+                    sweep.give_back(after or None)
+                    after.clear()
         return state
 
     async def adopt(self, plan: Plan) -> None:
@@ -281,8 +273,6 @@ class Pipeline:
         )
 
     def _ended(self, sweep: Sweep) -> None:
-        if self._current_sweep() not in (None, sweep):
-            return  # it was dropped in another thread, and the next sweep began before this was called
         self._current = None
         if sweep.complete:
             self._sweep_log.count(sweep, self.plan.prediction)
@@ -290,11 +280,15 @@ class Pipeline:
             # The next sweep most likely begins at the first batch, so drop the rest of this one.
             self._route.restart()
 
-    def _dropped(self, sweep: Sweep) -> None:
-        """End a sweep that was left without being closed. Its finalizer runs in the thread that dropped it."""
-        if self._loop.is_closed():
-            return
-        if threading.get_ident() == self._thread:
-            sweep.end()
-        else:
-            self._loop.call_soon_threadsafe(sweep.end)
+    def _dropped(self) -> None:
+        """A sweep was dropped: its finalizer runs in any thread, so the sweep is ended on the event loop."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end_dropped)
+
+    def _end_dropped(self) -> None:
+        """End the sweep under way if it was dropped without being closed."""
+        handover = self._current
+        if handover is not None and handover.abandoned and not handover.closed:
+            handover.closed, self._current = True, None
+            handover.give_back()
+            self._route.restart()
