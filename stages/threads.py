@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError
 
-__all__ = ["Once", "Threads", "finish_in_thread", "wait_all"]
+__all__ = ["Lifetime", "Threads", "finish_in_thread", "wait_all"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,18 +76,109 @@ async def finish_in_thread(call: Callable[[], T]) -> T:
         threads.close()
 
 
-class Once:
-    """Work that is done once and completely, however many tasks request it and are cancelled."""
+class Lifetime:
+    """The task in which something is opened, stays open and is closed: each once, whatever tasks ask for it and are cancelled.
 
-    def __init__(self) -> None:
+    Closing what is being opened ends the opening. If the event loop ends first, and cancels the task, that closes too.
+
+    Args:
+        what: Whose lifetime, for messages.
+        again: What to do instead of opening it a second time, for messages.
+        opens: Opens it. Cancelled by an early close; what it has opened by then, ``closes`` must close.
+        closes: Closes it, whether opening it has succeeded or not.
+
+    Attributes:
+        closed: Closing has begun.
+    """
+
+    # asyncio has weak references to tasks only.
+    _alive: ClassVar[set[asyncio.Task[None]]] = set()
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        again: str,
+        opens: Callable[[], Coroutine[Any, Any, None]],
+        closes: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._what = what
+        self._again = again
+        self._opens = opens
+        self._closes = closes
         self._task: asyncio.Task[None] | None = None
+        self._running = False  # the task has begun
+        self._error: BaseException | None = None  # for the first who waits
+        self.closed = False
 
-    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``work``, or wait until it is done. A cancellation is raised only then."""
+    async def open(self) -> None:
+        """Open it. If that fails, is cancelled or is ended by ``close``, everything is closed before this raises."""
+        if self._task is not None or self.closed:
+            raise ClosedError(f"{self._what} is opened once; {self._again}")
+        self._task = self._start()
+        try:
+            await _all_done([self._opened], on_cancel=self._end)
+        except asyncio.CancelledError as cancelled:
+            await _all_done([self._task])
+            raise cancelled from self._take_error()
+        if self.closed:
+            await self.close()
+            raise ClosedError(f"{self._what} was closed while it was being opened")
+
+    async def close(self) -> None:
+        """Close it, or wait until it is closed. A cancellation is raised only then."""
+        self._end()
         if self._task is None:
-            self._task = asyncio.create_task(work())
+            self._task = self._start()
         await _all_done([self._task])
-        self._task.result()
+        if (error := self._take_error()) is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame, which would refer to it
+
+    def _start(self) -> asyncio.Task[None]:
+        self._opened = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._live(), name=f"layerstream-{self._what}")
+        self._alive.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._alive.discard(task)
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def _end(self) -> None:
+        if not self.closed:
+            self.closed = True
+            if self._task is not None and self._running:
+                self._task.cancel()
+
+    def _take_error(self) -> BaseException | None:
+        error, self._error = self._error, None
+        return error
+
+    async def _live(self) -> None:
+        self._running = True
+        try:
+            if not self.closed:
+                await self._opens()
+            if not self.closed:
+                self._opened.set_result(None)
+                await asyncio.get_running_loop().create_future()  # until this task is cancelled
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            self._error = error
+        finally:
+            self.closed = True
+            try:
+                await self._closes()
+            except asyncio.CancelledError:  # by an event loop that ends
+                pass
+            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                self._error = self._error or error
 
 
 async def _all_done(

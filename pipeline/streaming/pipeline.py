@@ -30,7 +30,7 @@ from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import Once, finish_in_thread
+from layerstream.stages.threads import Lifetime, finish_in_thread
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline"]
@@ -66,9 +66,13 @@ class Pipeline:
         self._current: Handover | None = None  # of the sweep under way
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
-        self._closed = False
         self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
-        self._closing = Once()
+        self._lifetime = Lifetime(
+            "the pipeline",
+            again="make a new one from the same plan",
+            opens=self._open,
+            closes=self._close,
+        )
         self._opened_at = time.perf_counter()
 
     # -- opening and closing ---------------------------------------------------------------------
@@ -91,20 +95,18 @@ class Pipeline:
         Raises:
             CheckpointError: The files are not those of the plan.
             DeviceError: The device is not there, or does not have the memory.
+            ClosedError: It was opened before, or is closed meanwhile.
         """
-        if self._stages is not None or self._closed:
-            raise ClosedError("a pipeline is opened once; make a new one from the same plan")
+        await self._lifetime.open()
+
+    async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        try:
-            # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
-            await finish_in_thread(
-                lambda: self._resources.acquire(
-                    self.plan, device=self._device_given, reader=self._reader_given
-                )
+        # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
+        await finish_in_thread(
+            lambda: self._resources.acquire(
+                self.plan, device=self._device_given, reader=self._reader_given
             )
-        except BaseException:
-            await finish_in_thread(self._resources.close)
-            raise
+        )
         self._start_stages()
         self._opened_at = time.perf_counter()
         logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
@@ -147,21 +149,22 @@ class Pipeline:
     async def aclose(self) -> None:
         """Stop the stages and free everything, after the calls that cannot be stopped have returned.
 
-        May be called again, and by several tasks.
+        May be called again, by several tasks, and while the pipeline is being opened, which that ends.
         """
-        self._closed = True
-        await self._closing.run(self._close)
+        await self._lifetime.close()
 
     async def _close(self) -> None:
-        if self._stages is not None:
-            self._resources.reader.interrupt()
-            self._stages.cancel()
-            await asyncio.wait([self._stages])
-            if self._current is not None:
-                self._current.closed = True  # its batch is dropped with all others
-            async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
-                await self._route.empty()
-        await finish_in_thread(self._resources.close)
+        try:
+            if self._stages is not None:
+                self._resources.reader.interrupt()
+                self._stages.cancel()
+                await asyncio.wait([self._stages])
+                if self._current is not None:
+                    self._current.closed = True  # its batch is dropped with all others
+                async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
+                    await self._route.empty()
+        finally:
+            await finish_in_thread(self._resources.close)
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -193,7 +196,7 @@ class Pipeline:
         return Sweep(order=order, handover=handover, on_end=self._ended, on_drop=self._dropped)
 
     def _check_idle(self) -> None:
-        if self._stages is None or self._closed:
+        if self._stages is None or self._lifetime.closed:
             raise ClosedError("the pipeline is not open; use it inside `async with`")
         self._end_dropped()
         if self._adopting.locked() or self._current is not None:
