@@ -60,7 +60,7 @@ class Batch:
     @cached_property
     def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
-        tensors: dict[str, torch.Tensor] = {}
+        parts = []
         # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for place, views in self._item.batch.views.items():
@@ -69,8 +69,9 @@ class Batch:
                     raise ClosedError(
                         f"layer batch {self.index} was given back; use its tensors before the next iteration"
                     )
-                tensors.update(image.tensors(views))
-        return tensors
+                parts.append(image.tensors(views))
+        # Most batches are used in one image, which keeps its tensors if it stays.
+        return parts[0] if len(parts) == 1 else {k: v for part in parts for k, v in part.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
