@@ -128,8 +128,7 @@ class SweepScheduler(PassStates):
             try:
                 await self._pipeline.adopt(plan)
             except DeviceError as error:  # the memory is fragmented, or others have taken it
-                self.residency.drop_decode_residents(error)
-                return
+                self.residency.refused(plan, error, instead=self._pipeline.plan)
 
     def _placement(self) -> Plan:
         return self.residency.plan_for(self._demands(self._waiting))
