@@ -22,7 +22,7 @@ from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices.protocol import Device
-from layerstream.stages.errors import ClosedError, DeviceError, echo_of
+from layerstream.stages.errors import ClosedError, DeviceError, copy_of, echo_of
 
 __all__ = ["SweepScheduler"]
 
@@ -180,7 +180,7 @@ class SweepScheduler(PassStates):
 
     def _fail(self, error: BaseException) -> None:
         self._fail_waiting(error)
-        self._between_sweeps.fail(error)
+        self._between_sweeps.fail(copy_of(error))
 
     async def aclose(self) -> None:
         """Stop. Passes under way get a ClosedError when they next want a batch."""
