@@ -138,7 +138,10 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
     unbounded = options.budget is None or options.budget.host is None
     readahead = Readahead([file.path for file in checkpoint.files])
     if mapped and unbounded and on_cpu and fits_page_cache(checkpoint.total_bytes):
-        readahead.start()
+        try:
+            readahead.start()
+        except RuntimeError as error:
+            logger.debug("nothing is read ahead: %s", error)
     return readahead
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
@@ -67,7 +68,7 @@ async def read_stage(
         idle_since = time.perf_counter()
         while True:
             item = await started.get()
-            await wait_all(item.reads, droppable=True)
+            await wait_all(item.reads, on_cancel=Future.cancel)
             if not item.wanted:
                 route.drop(item)
                 continue

@@ -1,11 +1,12 @@
 """Blocking calls off the event loop, in threads of our own, which are never abandoned."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
-from layerstream.stages.errors import ClosedError
+from layerstream.stages.errors import ClosedError, DeviceError
 
 __all__ = ["Lifetime", "Threads", "finish_in_thread", "wait_all"]
 
@@ -16,11 +17,26 @@ T = TypeVar("T")
 class Threads:
     """A named pool of threads that belongs to one stage.
 
-    The loop's default executor is shared with the service that embeds us, so each stage has its own.
+    The loop's default executor is shared with the service that embeds us, so each stage has its own. All threads are
+    started at once: a call that is queued later runs, or is refused because the pool is closed.
+
+    Raises:
+        DeviceError: The system starts no more threads.
     """
 
     def __init__(self, name: str, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"layerstream-{name}")
+        all_started = threading.Event()
+        try:
+            for _ in range(count):  # each call takes a thread, since none of them returns
+                self._pool.submit(all_started.wait)
+        except RuntimeError as error:
+            all_started.set()
+            self.close()
+            raise DeviceError(
+                f"the system refuses a thread ({error}); raise the limit on processes (ulimit -u, pids.max), or end some"
+            ) from error
+        all_started.set()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``call`` and return at once."""
@@ -46,30 +62,47 @@ class Threads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-async def wait_all(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
+async def wait_all(
+    futures: Iterable[Future[T]], *, on_cancel: Callable[[Future[T]], object] = lambda _: None
+) -> None:
     """Wait until every future is done, whatever its outcome, even if the waiting task is cancelled.
 
     A thread that fills a buffer cannot be stopped, and the buffer must not be used again before it has ended.
-    So a cancellation is raised only then; ``droppable`` calls that have not begun are cancelled with it.
+    So a cancellation is raised only then.
+
+    Args:
+        futures: The calls.
+        on_cancel: Called with each of them whenever the waiting task is cancelled.
     """
     calls = list(futures)
     waiting = [asyncio.wrap_future(call) for call in calls]
 
-    def drop() -> None:
-        for call in calls if droppable else ():
-            call.cancel()
+    def cancelled() -> None:
+        for call in calls:
+            on_cancel(call)
 
     try:
-        await _all_done(waiting, on_cancel=drop)
+        await _all_done(waiting, on_cancel=cancelled)
     finally:
         for future in waiting:
             if not future.cancelled():
                 future.exception()  # marked as retrieved: callers take results from the calls themselves
 
 
-async def finish_in_thread(call: Callable[[], T]) -> T:
-    """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled."""
-    threads = Threads("once", 1)
+async def finish_in_thread(call: Callable[[], T], *, without_thread: bool = False) -> T:
+    """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled.
+
+    Args:
+        call: What to run.
+        without_thread: If the system starts no more threads, run it on the event loop: to free something, late is better
+            than never.
+    """
+    try:
+        threads = Threads("once", 1)
+    except DeviceError:
+        if without_thread:
+            return call()
+        raise
     try:
         return await threads.run(call)
     finally:

@@ -164,7 +164,7 @@ class Pipeline:
                 async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
                     await self._route.empty()
         finally:
-            await finish_in_thread(self._resources.close)
+            await finish_in_thread(self._resources.close, without_thread=True)
 
     # -- use -------------------------------------------------------------------------------------
 
