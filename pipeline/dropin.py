@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from layerstream.pipeline.model import StreamedModel
+from layerstream.stages.errors import DeviceError
 
 __all__ = ["load_streamed"]
 
@@ -24,7 +25,13 @@ class _LoopThread:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="layerstream-loop", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._loop.close()
+            raise DeviceError(
+                f"the system refuses a thread ({error}); end some processes"
+            ) from error
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` on the loop and wait for it."""

@@ -21,7 +21,7 @@ from layerstream.pipeline.scheduling.tokens import token_streamer
 from layerstream.pipeline.starting import start_model
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import Once, finish_in_thread
+from layerstream.stages.threads import Lifetime, finish_in_thread
 
 __all__ = ["StreamedModel"]
 
@@ -49,8 +49,12 @@ class StreamedModel:
         self._options = options
         self._resources = AsyncExitStack()
         self._engine: Engine | None = None
-        self._closed = False
-        self._closing = Once()
+        self._lifetime = Lifetime(
+            "the model",
+            again="call StreamedModel.open again",
+            opens=self._open,
+            closes=self._resources.aclose,
+        )
 
     # Longer than 60 lines: it names, explains and hands on each option.
     @classmethod
@@ -126,15 +130,9 @@ class StreamedModel:
             ModelError: The model cannot be built, or the checkpoint does not match it.
             PlanError: The budget is too small.
             DeviceError: The device is not there.
-            ClosedError: The model was opened before.
+            ClosedError: The model was opened before, or is closed meanwhile.
         """
-        if self._engine is not None or self._closed:
-            raise ClosedError("a model is opened once; call StreamedModel.open again")
-        try:
-            await self._open()
-        except BaseException:
-            await self._resources.aclose()
-            raise
+        await self._lifetime.open()
         return self
 
     async def _open(self) -> None:
@@ -154,9 +152,11 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way and free everything. May be called again, and by several tasks."""
-        self._closed = True
-        await self._closing.run(self._resources.aclose)
+        """Fail the requests under way and free everything.
+
+        May be called again, by several tasks, and while the model is being opened, which that ends.
+        """
+        await self._lifetime.close()
 
     async def drain(self) -> None:
         """Refuse new requests, and wait for all others to end, so that ``aclose`` fails none."""
@@ -294,6 +294,6 @@ class StreamedModel:
         return result
 
     def _open_engine(self) -> Engine:
-        if self._engine is None or self._closed:
+        if self._engine is None or self._lifetime.closed:
             raise ClosedError("the model is not open; use it inside `async with`")
         return self._engine

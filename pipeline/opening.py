@@ -89,7 +89,8 @@ async def open_model(
     if on_cpu:
         limit_library_memory()  # before worker threads have heaps of their own
     path = await resolve_model_path_async(source, revision=options.revision)
-    checkpoint = await Checkpoint.open_async(path)
+    # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
+    checkpoint = await finish_in_thread(lambda: Checkpoint.open(path))
     readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
     resources.callback(readahead.stop)
     traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
@@ -140,7 +141,10 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
     unbounded = options.budget is None or options.budget.host is None
     readahead = Readahead([file.path for file in checkpoint.files])
     if mapped and unbounded and on_cpu and fits_page_cache(checkpoint.total_bytes):
-        readahead.start()
+        try:
+            readahead.start()
+        except RuntimeError as error:
+            logger.debug("nothing is read ahead: %s", error)
     return readahead
 
 

@@ -94,7 +94,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
             tiles=assembly.tiles,
         )
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
-    resources.push_async_callback(finish_in_thread, engine.threads.close)
+    resources.push_async_callback(finish_in_thread, engine.threads.close, without_thread=True)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)

@@ -4,6 +4,8 @@ import asyncio
 from collections import deque
 from typing import Generic, TypeVar
 
+from layerstream.stages.errors import copy_of
+
 __all__ = ["Channel"]
 
 T = TypeVar("T")
@@ -32,7 +34,7 @@ class Channel(Generic[T]):
         while len(self._items) >= self._size and self._error is None:
             await self._wait()
         if self._error is not None:
-            raise self._error
+            raise copy_of(self._error)
         self._items.append(item)
         self._changed.set()
 
@@ -45,7 +47,11 @@ class Channel(Generic[T]):
         while not self._items and self._error is None:
             await self._wait()
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, copy_of(self._error)
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame, which would refer to it
         return self._items[0]
 
     async def get(self) -> T:
@@ -56,7 +62,10 @@ class Channel(Generic[T]):
         return item
 
     def close(self, error: BaseException) -> None:
-        """Make every ``get``, ``peek`` and ``put`` raise ``error`` from now on. Closing again changes nothing."""
+        """Make every ``get``, ``peek`` and ``put`` raise from now on: ``error`` itself to the first receiver, else a copy.
+
+        Closing again changes nothing.
+        """
         if self._error is None:
             self._error = error
         self._changed.set()

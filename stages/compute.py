@@ -1,6 +1,7 @@
 """The compute stage: device slot -> the caller's computation."""
 
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import Activity
 
-__all__ = ["Batch", "Sweep"]
+__all__ = ["Batch", "Handover", "Sweep"]
 
 
 class Batch:
@@ -59,7 +60,7 @@ class Batch:
     @cached_property
     def _tensors(self) -> Mapping[str, torch.Tensor]:
         images = {Place.HOST: self._item.host, Place.DEVICE: self._item.device}
-        tensors: dict[str, torch.Tensor] = {}
+        parts = []
         # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for place, views in self._item.batch.views.items():
@@ -68,8 +69,9 @@ class Batch:
                     raise ClosedError(
                         f"layer batch {self.index} was given back; use its tensors before the next iteration"
                     )
-                tensors.update(image.tensors(views))
-        return tensors
+                parts.append(image.tensors(views))
+        # Most batches are used in one image, which keeps its tensors if it stays.
+        return parts[0] if len(parts) == 1 else {k: v for part in parts for k, v in part.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,81 @@ class _ComputeTimes:
         return True
 
 
+class Handover:
+    """The layer batch that a sweep holds, if any. The pipeline keeps it, so that a sweep that is dropped leaves none held.
+
+    A sweep may be dropped in any thread and at any time. The garbage collector clears weak references to it before it
+    calls its finalizer, so the reference tells at once what the finalizer tells later.
+
+    Args:
+        route: Gets the batches back.
+        source: Where sweeps get their batches from.
+        device: Where computation runs.
+        clock: The timings of computation.
+
+    Attributes:
+        closed: The sweep has ended.
+        sweep: The sweep itself, as long as somebody has it.
+        dropped: Nobody has it any more.
+    """
+
+    def __init__(
+        self, *, route: Route, source: Channel[InFlight], device: Device, clock: Clock
+    ) -> None:
+        self._route = route
+        self._source = source
+        self._device = device
+        self._clock = clock
+        self._held: tuple[InFlight, Batch] | None = None
+        self._requested_seconds = self._handed_over_seconds = 0.0
+        self.closed = False
+        self.sweep: weakref.ref[Sweep] | None = None
+        self.dropped = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the sweep was dropped without being closed."""
+        return self.dropped or self.sweep is None or self.sweep() is None
+
+    async def receive(self) -> Batch:
+        """The next batch that is wanted."""
+        self._requested_seconds = time.perf_counter()
+        while not (item := await self._source.get()).wanted:
+            self._route.drop(item)
+        batch = Batch(item, self._device)
+        self._held = item, batch
+        self._handed_over_seconds = time.perf_counter()
+        return batch
+
+    def give_back(self, after: Sequence[Event] | None = None) -> None:
+        """Give back the batch that is held, if any.
+
+        Args:
+            after: Events behind the work that reads its tensors; by default those of ``Batch.record``.
+        """
+        if self._held is None:
+            return
+        (item, batch), self._held = self._held, None
+        try:
+            computed = tuple(batch.record() if after is None else after)
+        except BaseException as error:
+            # The device has failed. When its work with the slot ends is unknown, so that is not written again: no sweep
+            # gets any more batches.
+            self._source.close(error)
+            raise
+        times = _ComputeTimes(
+            batch=item.batch.index,
+            nbytes=item.batch.tensor_bytes,
+            requested_seconds=self._requested_seconds,
+            handed_over_seconds=self._handed_over_seconds,
+            given_back_seconds=time.perf_counter(),
+            copied=() if item.copied is None else (item.copied,),
+            computed=computed,
+        )
+        self._route.done(item, computed)
+        self._clock.add_later(partial(times.add_to, device=self._device))
+
+
 class Sweep:
     """One pass over the layer batches of a route, in execution order: ``async for batch in sweep``.
 
@@ -113,6 +190,7 @@ class Sweep:
     ends when it is closed, left as a context manager, or dropped.
 
     Attributes:
+        began_seconds: When it was made, by ``time.perf_counter``.
         prompt: Whether a prompt is processed in it: decides with which prediction it is compared.
         tokens: Tokens of the forward pass in it; None if there are several, or if it is unknown.
     """
@@ -121,28 +199,19 @@ class Sweep:
         self,
         *,
         order: Sequence[int],
-        route: Route,
-        source: Channel[InFlight],
-        device: Device,
-        clock: Clock,
+        handover: Handover,
         on_end: Callable[["Sweep"], None],
-        on_drop: Callable[["Sweep"], None],
+        on_drop: Callable[[], None],
     ) -> None:
         self._order = tuple(order)
-        self._route = route
-        self._source = source
-        self._device = device
-        self._clock = clock
+        self._handover = handover
         self._on_end = on_end
         self._on_drop = on_drop
-        self._held: InFlight | None = None
-        self._batch: Batch | None = None
-        self._requested_seconds = self._handed_over_seconds = 0.0
         self._received = 0
         self.began_seconds = time.perf_counter()
-        self.ended = False
         self.prompt = False
         self.tokens: int | None = None
+        handover.sweep = weakref.ref(self)
 
     @property
     def complete(self) -> bool:
@@ -151,25 +220,17 @@ class Sweep:
 
     async def receive(self) -> Batch | None:
         """The next batch, or None after the last. The previous one has to be given back first."""
-        if self.ended:
+        if self._handover.closed:
             raise ClosedError("this sweep has ended; ask the pipeline for a new one")
         if self.complete:
             return None
-        self._requested_seconds = time.perf_counter()
-        while True:
-            try:
-                item = await self._source.get()
-            except Exception:  # a stage failed: no sweep can be completed any more
-                self.end()
-                raise
-            if item.wanted:
-                break
-            self._route.drop(item)
-        self._held = item
+        try:
+            batch = await self._handover.receive()
+        except Exception:  # a stage failed: no sweep can be completed any more
+            self.end()
+            raise
         self._received += 1
-        self._handed_over_seconds = time.perf_counter()
-        self._batch = Batch(item, self._device)
-        return self._batch
+        return batch
 
     def give_back(self, after: Sequence[Event] | None = None) -> None:
         """Give back the batch that was received last, if it is still held.
@@ -177,28 +238,16 @@ class Sweep:
         Args:
             after: Events behind the work that reads its tensors; by default those of ``Batch.record``.
         """
-        item, self._held = self._held, None
-        batch, self._batch = self._batch, None
-        if item is not None and batch is not None:
-            computed = tuple(batch.record() if after is None else after)
-            times = _ComputeTimes(
-                batch=item.batch.index,
-                nbytes=item.batch.tensor_bytes,
-                requested_seconds=self._requested_seconds,
-                handed_over_seconds=self._handed_over_seconds,
-                given_back_seconds=time.perf_counter(),
-                copied=() if item.copied is None else (item.copied,),
-                computed=computed,
-            )
-            self._route.done(item, computed)
-            self._clock.add_later(partial(times.add_to, device=self._device))
+        self._handover.give_back(after)
 
     def end(self) -> None:
         """Give back the batch that is held, and let the pipeline begin another sweep. May be called again."""
-        if not self.ended:
-            self.ended = True
-            self.give_back()
-            self._on_end(self)
+        if not self._handover.closed:
+            self._handover.closed = True
+            try:
+                self._handover.give_back()
+            finally:
+                self._on_end(self)
 
     async def aclose(self) -> None:
         """End the sweep."""
@@ -216,9 +265,11 @@ class Sweep:
         return batch
 
     def __del__(self) -> None:
-        # ``async for`` closes generators that are left early, but not iterators.
-        if not self.ended:
-            self._on_drop(self)
+        # ``async for`` closes generators that are left early, but not iterators. This may run in any thread, in the middle
+        # of anything: so it only tells.
+        if not self._handover.closed:
+            self._handover.dropped = True
+            self._on_drop()
 
     async def __aenter__(self) -> Self:
         return self

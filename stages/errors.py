@@ -14,6 +14,7 @@ Every message names what was needed, what was available and what to do, in one s
 arise inside a stage leave it as themselves, with a note that names the stage and the layer batch.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -69,8 +70,20 @@ class ClosedError(LayerstreamError):
     """Raised when a pipeline or model is used before it was opened or after it was closed."""
 
 
+def copy_of(error: BaseException) -> BaseException:
+    """``error`` for one more caller: one object that is raised repeatedly collects tracebacks, notes, and what they refer to."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # noqa: BLE001 - it cannot be made from the arguments that it keeps
+        return ClosedError(f"streaming has failed before: {error}")
+    copied.__cause__ = error.__cause__
+    if notes := getattr(error, "__notes__", ()):
+        copied.__notes__ = [*notes]
+    return copied
+
+
 def echo_of(error: BaseException) -> ClosedError:
-    """A new error for each further caller that ``error`` affects: one object raised repeatedly collects tracebacks."""
+    """A new error for each caller that comes after ``error``, which was not raised itself and has no traceback."""
     if isinstance(error, ClosedError):
         return ClosedError(*error.args)
     echo = ClosedError(f"streaming has failed before: {error}")

@@ -5,6 +5,7 @@ import logging
 import mmap
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -97,7 +98,13 @@ class Image:
     def __init__(self, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
         self._starts = [start for start, _ in parts]
         self._parts = [part for _, part in parts]
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: Mapping[str, torch.Tensor] = {}
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All bytes of an image that is one part."""
+        (part,) = self._parts
+        return part
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
         """The uint8 view ``[nbytes]`` at ``offset``, which must lie inside one part."""
@@ -107,7 +114,7 @@ class Image:
     def tensors(self, views: Sequence[TensorView]) -> Mapping[str, torch.Tensor]:
         """All tensors of this image by name, as views of its bytes; made once."""
         if not self._tensors:
-            self._tensors = {view.name: self._tensor(view) for view in views}
+            self._tensors = MappingProxyType({view.name: self._tensor(view) for view in views})
         return self._tensors
 
     def _tensor(self, view: TensorView) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
@@ -67,7 +68,7 @@ async def read_stage(
         idle_since = time.perf_counter()
         while True:
             item = await started.get()
-            await wait_all(item.reads, droppable=True)
+            await wait_all(item.reads, on_cancel=Future.cancel)
             if not item.wanted:
                 route.drop(item)
                 continue
@@ -107,16 +108,15 @@ async def _start_reads(  # noqa: PLR0917 - those of the stage, by the same names
             if not mapped.faulted_in_recently(extent)
         ]
         return
-    if batch.host_resident:
-        destination = residents.host_bytes(batch)
-    else:
+    image = residents.host_image(batch)
+    if image is None:
         slot = await arena.take(batch.host_bytes, batch=batch.index)
         item.host_slot = HeldSlot(arena, slot)
-        destination = slot.tensor
+        image = Image([(0, slot.tensor)])
     if not item.wanted:  # dropped while it waited for a slot
         return
-    item.host = Image([(0, destination)])
-    buffer = memoryview(destination.numpy().data)  # the same bytes, as a buffer for preadv
+    item.host = image
+    buffer = memoryview(image.memory.numpy().data)  # the same bytes, as a buffer for preadv
     for extent, start in requests_of(batch.reads, request_bytes):
         stop = start + -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
         item.reads.append(threads.submit(_timed, reader.read, extent, buffer[start:stop]))

@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.memory import HostMemory, Image
@@ -15,10 +13,14 @@ __all__ = ["Residents"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Memory:
-    """The memory of one resident: of its host image, its device image, or both."""
+    """The memory of one resident: of its host image, its device image, or both.
+
+    The images are kept with it: making the tensors in them anew takes milliseconds, in every sweep.
+    """
 
     host: HostMemory | None
-    device: torch.Tensor | None
+    host_image: Image | None
+    device_image: Image | None
 
 
 class Residents:
@@ -70,7 +72,11 @@ class Residents:
             if host is not None:
                 self._device.release_host_memory(host)
             raise
-        self._memory[batch.index] = _Memory(host=host, device=device)
+        self._memory[batch.index] = _Memory(
+            host=host,
+            host_image=None if host is None else Image([(0, host.tensor)]),
+            device_image=None if device is None else Image([(0, device)]),
+        )
 
     def remove(self, indices: Iterable[int]) -> None:
         """Free the memory of these batches, which must not be read or written any more."""
@@ -78,8 +84,10 @@ class Residents:
             memory = self._memory.pop(index, None)
             self._loaded.discard(index)
             self._loading.pop(index, None)
-            if memory is not None and memory.host is not None:
-                self._device.release_host_memory(memory.host)
+            host = memory.host if memory is not None else None
+            del memory  # with the tensors in its images
+            if host is not None:
+                self._device.release_host_memory(host)
 
     def superseded(self, batches: Iterable[LayerBatch]) -> list[int]:
         """Indices of those that have memory, but not for the images that are resident in ``batches``."""
@@ -87,7 +95,7 @@ class Residents:
             batch.index
             for batch in batches
             if (memory := self._memory.get(batch.index)) is not None
-            and (memory.host is not None, memory.device is not None)
+            and (memory.host is not None, memory.device_image is not None)
             != (batch.host_resident, batch.device_resident)
         ]
 
@@ -120,25 +128,13 @@ class Residents:
             del self._loading[batch.index]
         self._changed.set()
 
-    def host_bytes(self, batch: LayerBatch) -> torch.Tensor:
-        """The memory of the host image of a host resident, uint8 ``[host_bytes]``."""
-        host = self._memory[batch.index].host
-        assert host is not None  # noqa: S101
-        return host.tensor
-
-    def device_bytes(self, batch: LayerBatch) -> torch.Tensor:
-        """The memory of the device image of a device resident, uint8 ``[device_bytes]``."""
-        device = self._memory[batch.index].device
-        assert device is not None  # noqa: S101
-        return device
-
     def host_image(self, batch: LayerBatch) -> Image | None:
-        """The host image of ``batch``, if it is resident."""
-        return Image([(0, self.host_bytes(batch))]) if batch.host_resident else None
+        """The host image of ``batch``, if it is resident: the same one in each sweep, with its tensors."""
+        return self._memory[batch.index].host_image if batch.host_resident else None
 
     def device_image(self, batch: LayerBatch) -> Image | None:
-        """The device image of ``batch``, if it is resident."""
-        return Image([(0, self.device_bytes(batch))]) if batch.device_resident else None
+        """The device image of ``batch``, if it is resident: the same one in each sweep, with its tensors."""
+        return self._memory[batch.index].device_image if batch.device_resident else None
 
     def close(self) -> None:
         """Free all memory."""

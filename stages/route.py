@@ -64,6 +64,7 @@ class InFlight:
         """Give all slots back; the device slot is written again only once all of ``after`` have passed."""
         slots = ((self.host_slot, ()), (self.device_slot, after))
         self.host = self.device = self.host_slot = self.device_slot = None
+        self.reads = []  # the error of one refers to the slot that it read into
         for held, events in slots:
             if held is not None:
                 held.give_back(events)

@@ -1,13 +1,14 @@
 """Blocking calls off the event loop, in threads of our own, which are never abandoned."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
-from layerstream.stages.errors import ClosedError
+from layerstream.stages.errors import ClosedError, DeviceError
 
-__all__ = ["Once", "Threads", "finish_in_thread", "wait_all"]
+__all__ = ["Lifetime", "Threads", "finish_in_thread", "wait_all"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,11 +17,26 @@ T = TypeVar("T")
 class Threads:
     """A named pool of threads that belongs to one stage.
 
-    The loop's default executor is shared with the service that embeds us, so each stage has its own.
+    The loop's default executor is shared with the service that embeds us, so each stage has its own. All threads are
+    started at once: a call that is queued later runs, or is refused because the pool is closed.
+
+    Raises:
+        DeviceError: The system starts no more threads.
     """
 
     def __init__(self, name: str, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"layerstream-{name}")
+        all_started = threading.Event()
+        try:
+            for _ in range(count):  # each call takes a thread, since none of them returns
+                self._pool.submit(all_started.wait)
+        except RuntimeError as error:
+            all_started.set()
+            self.close()
+            raise DeviceError(
+                f"the system refuses a thread ({error}); raise the limit on processes (ulimit -u, pids.max), or end some"
+            ) from error
+        all_started.set()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``call`` and return at once."""
@@ -46,48 +62,156 @@ class Threads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-async def wait_all(futures: Iterable[Future[T]], *, droppable: bool = False) -> None:
+async def wait_all(
+    futures: Iterable[Future[T]], *, on_cancel: Callable[[Future[T]], object] = lambda _: None
+) -> None:
     """Wait until every future is done, whatever its outcome, even if the waiting task is cancelled.
 
     A thread that fills a buffer cannot be stopped, and the buffer must not be used again before it has ended.
-    So a cancellation is raised only then; ``droppable`` calls that have not begun are cancelled with it.
+    So a cancellation is raised only then.
+
+    Args:
+        futures: The calls.
+        on_cancel: Called with each of them whenever the waiting task is cancelled.
     """
     calls = list(futures)
     waiting = [asyncio.wrap_future(call) for call in calls]
 
-    def drop() -> None:
-        for call in calls if droppable else ():
-            call.cancel()
+    def cancelled() -> None:
+        for call in calls:
+            on_cancel(call)
 
     try:
-        await _all_done(waiting, on_cancel=drop)
+        await _all_done(waiting, on_cancel=cancelled)
     finally:
         for future in waiting:
             if not future.cancelled():
                 future.exception()  # marked as retrieved: callers take results from the calls themselves
 
 
-async def finish_in_thread(call: Callable[[], T]) -> T:
-    """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled."""
-    threads = Threads("once", 1)
+async def finish_in_thread(call: Callable[[], T], *, without_thread: bool = False) -> T:
+    """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled.
+
+    Args:
+        call: What to run.
+        without_thread: If the system starts no more threads, run it on the event loop: to free something, late is better
+            than never.
+    """
+    try:
+        threads = Threads("once", 1)
+    except DeviceError:
+        if without_thread:
+            return call()
+        raise
     try:
         return await threads.run(call)
     finally:
         threads.close()
 
 
-class Once:
-    """Work that is done once and completely, however many tasks request it and are cancelled."""
+class Lifetime:
+    """The task in which something is opened, stays open and is closed: each once, whatever tasks ask for it and are cancelled.
 
-    def __init__(self) -> None:
+    Closing what is being opened ends the opening. If the event loop ends first, and cancels the task, that closes too.
+
+    Args:
+        what: Whose lifetime, for messages.
+        again: What to do instead of opening it a second time, for messages.
+        opens: Opens it. Cancelled by an early close; what it has opened by then, ``closes`` must close.
+        closes: Closes it, whether opening it has succeeded or not.
+
+    Attributes:
+        closed: Closing has begun.
+    """
+
+    # asyncio has weak references to tasks only.
+    _alive: ClassVar[set[asyncio.Task[None]]] = set()
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        again: str,
+        opens: Callable[[], Coroutine[Any, Any, None]],
+        closes: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._what = what
+        self._again = again
+        self._opens = opens
+        self._closes = closes
         self._task: asyncio.Task[None] | None = None
+        self._running = False  # the task has begun
+        self._error: BaseException | None = None  # for the first who waits
+        self.closed = False
 
-    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``work``, or wait until it is done. A cancellation is raised only then."""
+    async def open(self) -> None:
+        """Open it. If that fails, is cancelled or is ended by ``close``, everything is closed before this raises."""
+        if self._task is not None or self.closed:
+            raise ClosedError(f"{self._what} is opened once; {self._again}")
+        self._task = self._start()
+        try:
+            await _all_done([self._opened], on_cancel=self._end)
+        except asyncio.CancelledError as cancelled:
+            await _all_done([self._task])
+            raise cancelled from self._take_error()
+        if self.closed:
+            await self.close()
+            raise ClosedError(f"{self._what} was closed while it was being opened")
+
+    async def close(self) -> None:
+        """Close it, or wait until it is closed. A cancellation is raised only then."""
+        self._end()
         if self._task is None:
-            self._task = asyncio.create_task(work())
+            self._task = self._start()
         await _all_done([self._task])
-        self._task.result()
+        if (error := self._take_error()) is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame, which would refer to it
+
+    def _start(self) -> asyncio.Task[None]:
+        self._opened = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._live(), name=f"layerstream-{self._what}")
+        self._alive.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._alive.discard(task)
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def _end(self) -> None:
+        if not self.closed:
+            self.closed = True
+            if self._task is not None and self._running:
+                self._task.cancel()
+
+    def _take_error(self) -> BaseException | None:
+        error, self._error = self._error, None
+        return error
+
+    async def _live(self) -> None:
+        self._running = True
+        try:
+            if not self.closed:
+                await self._opens()
+            if not self.closed:
+                self._opened.set_result(None)
+                await asyncio.get_running_loop().create_future()  # until this task is cancelled
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            self._error = error
+        finally:
+            self.closed = True
+            try:
+                await self._closes()
+            except asyncio.CancelledError:  # by an event loop that ends
+                pass
+            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                self._error = self._error or error
 
 
 async def _all_done(

@@ -4,8 +4,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import torch
-
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
@@ -149,30 +147,31 @@ def _wait_for_all_copies(device: Device) -> None:
 
 async def _take_destination(
     item: InFlight, arena: RingArena, residents: Residents
-) -> tuple[torch.Tensor, tuple[Event, ...]]:
-    """The device bytes for ``item``, and the events that must have passed before they are written."""
+) -> tuple[Image, tuple[Event, ...]]:
+    """The device image for ``item``, and the events that must have passed before it is written."""
     batch = item.batch
-    if batch.device_resident:
-        return residents.device_bytes(batch), ()
+    image = residents.device_image(batch)
+    if image is not None:
+        return image, ()
     slot = await arena.take(batch.device_bytes, batch=batch.index)
     item.device_slot = HeldSlot(arena, slot)
-    return slot.tensor, slot.after
+    return Image([(0, slot.tensor)]), slot.after
 
 
 async def _start_copies(
     item: InFlight,
-    destination: torch.Tensor,
+    destination: Image,
     device: Device,
     threads: Threads,
     *,
     after: tuple[Event, ...],
 ) -> Event:
     """Queue the copies of ``item`` to ``destination`` on the device; returns the event at which they begin."""
-    item.device = Image([(0, destination)])
+    item.device = destination
     assert item.host is not None  # noqa: S101
     copies = [
         (
-            destination.narrow(0, segment.device_offset, segment.nbytes),
+            destination.bytes(segment.device_offset, segment.nbytes),
             item.host.bytes(segment.host_offset, segment.nbytes),
         )
         for segment in item.batch.segments

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -114,21 +115,19 @@ class Engine:
             future = self.threads.submit(work)
         except RuntimeError as error:  # closed since it was admitted
             raise ClosedError(CLOSED) from error
-        waiting = asyncio.wrap_future(future)
-        try:
-            return await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            if waiting.cancelled():
-                raise ClosedError(CLOSED) from None
-            if not future.cancel():
+
+        def stop(call: Future[Any]) -> None:
+            if not call.cancel():  # it has begun
                 self._scheduler.cancel(request.runner)
-                await wait_all([future])
-                # Mark an error as retrieved: the task that was cancelled does not use it.
-                waiting.cancelled() or waiting.exception()
-            raise
+
+        try:
+            await wait_all([future], on_cancel=stop)
+            if future.cancelled():  # the threads were closed before one of them had begun it
+                raise ClosedError(CLOSED)
+            return future.result()
         finally:
             self._scheduler.request_ended(request.runner)
-            del future, waiting  # an error that they hold would hold this frame, and so itself
+            del future  # an error that it holds would hold this frame, and so itself
 
     def _work(self, request: Request) -> Any:
         """Run ``request`` in the calling thread."""

@@ -23,7 +23,7 @@ from layerstream.pipeline.modeling.binding import Bound
 from layerstream.pipeline.scheduling.passes import PassCancelled, PassRunner
 from layerstream.pipeline.scheduling.route_prediction import RoutePrediction
 from layerstream.stages.devices.protocol import Event
-from layerstream.stages.errors import echo_of
+from layerstream.stages.errors import copy_of, echo_of
 
 __all__ = ["PassStates", "fail_future"]
 
@@ -107,7 +107,7 @@ class PassStates:
             fail_future(future, echo_of(self._error))
             return
         if runner.cancelled:
-            future.set_exception(PassCancelled())
+            fail_future(future, PassCancelled())
             return
         self._waiting[runner] = (index, future)
         if entry is not None:
@@ -186,7 +186,7 @@ class PassStates:
         waiting = self._waiting.pop(runner, None)
         if waiting is not None:
             self._in_sweep.pop(runner, None)
-            waiting[1].set_exception(PassCancelled())
+            fail_future(waiting[1], PassCancelled())
             self._changed.set()
 
     # -- used by the task that makes sweeps ------------------------------------------------------
@@ -226,9 +226,11 @@ class PassStates:
     def _fail_waiting(self, error: BaseException) -> None:
         """Fail the passes that wait, and those that will; the first of them gets ``error`` itself."""
         if self._error is None:
-            self._error = error
+            self._error = copy_of(
+                error
+            )  # without its traceback, which refers to all that its caller has
         for number, (_, future) in enumerate(self._waiting.values()):
-            future.set_exception(echo_of(error) if number else error)
+            fail_future(future, echo_of(self._error) if number else error)
         self._waiting.clear()
 
     async def _until(self, condition: Callable[[], bool]) -> None:

@@ -1,6 +1,5 @@
 """Which layer batches are resident now: while no prompt is processed, more fit in the memory of its activations."""
 
-import dataclasses
 import logging
 from collections.abc import Iterable
 
@@ -9,6 +8,8 @@ from layerstream.pipeline.planning.plan import Plan
 __all__ = ["Residency"]
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 4  # layer batches in a log line
 
 
 class Residency:
@@ -36,12 +37,28 @@ class Residency:
             self._decoding = plan.while_decoding()
             self._extra_bytes = _resident_bytes(self._decoding) - _resident_bytes(plan)
 
-    def drop_decode_residents(self, why: BaseException) -> None:
-        """Continue without decode residents, for which there is no memory after all."""
-        logger.warning("layers that would stay while decoding are streamed: %s", why)
-        self.replace(
-            dataclasses.replace(self._plan, decode_residents=()), request_bytes=self._request_bytes
+    def refused(self, plan: Plan, why: BaseException, *, instead: Plan) -> None:
+        """The system has no memory for the residents of ``plan``. Until the next plan they are not asked for again.
+
+        Args:
+            plan: From ``plan_for``.
+            why: The refusal.
+            instead: The plan that is in effect.
+        """
+        kept = {batch.index for batch in instead.batches if not batch.streamed}
+        lost = [b.label for b in plan.batches if not b.streamed and b.index not in kept]
+        logger.warning(
+            "%d of the layer batches that would stay %s are streamed: %s (%s)",
+            len(lost),
+            "in memory" if plan is self._plan else "while no prompt is processed",
+            ", ".join(lost[:_NAMED]) + (" ..." if len(lost) > _NAMED else ""),
+            why,
         )
+        if plan is self.first:
+            self.first = instead
+        if plan is self._plan:
+            self._plan = instead
+        self._decoding, self._extra_bytes = self._plan, 0
 
     def plan_for(self, demands: Iterable[int | None]) -> Plan:
         """The plan for a sweep while requests run that need so many bytes each; None: unknown."""

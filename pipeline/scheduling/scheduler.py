@@ -22,7 +22,7 @@ from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices.protocol import Device
-from layerstream.stages.errors import ClosedError, DeviceError, echo_of
+from layerstream.stages.errors import ClosedError, DeviceError, copy_of, echo_of
 
 __all__ = ["SweepScheduler"]
 
@@ -128,8 +128,7 @@ class SweepScheduler(PassStates):
             try:
                 await self._pipeline.adopt(plan)
             except DeviceError as error:  # the memory is fragmented, or others have taken it
-                self.residency.drop_decode_residents(error)
-                return
+                self.residency.refused(plan, error, instead=self._pipeline.plan)
 
     def _placement(self) -> Plan:
         return self.residency.plan_for(self._demands(self._waiting))
@@ -181,7 +180,7 @@ class SweepScheduler(PassStates):
 
     def _fail(self, error: BaseException) -> None:
         self._fail_waiting(error)
-        self._between_sweeps.fail(error)
+        self._between_sweeps.fail(copy_of(error))
 
     async def aclose(self) -> None:
         """Stop. Passes under way get a ClosedError when they next want a batch."""

@@ -10,10 +10,9 @@ disk ──> [read] ──queue──> [transfer] ──queue──> [compute] �
 import asyncio
 import functools
 import logging
-import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -23,7 +22,7 @@ from layerstream.pipeline.streaming.supervision import run_stages
 from layerstream.pipeline.streaming.sweep_log import SweepLog
 from layerstream.pipeline.streaming.switching import check_compatible, swap_residents
 from layerstream.stages.channel import Channel
-from layerstream.stages.compute import Batch, Sweep
+from layerstream.stages.compute import Batch, Handover, Sweep
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
 from layerstream.stages.experts.store import ExpertStore
@@ -33,7 +32,7 @@ from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import Once, finish_in_thread
+from layerstream.stages.threads import Lifetime, finish_in_thread
 from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline"]
@@ -70,15 +69,19 @@ class Pipeline:
         self.plan = plan
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
-        self._current: weakref.ref[Sweep] | None = None
+        self._current: Handover | None = None  # of the sweep under way
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
         self._acquire = functools.partial(
             self._resources.acquire, plan, device=device, reader=reader, guard=guard
         )
-        self._closed = False
         self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
-        self._closing = Once()
+        self._lifetime = Lifetime(
+            "the pipeline",
+            again="make a new one from the same plan",
+            opens=self._open,
+            closes=self._close,
+        )
         self._opened_at = time.perf_counter()
 
     # -- opening and closing ---------------------------------------------------------------------
@@ -101,17 +104,14 @@ class Pipeline:
         Raises:
             CheckpointError: The files are not those of the plan.
             DeviceError: The device is not there, or does not have the memory.
+            ClosedError: It was opened before, or is closed meanwhile.
         """
-        if self._stages is not None or self._closed:
-            raise ClosedError("a pipeline is opened once; make a new one from the same plan")
+        await self._lifetime.open()
+
+    async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        try:
-            # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
-            await finish_in_thread(self._acquire)
-        except BaseException:
-            await finish_in_thread(self._resources.close)
-            raise
+        # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
+        await finish_in_thread(self._acquire)
         self._start_stages()
         self._opened_at = time.perf_counter()
         logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
@@ -152,20 +152,24 @@ class Pipeline:
         )
 
     async def aclose(self) -> None:
-        """Stop the stages, wait for calls that cannot be stopped, free everything. Any task may call it, and again."""
-        self._closed = True
-        await self._closing.run(self._close)
+        """Stop the stages and free everything, after the calls that cannot be stopped have returned.
+
+        May be called again, by several tasks, and while the pipeline is being opened, which that ends.
+        """
+        await self._lifetime.close()
 
     async def _close(self) -> None:
-        if self._stages is not None:
-            self._resources.reader.interrupt()
-            self._stages.cancel()
-            await asyncio.wait([self._stages])
-            if (sweep := self._current_sweep()) is not None:
-                sweep.end()
-            async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
-                await self._route.empty()
-        await finish_in_thread(self._resources.close)
+        try:
+            if self._stages is not None:
+                self._resources.reader.interrupt()
+                self._stages.cancel()
+                await asyncio.wait([self._stages])
+                if self._current is not None:
+                    self._current.closed = True  # its batch is dropped with all others
+                async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
+                    await self._route.empty()
+        finally:
+            await finish_in_thread(self._resources.close, without_thread=True)
 
     def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.
@@ -186,30 +190,23 @@ class Pipeline:
             )
         self._route.redirect(order)
         self._sweep_log.loading = not self._resources.residents.complete
-        sweep = Sweep(
-            order=order,
+        self._current = handover = Handover(
             route=self._route,
             source=self._ready,
             device=self._resources.device,
             clock=self._compute_clock,
-            on_end=self._ended,
-            on_drop=self._dropped,
         )
-        self._current = weakref.ref(sweep)
-        return sweep
+        return Sweep(order=order, handover=handover, on_end=self._ended, on_drop=self._dropped)
 
     def _check_idle(self) -> None:
-        if self._stages is None or self._closed:
+        if self._stages is None or self._lifetime.closed:
             raise ClosedError("the pipeline is not open; use it inside `async with`")
-        if self._adopting.locked() or self._current_sweep() is not None:
+        self._end_dropped()
+        if self._adopting.locked() or self._current is not None:
             raise BusyError(
                 "a sweep is under way on this pipeline; finish or close it first, or share sweeps "
                 "through StreamedModel"
             )
-
-    def _current_sweep(self) -> Sweep | None:
-        """The sweep under way. The reference is weak, so that a sweep dropped without being closed is noticed."""
-        return self._current() if self._current is not None else None
 
     async def run(
         self, compute: Callable[[Batch, T], T], state: T, *, route: Sequence[int] | None = None
@@ -234,7 +231,8 @@ class Pipeline:
                 try:
                     state = await self._resources.compute_threads.run(step, batch, state)
                 finally:
-                    sweep.give_back(after)
+                    sweep.give_back(after or None)
+                    after.clear()
         return state
 
     async def adopt(self, plan: Plan) -> None:
@@ -281,8 +279,6 @@ class Pipeline:
         )
 
     def _ended(self, sweep: Sweep) -> None:
-        if self._current_sweep() not in (None, sweep):
-            return  # it was dropped in another thread, and the next sweep began before this was called
         self._current = None
         if sweep.complete:
             self._sweep_log.count(sweep, self.plan.prediction)
@@ -290,11 +286,15 @@ class Pipeline:
             # The next sweep most likely begins at the first batch, so drop the rest of this one.
             self._route.restart()
 
-    def _dropped(self, sweep: Sweep) -> None:
-        """End a sweep that was left without being closed. Its finalizer runs in the thread that dropped it."""
-        if self._loop.is_closed():
-            return
-        if threading.get_ident() == self._thread:
-            sweep.end()
-        else:
-            self._loop.call_soon_threadsafe(sweep.end)
+    def _dropped(self) -> None:
+        """A sweep was dropped: its finalizer runs in any thread, so the sweep is ended on the event loop."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end_dropped)
+
+    def _end_dropped(self) -> None:
+        """End the sweep under way if it was dropped without being closed."""
+        handover = self._current
+        if handover is not None and handover.abandoned and not handover.closed:
+            handover.closed, self._current = True, None
+            handover.give_back()
+            self._route.restart()

@@ -29,22 +29,31 @@ async def run_stages(
         try:
             await stage
         except BaseExceptionGroup as group:
+            _forget_locals(group)
             if not ready.closed:  # otherwise this is a consequence of an earlier error
-                error = _first_error(group)
-                _forget_locals(error)
                 # Now, since the other stages end only when their threads have finished their calls.
-                ready.close(error)
+                _close(ready, group)
                 interrupt()
-            raise
+        raise _StageFailed
 
     try:
         async with asyncio.TaskGroup() as tasks:
             for stage in stages:
                 tasks.create_task(run(stage))
-    except BaseExceptionGroup:
-        pass  # the caller gets the error from ``ready``
+    except BaseExceptionGroup as group:  # the caller gets the error from ``ready``
+        _forget_locals(group)
     finally:
         ready.close(ClosedError("the pipeline was closed"))
+
+
+class _StageFailed(Exception):  # noqa: N818 - ends the other stages, and reaches nobody
+    pass
+
+
+def _close(ready: Channel[InFlight], group: BaseExceptionGroup[BaseException]) -> None:
+    error = _first_error(group)
+    _forget_locals(error)
+    ready.close(error)
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -56,7 +65,10 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _forget_locals(error: BaseException | None) -> None:
-    """Drop the local variables in the traceback of ``error``: views of slots, which would keep an arena mapped."""
+    """Drop the local variables in the traceback of ``error``.
+
+    They are views of slots, which would keep an arena mapped, and errors, which would keep themselves.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,10 +1,10 @@
 """Leases of cells: what a pass holds while it computes with experts."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from layerstream.stages.errors import copy_of
 from layerstream.stages.experts.cells import Cell, CellRegion
 
 __all__ = ["ExpertGroup", "Lease"]
@@ -66,19 +66,10 @@ class Lease:
         began = time.perf_counter()
         for cell in self._cells:
             if (error := cell.loaded.exception()) is not None:
-                raise _copy_of(error)
+                raise copy_of(error)
         self._on_wait(time.perf_counter() - began)
 
     def release(self) -> None:
         """Give the cells back; the work that reads them is done. May be called again."""
         cells, self._cells = self._cells, []
         self._on_release(self.region, cells)
-
-
-def _copy_of(error: BaseException) -> BaseException:
-    """``error`` for one of the passes that wait for an expert: one object raised repeatedly collects tracebacks and notes."""
-    copied = copy.copy(error)
-    copied.__cause__ = error.__cause__
-    if notes := getattr(error, "__notes__", ()):
-        copied.__notes__ = [*notes]
-    return copied

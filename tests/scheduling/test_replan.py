@@ -18,6 +18,7 @@ from layerstream.pipeline import (
     AdmissionError,
     Budget,
     ClosedError,
+    DeviceError,
     Plan,
     PlanError,
     StreamedModel,
@@ -110,6 +111,34 @@ def test_a_prompt_gets_the_memory_back_before_it_is_processed(folder: Path) -> N
             assert model._pipeline.plan is model.plan
 
     run(scenario(), seconds=100)
+
+
+def test_residents_that_the_system_refuses_are_asked_for_once_and_named(
+    folder: Path, expected: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> list[str]:
+        async with model_with(folder, host=await smallest_host_bytes(folder) + 8 * MIB) as model:
+            plan = model.plan
+            assert plan.decode_residents
+            assert not all(batch.streamed for batch in plan.batches)
+            device, refused = model._scheduler.device, []
+
+            def refuse(nbytes: int) -> Any:
+                refused.append(nbytes)
+                raise DeviceError("no memory")
+
+            device.host_memory = refuse  # type: ignore[method-assign]
+            for _ in range(2):
+                ids = await model.generate(input_ids=PROMPT, max_new_tokens=12, **GREEDY)
+                assert torch.equal(ids, expected)
+            assert len(refused) == 2  # residents while decoding, then those that always stay
+            return [batch.label for batch in plan.batches if not batch.streamed]
+
+    kept = run(scenario(), seconds=100)
+    decoding, always = [r.message for r in caplog.records if "are streamed" in r.message]
+    assert "would stay while no prompt is processed" in decoding
+    assert f"{len(kept)} of the layer batches that would stay in memory are streamed" in always
+    assert kept[0] in always
 
 
 @asynccontextmanager

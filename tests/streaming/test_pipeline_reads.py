@@ -79,6 +79,34 @@ def test_residents_are_read_once(checkpoint):
     run(main())
 
 
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "fake"])
+@pytest.mark.parametrize("side", ["on_host", "on_device"])
+def test_tensors_of_residents_are_made_once(checkpoint, hardware, side):
+    folder, _ = checkpoint
+    plan = arranged(plan_for(folder, hardware), slots=3, **{side: (1, 4)})
+
+    async def main():
+        device = None if hardware is CPU else FakeDevice()
+        async with Pipeline(plan, device=device) as pipeline:
+            sweeps = [
+                {batch.index: dict(batch.tensors) async for batch in pipeline.sweep()}
+                for _ in range(3)
+            ]
+            kept = [
+                index
+                for index, tensors in sweeps[0].items()
+                if all(
+                    each[index][name] is tensor
+                    for each in sweeps
+                    for name, tensor in tensors.items()
+                )
+            ]
+            # Of residents in host memory, the images on the device stream.
+            assert kept == ([1, 4] if hardware is CPU or side == "on_device" else [])
+
+    run(main())
+
+
 def test_a_resident_that_was_dropped_under_way_is_loaded_by_a_later_sweep(checkpoint):
     folder, expected = checkpoint
     plan = arranged(plan_for(folder, GPU), on_device=range(0, BATCHES, 2), slots=2)

@@ -2,12 +2,16 @@
 
 import asyncio
 import gc
+import random
+import threading
 
 import pytest
 import torch
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
+from support.faults import Gate
 from support.loop import run, turns
+from support.sweeping import wrong_tensors
 
 from layerstream.pipeline import ClosedError, Pipeline
 
@@ -116,6 +120,65 @@ def test_after_a_sweep_that_was_left_early_the_next_one_is_whole(checkpoint, lea
                 assert seen == list(range(BATCHES))
 
     run(main())
+
+
+class SlowFinalizer:
+    """Keeps the garbage collector from the finalizers of later objects until ``gate`` is opened."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def __del__(self):
+        self.gate()
+
+
+async def drop_in_a_cycle(pipeline, at, gate):
+    """Fail at batch ``at`` of a sweep, and leave the traceback, and with it the sweep, to the garbage collector."""
+    first = SlowFinalizer(gate) if gate else None
+    sweep = pipeline.sweep()
+    try:
+        async for batch in sweep:
+            _ = 1 // (at - batch.index)
+    except ZeroDivisionError as error:
+        sweep.cycle = error, first  # the traceback refers to this frame, and so to the sweep
+
+
+@pytest.mark.parametrize("finalizers", ["have run", "have yet to run"])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sweep_that_the_garbage_collector_ends_in_another_thread_leaves_the_next_one_whole(
+    checkpoint, seed, finalizers
+):
+    folder, expected = checkpoint
+    chance = random.Random(seed)
+
+    async def main():
+        plan = arranged(plan_for(folder, CPU), slots=2)
+        async with Pipeline(plan) as pipeline:
+            for _ in range(5):
+                with Gate() as gate:
+                    held = gate if finalizers == "have yet to run" else None
+                    await drop_in_a_cycle(pipeline, chance.randrange(BATCHES), held)
+                    collecting = threading.Thread(target=gc.collect)
+                    collecting.start()
+                    if held:
+                        gate.reached.wait()
+                    else:
+                        collecting.join()
+                    sweep = pipeline.sweep()  # before the event loop's next turn
+                    gate.open()
+                    collecting.join()
+                seen = []
+                async for batch in sweep:
+                    assert wrong_tensors(batch, expected) == []
+                    seen.append(batch.index)
+                assert seen == list(range(BATCHES))
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(main())
+    finally:
+        gc.enable()
 
 
 def test_an_ended_sweep_gives_no_more_batches(checkpoint):

@@ -53,13 +53,17 @@ def _maps() -> set[int]:
 
 
 @contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Fail if the body leaves a thread of ours, a descriptor, or a map (arenas and files alike)."""
+def nothing_left_behind(*, collect: bool = True) -> Iterator[None]:
+    """Fail if the body leaves a thread of ours, a descriptor, or a map (arenas and files alike).
+
+    Args:
+        collect: Allow for maps that the garbage collector finds.
+    """
     descriptors, maps = _descriptors(), _maps()
     yield
     assert our_threads() == []
     left = {name: at for name, at in _descriptors().items() if descriptors.get(name) != at}
     assert left == {}
-    if not _maps() <= maps:
+    if collect and not _maps() <= maps:
         gc.collect()  # an exception and its frames may be a cycle
     assert _maps() <= maps, "a map was left behind"
