@@ -194,17 +194,24 @@ class StreamedModel:
         """
         return await self._open_engine().generate(inputs, named)
 
-    async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
+    def check(self, *inputs: Any, **named: Any) -> int:
+        """Bytes that such a ``generate`` would reserve; raises what it would before it begins. May be called in any thread."""
+        return self._open_engine().check(inputs, named)
+
+    async def stream(
+        self, *inputs: Any, on_begin: Callable[[], None] | None = None, **named: Any
+    ) -> AsyncIterator[int]:
         """Generate one sequence, and yield the id of each new token as soon as it is made.
 
         Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer does
-        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them.
+        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them. ``on_begin`` is called when
+        it has its memory and begins.
 
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = token_streamer(asyncio.get_running_loop(), tokens)
+        streamer = token_streamer(asyncio.get_running_loop(), tokens, on_begin)
         generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
         generating.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
@@ -282,13 +289,7 @@ class StreamedModel:
     def generate_here(
         self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any
     ) -> T:
-        """Generate in the calling thread, which is not that of the event loop. For the drop-in.
-
-        Args:
-            call: Returns what to call, given a clone of the module tree.
-            inputs: Positional arguments for that.
-            named: Keyword arguments for that.
-        """
+        """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
         assert self._engine is not None  # noqa: S101
         result: T = self._engine.generate_here(call, inputs, named)
         return result

@@ -24,7 +24,10 @@ from layerstream.tools.serving import connections, request_body  # noqa: E402
 from layerstream.tools.serving.errors import ApiError  # noqa: E402
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
 
-CLOSING = f"Host: x\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
+CLOSING = (
+    f"Host: localhost\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
+    "Content-Type: application/json\r\n"
+)
 
 
 def post(body: bytes, headers: str = "", path: str = COMPLETIONS) -> bytes:
@@ -218,9 +221,10 @@ async def read(receive: Any, kind: Any = CompletionRequest) -> Any:
         return await asyncio.to_thread(function, *args)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    return await request_body.read_request(
+    request, _ = await request_body.read_request(
         Request(scope, receive), kind, max_bytes=1 << 20, in_thread=in_thread
     )
+    return request
 
 
 def test_an_incomplete_body_gets_a_timeout(

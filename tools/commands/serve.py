@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import gc
 import importlib
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from layerstream.tools.console.arguments import (
     add_model_arguments,
     byte_count,
     non_negative_int,
+    positive_float,
     positive_int,
 )
 from layerstream.tools.console.token_text import load_tokenizer
@@ -55,6 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's"
     )
+    parser.add_argument(
+        "--response-template",
+        type=Path,
+        metavar="FILE",
+        help="JSON that tells reasoning and tool calls from text, as transformers takes it, instead of the model's",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may use it from a browser, such as https://example.org; * is any (may be repeated)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="by which clients may address it (default: names of this machine on 127.0.0.1, any elsewhere)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
+    )
     _add_limits(parser)
     add_model_arguments(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
@@ -65,7 +90,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     for name, default, meaning in (
         ("--concurrent", 4, "answers whose memory is reserved, each with:"),
         ("--prompt-tokens", 512, "tokens of its prompt"),
-        ("--new-tokens", 256, "tokens after it; also a chat's limit where the client sets none"),
+        ("--new-tokens", 256, "tokens after it"),
         ("--max-answers", 64, "under way or waiting; more are told to come back later (429)"),
     ):
         parser.add_argument(
@@ -83,6 +108,26 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="of a request (default: 1MiB)",
     )
     parser.add_argument(
+        "--keep-alive-seconds",
+        type=positive_float,
+        default=10.0,
+        metavar="N",
+        help="after which a client that waits gets a comment or a blank (default: 10)",
+    )
+    parser.add_argument(
+        "--stall-seconds",
+        type=positive_float,
+        default=600.0,
+        metavar="N",
+        help="after which /health reports that nothing moves (default: 600)",
+    )
+    parser.add_argument(
+        "--throttle",
+        type=byte_count,
+        metavar="SIZE",
+        help="read at most this many bytes per second",
+    )
+    parser.add_argument(
         "--shutdown-seconds",
         type=non_negative_int,
         default=30,
@@ -93,6 +138,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    # Before torch is loaded. Threads of OpenMP that wait would spin, beside requests and other processes that compute: with two
+    # cores and others at work, one request took five times the time and the processor time; four at once took the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     try:
@@ -111,7 +159,10 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise ModelError(f"{path} has no tokenizer, which a service needs to read and write text.")
-    if args.bind not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
+    from layerstream.tools.serving.prompts import check_template
+
+    check_template(tokenizer, template)
+    if not _on_loopback(args) and args.api_key is None:
         logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
@@ -131,9 +182,16 @@ async def _serve(
         model_name=args.served_model_name or _default_name(args.model),
         api_key=args.api_key,
         chat_template=template,
+        concurrent=args.concurrent,
         new_tokens=args.new_tokens,
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
+        keep_alive_seconds=args.keep_alive_seconds,
+        stall_seconds=args.stall_seconds,
+        response_template=_json(args.response_template),
+        strict=args.strict,
+        hosts=_hosts(args),
+        origins=frozenset(args.allow_origin),
     )
     opening = StreamedModel.open(
         path,
@@ -145,6 +203,7 @@ async def _serve(
             new_tokens=args.new_tokens,
         ),
         reader=args.reader,
+        throttle_bytes_per_second=args.throttle,
     )
     # Opening the model takes seconds, so an address in use is reported before; until the socket listens,
     # connections are refused.
@@ -158,6 +217,27 @@ async def _serve(
             gc.collect()
             gc.freeze()
             await Server(app, listener, args).serve(sockets=[listener])
+
+
+def _json(path: Path | None) -> Any:
+    """The content of a JSON file, if one is given."""
+    try:
+        return None if path is None else json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}.") from error
+
+
+def _on_loopback(args: argparse.Namespace) -> bool:
+    return args.bind in ("127.0.0.1", "::1", "localhost")
+
+
+def _hosts(args: argparse.Namespace) -> frozenset[str] | None:
+    """The names by which clients may address the service; None for any."""
+    from layerstream.tools.serving.access import LOOPBACK_HOSTS
+
+    if not _on_loopback(args) and not args.allow_host:
+        return None
+    return LOOPBACK_HOSTS | {args.bind, *args.allow_host}
 
 
 def _bind(address: str, port: int) -> socket.socket:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+import math
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive
 
 from layerstream.pipeline import (
@@ -16,20 +18,28 @@ from layerstream.pipeline import (
     ReadError,
     StreamedModel,
 )
+from layerstream.tools.serving.answer_parser import AnswerParser
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
-from layerstream.tools.serving.event_stream import EventStream, Send
-from layerstream.tools.serving.generation import Choice, generate_text
+from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
+from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
+from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.monitoring import Metrics, Movement, Timeline
+from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
-from layerstream.tools.serving.sampling import sampling_options
+from layerstream.tools.serving.sampling import end_tokens, logits_processors, sampling_options
 
 __all__ = ["Answers"]
 
 logger = logging.getLogger(__name__)
 
-# Retry-After of a refused request: the time of some tokens with weights from disk.
-_RETRY_AFTER_SECONDS = 5
+# How long the beginning of a response waits for the first token: an error that comes at once has a status of its own.
+_EARLY_ERROR_SECONDS = 0.2
+# OpenAI's default for text completions.
+_COMPLETION_TOKENS = 16
+# Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
+_MAX_RETRY_SECONDS = 600
 
 ApiRequest = ChatRequest | CompletionRequest
 
@@ -41,22 +51,41 @@ class Answers:
         model: The model, open.
         tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
+        limits: How many tokens a request may have.
+        response_template: Tells the parts of a chat's answer; None if the model has none.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
+        keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
     Attributes:
         failure: Why streaming failed last, or that the server is shutting down; None if it works.
         open: Number of answers that run or wait.
+        movement: Tells how long nothing has moved.
+        metrics: For Prometheus.
     """
 
     def __init__(
-        self, model: StreamedModel, tokenizer: Any, prompts: Prompts, *, max_answers: int
+        self,
+        model: StreamedModel,
+        tokenizer: Any,
+        prompts: Prompts,
+        limits: Limits,
+        *,
+        response_template: Any | None,
+        max_answers: int,
+        keep_alive_seconds: float,
     ) -> None:
         self.failure: str | None = None
+        self.movement = Movement(model)
+        self.metrics = Metrics(model, self.movement, open_answers=lambda: self.open)
         self._stopped = False
         self._model = model
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._limits = limits
+        self._response_template = response_template
         self._max_answers = max_answers
+        self._keep_alive_seconds = keep_alive_seconds
+        self._running: set[Progress] = set()  # one for each request that is counted in ``open``
         self.open = 0
         self._tasks: set[asyncio.Task[None]] = set()  # one for each request
 
@@ -75,19 +104,22 @@ class Answers:
             ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
         response = ResponseBuilder(request)
-        if not request.stream:
-            await self._run_while_connected(self._generate(request, response, _discard), receive)
-            return JSONResponse(response.complete())
+        progress = Progress(self._model)
+        keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
-        async def stream(send: Send) -> None:
-            async def emit(chunks: Sequence[dict[str, Any]]) -> None:
-                for chunk in chunks:
-                    await send(chunk)
+        async def complete() -> dict[str, Any]:
+            generating = self._generate(request, response, progress, _discard)
+            await self._run_while_connected(generating, receive)
+            return response.complete()
 
-            await self._run_while_connected(self._generate(request, response, emit), receive)
+        async def stream(emit: Emit) -> None:
+            generating = self._generate(request, response, progress, emit)
+            await self._run_while_connected(generating, receive)
             await emit(response.last_chunks())
 
-        return EventStream(stream)
+        if request.stream:
+            return EventStream(stream, keep_alive=keep_alive)
+        return LateJson(complete, keep_alive=keep_alive)
 
     async def _run_while_connected(
         self, generating: Coroutine[Any, Any, None], receive: Receive
@@ -124,32 +156,46 @@ class Answers:
         return client_error
 
     async def _generate(
-        self, request: ApiRequest, response: ResponseBuilder, emit: "_Emit"
+        self, request: ApiRequest, response: ResponseBuilder, progress: Progress, emit: Emit
     ) -> None:
         """Generate all answers to a request, and pass the chunks of each token to ``emit``."""
+        came = asyncio.Event()
 
-        async def generate(choice: Choice) -> None:
-            pieces = generate_text(self._model, self._tokenizer, choice)
+        async def begin(count: int) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_EARLY_ERROR_SECONDS):
+                    await came.wait()
+            await emit(response.start(prompts, choices=count))
+
+        async def generate(choice: Choice, begun: asyncio.Task[None]) -> None:
+            timeline = Timeline(self.metrics)
+            pieces = generate_text(self._model, self._tokenizer, choice, on_begin=timeline.begun)
             async with aclosing(pieces):
                 async for piece in pieces:
+                    came.set()
+                    await begun
                     if not self._stopped:
                         self.failure = None
+                    if piece.tokens:
+                        timeline.token()
+                    progress.count(choice.index, piece.tokens)
                     await emit(response.add(piece))
 
-        with self._counted_as_open(request.answers):
+        with self._counted_as_open(request.answers, progress):
             prompts = await self._prompts.token_ids(request)
-            choices = self._choices(request, prompts)
-            response.start(prompts, choices=len(choices))
+            choices = await self._prompts.in_thread(self._choices, request, prompts)
+            progress.start([choice.new_tokens for choice in choices])
             try:
                 async with asyncio.TaskGroup() as group:
+                    begun = group.create_task(begin(len(choices)))
                     for choice in choices:
-                        group.create_task(generate(choice))
+                        group.create_task(generate(choice, begun))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
     @contextmanager
-    def _counted_as_open(self, count: int) -> Iterator[None]:
-        """Count ``count`` more answers as open while the block runs."""
+    def _counted_as_open(self, count: int, progress: Progress) -> Iterator[None]:
+        """Count ``count`` more answers as open while the block runs; ``progress`` is that of their request."""
         if self._stopped:
             raise ApiError(503, STOPPED)
         if count > self._max_answers:
@@ -157,41 +203,76 @@ class Answers:
                 400, f"{count} answers are asked for; this server takes {self._max_answers}."
             )
         if self.open + count > self._max_answers:
+            seconds = min((each.seconds_to_end for each in self._running), default=0.0)
+            seconds = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
             raise ApiError(
                 429,
                 f"The server has {self.open} answers under way or waiting, and takes {self._max_answers}; "
-                "try again later.",
+                f"the next one is expected to end within {seconds} s.",
                 code="queue_full",
-                headers={"Retry-After": str(_RETRY_AFTER_SECONDS)},
+                headers={"Retry-After": str(seconds)},
             )
         self.open += count
+        self._running.add(progress)
         try:
             yield
         finally:
             self.open -= count
+            self._running.discard(progress)
 
     def _choices(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """The answers to generate, ordered by prompt."""
+        settings = self._model.module.generation_config
+        self._prompts.check_tokens([*request.biases, *request.stop_token_ids])
         answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
-        return [
+        choices = [
             Choice(
                 index=index,
                 prompt=prompt,
-                new_tokens=self._prompts.new_tokens(request, prompt),
+                new_tokens=self._new_tokens(request, prompt),
                 stops=request.stops,
+                ends=end_tokens(request, settings),
                 sampling=sampling_options(
-                    request,
-                    self._model.module.generation_config,
-                    device=self._model.plan.device,
-                    number=number,
-                    prompt_tokens=len(prompt),
+                    request, settings, device=self._model.plan.device, number=number
                 ),
+                processors=logits_processors(request, prompt_tokens=len(prompt)),
+                logprobs=request.logprob_count,
+                echo=self._echo(request, index // request.n, prompt),
+                new_parser=self._parser(request, prompt),
             )
             for index, (prompt, number) in enumerate(answers)
         ]
+        for choice in choices[:: request.n]:
+            # What is refused for good has a status of its own, since nothing was sent yet.
+            self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
+        return choices
 
+    def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
+        chat, asked = isinstance(request, ChatRequest), request.max_new_tokens
+        if not chat and asked is None:
+            asked = min(_COMPLETION_TOKENS, max(1, self._limits.context - len(prompt)))
+        param = "messages" if chat else "prompt"
+        return self._limits.new_tokens(len(prompt), asked=asked, param=param)
 
-_Emit = Callable[[Sequence[dict[str, Any]]], Awaitable[None]]
+    def _parser(
+        self, request: ApiRequest, prompt: Sequence[int]
+    ) -> Callable[[], AnswerParser] | None:
+        """Makes the parsers of answers to a chat, if the model has a response template."""
+        if not isinstance(request, ChatRequest) or self._response_template is None:
+            return None
+        prefix = str(self._tokenizer.decode(prompt))
+        return partial(
+            AnswerParser, self._response_template, prefix=prefix, tools=request.offered_tools
+        )
+
+    def _echo(self, request: ApiRequest, number: int, prompt: Sequence[int]) -> str | None:
+        """The text of prompt ``number`` if the answer begins with it."""
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return None
+        given = request.prompt if isinstance(request.prompt, str) else request.prompt[number]
+        if isinstance(given, str):
+            return given
+        return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
 
 
 async def _discard(_: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ scheduling here: the library decides when each of them computes, and in how much
 """
 
 import hmac
+import logging
+import re
 import time
 from typing import Any
 
@@ -14,15 +16,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from layerstream.pipeline import StreamedModel
-from layerstream.tools.metrics import StatsCollector
+from layerstream.tools.serving.access import AccessControl
+from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
-from layerstream.tools.serving.prompts import Prompts, context_tokens
+from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.monitoring import Traced
+from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
 from layerstream.tools.serving.settings import Settings
 
 __all__ = ["make_app"]
+
+logger = logging.getLogger(__name__)
+
+# Limits for unknown fields that are named, in a response and in all of the log.
+_MAX_IGNORED = 20
+_MAX_LOGGED = 200
 
 
 def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -30,24 +41,29 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
     ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
     """
+    response_template = find_response_template(tokenizer, model.module, settings.response_template)
     prompts = Prompts(
         tokenizer,
         chat_template=settings.chat_template,
-        context=context_tokens(model.module.config),
+        response_template=response_template,
         vocabulary=model.module.get_input_embeddings().weight.shape[0],
-        new_tokens=settings.new_tokens,
     )
-    answers = Answers(model, tokenizer, prompts, max_answers=settings.max_answers)
-    registry = prometheus_client.CollectorRegistry()
-    registry.register(StatsCollector(model.stats))
-    open_answers = prometheus_client.Gauge(
-        "layerstream_open_answers", "Answers that run or wait", registry=registry
+    limits = Limits(model, requests=settings.concurrent, new_tokens=settings.new_tokens)
+    answers = Answers(
+        model,
+        tokenizer,
+        prompts,
+        limits,
+        response_template=response_template,
+        max_answers=settings.max_answers,
+        keep_alive_seconds=settings.keep_alive_seconds,
     )
-    open_answers.set_function(lambda: answers.open)
-    routes = Routes(answers, prompts, registry, settings)
+    routes = Routes(answers, prompts, limits, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
+    app.add_middleware(Traced, metrics=answers.metrics)
+    app.add_middleware(AccessControl, hosts=settings.hosts, origins=settings.origins)
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
@@ -70,14 +86,15 @@ class Routes:
         self,
         answers: Answers,
         prompts: Prompts,
-        registry: prometheus_client.CollectorRegistry,
+        limits: Limits,
         settings: Settings,
     ) -> None:
         self._answers = answers
         self._prompts = prompts
-        self._registry = registry
+        self._limits = limits
         self._settings = settings
         self._created = int(time.time())
+        self._ignored: set[str] = set()  # fields whose names were logged
 
     async def check_key(self, request: Request) -> None:
         """Raise an ApiError if the service has an API key and the request does not."""
@@ -95,13 +112,16 @@ class Routes:
 
     async def health(self) -> Response:
         """Report whether requests can be answered."""
-        if self._answers.failure is None:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
+        if self._answers.failure is not None:
+            return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
+        if (seconds := self._answers.movement.still_seconds()) > self._settings.stall_seconds:
+            message = f"Requests run, but nothing has moved for {seconds:.0f} s."
+            return JSONResponse({"status": "stalled", "message": message}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:
         """Return counters and gauges for Prometheus."""
-        text = prometheus_client.generate_latest(self._registry)
+        text = self._answers.metrics.text()
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:
@@ -117,7 +137,14 @@ class Routes:
                 param="model",
                 code="model_not_found",
             )
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "layerstream"}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "layerstream",
+            "context_length": self._limits.context,
+            "max_model_len": self._limits.context,
+        }
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -131,8 +158,26 @@ class Routes:
         self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> Response:
         limit = self._settings.max_body_bytes
-        api_request = await read_request(
-            request, kind, max_bytes=limit, in_thread=self._prompts.in_thread
+        api_request, ignored = await read_request(
+            request,
+            kind,
+            max_bytes=limit,
+            in_thread=self._prompts.in_thread,
+            strict=self._settings.strict,
         )
         await self.model(api_request.model)
-        return await self._answers.answer(api_request, request.receive)
+        response = await self._answers.answer(api_request, request.receive)
+        if ignored:
+            response.headers["X-Ignored-Fields"] = self._ignored_names(ignored)
+        return response
+
+    def _ignored_names(self, paths: list[str]) -> str:
+        """The names of ignored fields for a header; those that are new are logged."""
+        # What a client sends may be anything; a header may not.
+        names = sorted({re.sub(r"\[\d+\]", "", path) for path in paths})
+        names = [name for name in names if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
+        for name in names[:_MAX_IGNORED]:
+            if name not in self._ignored and len(self._ignored) < _MAX_LOGGED:
+                self._ignored.add(name)
+                logger.warning("clients send '%s', which has no effect here", name)
+        return ", ".join(names[:_MAX_IGNORED])
