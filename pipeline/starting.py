@@ -46,14 +46,9 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
-    bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
-    if assembly.tiles is not None:
-        resources.callback(assembly.tiles.close)
     guard = ReadGuard(options.hanging_read_seconds)
     resources.callback(guard.close)
-    for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
-        resources.callback(table.close)
-    move_buffers(module, device.torch_device)
+    bindings = await _prepare(opening, device, resources, guard)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
@@ -99,6 +94,20 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
     return Runtime(pipeline=pipeline, scheduler=scheduler, engine=engine)
+
+
+async def _prepare(
+    opening: Opening, device: Device, resources: AsyncExitStack, guard: ReadGuard
+) -> list[Binding]:
+    """Put placeholders and tables into the module tree; returns what puts weights in their place."""
+    assembly, plan = opening.assembly, opening.plan
+    bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
+    if assembly.tiles is not None:
+        resources.callback(assembly.tiles.close)
+    for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
+        resources.callback(table.close)
+    move_buffers(opening.module, device.torch_device)
+    return bindings
 
 
 def _always_bound(assembly: Assembly, plan: Plan) -> list[int]:

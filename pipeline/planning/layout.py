@@ -14,6 +14,7 @@ from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
 from layerstream.pipeline.checkpoint.packed_form import PackedForm, packed_form
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
+from layerstream.pipeline.planning.tiles import TILES, tile_bytes
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
@@ -130,7 +131,17 @@ def planned_layers(
             names, experts = split_experts(checkpoint, names)
         tensors = tuple(map(source, names))
         planned.append(
-            PlannedLayer(name=layer.name, kind=layer.kind, tensors=tensors, experts=experts)
+            PlannedLayer(
+                name=layer.name,
+                kind=layer.kind,
+                tensors=tensors,
+                tile_bytes=TILES
+                * max(
+                    (tile_bytes(t.shape[0], t.packed.plain_bytes) for t in tensors if t.packed),
+                    default=0,
+                ),
+                experts=experts,
+            )
         )
     return tuple(layer for layer in planned if layer.tensors)
 

@@ -193,6 +193,12 @@ def _notes(problem: Problem, best: PricedCandidate) -> tuple[str, ...]:
         notes.append(
             "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
         )
+    if encodings := _encodings(problem.layers):
+        how = "tile by tile" if best.placement.on_cpu else "layer batch by layer batch"
+        notes.append(
+            f"weights stay packed ({', '.join(sorted(encodings))}) and are unpacked {how} in every pass, to what "
+            "transformers' from_pretrained computes with"
+        )
     return tuple(notes)
 
 

@@ -1,6 +1,6 @@
 """Tiles: the pieces in which packed matrices are unpacked. Pure."""
 
-__all__ = ["TILES", "tile_rows"]
+__all__ = ["TILES", "tile_bytes", "tile_rows"]
 
 TILES = 3
 """How many there are: as many forward passes as compute at once."""
@@ -18,3 +18,8 @@ def tile_rows(rows: int, columns: int, item_bytes: int) -> int:
     """
     wanted = _TILE_BYTES // max(1, columns * item_bytes)
     return min(rows, max(_ROW_MULTIPLE, wanted // _ROW_MULTIPLE * _ROW_MULTIPLE))
+
+
+def tile_bytes(rows: int, nbytes: int) -> int:
+    """Bytes of a tile of a matrix of ``rows``, which takes ``nbytes`` unpacked."""
+    return nbytes // rows * tile_rows(rows, nbytes // rows, 1) if rows else 0

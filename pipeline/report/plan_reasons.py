@@ -191,6 +191,8 @@ _LABELS = {
 
 
 def _label(name: str) -> str:
+    if name.startswith("unpacking "):
+        return name  # with the encoding's own name
     return _LABELS.get(name, name.replace("_", " "))
 
 

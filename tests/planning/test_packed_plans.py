@@ -1,0 +1,88 @@
+"""Plans for packed weights: bytes as stored, unpacking priced by encoding, tiles counted."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.plans import CPU
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.packed_form import packed_form
+from layerstream.pipeline.machine.measurement import Origin, UnpackingRate
+from layerstream.pipeline.planning.plan import Budget, Plan, Workload
+from layerstream.pipeline.planning.planner import make_plan
+from layerstream.pipeline.report.plan_report import report_plan
+
+ROWS, COLUMNS, LAYERS = 2048, 1024, 4
+CONFIG = (
+    '{"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100,'
+    ' "quantization_config": {"quant_method": "fp8"}}'
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    tensors = {}
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}.mlp.up_proj.weight"
+        tensors[stem] = torch.zeros(ROWS, COLUMNS, dtype=torch.float8_e4m3fn)
+        tensors[f"{stem}_scale_inv"] = torch.zeros(ROWS // 128, COLUMNS // 128)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(CONFIG)
+    return Checkpoint.open(tmp_path)
+
+
+def plan_at(checkpoint: Checkpoint, rate: float | None) -> Plan:
+    unpacking = () if rate is None else (UnpackingRate(encoding="fp8", bytes_per_second=rate),)
+    hardware = dataclasses.replace(CPU, unpacking=unpacking)
+    workload = Workload(prompt_tokens=8, new_tokens=8)
+    return make_plan(checkpoint, hardware, budget=Budget(host="64MiB"), workload=workload)
+
+
+def test_what_is_read_is_packed_and_what_is_computed_with_is_not(checkpoint: Checkpoint) -> None:
+    weight = checkpoint.tensors["model.layers.0.mlp.up_proj.weight"]
+    scale = checkpoint.tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    assert packed_form(checkpoint, weight) == ("fp8", 2 * ROWS * COLUMNS)
+    form = packed_form(checkpoint, scale)
+    assert form is not None
+    assert form.plain_bytes == 0
+    plan = plan_at(checkpoint, 1e9)
+    assert sum(batch.tensor_bytes for batch in plan.batches) == checkpoint.total_bytes
+
+
+def test_unpacking_takes_its_time_in_every_pass(checkpoint: Checkpoint) -> None:
+    slow, fast = plan_at(checkpoint, 1e8), plan_at(checkpoint, 1e12)
+    seconds = (
+        slow.prediction.decode.compute_seconds - fast.prediction.decode.compute_seconds,
+        slow.prediction.prefill.compute_seconds - fast.prediction.prefill.compute_seconds,
+    )
+    assert seconds == pytest.approx((checkpoint.total_bytes / 1e8,) * 2, rel=0.01)
+
+
+def test_an_unknown_rate_is_assumed_and_said_to_be(checkpoint: Checkpoint) -> None:
+    given = {each.name: each for each in plan_at(checkpoint, 1e9).inputs}["unpacking fp8"]
+    assert (given.value, given.origin) == (1e9, Origin.GIVEN)
+    assumed = {each.name: each for each in plan_at(checkpoint, None).inputs}["unpacking fp8"]
+    assert assumed.origin is Origin.ASSUMED
+
+
+def test_the_memory_of_tiles_is_reserved(checkpoint: Checkpoint) -> None:
+    plan = plan_at(checkpoint, 1e9)
+    tile = ROWS * COLUMNS * 2  # less than 8 MiB, so it is all of a matrix
+    assert max(batch.scratch_bytes for batch in plan.batches) == 3 * tile
+    assert plan.host_memory.reserved_bytes >= 3 * tile
+
+
+def test_the_report_says_what_stays_packed(checkpoint: Checkpoint) -> None:
+    text = report_plan(plan_at(checkpoint, 1e9))
+    assert "weights stay packed (fp8) and are unpacked tile by tile" in text
+    assert "unpacking fp8" in text
+
+
+def test_plain_weights_are_not_said_to_be_packed(tmp_path: Path) -> None:
+    save_file({"model.layers.0.up.weight": torch.zeros(64, 64)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert packed_form(checkpoint, checkpoint.tensors["model.layers.0.up.weight"]) is None
+    assert "packed" not in report_plan(plan_at(checkpoint, 1e9))
