@@ -54,7 +54,7 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> None:
         """Run the kernel; the first time for its types, compile it before."""
-        types = "".join(getattr(each, "dtype", _NUMBER).char for each in arguments)
+        types = "".join(_type_of(each) for each in arguments)
         if types not in self._ready:
             self._compile(types, arguments)
         self._dispatcher(*arguments)
@@ -91,11 +91,10 @@ class Kernel:
         return dispatcher
 
 
-class _Number:
-    char = ""
-
-
-_NUMBER = _Number()
+def _type_of(argument: Any) -> str:
+    if isinstance(argument, tuple):
+        return str(len(argument))
+    return str(argument.dtype.char) if hasattr(argument, "dtype") else " "
 
 
 def set_cache_folder(folder: str | os.PathLike[str] | None) -> None:

@@ -7,8 +7,14 @@ from typing import Literal
 
 import torch
 
-from layerstream.stages.unpack.packing import LIKE, check_window
-from layerstream.stages.unpack.scaled_rows import NUMBERS, Geometry, ScaledRows, scales_of
+from layerstream.stages.unpack.packing import LIKE
+from layerstream.stages.unpack.scaled_rows import (
+    NUMBERS,
+    Geometry,
+    ScaledPacking,
+    ScaledRows,
+    scales_of,
+)
 
 __all__ = ["Fp8Packing"]
 
@@ -17,7 +23,7 @@ _FORMATS |= {torch.float4_e2m1fn_x2: "e2m1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Packing:
+class Fp8Packing(ScaledPacking):
     """Two parts: weights (..., rows, columns), and scales (..., scale rows, scale columns), or a single scale.
 
     Weights are ``float8_e4m3fn``, ``float8_e5m2``, the bits of one of them as ``uint8`` (see ``bits``), or two e2m1 numbers
@@ -44,27 +50,25 @@ class Fp8Packing:
         """The name under which rates are measured."""
         return "fp4" if self.packs_fp4 else "fp8"
 
-    def unpack(self, parts: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> None:
-        """Write rows of the unpacked matrix into ``out``: see ``Packing``."""
+    def matrix(self, parts: Sequence[torch.Tensor]) -> ScaledRows:
+        """Return the parts as a matrix with scales, after checking that they fit one another."""
         weights, scales = parts
         name = self.bits if weights.dtype == torch.uint8 else _FORMATS.get(weights.dtype)
         if name is None or (name == "e2m1") != self.packs_fp4:
             raise ValueError(f"Weights of {weights.dtype} cannot be unpacked as {self}.")
-        numbers = NUMBERS[name]
-        columns = weights.shape[-1] * 8 // numbers.bits
-        rows = weights.numel() // weights.shape[-1]
-        check_window(self.encoding, rows=rows, columns=columns, first=first, out=out)
         if self.arithmetic == "scale" and scales.dtype not in LIKE:
             raise ValueError(f"Nothing is computed in the dtype of the scales, {scales.dtype}.")
-        ScaledRows(
-            weights,
-            scales,
-            None,
-            numbers,
-            scales_of(scales),
-            torch.float32 if self.arithmetic == "float32" else scales.dtype,
-            self._geometry(weights, scales, columns),
-        ).unpack(first, out)
+        numbers = NUMBERS[name]
+        columns = weights.shape[-1] * 8 // numbers.bits
+        return ScaledRows(
+            encoding=self.encoding,
+            packed=weights,
+            scales=scales,
+            scale=scales_of(scales),
+            numbers=numbers,
+            rounding=torch.float32 if self.arithmetic == "float32" else scales.dtype,
+            geometry=self._geometry(weights, scales, columns),
+        )
 
     def _geometry(self, weights: torch.Tensor, scales: torch.Tensor, columns: int) -> Geometry:
         matrix_rows = weights.shape[-2] if weights.ndim > 1 else 1

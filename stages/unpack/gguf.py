@@ -7,8 +7,15 @@ from typing import Final, Literal, NamedTuple
 import torch
 
 from layerstream.stages.unpack.compiling import compiled
-from layerstream.stages.unpack.packing import LIKE, byte_array, check_window, storage_array
+from layerstream.stages.unpack.packing import (
+    LIKE,
+    byte_array,
+    check_rows,
+    check_window,
+    storage_array,
+)
 from layerstream.stages.unpack.plain.gguf_blocks import BLOCK_VALUES
+from layerstream.stages.unpack.products import check_product, multiply_plainly, multiply_tokens
 
 __all__ = ["GGUF_BLOCKS", "GgufBlock", "GgufPacking"]
 
@@ -89,13 +96,7 @@ class GgufPacking:
 
     def unpack(self, parts: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> None:
         """Write rows of the unpacked matrix into ``out``: see ``Packing``."""
-        (packed,) = parts
-        if packed.dtype != torch.uint8 or packed.shape[-1] != self.row_bytes:
-            raise ValueError(
-                f"{self.encoding} rows of {self.columns} numbers are {self.row_bytes} bytes, "
-                f"but the tensor is {packed.dtype} {tuple(packed.shape)}."
-            )
-        rows = packed.numel() // self.row_bytes
+        packed, rows = self._checked(parts)
         check_window(self.encoding, rows=rows, columns=self.columns, first=first, out=out)
         block = GGUF_BLOCKS[self.encoding]
         like = torch.float32 if self.arithmetic == "float32" else out.dtype
@@ -109,3 +110,28 @@ class GgufPacking:
         step = _PLAIN_COLUMNS // block.columns
         for start in range(0, len(target), step):
             target[start : start + step] = values(source[start : start + step], like)
+
+    def multiply(
+        self, parts: Sequence[torch.Tensor], first: int, inputs: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Multiply a few inputs with rows of the matrix: see ``Packing``."""
+        packed, rows = self._checked(parts)
+        check_product(self.encoding, columns=self.columns, inputs=inputs, out=out)
+        check_rows(self.encoding, rows=rows, first=first, count=out.shape[1])
+        block = GGUF_BLOCKS[self.encoding]
+        if (kernel := compiled("products", block.kernel)) is None:
+            multiply_plainly(lambda row, tile: self.unpack(parts, row, tile), first, inputs, out)
+            return
+        blocks = self.columns // block.columns
+        arguments = (byte_array(packed), first, out.shape[1], blocks, self.columns)
+        multiply_tokens(kernel, arguments, inputs, out)
+
+    def _checked(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Return the packed tensor and its number of rows."""
+        (packed,) = parts
+        if packed.dtype != torch.uint8 or packed.shape[-1] != self.row_bytes:
+            raise ValueError(
+                f"{self.encoding} rows of {self.columns} numbers are {self.row_bytes} bytes, "
+                f"but the tensor is {packed.dtype} {tuple(packed.shape)}."
+            )
+        return packed, packed.numel() // self.row_bytes

@@ -7,14 +7,20 @@ from typing import Literal
 
 import torch
 
-from layerstream.stages.unpack.packing import LIKE, check_window
-from layerstream.stages.unpack.scaled_rows import NUMBERS, Geometry, ScaledRows, scales_of
+from layerstream.stages.unpack.packing import LIKE
+from layerstream.stages.unpack.scaled_rows import (
+    NUMBERS,
+    Geometry,
+    ScaledPacking,
+    ScaledRows,
+    scales_of,
+)
 
 __all__ = ["IntPacking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntPacking:
+class IntPacking(ScaledPacking):
     """Weights and scales, and zero points if the quantisation is asymmetric: two or three parts.
 
     ``pack-quantized`` weights are ``int32`` (..., rows, words), with 32 / bits numbers in a word, the first in the lowest bits,
@@ -40,8 +46,8 @@ class IntPacking:
         """The name under which rates are measured."""
         return f"int{self.bits}"
 
-    def unpack(self, parts: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> None:
-        """Write rows of the unpacked matrix into ``out``: see ``Packing``."""
+    def matrix(self, parts: Sequence[torch.Tensor]) -> ScaledRows:
+        """Return the parts as a matrix with scales, after checking that they fit one another."""
         weights, scales, *rest = parts
         if len(rest) > 1:
             raise ValueError(
@@ -64,18 +70,17 @@ class IntPacking:
             )
         if scales.dtype not in LIKE:
             raise ValueError(f"{self.encoding} has float scales, not {scales.dtype}.")
-        rows = weights.numel() // weights.shape[-1]
-        check_window(self.encoding, rows=rows, columns=self.columns, first=first, out=out)
         zeros = rest[0] if rest else None
-        ScaledRows(
-            weights,
-            scales,
-            zeros,
-            numbers,
-            scales_of(scales),
-            scales.dtype,
-            self._geometry(weights, scales, zeros),
-        ).unpack(first, out)
+        return ScaledRows(
+            encoding=self.encoding,
+            packed=weights,
+            scales=scales,
+            scale=scales_of(scales),
+            numbers=numbers,
+            rounding=scales.dtype,
+            geometry=self._geometry(weights, scales, zeros),
+            zeros=zeros,
+        )
 
     def _geometry(
         self, weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None

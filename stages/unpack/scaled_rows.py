@@ -1,14 +1,23 @@
 """What fp8, MXFP4 and integer packings share: numbers of 8 or 4 bits, and scales (and zero points) of blocks of them."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from layerstream.stages.unpack.compiling import compiled
-from layerstream.stages.unpack.packing import LIKE, byte_array, storage_array
+from layerstream.stages.unpack.packing import (
+    LIKE,
+    byte_array,
+    check_rows,
+    check_window,
+    storage_array,
+)
 from layerstream.stages.unpack.plain.gguf_blocks import halved_exponents
+from layerstream.stages.unpack.products import check_product, multiply_plainly, multiply_tokens
 
 __all__ = [
     "NUMBERS",
@@ -16,6 +25,7 @@ __all__ = [
     "Geometry",
     "NumberFormat",
     "ScaleFormat",
+    "ScaledPacking",
     "ScaledRows",
     "scales_of",
 ]
@@ -62,28 +72,54 @@ class Geometry(NamedTuple):
     """Rows of one matrix, of several (experts) that lie one behind the other."""
 
 
-class ScaledRows(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledRows:
     """A packed matrix, ready to be unpacked by a kernel or by torch."""
 
+    encoding: str
     packed: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None
-    numbers: NumberFormat
     scale: ScaleFormat
+    numbers: NumberFormat
     rounding: torch.dtype
     """What products are rounded to, before they are cast to the output's dtype."""
     geometry: Geometry
+    zeros: torch.Tensor | None = None
 
     def unpack(self, first: int, out: torch.Tensor) -> None:
-        """Write rows from ``first`` on into ``out``, which was checked."""
-        name = "scaled_bytes" if self.numbers.bits == 8 else "scaled_nibbles"
-        kernel = compiled("scaled_rows", name)
+        """Write rows from ``first`` on into ``out``."""
+        columns = self.geometry.columns
+        check_window(self.encoding, rows=self.rows, columns=columns, first=first, out=out)
+        kernel = compiled("scaled_rows", self._kernel)
         if kernel is None:
             self._unpack_plainly(first, out)
             return
         # What is rounded to the output's dtype anyway needs no rounding before.
         rounding = torch.float32 if self.rounding == out.dtype else self.rounding
-        kernel(
+        kernel(*self._arguments(rounding), first, len(out), storage_array(out))
+
+    def multiply(self, first: int, inputs: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply inputs with rows from ``first`` on."""
+        check_product(self.encoding, columns=self.geometry.columns, inputs=inputs, out=out)
+        check_rows(self.encoding, rows=self.rows, first=first, count=out.shape[1])
+        kernel = compiled("products", self._kernel)
+        if kernel is None:
+            multiply_plainly(self.unpack, first, inputs, out)
+            return
+        arguments = (*self._arguments(self.rounding), first, out.shape[1])
+        multiply_tokens(kernel, arguments, inputs, out)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all matrices together."""
+        return self.packed.nbytes // self.geometry.row_bytes
+
+    @property
+    def _kernel(self) -> str:
+        return "scaled_bytes" if self.numbers.bits == 8 else "scaled_nibbles"
+
+    def _arguments(self, rounding: torch.dtype) -> tuple[Any, ...]:
+        return (
             byte_array(self.packed),
             byte_array(self.scales),
             _NO_BYTES if self.zeros is None else byte_array(self.zeros),
@@ -91,9 +127,6 @@ class ScaledRows(NamedTuple):
             self.scale.like,
             LIKE[rounding],
             tuple(self.geometry),
-            first,
-            len(out),
-            storage_array(out),
         )
 
     def _unpack_plainly(self, first: int, out: torch.Tensor) -> None:
@@ -132,6 +165,26 @@ class ScaledRows(NamedTuple):
         places = rows // self.geometry.matrix_rows * words + bit // 32
         chosen = self.zeros.reshape(-1, groups)[places] >> (bit % 32)[:, None]
         return ((chosen & ((1 << bits) - 1)) - (1 << (bits - 1))).to(torch.float32)
+
+
+class ScaledPacking(ABC):
+    """A packing whose parts are a matrix with scales."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def matrix(self, parts: Sequence[torch.Tensor]) -> ScaledRows:
+        """Return the parts as such a matrix, after checking that they fit one another."""
+
+    def unpack(self, parts: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> None:
+        """Write rows of the unpacked matrix into ``out``: see ``Packing``."""
+        self.matrix(parts).unpack(first, out)
+
+    def multiply(
+        self, parts: Sequence[torch.Tensor], first: int, inputs: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Multiply a few inputs with rows of the matrix: see ``Packing``."""
+        self.matrix(parts).multiply(first, inputs, out)
 
 
 _NO_BYTES = np.empty(0, np.uint8)

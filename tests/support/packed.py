@@ -11,6 +11,15 @@ DIFFICULT_SINGLES = (
     *(0, 1 << 31, 1, 0x807FFFFF, 0x00800000, 0x7F7FFFFF, 0xFF7FFFFF),
     *(0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFC00000, 0x7FC00001, 0x477FE000, 0x33000001),
 )
+# Where a GGUF block has the halves that everything in it is multiplied with.
+SCALE_HALVES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "MXFP4": (),
+}
 
 
 def assert_equal_bits(values, reference):

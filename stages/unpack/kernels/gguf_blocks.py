@@ -13,13 +13,12 @@ from layerstream.stages.unpack.kernels.lanes import (
     mxfp4_levels,
     signed_floats,
 )
+from layerstream.stages.unpack.kernels.outputs import put, rounded
 from layerstream.stages.unpack.kernels.vectors import (
     byte_at,
     bytes16_at,
     half_at,
     halved_exponent_at,
-    put,
-    rounded,
     short_at,
 )
 

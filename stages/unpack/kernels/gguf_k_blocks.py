@@ -12,7 +12,8 @@ from layerstream.stages.unpack.kernels.lanes import (
     six_bits,
     spread,
 )
-from layerstream.stages.unpack.kernels.vectors import bytes16_at, half_at, put, rounded
+from layerstream.stages.unpack.kernels.outputs import put, rounded
+from layerstream.stages.unpack.kernels.vectors import bytes16_at, half_at
 
 __all__ = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 

@@ -14,14 +14,8 @@ from layerstream.stages.unpack.kernels.lanes import (
     interleaved_low,
     numbers,
 )
-from layerstream.stages.unpack.kernels.vectors import (
-    byte_at,
-    bytes1_at,
-    bytes16_at,
-    put,
-    rounded,
-    scale_at,
-)
+from layerstream.stages.unpack.kernels.outputs import put, rounded
+from layerstream.stages.unpack.kernels.vectors import byte_at, bytes1_at, bytes16_at, scale_at
 
 __all__ = ["scaled_bytes", "scaled_nibbles"]
 

@@ -1,4 +1,4 @@
-"""Vectors for compiled kernels: loads, stores, conversions and roundings as LLVM instructions on 16 numbers at a time.
+"""Vectors for compiled kernels, and what is loaded from packed tensors: LLVM instructions on 16 numbers at a time.
 
 numba knows neither vectors nor bfloat16 nor half, and whether LLVM vectorises a loop over a block of 32 is a matter of luck. So
 kernels name their vectors: ``Bytes`` of 16 (or one) integers of 8 bits, and ``Floats`` of 16 (or one) float32. LLVM makes
@@ -9,9 +9,6 @@ Memory is a flat array whose type tells the format of the numbers: ``float32`` i
 neither checked nor counted from the end.
 
 Nothing here may be contracted or reordered: numba's fast math stays off, and a product is rounded before it is added to.
-
-Rounding does not ask whether a number is NaN, which would be a third of its work: NaN stays NaN as long as the lower 16 bits are
-zero. The NaN that arithmetic makes has none, and those that are loaded lose theirs.
 """
 
 from collections.abc import Callable
@@ -25,15 +22,15 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "BytesType",
     "FloatsType",
+    "address",
     "byte_at",
     "bytes1_at",
     "bytes16_at",
     "generated",
     "half_at",
     "halved_exponent_at",
-    "put",
+    "packed_scope",
     "repeated",
-    "rounded",
     "same",
     "scale_at",
     "short_at",
@@ -100,15 +97,14 @@ def same(value: Any, number: int, bits: int = 32) -> Any:
 # Memory
 
 
-def _packed_scope(module: Any) -> Any:
+def packed_scope(module: Any) -> Any:
     """Return the alias scope of packed bytes: LLVM then knows that a store to the output changes none of them."""
     domain = module.add_metadata(["layerstream.stages.unpack"])
     return module.add_metadata([module.add_metadata(["packed", domain])])
 
 
-def _address(
-    context: Any, builder: Any, array_type: Any, array: Any, offset: Any, kind: Any
-) -> Any:
+def address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, kind: Any) -> Any:
+    """Return the address ``offset`` bytes into an array, as that of a ``kind``."""
     data = context.make_array(array_type)(context, builder, array).data
     return cgutils.pointer_add(builder, data, offset, kind.as_pointer())
 
@@ -119,9 +115,9 @@ def _loader(kind: Any, result: Any, convert: Callable[[Any, Any], Any]) -> Any:
     def at(typing_context: Any, data: Any, offset: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
             array, place = arguments
-            address = _address(context, builder, sig.args[0], array, place, kind)
-            loaded = builder.load(address, align=1)
-            loaded.set_metadata("alias.scope", _packed_scope(builder.module))
+            place_of = address(context, builder, sig.args[0], array, place, kind)
+            loaded = builder.load(place_of, align=1)
+            loaded.set_metadata("alias.scope", packed_scope(builder.module))
             return convert(builder, loaded)
 
         return result(data, types.intp), generate
@@ -195,68 +191,9 @@ def scale_at(typing_context: Any, like: Any, scales: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         _, array, place = arguments
         offset = builder.mul(place, _I64(size))
-        address = _address(context, builder, sig.args[1], array, offset, kind)
-        loaded = builder.load(address, align=1)
-        loaded.set_metadata("alias.scope", _packed_scope(builder.module))
+        place_of = address(context, builder, sig.args[1], array, offset, kind)
+        loaded = builder.load(place_of, align=1)
+        loaded.set_metadata("alias.scope", packed_scope(builder.module))
         return convert(builder, loaded)
 
     return types.float32(like, scales, types.intp), generate
-
-
-# Rounding
-
-
-def _rounded_bfloat_bits(builder: Any, value: Any) -> Any:
-    """Round to the nearest bfloat16, ties to even, in the upper half of 32 bits."""
-    bits = builder.bitcast(value, vector_of(_I32, value.type.count))
-    odd = builder.and_(builder.lshr(bits, same(value, 16)), same(value, 1))
-    return builder.add(builder.add(bits, same(value, 0x7FFF)), odd)
-
-
-def _as_held(builder: Any, value: Any, element: Any) -> Any:
-    """Round a vector of float32 to what an array of ``element`` can hold, as float32."""
-    if element == types.float32:
-        return value
-    if element == _IEEE_HALF:
-        half = builder.fptrunc(value, vector_of(_HALF, value.type.count))
-        return builder.fpext(half, value.type)
-    bits = builder.and_(_rounded_bfloat_bits(builder, value), same(value, 0xFFFF0000))
-    return builder.bitcast(bits, value.type)
-
-
-@generated
-def rounded(typing_context: Any, like: Any, value: Any) -> Any:
-    """Round ``value`` (a vector or one float32) to what an array of the type of ``like`` can hold, as float32."""
-    single = not isinstance(value, FloatsType)
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        vector = repeated(builder, arguments[1], 1) if single else arguments[1]
-        held = _as_held(builder, vector, like.dtype)
-        return builder.extract_element(held, _I32(0)) if single else held
-
-    kind = types.float32 if single else value
-    return kind(like, kind), generate
-
-
-@generated
-def put(typing_context: Any, out: Any, place: Any, value: Any) -> Any:
-    """Round the vector ``value`` to the type of ``out``, and store it from index ``place`` on."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        array, index, vector = arguments
-        lanes = vector.type.count
-        if out.dtype == types.float32:
-            stored = vector
-        elif out.dtype == _IEEE_HALF:
-            stored = builder.fptrunc(vector, vector_of(_HALF, lanes))
-        else:
-            bits = builder.lshr(_rounded_bfloat_bits(builder, vector), same(vector, 16))
-            stored = builder.trunc(bits, vector_of(_I16, lanes))
-        offset = builder.mul(index, _I64(out.dtype.bitwidth // 8))
-        address = _address(context, builder, sig.args[0], array, offset, stored.type)
-        builder.store(stored, address, align=1).set_metadata(
-            "noalias", _packed_scope(builder.module)
-        )
-        return context.get_dummy_value()
-
-    return types.none(out, types.intp, value), generate

@@ -8,6 +8,7 @@ from gguf.quants import dequantize
 from support.packed import (
     DIFFICULT_HALVES,
     DTYPES,
+    SCALE_HALVES,
     assert_equal_bits,
     assert_windows_equal_the_whole,
     at_odd_address,
@@ -19,15 +20,6 @@ from layerstream.stages.unpack.gguf import GGUF_BLOCKS, GgufPacking
 
 BLOCKS = 10_000
 BLOCKS_IN_A_ROW = 5
-# Where a block has the halves that everything in it is multiplied with.
-HALVES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-    "MXFP4": (),
-}
 WAYS = [
     (name, arithmetic)
     for name in GGUF_BLOCKS
@@ -40,7 +32,7 @@ def random_blocks(encoding, blocks=BLOCKS):
     """Random bytes, so that every byte of a block takes all values, with difficult halves in a tenth of the blocks."""
     rng = np.random.default_rng(sum(encoding.encode()))
     data = rng.integers(0, 256, (blocks, GGUF_BLOCKS[encoding].nbytes), dtype=np.uint8)
-    for place in HALVES[encoding]:
+    for place in SCALE_HALVES[encoding]:
         chosen = rng.random(blocks) < 0.1
         halves = rng.choice(np.array(DIFFICULT_HALVES, np.uint16), chosen.sum())
         data[chosen, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)

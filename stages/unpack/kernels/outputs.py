@@ -1,0 +1,140 @@
+"""Where kernels leave their numbers: rounded in an output, or multiplied with inputs and summed.
+
+Rounding does not ask whether a number is NaN, which would be a third of its work: NaN stays NaN as long as the lower 16 bits are
+zero. The NaN that arithmetic makes has none, and those that are loaded lose theirs.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from layerstream.stages.unpack.kernels.vectors import (
+    FloatsType,
+    address,
+    generated,
+    packed_scope,
+    repeated,
+    same,
+    vector_of,
+)
+
+__all__ = ["put", "rounded", "total"]
+
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+_IEEE_HALF = types.int16
+
+
+def _rounded_bfloat_bits(builder: Any, value: Any) -> Any:
+    """Round to the nearest bfloat16, ties to even, in the upper half of 32 bits."""
+    bits = builder.bitcast(value, vector_of(_I32, value.type.count))
+    odd = builder.and_(builder.lshr(bits, same(value, 16)), same(value, 1))
+    return builder.add(builder.add(bits, same(value, 0x7FFF)), odd)
+
+
+def _as_held(builder: Any, value: Any, element: Any) -> Any:
+    """Round a vector of float32 to what an array of ``element`` can hold, as float32."""
+    if element == types.float32:
+        return value
+    if element == _IEEE_HALF:
+        half = builder.fptrunc(value, vector_of(_HALF, value.type.count))
+        return builder.fpext(half, value.type)
+    bits = builder.and_(_rounded_bfloat_bits(builder, value), same(value, 0xFFFF0000))
+    return builder.bitcast(bits, value.type)
+
+
+@generated
+def rounded(typing_context: Any, like: Any, value: Any) -> Any:
+    """Round ``value`` (a vector or one float32) to what an array of the type of ``like`` can hold, as float32."""
+    single = not isinstance(value, FloatsType)
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        vector = repeated(builder, arguments[1], 1) if single else arguments[1]
+        held = _as_held(builder, vector, like.dtype)
+        return builder.extract_element(held, _I32(0)) if single else held
+
+    kind = types.float32 if single else value
+    return kind(like, kind), generate
+
+
+@generated
+def put(typing_context: Any, out: Any, place: Any, value: Any) -> Any:
+    """Round the vector ``value`` to the type of ``out``, and store it from index ``place`` on; or add to sums of products.
+
+    Sums are a tuple (sums, inputs, columns, tokens): see ``products``. ``place`` is then a column.
+    """
+    if isinstance(out, types.BaseTuple):
+        return types.none(out, types.intp, value), _add_products
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        array, index, vector = arguments
+        lanes = vector.type.count
+        if out.dtype == types.float32:
+            stored = vector
+        elif out.dtype == _IEEE_HALF:
+            stored = builder.fptrunc(vector, vector_of(_HALF, lanes))
+        else:
+            bits = builder.lshr(_rounded_bfloat_bits(builder, vector), same(vector, 16))
+            stored = builder.trunc(bits, vector_of(_I16, lanes))
+        offset = builder.mul(index, _I64(out.dtype.bitwidth // 8))
+        _store(builder, stored, address(context, builder, out, array, offset, stored.type))
+        return context.get_dummy_value()
+
+    return types.none(out, types.intp, value), generate
+
+
+def _store(builder: Any, value: Any, where: Any) -> None:
+    builder.store(value, where, align=1).set_metadata("noalias", packed_scope(builder.module))
+
+
+# Each token has so many sums of 16 lanes, in turn: the next addition need not wait for the one before.
+_CHAINS = 4
+
+
+def _add_products(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+    (state, place, value), kinds = arguments, sig.args[0].types
+    sums, inputs, columns = (builder.extract_value(state, index) for index in range(3))
+    chain = builder.and_(builder.lshr(place, _I64(4)), _I64(_CHAINS - 1))
+    kind = value.type
+    name = f"llvm.fmuladd.v{kind.count}f32"
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind, kind, kind]), name
+    )
+    for token in range(len(kinds[3])):
+        index = builder.add(builder.mul(columns, _I64(token)), place)
+        offset = builder.mul(index, _I64(4))
+        factor = builder.load(address(context, builder, kinds[1], inputs, offset, kind), align=1)
+        factor.set_metadata("alias.scope", packed_scope(builder.module))
+        number = builder.add(chain, _I64(token * _CHAINS))
+        offset = builder.mul(number, _I64(64))
+        where = address(context, builder, kinds[0], sums, offset, kind)
+        total = builder.call(multiply_add, [value, factor, builder.load(where, align=1)])
+        _store(builder, total, where)
+    return context.get_dummy_value()
+
+
+@generated
+def total(typing_context: Any, sums: Any, token: Any) -> Any:
+    """Add up the sums of one token."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        array, number = arguments
+        kind = vector_of(_FLOAT, 16)
+        chains = []
+        for chain in range(_CHAINS):
+            index = builder.add(builder.mul(number, _I64(_CHAINS)), _I64(chain))
+            offset = builder.mul(index, _I64(64))
+            where = address(context, builder, sums, array, offset, kind)
+            chains.append(builder.load(where, align=1))
+        added = builder.fadd(builder.fadd(*chains[:2]), builder.fadd(*chains[2:]))
+        for half in (8, 4, 2, 1):
+            parts = [
+                ir.Constant(vector_of(_I32, half), list(range(start, start + half)))
+                for start in (0, half)
+            ]
+            added = builder.fadd(*(builder.shuffle_vector(added, added, part) for part in parts))
+        return builder.extract_element(added, _I32(0))
+
+    return types.float32(sums, types.int64), generate
