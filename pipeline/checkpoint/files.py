@@ -26,8 +26,8 @@ __all__ = [
     "translated_os_errors",
 ]
 
-_SUPPORTED = " or ".join(known.suffix for known in FORMATS)
-_UNSUPPORTED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
+_SUPPORTED = " or ".join(known.single_file or f"*{known.suffixes[0]}" for known in FORMATS)
+_UNSUPPORTED = (".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
 _HOW_TO_CONVERT = (
     "convert it: load it with transformers' from_pretrained(), and write it with save_pretrained()"
 )
@@ -135,9 +135,10 @@ def list_files(path: Path) -> Listing:
         with os.scandir(path) as entries:
             names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
     for known in FORMATS:
-        weights = tuple(name for name in names if name.lower().endswith(known.suffix))
+        weights = tuple(name for name in names if name.lower().endswith(known.suffixes))
         index = _index_of(known, path, names)
-        if weights or index:
+        # Many a .bin holds no weights, but arguments of a training, or the state of an optimiser.
+        if index or (weights and (known.of_any_name or known.single_file in weights)):
             return Listing(
                 path=path,
                 folder=path,
@@ -152,7 +153,7 @@ def list_files(path: Path) -> Listing:
 def _index_of(known: Format, folder: Path, names: Sequence[str]) -> Path | None:
     if known.index_file is None:
         return None
-    indices = [name for name in names if name.endswith(f"{known.suffix}.index.json")]
+    indices = [name for name in names if name.endswith(f"{known.suffixes[0]}.index.json")]
     if len(indices) > 1 and known.index_file not in indices:
         raise CheckpointError(
             f"{folder} holds several indices ({', '.join(indices)}), and it is unclear which one "
@@ -199,13 +200,9 @@ def _no_weights_message(path: Path, names: Sequence[str]) -> str:
     unsupported = next((name for name in names if name.lower().endswith(_UNSUPPORTED)), None)
     if unsupported:
         return (
-            f"{path} holds no {_SUPPORTED} files, and {unsupported} is not supported: "
-            f"{_HOW_TO_CONVERT}."
+            f"{path} holds no {_SUPPORTED}, and {unsupported} is not supported: {_HOW_TO_CONVERT}."
         )
-    return (
-        f"{path} holds no weights: give the folder that the {_SUPPORTED} files themselves are in, "
-        "or download the model again."
-    )
+    return f"{path} holds no weights: give the folder that {_SUPPORTED} is in, or download the model again."
 
 
 def _parse_object(path: Path, documents: Mapping[Path, bytes]) -> dict[str, Any]:
@@ -258,7 +255,7 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file: replace it by one.")
     if name.lower().endswith(_UNSUPPORTED):
-        raise CheckpointError(f"{path} is no {_SUPPORTED} file: {_HOW_TO_CONVERT}.")
+        raise CheckpointError(f"{path} is not supported: {_HOW_TO_CONVERT}.")
     return WeightFile(
         name=name, path=path, size_bytes=status.st_size, version=FileVersion.of(status)
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
 from layerstream.pipeline.modeling.checkpoint_mismatch import refuse_mismatch
 from layerstream.pipeline.modeling.config import (
     config_of,
@@ -136,13 +136,17 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
 
 def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -> Any:
     # If the config names no dtype, the first tensor's is used; transformers goes file by file.
-    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.name))
-    tracers = {
-        info.name: Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
-        for info in infos
-    }
+    in_files = {"safetensors": lambda info: (info.file, info.name)}
+    order = in_files.get(checkpoint.format, lambda info: (info.file, ""))
+    tracers = {info.name: _source(info) for info in sorted(checkpoint.tensors.values(), key=order)}
     with recorded_unpacking():
         return loader.from_pretrained(None, state_dict=tracers, **kwargs)
+
+
+def _source(info: TensorInfo) -> torch.Tensor:
+    """The tracer of a tensor as it is loaded."""
+    source = Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
+    return source if info.strided is None else source.as_strided(*info.strided)
 
 
 def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:

@@ -179,11 +179,14 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a path with a NUL byte": (lambda at: at / "a\0b", "cannot be opened"),
     "a pipe": (lambda at: pipe(at / "model.safetensors"), "is not a regular file"),
     "an empty folder": (lambda at: at, "holds no weights"),
-    "pickles only": (
-        lambda at: write(at, "pytorch_model.bin"),
-        "pytorch_model.bin is not supported: convert it",
+    "other pickles": (
+        lambda at: write(at, "training_args.bin"),
+        "holds no weights: give the folder that model.safetensors or pytorch_model.bin or *.gguf",
     ),
-    "a pickle": (lambda at: write(at, "a.bin", b"x" * 64) / "a.bin", "is no .safetensors or .gguf file"),
+    "weights of another framework": (
+        lambda at: write(at, "tf_model.h5"), "tf_model.h5 is not supported: convert it"
+    ),
+    "a file of another framework": (lambda at: write(at, "a.h5") / "a.h5", "is not supported: convert it"),
     "a folder named as weights": (
         lambda at: (at / ONE).mkdir() or mapped(at, "a", ONE),
         f"{ONE} is not a regular file",

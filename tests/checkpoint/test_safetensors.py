@@ -48,7 +48,8 @@ MALFORMED = {
     ),
     "a GGUF file": Malformed(content=b"GGUF" + bytes(60), says="a name that ends in .gguf"),
     "a pickle": Malformed(
-        content=b"PK\x03\x04" + bytes(60), says="is a pickled torch file, not a safetensors file"
+        content=b"PK\x03\x04" + bytes(60),
+        says="is a torch.save file, not a safetensors file: give it a name that ends in .bin",
     ),
     "a huge header": Malformed(content=struct.pack("<Q", 100_000_001), says="100,000,001 bytes"),
     "a header beyond the end": Malformed(

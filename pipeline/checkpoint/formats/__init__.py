@@ -1,4 +1,4 @@
-"""The formats of weight files: one module each, so that a new format is a new module in this folder.
+"""The formats of weight files: safetensors.py, torch_bin.py (of which zip_directory.py and tensor_pickle.py) and gguf.py.
 
 format.py says what a format is, registry.py which there are. A format decides which files of a folder are a model, and
 turns the header of a file into the ``TensorInfo`` of each tensor in it. It does no I/O: a generator asks for the ranges

@@ -89,9 +89,16 @@ class TensorInfo:
     encoding: str | None = None
     """A key of ``BLOCKS``, if the values are packed in blocks: "Q4_K"; None if they are stored as ``dtype``."""
 
+    strided: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """(shape, strides in values) of a tensor whose values do not lie in order; ``shape`` is then one dimension of all
+    values from its first to its last.
+    """
+
     @property
     def logical_shape(self) -> tuple[int, ...]:
         """The shape of the values: that of the unpacked tensor."""
+        if self.strided is not None:
+            return self.strided[0]
         if self.encoding is None:
             return self.shape
         block = BLOCKS[self.encoding]
@@ -111,7 +118,7 @@ class Header:
     """What the header of one file says."""
 
     tensors: dict[str, TensorInfo]
-    """In the order of their offsets."""
+    """In the order of their offsets, or of the file's own list of them."""
     config: Mapping[str, Any] | None = None
     """In the words of a config.json, if the format describes the model as well."""
     part: tuple[int, int] | None = None
@@ -128,14 +135,16 @@ class Format:
 
     name: str
     """For messages: "safetensors"."""
-    suffix: str
-    """What the names of its files end in, in lower case."""
+    suffixes: tuple[str, ...]
+    """What the names of its files end in, in lower case; the first is that of new files."""
     magic: bytes
     """What its files begin with; empty if they may begin with anything."""
     index_file: str | None
     """The name of the index of a model in several files; an index of another name ends in the same suffixes."""
     single_file: str | None
     """The name of the file that is the whole model, whatever other files of the format there are."""
+    of_any_name: bool
+    """Whether files of any name are weights; else only the single file and those of an index are."""
     choose: Callable[[Path, Sequence[str]], Sequence[str]]
     """(path that was opened, names of the files of the format there, in natural order) -> the names of those that are
     the model, if neither index nor single file says so. ``path`` is a folder, or the file that is the one name. Raises

@@ -50,7 +50,6 @@ _SCALARS = {
     }.items()
 }  # fmt: skip
 _UINT32, _STRING, _ARRAY = 4, 8, 9
-
 # Arrays of numbers up to this length are values per layer, and decoded; longer ones belong to the vocabulary.
 _MAX_DECODED = 4096
 
@@ -164,7 +163,7 @@ class _Parser:
         return [number for (number,) in scalar.iter_unpack(content)]
 
     def _skip_strings(self, count: int, name: str) -> None:
-        # This runs hundreds of thousands of times for a vocabulary: hence local names and no calls of ours.
+        # A vocabulary has hundreds of thousands: hence local names, and no calls of ours.
         content, at, end = self._content, self._at, len(self._content)
         unpack = _LENGTH.unpack_from
         with suppress(struct.error, OverflowError):
@@ -291,10 +290,11 @@ class _Parser:
 
 GGUF = Format(
     name="GGUF",
-    suffix=".gguf",
+    suffixes=(".gguf",),
     magic=b"GGUF",
     index_file=None,
     single_file=None,
+    of_any_name=True,
     choose=choose_files,
     read_header=_read_header,
 )

@@ -8,23 +8,20 @@ from layerstream.pipeline.checkpoint.formats.format import (
 )
 from layerstream.pipeline.checkpoint.formats.gguf import GGUF
 from layerstream.pipeline.checkpoint.formats.safetensors import SAFETENSORS
+from layerstream.pipeline.checkpoint.formats.torch_bin import TORCH_BIN
 from layerstream.stages.errors import CheckpointError
 
 __all__ = ["FORMATS", "format_by_name", "read_header"]
 
-FORMATS = (SAFETENSORS, GGUF)
-"""In the order in which a folder's files are preferred."""
+FORMATS = (SAFETENSORS, TORCH_BIN, GGUF)
+"""In the order in which a folder's files are preferred; it is transformers'."""
 
 _MAGIC_BYTES = 8
-_MAGICS: dict[bytes, Format | str] = {
-    **{known.magic: known for known in FORMATS if known.magic},
-    b"PK\x03\x04": "pickled torch",
-}
 
 
 def format_by_name(name: str) -> Format | None:
     """The format that a file's name indicates."""
-    return next((known for known in FORMATS if name.lower().endswith(known.suffix)), None)
+    return next((known for known in FORMATS if name.lower().endswith(known.suffixes)), None)
 
 
 def read_header(file: WeightFile, number: int) -> HeaderReader:
@@ -40,13 +37,10 @@ def read_header(file: WeightFile, number: int) -> HeaderReader:
             "'git lfs pull', or download the model again."
         )
     named = format_by_name(file.name) or SAFETENSORS
-    found = next((kind for start, kind in _MAGICS.items() if magic.startswith(start)), named)
+    found = next((each for each in FORMATS if each.magic and magic.startswith(each.magic)), named)
     if found is not named:
-        remedy = (
-            f"give it a name that ends in {found.suffix}"
-            if isinstance(found, Format)
-            else "convert it: load it with transformers, and write it with save_pretrained()"
+        raise CheckpointError(
+            f"{file.path} is a {found.name} file, not a {named.name} file: give it a name that ends "
+            f"in {found.suffixes[0]}."
         )
-        kind = found.name if isinstance(found, Format) else found
-        raise CheckpointError(f"{file.path} is a {kind} file, not a {named.name} file: {remedy}.")
     return (yield from named.read_header(file, number))

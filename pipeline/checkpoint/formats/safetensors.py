@@ -258,10 +258,11 @@ def _refuse(path: Path, name: str, fault: str, remedy: str = "download the file 
 
 SAFETENSORS = Format(
     name="safetensors",
-    suffix=".safetensors",
+    suffixes=(".safetensors",),
     magic=b"",
     index_file="model.safetensors.index.json",
     single_file="model.safetensors",
+    of_any_name=True,
     choose=lambda _path, names: names,
     read_header=_read_header,
 )
