@@ -11,6 +11,7 @@ import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import Options, open_model
+from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
@@ -69,6 +70,7 @@ class StreamedModel:
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
         slots: int | None = None,
+        kernels: Kernels | str = Kernels.EXACT,
         max_requests: int = _MAX_REQUESTS,
         objective: Objective | str = Objective.LATENCY,
         hardware: Hardware | None = None,
@@ -90,6 +92,8 @@ class StreamedModel:
             throttle_bytes_per_second: Rate of the throttled reader.
             layer_batch_size: Blocks per layer batch, instead of the planner's choice.
             slots: Slots on the host and on the device each, instead of the planner's choice.
+            kernels: For packed weights on a CPU: "exact" (the bits of ``from_pretrained``), "fused" (faster for few tokens, sums
+                in another order), or "auto", which takes what the plan finds faster.
             max_requests: Requests that share sweeps at the same time; more of them wait.
             objective: What the plan optimises: "latency" of a single, first request, or "throughput".
             hardware: The machine; by default it is probed.
@@ -108,6 +112,7 @@ class StreamedModel:
             throttle_bytes_per_second=throttle_bytes_per_second,
             layer_batch_size=layer_batch_size,
             slots=slots,
+            kernels=kernels,
             max_requests=max_requests,
             objective=objective,
             hardware=hardware,

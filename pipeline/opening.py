@@ -21,6 +21,7 @@ from layerstream.pipeline.modeling.tracing import (
     resolve_model_class,
     trace_model,
 )
+from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.planning.prediction import Objective
@@ -47,6 +48,7 @@ class Options:
     throttle_bytes_per_second: float | None
     layer_batch_size: int | None
     slots: int | None
+    kernels: Kernels | str
     max_requests: int
     objective: Objective | str
     hardware: Hardware | None
@@ -104,6 +106,7 @@ async def open_model(
         checkpoint,
         workload=options.workload,
         objective=options.objective,
+        kernels=options.kernels,
         layers=assembly.planned(checkpoint),
         memory=assembly.memory,
         held_bytes=held_bytes,

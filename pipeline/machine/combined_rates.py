@@ -14,6 +14,7 @@ from layerstream.pipeline.machine.measurement import (
 )
 from layerstream.pipeline.machine.probe_cache import PER_BYTE, MeasuredRates
 from layerstream.pipeline.machine.probe_compute import TOKENS
+from layerstream.pipeline.machine.probe_unpacking import FUSED_TOKENS, rate_names
 
 __all__ = ["UNPACKING", "FoundRates", "ProbedRates", "combined"]
 
@@ -78,9 +79,9 @@ def combined(found: Sequence[FoundRates]) -> ProbedRates:
             figures["compute"] = Figure(origin=origin, samples=samples, age_seconds=age)
             continue
         if of.startswith(UNPACKING):
-            for encoding, rate in measured.rates.items():
-                value = _representative_value(rate, origin)
-                unpacking.append(UnpackingRate(encoding=encoding, bytes_per_second=value))
+            encoding = of.removeprefix(UNPACKING)
+            if (rate := measured.rates.get(encoding)) is not None:
+                unpacking.append(_unpacking_rate(encoding, measured.rates, origin))
                 figures[of] = Figure(
                     origin=origin,
                     least=rate.least,
@@ -108,6 +109,19 @@ def combined(found: Sequence[FoundRates]) -> ProbedRates:
     if unpacking:
         fields["unpacking"] = tuple(unpacking)
     return ProbedRates(fields=fields, figures=figures)
+
+
+def _unpacking_rate(encoding: str, rates: Mapping[str, Rate], origin: Origin) -> UnpackingRate:
+    unpacked, *products = rate_names(encoding)
+    return UnpackingRate(
+        encoding=encoding,
+        bytes_per_second=_representative_value(rates[unpacked], origin),
+        multiplied=tuple(
+            ComputeRate(tokens=tokens, bytes_per_second=_representative_value(rates[name], origin))
+            for name, tokens in zip(products, FUSED_TOKENS, strict=True)
+            if name in rates
+        ),
+    )
 
 
 def _representative_value(rate: Rate, origin: Origin) -> float:

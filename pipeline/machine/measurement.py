@@ -61,6 +61,8 @@ class UnpackingRate:
     """"fp8", "Q4_K"."""
     bytes_per_second: float
     """Packed bytes."""
+    multiplied: tuple[ComputeRate, ...] = ()
+    """Packed bytes that are multiplied with per second without being unpacked, by ascending tokens; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

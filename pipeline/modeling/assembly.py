@@ -150,6 +150,7 @@ class Assembly:
                 lambda recipe: make_fetch(recipe, self._checkpoint, device),
                 packed=self._packed_linear,
                 tiles=self.tiles,
+                fused_tokens=plan.fused_tokens,
             )
             binding.unbind()
             put_buffers(self.traced.module, binding.absent_buffers())

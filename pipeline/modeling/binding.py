@@ -117,6 +117,7 @@ class Binding:
         make_fetch: Returns a function that reads a recipe's tensor from the files; None if it is large.
         packed: The parameters that stay packed, by the names of their recipes.
         tiles: What those are unpacked into; None if there are none.
+        fused_tokens: Up to how many tokens are multiplied with them without unpacking.
     """
 
     def __init__(
@@ -128,9 +129,11 @@ class Binding:
         *,
         packed: Mapping[str, PackedRows] = MappingProxyType({}),
         tiles: Tiles | None = None,
+        fused_tokens: int = 0,
     ) -> None:
         self._targets = []
         self._tiles = tiles
+        self._fused_tokens = fused_tokens
         for recipe, places in recipes:
             owners = [(root.get_submodule(place.module), place) for place in places]
             owner, first = owners[0]
@@ -180,6 +183,7 @@ class Binding:
                 shape=target.recipe.shape,
                 requires_grad=target.absent.requires_grad,
                 tiles=self._tiles,
+                fused_tokens=self._fused_tokens,
             )
         for table, name in target.tables:
             table[name] = weight

@@ -103,6 +103,34 @@ class PackedRows:
                 [parts[name] for name in matrix.parts], begin, out[at : at + count]
             )
 
+    def multiply(
+        self,
+        parts: Mapping[str, torch.Tensor],
+        first: int,
+        inputs: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Multiply with rows ``first`` .. ``first + out.shape[1]``, of the only matrix if they are scattered.
+
+        Args:
+            parts: As for ``unpack``.
+            first: The first row.
+            inputs: Contiguous float32 ``[tokens, columns]``.
+            out: Contiguous float32 ``[tokens, rows]``.
+        """
+        whole = [RowPiece(0, 0, first, out.shape[1])]
+        for number, at, begin, count in (
+            whole if self.order is not None else self.pieces(first, first + out.shape[1])
+        ):
+            matrix = self.matrices[number]
+            tensors = [parts[name] for name in matrix.parts]
+            if count == out.shape[1]:
+                matrix.packing.multiply(tensors, begin, inputs, out)
+                continue
+            part = torch.empty((len(inputs), count))
+            matrix.packing.multiply(tensors, begin, inputs, part)
+            out[:, at : at + count] = part
+
     def pieces(self, begin: int, end: int) -> Iterator[RowPiece]:
         """What rows ``begin`` to ``end`` consist of, in order; none if they are scattered."""
         at = 0

@@ -101,6 +101,7 @@ class PackedWeight(nn.Parameter):
     _rows: PackedRows
     _parts: Mapping[str, torch.Tensor]
     _tiles: Tiles | None
+    _fused_tokens: int
 
     @staticmethod
     def __new__(
@@ -111,12 +112,18 @@ class PackedWeight(nn.Parameter):
         shape: tuple[int, ...],
         requires_grad: bool,
         tiles: Tiles | None,
+        fused_tokens: int = 0,
     ) -> Self:
-        """A weight of ``shape`` made of ``parts``; without ``tiles``, linear layers unpack it whole as well."""
+        """A weight of ``shape`` made of ``parts``.
+
+        Without ``tiles``, linear layers unpack it whole as well; with ``fused_tokens``, they multiply up to so many tokens
+        with it without unpacking it.
+        """
         weight: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls, shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
         weight._rows, weight._parts, weight._tiles = rows, parts, tiles
+        weight._fused_tokens = fused_tokens
         return weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -170,6 +177,25 @@ class PackedWeight(nn.Parameter):
         )
         return plain
 
+    def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product without unpacking: summed in float32, and rounded at the end."""
+        rows, tiles = self._rows, self._tiles
+        assert tiles is not None  # noqa: S101
+        flat = inputs.reshape(-1, rows.columns).float()
+        sums = torch.empty((len(flat), rows.rows))
+
+        def multiply(begin: int, end: int) -> None:
+            part = torch.empty((len(flat), end - begin))
+            rows.multiply(self._parts, begin, flat, part)
+            sums[:, begin:end] = part
+
+        tiles.share(rows.rows, multiply, least=_WORTH_A_THREAD)
+        if rows.order is not None:
+            sums = sums[:, rows.order]
+        if bias is not None:
+            sums += bias.float()
+        return sums.to(inputs.dtype).view(*inputs.shape[:-1], rows.rows)
+
 
 def _linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -177,6 +203,8 @@ def _linear(
     if not isinstance(weight, PackedWeight) or weight._tiles is None:  # noqa: SLF001
         return nn.functional.linear(inputs, weight, bias)
     rows, tiles = weight._rows, weight._tiles  # noqa: SLF001
+    if inputs.numel() <= weight._fused_tokens * rows.columns:  # noqa: SLF001
+        return weight._multiplied(inputs, bias)  # noqa: SLF001
     step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
     if step == rows.rows:
         with tiles.tile() as memory:

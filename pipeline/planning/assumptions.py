@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.pipeline.machine.hardware import Hardware
@@ -82,6 +82,8 @@ class Rates:
     unpacking: Mapping[str, Input]
     """Of packed bytes, by encoding; for those that are not in it, a rate is assumed."""
     assumed_unpacking: float
+    multiplied: Mapping[str, tuple[ComputeRate, ...]]
+    """Packed bytes per second that are multiplied with without being unpacked, by encoding."""
     inputs: tuple[Input, ...]
 
     def used_inputs(self, *, kv_on_host: bool, encodings: Collection[str]) -> tuple[Input, ...]:
@@ -115,23 +117,33 @@ class Rates:
         known = self.unpacking.get(encoding)
         return self.assumed_unpacking if known is None else known.value
 
+    def multiplied_per_second(self, encoding: str, tokens: int) -> float | None:
+        """Packed bytes of ``encoding`` that are multiplied with a few tokens per second; None if that is unknown."""
+        known = self.multiplied.get(encoding)
+        return _interpolated(known, tokens) if known else None
+
     def weights_per_second(self, tokens: float) -> float:
         """Bytes of weights that a pass of ``tokens`` computes with per second.
 
         Between two known sizes of a pass, and beyond the largest, its time is interpolated linearly in the number
         of tokens: first the time to read the weights dominates, then that of multiplications.
         """
-        # Pairs of tokens and seconds per byte.
-        known = [(rate.tokens, 1 / rate.bytes_per_second) for rate in self.compute]
-        first, last = known[0], known[-1]
-        if tokens <= first[0]:
-            return 1 / first[1]
-        if tokens >= last[0]:
-            return 1 / (last[1] * tokens / last[0])
-        for (fewer, shorter), (more, longer) in itertools.pairwise(known):
-            if tokens <= more:
-                return 1 / (shorter + (longer - shorter) * (tokens - fewer) / (more - fewer))
-        raise AssertionError(tokens)
+        return _interpolated(self.compute, tokens)
+
+
+def _interpolated(rates: Sequence[ComputeRate], tokens: float) -> float:
+    """The rate for ``tokens``, between and beyond known ones: see ``Rates.weights_per_second``."""
+    # Pairs of tokens and seconds per byte.
+    known = [(rate.tokens, 1 / rate.bytes_per_second) for rate in rates]
+    first, last = known[0], known[-1]
+    if tokens <= first[0]:
+        return 1 / first[1]
+    if tokens >= last[0]:
+        return 1 / (last[1] * tokens / last[0])
+    for (fewer, shorter), (more, longer) in itertools.pairwise(known):
+        if tokens <= more:
+            return 1 / (shorter + (longer - shorter) * (tokens - fewer) / (more - fewer))
+    raise AssertionError(tokens)
 
 
 def _unpacking(encoding: str) -> str:
@@ -202,6 +214,7 @@ def rates_of(hardware: Hardware) -> Rates:
             each.encoding: lookup.input(_unpacking(each.encoding), each.bytes_per_second)
             for each in hardware.unpacking
         },
+        multiplied={each.encoding: each.multiplied for each in hardware.unpacking},
         assumed_unpacking=(
             _CPU_UNPACKED_BYTES_PER_SECOND * hardware.cores
             if on_cpu

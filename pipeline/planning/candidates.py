@@ -245,7 +245,9 @@ class _Search:
         return CostModel(
             layers={layer.name: layer for layer in problem.layers},
             rates=problem.rates,
-            compute_cost=ComputeCost(problem.checkpoint.config, problem.rates)
+            compute_cost=ComputeCost(
+                problem.checkpoint.config, problem.rates, fused_tokens=problem.fused_tokens
+            )
             if problem.workload is not None
             else None,
             workload=problem.workload,

@@ -1,7 +1,7 @@
 """The time that computation takes in one forward pass: seconds per layer, estimated from the config. Pure."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.model_shape import with_text_config
 
-__all__ = ["ComputeCost", "PassShape"]
+__all__ = ["ComputeCost", "PassShape", "packed_bytes"]
 
 _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 _ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
@@ -43,9 +43,12 @@ class ComputeCost:
     last token of each sequence, as in generation.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
+    def __init__(
+        self, config: Mapping[str, Any] | None, rates: Rates, *, fused_tokens: int = 0
+    ) -> None:
         text = with_text_config(config or {})
         self._rates = rates
+        self._fused_tokens = fused_tokens
         self._weights: dict[str, _Weights] = {}  # by layer name
         self._encodes_once = bool(text.get("is_encoder_decoder"))
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
@@ -70,7 +73,7 @@ class ComputeCost:
             self._weights[layer.name] = _weights_of(layer, self._rates)
         weights = self._weights[layer.name]
         dense = weights.dense_bytes
-        total = dense / self._rates.weights_per_second(tokens) + weights.unpacking_seconds
+        total = self._dense_seconds(weights, tokens)
         if weights.expert_bytes:
             read_share = 1 - (1 - self._expert_share) ** tokens
             tokens_per_expert = tokens * self._expert_share / read_share
@@ -85,6 +88,19 @@ class ComputeCost:
             launches = self._rates.block_seconds
             total = max(total, launches) if self._rates.launches_ahead else total + launches
         return total
+
+    def _dense_seconds(self, weights: "_Weights", tokens: int) -> float:
+        """Of the matrices that every token is multiplied with."""
+        plain = weights.dense_bytes
+        seconds = 0.0
+        for encoding, (packed_bytes, plain_bytes) in weights.packed.items():
+            multiplied = self._rates.multiplied_per_second(encoding, tokens)
+            if tokens <= self._fused_tokens and multiplied is not None:
+                plain -= plain_bytes
+                seconds += packed_bytes / multiplied
+            else:
+                seconds += packed_bytes / self._rates.unpacked_per_second(encoding)
+        return seconds + plain / self._rates.weights_per_second(tokens)
 
     def _elementwise(self, nbytes: int, tokens: int) -> float:
         last = self._rates.compute[-1]
@@ -111,36 +127,52 @@ class _Weights:
     """Of matrices that every token is multiplied with, unpacked."""
     expert_bytes: int
     """Of all experts, unpacked."""
-    unpacking_seconds: float
-    """Of what is not an expert."""
+    packed: Mapping[str, tuple[int, int]]
+    """Of what is not an expert: packed and plain bytes, by encoding."""
     expert_unpacking_seconds: float
     """Of all experts."""
 
 
 def _weights_of(layer: PlannedLayer, rates: Rates) -> _Weights:
-    nbytes = [0, 0]  # dense, experts
-    seconds = [0.0, 0.0]
+    dense = experts = 0
+    seconds = 0.0
     for tensor in layer.tensors:
-        is_expert = bool(_EXPERT.search(tensor.name))
+        is_matrix = len(tensor.shape) >= _MATRIX_DIMENSIONS
+        nbytes = tensor.packed.plain_bytes if tensor.packed else tensor.nbytes * is_matrix
+        if not _EXPERT.search(tensor.name):
+            dense += nbytes
+            continue
+        experts += nbytes
         if tensor.packed is not None:
-            nbytes[is_expert] += tensor.packed.plain_bytes
-            seconds[is_expert] += tensor.nbytes / rates.unpacked_per_second(tensor.packed.encoding)
-        elif len(tensor.shape) >= _MATRIX_DIMENSIONS:
-            nbytes[is_expert] += tensor.nbytes
+            seconds += tensor.nbytes / rates.unpacked_per_second(tensor.packed.encoding)
     for source in layer.experts:
         for part in source.tensors:
             if part.packed is None:
-                nbytes[1] += source.experts * part.nbytes
+                experts += source.experts * part.nbytes
                 continue
-            nbytes[1] += source.experts * part.packed.plain_bytes
+            experts += source.experts * part.packed.plain_bytes
             rate = rates.unpacked_per_second(part.packed.encoding)
-            seconds[1] += source.experts * part.nbytes / rate
+            seconds += source.experts * part.nbytes / rate
     return _Weights(
-        dense_bytes=nbytes[0],
-        expert_bytes=nbytes[1],
-        unpacking_seconds=seconds[0],
-        expert_unpacking_seconds=seconds[1],
+        dense_bytes=dense,
+        expert_bytes=experts,
+        packed=packed_bytes([layer]),
+        expert_unpacking_seconds=seconds,
     )
+
+
+def packed_bytes(layers: Iterable[PlannedLayer]) -> dict[str, tuple[int, int]]:
+    """Packed and plain bytes of the packed weights that every token is multiplied with, by encoding."""
+    found: dict[str, tuple[int, int]] = {}
+    for layer in layers:
+        for tensor in layer.tensors:
+            if tensor.packed is not None and not _EXPERT.search(tensor.name):
+                before = found.get(tensor.packed.encoding, (0, 0))
+                found[tensor.packed.encoding] = (
+                    before[0] + tensor.nbytes,
+                    before[1] + tensor.packed.plain_bytes,
+                )
+    return found
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:

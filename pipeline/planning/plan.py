@@ -168,6 +168,8 @@ class Plan:
     """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
     shared_expert_cells: int = 0
     """Cells that all layers share, for experts of a long prompt on their way through."""
+    fused_tokens: int = 0
+    """Passes of up to so many tokens multiply packed weights without unpacking them; 0: none does."""
 
     def __post_init__(self) -> None:
         for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):

@@ -16,6 +16,7 @@ from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
 from layerstream.pipeline.planning.expert_cells import ExpertCells
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
@@ -44,6 +45,7 @@ def make_plan(
     throttle_bytes_per_second: float | None = None,
     layer_batch_size: int | None = None,
     slots: int | None = None,
+    kernels: Kernels | str = Kernels.EXACT,
     held_bytes: int = 0,
     running: Plan | None = None,
 ) -> Plan:
@@ -64,9 +66,10 @@ def make_plan(
         throttle_bytes_per_second: The rate of the throttled reader.
         layer_batch_size: Blocks per layer batch, instead of the planner's choice.
         slots: On the host and on the device each, instead of the planner's choice.
+        kernels: "exact", "fused" or "auto": see ``Kernels``.
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
         running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, arenas,
-            reader and place of the KV cache stay, since running requests use them.
+            reader, kernels and place of the KV cache stay, since running requests use them.
 
     Raises:
         PlanError: No plan fits the budget, or an argument is invalid.
@@ -87,6 +90,7 @@ def make_plan(
         layer_batch_size=layer_batch_size,
         slots=slots,
         loaded_code_bytes=held_bytes,
+        kernels=kernels_of(kernels),
         **({} if running is None else _fixed_by(running)),
     )
     return _plan(problem, search(problem))
@@ -142,6 +146,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         notes=_notes(problem, best),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
+        fused_tokens=problem.fused_tokens,
     )
 
 
@@ -159,6 +164,7 @@ def _fixed_by(running: Plan) -> dict[str, Any]:
     return {
         "arenas": ArenaBytes(running.host_arena_bytes, running.device_arena_bytes),
         "kv_on_host": running.kv_cache_on_host,
+        "running_fused_tokens": running.fused_tokens,
         "expert_cells": ExpertCells(
             own=tuple(each.cells for each in running.experts), shared=running.shared_expert_cells
         ),
@@ -199,6 +205,11 @@ def _notes(problem: Problem, best: PricedCandidate) -> tuple[str, ...]:
             f"weights stay packed ({', '.join(sorted(encodings))}) and are unpacked {how} in every pass, to what "
             "transformers' from_pretrained computes with"
         )
+        if problem.fused_tokens:
+            notes.append(
+                f"fused kernels: passes of up to {problem.fused_tokens} tokens multiply packed weights without unpacking them, "
+                "faster and not bit for bit as transformers does; kernels='exact' does"
+            )
     return tuple(notes)
 
 

@@ -6,7 +6,9 @@ from functools import cached_property
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
+from layerstream.pipeline.planning.compute_cost import packed_bytes
 from layerstream.pipeline.planning.expert_cells import ExpertCells
+from layerstream.pipeline.planning.kernels import Kernels, most_fused_tokens
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
@@ -49,10 +51,12 @@ class Problem:
     layer_batch_size: int | None
     slots: int | None
     loaded_code_bytes: int
+    kernels: Kernels = Kernels.EXACT
     # Of a running pipeline; they cannot change.
     arenas: ArenaBytes | None = None
     kv_on_host: bool | None = None
     expert_cells: ExpertCells | None = None
+    running_fused_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -105,6 +109,14 @@ class Problem:
     def rates(self) -> Rates:
         """The rates of the machine."""
         return rates_of(self.hardware)
+
+    @cached_property
+    def fused_tokens(self) -> int:
+        """The most tokens of a pass that multiplies packed weights without unpacking them."""
+        if self.running_fused_tokens is not None:
+            return self.running_fused_tokens
+        packed = packed_bytes(self.layers)
+        return most_fused_tokens(self.kernels, self.rates, packed, on_cpu=self.on_cpu)
 
     @cached_property
     def host_budget_bytes(self) -> int:

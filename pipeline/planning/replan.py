@@ -2,11 +2,12 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin, UnpackingRate
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.stages.telemetry.spans import StageTimings, SweepSpan
@@ -47,7 +48,7 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
     on_cpu = plan.device_memory is None
     overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
     if factors := _speed_factors(plan, timings, overhead_seconds=overhead):
-        fields |= _scaled(known, factors)
+        fields |= _scaled(known, hardware.unpacking, factors)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)
     return replace(
         hardware,
@@ -130,7 +131,9 @@ def _compute_seconds(stage: StageTimings, overhead_seconds: float) -> float:
     return max(stage.busy_seconds - hand_offs, _LEAST_WORK_SHARE * stage.busy_seconds)
 
 
-def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
+def _scaled(
+    known: Rates, unpacking: Sequence[UnpackingRate], factors: dict[int, float]
+) -> dict[str, Any]:
     """The rates of computation, by the names of Hardware's fields."""
 
     def nearest(tokens: int) -> float:
@@ -142,6 +145,10 @@ def _scaled(known: Rates, factors: dict[int, float]) -> dict[str, Any]:
                 tokens=rate.tokens, bytes_per_second=rate.bytes_per_second * nearest(rate.tokens)
             )
             for rate in known.compute
+        ),
+        "unpacking": tuple(
+            replace(each, bytes_per_second=each.bytes_per_second * factors[min(factors)])
+            for each in unpacking
         ),
         # Attention matters in long prompts, the others in steps.
         "attention_flops_per_second": known.attention_flops_per_second * factors[max(factors)],

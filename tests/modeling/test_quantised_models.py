@@ -15,7 +15,7 @@ from support.streaming import bits_equal, open_streaming
 from support.traced import trace
 from transformers import CompressedTensorsConfig
 
-from layerstream.pipeline import ModelError, StreamedModel
+from layerstream.pipeline import ModelError, PlanError, StreamedModel
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.planning import tiles
 
@@ -188,3 +188,40 @@ def test_quantised_activations_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=r"group_0.*activations|activations.*group_0"):
         trace(folder)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("quantiser", ["fp8-blocks", "int4-groups", "int8-channels"])
+def test_fused_kernels_give_nearly_the_logits_of_transformers(
+    tmp_path: Path, quantiser: str
+) -> None:
+    folder = save_quantised(tmp_path / "model", "llama", quantiser)
+    step = IDS[:1, :2]
+    with torch.no_grad():
+        logits = reference(folder, "llama", quantiser)(step).logits
+
+    async def main() -> None:
+        async with StreamedModel.open(folder, kernels="fused") as model:
+            assert model.plan.fused_tokens == 4
+            found = (await model.forward(input_ids=step)).logits
+            # Both round to bfloat16 in between, from sums in different orders.
+            torch.testing.assert_close(found, logits, rtol=0.05, atol=0.02)
+            assert not torch.equal(found, torch.zeros_like(found))
+        async with StreamedModel.open(folder, kernels="fused") as model:
+            prompt = (await model.forward(input_ids=IDS)).logits  # 18 tokens: unpacked
+            assert bits_equal(prompt, reference(folder, "llama", quantiser)(IDS).logits)
+
+    run(main())
+
+
+def test_kernels_are_exact_by_default_and_others_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save_quantised(tmp_path / "model", "llama", "fp8-blocks")
+
+    async def main() -> None:
+        async with StreamedModel.open(folder) as model:
+            assert model.plan.fused_tokens == 0
+        with pytest.raises(PlanError, match=r"no kernels 'fast'.*exact, fused, auto"):
+            async with StreamedModel.open(folder, kernels="fast"):
+                pass
+
+    run(main())

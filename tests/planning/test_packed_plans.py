@@ -10,7 +10,7 @@ from support.plans import CPU
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.packed_form import packed_form
-from layerstream.pipeline.machine.measurement import Origin, UnpackingRate
+from layerstream.pipeline.machine.measurement import ComputeRate, Origin, UnpackingRate
 from layerstream.pipeline.planning.plan import Budget, Plan, Workload
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.report.plan_report import report_plan
@@ -66,6 +66,44 @@ def test_an_unknown_rate_is_assumed_and_said_to_be(checkpoint: Checkpoint) -> No
     assert (given.value, given.origin) == (1e9, Origin.GIVEN)
     assumed = {each.name: each for each in plan_at(checkpoint, None).inputs}["unpacking fp8"]
     assert assumed.origin is Origin.ASSUMED
+
+
+@pytest.mark.parametrize(
+    ("kernels", "multiplied", "expected"),
+    [
+        ("exact", 1e12, 0),
+        ("fused", 1e6, 4),
+        ("fused", None, 4),
+        ("auto", 1e12, 4),
+        ("auto", 1e6, 0),
+        ("auto", None, 0),
+    ],
+)
+def test_auto_takes_the_kernels_that_are_measured_to_be_faster(
+    checkpoint: Checkpoint, kernels: str, multiplied: float | None, expected: int
+) -> None:
+    products = (
+        ()
+        if multiplied is None
+        else (
+            ComputeRate(tokens=1, bytes_per_second=multiplied),
+            ComputeRate(tokens=4, bytes_per_second=multiplied / 2),
+        )
+    )
+    rate = UnpackingRate(encoding="fp8", bytes_per_second=1e9, multiplied=products)
+    plan = make_plan(
+        checkpoint,
+        dataclasses.replace(CPU, unpacking=(rate,)),
+        budget=Budget(host="64MiB"),
+        workload=Workload(prompt_tokens=8, new_tokens=8),
+        kernels=kernels,
+    )
+    assert plan.fused_tokens == expected
+    assert ("fused kernels" in report_plan(plan)) is bool(expected)
+    assert Plan.from_json(plan.to_json()).fused_tokens == expected
+    if kernels == "fused" and multiplied is not None:
+        packed = sum(i.nbytes for i in checkpoint.tensors.values())
+        assert plan.prediction.decode.compute_seconds > packed / multiplied
 
 
 def test_the_memory_of_tiles_is_reserved(checkpoint: Checkpoint) -> None:

@@ -135,6 +135,7 @@ def _plan(
         objective=args.objective,
         layers=layers,
         reader=args.reader,
+        kernels=args.kernels,
         layer_batch_size=args.layer_batch_size,
     )
     # What is in the layers when tables are, less what is without them.

@@ -203,6 +203,7 @@ async def _serve(
             new_tokens=args.new_tokens,
         ),
         reader=args.reader,
+        kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
     )
     # Opening the model takes seconds, so an address in use is reported before; until the socket listens,

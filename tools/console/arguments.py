@@ -126,6 +126,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reader", choices=["direct", "mmap"], help="how files are read (default: what suits)"
     )
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "exact", "fused"],
+        default="auto",
+        help="for packed weights on a CPU: exact gives the bits of transformers, fused is faster for a few tokens and sums in "
+        "another order, auto (the default) takes what the plan finds faster",
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

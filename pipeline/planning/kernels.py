@@ -1,0 +1,63 @@
+"""Which kernels multiply with packed weights on a CPU: exact ones, or faster ones whose sums have another order. Pure."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from layerstream.pipeline.planning.assumptions import Rates
+from layerstream.stages.errors import PlanError
+
+__all__ = ["Kernels", "kernels_of", "most_fused_tokens"]
+
+# Passes of more tokens are faster if weights are unpacked once for all of them.
+_FUSED_TOKENS = 4
+
+
+class Kernels(StrEnum):
+    """How packed weights are multiplied with."""
+
+    EXACT = "exact"
+    """They are unpacked, tile by tile, for torch's own products: the bits of ``from_pretrained``."""
+    FUSED = "fused"
+    """In passes of a few tokens products are summed while weights are unpacked, in float32, in another order."""
+    AUTO = "auto"
+    """Whichever of the two is faster at measured rates; exact if they were not measured."""
+
+
+def kernels_of(given: Kernels | str) -> Kernels:
+    """``given`` as a ``Kernels``.
+
+    Raises:
+        PlanError: There are no such ones.
+    """
+    try:
+        return Kernels(given)
+    except ValueError as error:
+        raise PlanError(
+            f"there are no kernels {given!r}; give one of {', '.join(Kernels)}"
+        ) from error
+
+
+def most_fused_tokens(
+    kernels: Kernels, rates: Rates, packed: Mapping[str, tuple[int, int]], *, on_cpu: bool
+) -> int:
+    """The most tokens of a pass that multiplies packed weights without unpacking them; 0: none does.
+
+    Args:
+        kernels: What was asked for.
+        rates: Of the machine.
+        packed: Of the weights that linear layers multiply with: packed and plain bytes, by encoding.
+        on_cpu: There are none for a GPU.
+    """
+    if not packed or not on_cpu or kernels is Kernels.EXACT:
+        return 0
+    if kernels is Kernels.FUSED:
+        return _FUSED_TOKENS
+    exact = fused = 0.0
+    for encoding, (packed_bytes, plain_bytes) in packed.items():
+        multiplied = rates.multiplied_per_second(encoding, 1)
+        if multiplied is None:
+            return 0
+        fused += packed_bytes / multiplied
+        exact += packed_bytes / rates.unpacked_per_second(encoding)
+        exact += plain_bytes / rates.weights_per_second(1)
+    return _FUSED_TOKENS if fused < exact else 0
