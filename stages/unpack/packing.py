@@ -38,7 +38,7 @@ class Packing(Protocol):
         every 64th product, so that a product is rounded once, goes through at most columns / 64 + 1 additions, and through six
         more when the partial sums are added. Every rounding has a relative error of at most u = 2^-24, so that, without
         underflow, ``|error| <= g * sum(|w| * |x|)`` with g = k u / (1 - k u) and k = columns / 64 + 8. (Where a scale belongs
-        to a number of columns that is no multiple of 16, and where torch multiplies for want of numba, k = columns.)
+        to a number of columns that is no multiple of 32, and where torch multiplies for want of numba, k = columns.)
 
         Args:
             parts: As for ``unpack``.

@@ -122,7 +122,7 @@ class ScaledRows:
         return (
             byte_array(self.packed),
             byte_array(self.scales),
-            _NO_BYTES if self.zeros is None else byte_array(self.zeros),
+            _NO_ZEROS if self.zeros is None else byte_array(self.zeros),
             self.numbers.like,
             self.scale.like,
             LIKE[rounding],
@@ -187,7 +187,7 @@ class ScaledPacking(ABC):
         self.matrix(parts).multiply(first, inputs, out)
 
 
-_NO_BYTES = np.empty(0, np.uint8)
+_NO_ZEROS = np.empty(0, np.float32)
 
 
 def _fp4(nibbles: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@ For every encoding and output: bytes read plus bytes written per second, and the
 bytes, which are more than the processor's caches hold. Each round measures both, one after the other, and the best of each
 counts, in processor time of the thread. Random bytes stand for weights: the kernels do the same work for all, subnormal scales included.
 
+Then, for every encoding, how many weights a second are multiplied with one token's inputs, and with four, beside torch's
+product of a bfloat16 matrix with one token.
+
     python -m layerstream.tools.benchmarks.unpacking --rounds 5
 """
 
@@ -12,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,6 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.only.lower() in case.name.lower():
             for dtype in case.dtypes:
                 print(_row(case, dtype, args), flush=True)
+    print(
+        "\n| encoding | 1 token: 1e9 weights/s | of bfloat16 | 4 tokens, each | of bfloat16, each |"
+    )
+    print("|---|---|---|---|---|")
+    for case in _cases(args.rows, args.columns):
+        if args.only.lower() in case.name.lower() and "steps rounded" not in case.name:
+            print(_product_row(case, args), flush=True)
     print("\nSeconds spent on compiling, for all outputs of a kernel together:")
     print(", ".join(f"{name} {seconds:.2f}" for name, seconds in compile_seconds().items()))
     return 0
@@ -82,6 +93,23 @@ def _row(case: _Case, name: str, args: argparse.Namespace) -> str:
     memcpy, rate = 2 * len(source) / min(copying) / 1e9, moved_bytes / min(unpacking) / 1e9
     packed_rate = packed_bytes / min(unpacking) / 1e9
     return f"| {case.name} | {name} | {rate:.1f} | {memcpy:.1f} | {rate / memcpy:.2f} | {packed_rate:.1f} |"
+
+
+def _product_row(case: _Case, args: argparse.Namespace) -> str:
+    weights = torch.zeros(args.rows, args.columns, dtype=torch.bfloat16)
+    token = torch.randn(1, args.columns, dtype=torch.bfloat16)
+    texts = [case.name]
+    for tokens in (1, 4):
+        inputs = torch.randn(tokens, args.columns)
+        out = torch.zeros(tokens, args.rows)
+        case.packing.multiply(case.parts, 0, inputs, out)
+        plain, fused = [], []
+        for _ in range(args.rounds):
+            plain.append(_seconds(lambda: torch.nn.functional.linear(token, weights)))
+            fused.append(_seconds(partial(case.packing.multiply, case.parts, 0, inputs, out)))
+        rate = tokens * weights.numel() / min(fused) / 1e9
+        texts += [f"{rate:.1f}", f"{tokens * min(plain) / min(fused):.2f}"]
+    return f"| {' | '.join(texts)} |"
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -29,9 +29,10 @@ def q8_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     """Block: scale (half), 32 signed bytes."""
     at = first * blocks * 34
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
-        put(out, start, signed_floats(bytes16_at(packed, at + 2)) * scale)
-        put(out, start + 16, signed_floats(bytes16_at(packed, at + 18)) * scale)
+        put(out, start, signed_floats(bytes16_at(packed, at + 2)) * scale, chain)
+        put(out, start + 16, signed_floats(bytes16_at(packed, at + 18)) * scale, chain + 1)
         at += 34
 
 
@@ -39,10 +40,11 @@ def q4_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     """Block: scale (half), 16 bytes; the lower four bits are numbers 0 to 15, the upper 16 to 31."""
     at = first * blocks * 18
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put(out, start, signed_floats((quants & 15) - 8) * scale)
-        put(out, start + 16, signed_floats((quants >> 4) - 8) * scale)
+        put(out, start, signed_floats((quants & 15) - 8) * scale, chain)
+        put(out, start + 16, signed_floats((quants >> 4) - 8) * scale, chain + 1)
         at += 18
 
 
@@ -50,11 +52,12 @@ def q4_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     """Block: scale, minimum (halves), 16 bytes as in Q4_0."""
     at = first * blocks * 20
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
         quants = bytes16_at(packed, at + 4)
-        put(out, start, rounded(like, signed_floats(quants & 15) * scale) + minimum)
-        put(out, start + 16, rounded(like, signed_floats(quants >> 4) * scale) + minimum)
+        put(out, start, rounded(like, signed_floats(quants & 15) * scale) + minimum, chain)
+        put(out, start + 16, rounded(like, signed_floats(quants >> 4) * scale) + minimum, chain + 1)
         at += 20
 
 
@@ -62,12 +65,13 @@ def q5_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     """Block: scale (half), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
     at = first * blocks * 22
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 6)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 2)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
-        put(out, start, signed_floats(low - 16) * scale)
-        put(out, start + 16, signed_floats(high - 16) * scale)
+        put(out, start, signed_floats(low - 16) * scale, chain)
+        put(out, start + 16, signed_floats(high - 16) * scale, chain + 1)
         at += 22
 
 
@@ -75,13 +79,14 @@ def q5_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     """Block: scale, minimum (halves), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
     at = first * blocks * 24
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
         quants = bytes16_at(packed, at + 8)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 6)) << 4)
-        put(out, start, rounded(like, signed_floats(low) * scale) + minimum)
-        put(out, start + 16, rounded(like, signed_floats(high) * scale) + minimum)
+        put(out, start, rounded(like, signed_floats(low) * scale) + minimum, chain)
+        put(out, start + 16, rounded(like, signed_floats(high) * scale) + minimum, chain + 1)
         at += 24
 
 
@@ -89,10 +94,11 @@ def iq4_nl(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
     """Block: scale (half), 16 bytes as in Q4_0, whose numbers stand for 16 levels."""
     at = first * blocks * 18
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put(out, start, signed_floats(iq4_levels(quants & 15)) * scale)
-        put(out, start + 16, signed_floats(iq4_levels(quants >> 4)) * scale)
+        put(out, start, signed_floats(iq4_levels(quants & 15)) * scale, chain)
+        put(out, start + 16, signed_floats(iq4_levels(quants >> 4)) * scale, chain + 1)
         at += 18
 
 
@@ -108,8 +114,8 @@ def iq4_xs(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
             part = rounded(like, scale * float_of(factor - 32))
             quants = bytes16_at(packed, at + 8 + 16 * group)
             place = start + 32 * group
-            put(out, place, signed_floats(iq4_levels(quants & 15)) * part)
-            put(out, place + 16, signed_floats(iq4_levels(quants >> 4)) * part)
+            put(out, place, signed_floats(iq4_levels(quants & 15)) * part, (group & 1) * 2)
+            put(out, place + 16, signed_floats(iq4_levels(quants >> 4)) * part, (group & 1) * 2 + 1)
         at += 136
 
 
@@ -117,8 +123,9 @@ def mxfp4(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) 
     """Block: exponent (one byte), 16 bytes as in Q4_0 with e2m1 numbers. All products are exact."""
     at = first * blocks * 17
     for start in range(0, rows * blocks * 32, 32):
+        chain = start >> 4 & 2
         scale = halved_exponent_at(packed, at)
         quants = bytes16_at(packed, at + 1)
-        put(out, start, signed_floats(mxfp4_levels(quants & 15)) * scale)
-        put(out, start + 16, signed_floats(mxfp4_levels(quants >> 4)) * scale)
+        put(out, start, signed_floats(mxfp4_levels(quants & 15)) * scale, chain)
+        put(out, start + 16, signed_floats(mxfp4_levels(quants >> 4)) * scale, chain + 1)
         at += 17

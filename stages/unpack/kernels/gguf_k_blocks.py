@@ -35,7 +35,7 @@ def q2_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
                     group = 8 * half + 2 * field + lane
                     number = floats((quants >> (2 * field)) & 3)
                     number = rounded(like, number * spread(parts, group)) - spread(least, group)
-                    put(out, start + 16 * group, number)
+                    put(out, start + 16 * group, number, field)
         at += 84
 
 
@@ -54,7 +54,8 @@ def q3_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
                     group = 8 * half + 2 * field + lane
                     # A third bit that is not set takes four away.
                     number = ((quants >> (2 * field)) & 3) + (((thirds >> field) & 1) << 2) - 4
-                    put(out, start + 16 * group, signed_floats(number) * spread(parts, group))
+                    number = signed_floats(number) * spread(parts, group)
+                    put(out, start + 16 * group, number, field)
         at += 110
 
 
@@ -71,9 +72,9 @@ def q4_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
                 quants = bytes16_at(packed, at + 16 + 32 * pair + lane)
                 place, group = start + 64 * pair + lane, 2 * pair
                 number = rounded(like, floats(quants & 15) * spread(parts, group))
-                put(out, place, number - spread(least, group + 8))
+                put(out, place, number - spread(least, group + 8), lane // 16)
                 number = rounded(like, floats(quants >> 4) * spread(parts, group + 1))
-                put(out, place + 32, number - spread(least, group + 9))
+                put(out, place + 32, number - spread(least, group + 9), lane // 16 + 2)
         at += 144
 
 
@@ -91,9 +92,9 @@ def q5_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
                 low, high = (quants & 15) | (fifths & 1) << 4, (quants >> 4) | (fifths & 2) << 3
                 place, group = start + 64 * pair + lane, 2 * pair
                 number = rounded(like, floats(low) * spread(parts, group))
-                put(out, place, number - spread(least, group + 8))
+                put(out, place, number - spread(least, group + 8), lane // 16)
                 number = rounded(like, floats(high) * spread(parts, group + 1))
-                put(out, place + 32, number - spread(least, group + 9))
+                put(out, place + 32, number - spread(least, group + 9), lane // 16 + 2)
         at += 176
 
 
@@ -111,7 +112,7 @@ def q6_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
                 upper = upper >> (lane // 2 * 2)
                 place, group = start + 128 * half + 16 * lane, 8 * half + lane
                 number = ((lower & 15) | (upper & 3) << 4) - 32
-                put(out, place, signed_floats(number) * spread(parts, group))
+                put(out, place, signed_floats(number) * spread(parts, group), lane % 2)
                 number = ((lower >> 4) | (upper & 48)) - 32
-                put(out, place + 64, signed_floats(number) * spread(parts, group + 4))
+                put(out, place + 64, signed_floats(number) * spread(parts, group + 4), lane % 2 + 2)
         at += 210

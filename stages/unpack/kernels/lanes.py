@@ -27,6 +27,7 @@ __all__ = [
     "interleaved_low",
     "iq4_levels",
     "lanes_of_bits",
+    "less",
     "mxfp4_levels",
     "numbers",
     "q3_scales",
@@ -128,14 +129,13 @@ def _chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
 
 
 def _fp8_e4m3(builder: Any, value: Any) -> Any:
-    wide = builder.zext(value, vector_of(_I16, value.type.count))
-    sign = builder.shl(builder.and_(wide, same(wide, 0x80, 16)), same(wide, 8, 16))
-    rest = builder.and_(wide, same(wide, 0x7F, 16))
+    wide = builder.shl(builder.sext(value, vector_of(_I16, value.type.count)), same(value, 7, 16))
+    # The sign stands in the two upper bits: only the first is a half's.
+    half = builder.and_(wide, same(value, 0xBF80, 16))
     # All ones are NaN in e4m3, which has no infinities.
-    is_nan = builder.icmp_unsigned("==", rest, same(wide, 0x7F, 16))
-    shifted = builder.shl(rest, same(wide, 7, 16))
-    magnitude = builder.select(is_nan, same(wide, 0x7E00, 16), shifted)
-    return _of_half(builder, builder.or_(sign, magnitude), 2.0**8)
+    ones = builder.or_(value, same(value, 0x80, 8))
+    is_nan = builder.icmp_unsigned("==", ones, same(value, 0xFF, 8))
+    return _of_half(builder, builder.select(is_nan, same(value, 0x7E00, 16), half), 2.0**8)
 
 
 def _fp8_e5m2(builder: Any, value: Any) -> Any:
@@ -184,6 +184,19 @@ def numbers(typing_context: Any, like: Any, data: Any) -> Any:
         return _NUMBERS[like.dtype](builder, arguments[1])
 
     return FloatsType(data.lanes)(like, data), generate
+
+
+@generated
+def less(typing_context: Any, values: Any, zeros: Any, zero: Any) -> Any:
+    """Subtract a zero point. An array ``zeros`` of float32 tells that there are none, and costs nothing."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        vector = arguments[0]
+        if zeros.dtype == types.float32:
+            return vector
+        return builder.fsub(vector, repeated(builder, arguments[2], vector.type.count))
+
+    return values(values, zeros, types.float32), generate
 
 
 @generated

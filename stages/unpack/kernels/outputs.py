@@ -60,16 +60,17 @@ def rounded(typing_context: Any, like: Any, value: Any) -> Any:
 
 
 @generated
-def put(typing_context: Any, out: Any, place: Any, value: Any) -> Any:
+def put(typing_context: Any, out: Any, place: Any, value: Any, chain: Any) -> Any:
     """Round the vector ``value`` to the type of ``out``, and store it from index ``place`` on; or add to sums of products.
 
-    Sums are a tuple (sums, inputs, columns, tokens): see ``products``. ``place`` is then a column.
+    Sums are a tuple (sums, inputs, columns, tokens): see ``products``. ``place`` is then a column, and ``chain`` one of four sums: the next
+    addition should be to another, for which it need not wait.
     """
     if isinstance(out, types.BaseTuple):
-        return types.none(out, types.intp, value), _add_products
+        return types.none(out, types.intp, value, types.intp), _add_products
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        array, index, vector = arguments
+        array, index, vector, _ = arguments
         lanes = vector.type.count
         if out.dtype == types.float32:
             stored = vector
@@ -82,21 +83,19 @@ def put(typing_context: Any, out: Any, place: Any, value: Any) -> Any:
         _store(builder, stored, address(context, builder, out, array, offset, stored.type))
         return context.get_dummy_value()
 
-    return types.none(out, types.intp, value), generate
+    return types.none(out, types.intp, value, types.intp), generate
 
 
 def _store(builder: Any, value: Any, where: Any) -> None:
     builder.store(value, where, align=1).set_metadata("noalias", packed_scope(builder.module))
 
 
-# Each token has so many sums of 16 lanes, in turn: the next addition need not wait for the one before.
 _CHAINS = 4
 
 
 def _add_products(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-    (state, place, value), kinds = arguments, sig.args[0].types
+    (state, place, value, chain), kinds = arguments, sig.args[0].types
     sums, inputs, columns = (builder.extract_value(state, index) for index in range(3))
-    chain = builder.and_(builder.lshr(place, _I64(4)), _I64(_CHAINS - 1))
     kind = value.type
     name = f"llvm.fmuladd.v{kind.count}f32"
     multiply_add = cgutils.get_or_insert_function(

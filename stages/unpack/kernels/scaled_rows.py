@@ -12,6 +12,7 @@ from layerstream.stages.unpack.kernels.lanes import (
     float_of,
     interleaved_high,
     interleaved_low,
+    less,
     numbers,
 )
 from layerstream.stages.unpack.kernels.outputs import put, rounded
@@ -57,13 +58,19 @@ def scaled_bytes(
             scale = scale_at(scale_like, scales, index)
             zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
+            while column + 64 <= end:
+                for chain in range(4):
+                    place = column + 16 * chain
+                    number = less(numbers(number_like, bytes16_at(packed, at + place)), zeros, zero)
+                    put(out, start + place, rounded(like, number * scale), chain)
+                column += 64
             while column + 16 <= end:
-                number = numbers(number_like, bytes16_at(packed, at + column)) - zero
-                put(out, start + column, rounded(like, number * scale))
+                number = less(numbers(number_like, bytes16_at(packed, at + column)), zeros, zero)
+                put(out, start + column, rounded(like, number * scale), column >> 4 & 3)
                 column += 16
             while column < end:
-                number = numbers(number_like, bytes1_at(packed, at + column)) - zero
-                put(out, start + column, rounded(like, number * scale))
+                number = less(numbers(number_like, bytes1_at(packed, at + column)), zeros, zero)
+                put(out, start + column, rounded(like, number * scale), 1)
                 column += 1
 
 
@@ -89,17 +96,30 @@ def scaled_nibbles(
             scale = scale_at(scale_like, scales, index)
             zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
-            while column < end:
-                if column % 2 == 0 and column + 32 <= end:
-                    both = bytes16_at(packed, at + column // 2)
+            while column & 1 == 0 and column + 64 <= end:
+                for half in range(2):
+                    place = column + 32 * half
+                    both = bytes16_at(packed, at + (place >> 1))
                     low, high = both & 15, both >> 4
-                    number = numbers(number_like, interleaved_low(low, high)) - zero
-                    put(out, start + column, rounded(like, number * scale))
-                    number = numbers(number_like, interleaved_high(low, high)) - zero
-                    put(out, start + column + 16, rounded(like, number * scale))
+                    first16, second16 = interleaved_low(low, high), interleaved_high(low, high)
+                    number = less(numbers(number_like, first16), zeros, zero)
+                    put(out, start + place, rounded(like, number * scale), 2 * half)
+                    number = less(numbers(number_like, second16), zeros, zero)
+                    put(out, start + place + 16, rounded(like, number * scale), 2 * half + 1)
+                column += 64
+            while column < end:
+                if column & 1 == 0 and column + 32 <= end:
+                    chain = column >> 4 & 2
+                    both = bytes16_at(packed, at + (column >> 1))
+                    low, high = both & 15, both >> 4
+                    first16, second16 = interleaved_low(low, high), interleaved_high(low, high)
+                    number = less(numbers(number_like, first16), zeros, zero)
+                    put(out, start + column, rounded(like, number * scale), chain)
+                    number = less(numbers(number_like, second16), zeros, zero)
+                    put(out, start + column + 16, rounded(like, number * scale), chain + 1)
                     column += 32
                 else:
-                    one = (bytes1_at(packed, at + column // 2) >> (column % 2 * 4)) & 15
-                    number = numbers(number_like, one) - zero
-                    put(out, start + column, rounded(like, number * scale))
+                    one = (bytes1_at(packed, at + (column >> 1)) >> ((column & 1) << 2)) & 15
+                    number = less(numbers(number_like, one), zeros, zero)
+                    put(out, start + column, rounded(like, number * scale), 2)
                     column += 1

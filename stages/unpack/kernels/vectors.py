@@ -129,13 +129,18 @@ def _unsigned(builder: Any, value: Any) -> Any:
     return builder.zext(value, _I64)
 
 
-def _plain_nan(builder: Any, value: Any) -> Any:
-    nan = builder.bitcast(_I32(0x7FC00000), _FLOAT)
-    return builder.select(builder.fcmp_unordered("uno", value, value), nan, value)
+def _single(builder: Any, value: Any) -> Any:
+    magnitude = builder.and_(value, _I32(0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, _I32(0x7F800000))
+    return builder.bitcast(builder.select(is_nan, _I32(0x7FC00000), value), _FLOAT)
 
 
 def _half(builder: Any, value: Any) -> Any:
-    return _plain_nan(builder, builder.fpext(value, _FLOAT))
+    # Of 16 bits. NaN is found among integers, which is cheaper than among floats.
+    magnitude = builder.and_(value, _I16(0x7FFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, _I16(0x7C00))
+    half = builder.bitcast(builder.select(is_nan, _I16(0x7E00), value), _HALF)
+    return builder.fpext(half, _FLOAT)
 
 
 def _bfloat(builder: Any, value: Any) -> Any:
@@ -168,15 +173,15 @@ def _nan_exponent(builder: Any, value: Any) -> Any:
 byte_at = _loader(_I8, types.int64, _unsigned)
 signed_at = _loader(_I8, types.int64, lambda builder, value: builder.sext(value, _I64))
 short_at = _loader(_I16, types.int64, _unsigned)
-half_at = _loader(_HALF, types.float32, _half)
+half_at = _loader(_I16, types.float32, _half)
 halved_exponent_at = _loader(_I8, types.float32, _halved_exponent)
 bytes16_at = _loader(vector_of(_I8, 16), BytesType(16), lambda _, value: value)
 bytes1_at = _loader(vector_of(_I8, 1), BytesType(1), lambda _, value: value)
 
 _SCALES = {
-    types.float32: (_FLOAT, 4, _plain_nan),
+    types.float32: (_I32, 4, _single),
     _BFLOAT: (_I16, 2, _bfloat),
-    _IEEE_HALF: (_HALF, 2, _half),
+    _IEEE_HALF: (_I16, 2, _half),
     types.uint8: (_I8, 1, _exponent),
     types.int8: (_I8, 1, _nan_exponent),
     types.uint32: (_I8, 1, _halved_exponent),
