@@ -13,6 +13,7 @@ import torch
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.hub import resolve_model_path_async
 from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.machine.probe_cache import user_cache_folder
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
@@ -28,6 +29,7 @@ from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.unpack.compiling import suggest_cache_folder
 
 __all__ = ["Opening", "Options", "open_model"]
 
@@ -152,5 +154,12 @@ def _trace(
         dtype=options.dtype,
         **options.model_options,
     )
-    # A GPU gets whole layers: experts in its memory are not implemented.
-    return traced, Assembly(traced, checkpoint, options.workload, experts_on_demand=on_cpu)
+    suggest_cache_folder(user_cache_folder() / "kernels")
+    # A GPU gets whole layers, which transformers' operations unpack: experts and tiles in its memory are not implemented.
+    return traced, Assembly(
+        traced,
+        checkpoint,
+        options.workload,
+        experts_on_demand=on_cpu,
+        unpacks_by_tiles=on_cpu,
+    )

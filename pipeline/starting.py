@@ -46,6 +46,8 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
     bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
+    if assembly.tiles is not None:
+        resources.callback(assembly.tiles.close)
     for table in assembly.gather(opening.checkpoint, device.torch_device):
         resources.callback(table.close)
     move_buffers(module, device.torch_device)
@@ -77,7 +79,14 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         cache_on_host=plan.kv_cache_on_host,
     )
     if pipeline.experts is not None:
-        stream_experts(module, plan.experts, pipeline.experts, waiting=engine.passes.waiting)
+        stream_experts(
+            module,
+            plan.experts,
+            pipeline.experts,
+            waiting=engine.passes.waiting,
+            packed=assembly.packed_experts,
+            tiles=assembly.tiles,
+        )
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.

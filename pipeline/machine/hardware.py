@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
+from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin, UnpackingRate
 from layerstream.pipeline.machine.probe import ProbedRates, probe_rates
 from layerstream.pipeline.machine.probe_cache import MeasurementCache
 from layerstream.pipeline.machine.probe_disk import cached_bytes
@@ -20,7 +20,7 @@ from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.process.libraries import LibraryMemory, limit_library_memory
 from layerstream.stages.threads import finish_in_thread
 
-__all__ = ["ComputeRate", "Figure", "Hardware", "Origin"]
+__all__ = ["ComputeRate", "Figure", "Hardware", "Origin", "UnpackingRate"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Hardware:
     """Host to host, in one thread."""
     compute: tuple[ComputeRate, ...] = ()
     """By ascending tokens."""
+    unpacking: tuple[UnpackingRate, ...] = ()
+    """Of packed weights, one for each encoding that is known."""
     attention_flops_per_second: float | None = None
     """In a long prompt; 4 for each pair of tokens and each element of a head."""
     step_attention_flops_per_second: float | None = None
@@ -93,9 +95,9 @@ class Hardware:
                 raise PlanError(
                     f"hardware: {name} is {value!r}; give seconds, from 0, or None for unknown"
                 )
-        self._check_compute()
+        self._check_rates_of_computing()
 
-    def _check_compute(self) -> None:
+    def _check_rates_of_computing(self) -> None:
         sizes = [rate.tokens for rate in self.compute]
         if sizes != sorted({size for size in sizes if size >= 1}):
             raise PlanError(
@@ -106,6 +108,12 @@ class Hardware:
                 raise PlanError(
                     f"hardware: compute at {rate.tokens} tokens has {rate.bytes_per_second!r} bytes per "
                     "second; give a number above zero"
+                )
+        for each in self.unpacking:
+            if not (_is_number(each.bytes_per_second) and 0 < each.bytes_per_second < math.inf):
+                raise PlanError(
+                    f"hardware: unpacking {each.encoding} has {each.bytes_per_second!r} bytes per second; give a "
+                    "number above zero"
                 )
 
     @classmethod

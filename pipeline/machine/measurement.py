@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["ComputeRate", "Figure", "Input", "Origin", "Rate"]
+__all__ = ["ComputeRate", "Figure", "Input", "Origin", "Rate", "UnpackingRate"]
 
 
 class Origin(StrEnum):
@@ -51,6 +51,16 @@ class ComputeRate:
     """In one pass: the number of rows that each weight matrix is multiplied with."""
     bytes_per_second: float
     """Bytes of weights, in the checkpoint's main dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpackingRate:
+    """The rate of unpacking weights of one encoding, in all threads that compute."""
+
+    encoding: str
+    """"fp8", "Q4_K"."""
+    bytes_per_second: float
+    """Packed bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

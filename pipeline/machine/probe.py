@@ -2,17 +2,25 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.machine.combined_rates import (
+    UNPACKING,
+    FoundRates,
+    ProbedRates,
+    combined,
+)
 from layerstream.pipeline.machine.contention import Contention
-from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin, Rate
+from layerstream.pipeline.machine.measurement import (
+    Origin,
+    Rate,
+)
 from layerstream.pipeline.machine.probe_blocks import measure_blocks
 from layerstream.pipeline.machine.probe_cache import (
     PER_BYTE,
@@ -28,6 +36,7 @@ from layerstream.pipeline.machine.probe_compute import (
 )
 from layerstream.pipeline.machine.probe_copies import measure_copies
 from layerstream.pipeline.machine.probe_disk import MIN_BYTES, measure_direct, measure_mmap
+from layerstream.pipeline.machine.probe_unpacking import encodings_of, measure_unpacking
 from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
@@ -57,21 +66,8 @@ _BLOCK_RATES = (
     "kv_growth_bytes_per_second",
     "blocks_per_second",
 )
-# If the volumes with a known rate hold at least this share of the checkpoint, that is its rate: one small file on
-# another volume does not matter.
-_MIN_SHARE = 0.9
 # Best sample to median. On a quiet machine it is below 1.5; next to other work, 10 has been seen.
 _DISTURBED_RATIO = 2.0
-# If the rates of several volumes have different origins, the last one of them counts.
-_BY_INCREASING_DOUBT = (Origin.MEASURED, Origin.CACHED, Origin.CONTENDED)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbedRates:
-    """Values for fields of Hardware, with the origin of each."""
-
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +83,6 @@ class _Probe:
     measure: Callable[[], Mapping[str, Rate]]
     share: float = 1.0
     """Of the checkpoint's bytes, for which the rates hold."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _VolumeRate:
-    """A rate, and for which share of the checkpoint it holds."""
-
-    rate: Rate
-    share: float
-    origin: Origin
-    age_seconds: float
 
 
 async def probe_rates(
@@ -130,7 +116,12 @@ async def probe_rates(
         )
         if result is not None:
             found.append((probe, *result))
-    return _combine(found)
+    return combined(
+        [
+            FoundRates(of=probe.key["of"], share=probe.share, measured=measured, origin=origin)
+            for probe, measured, origin in found
+        ]
+    )
 
 
 def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
@@ -144,6 +135,8 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
     }
     dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
     sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
+    # A GPU unpacks by tensor operations, whose rate is assumed.
+    encodings = encodings_of(checkpoint) if device.reads_host_images else ()
     return [
         *_disk_probes(checkpoint, machine_key),
         _Probe(
@@ -163,6 +156,15 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
             names=[str(tokens) for tokens in TOKENS],
             affected_by_contention=True,
             measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
+        ),
+        *(
+            _Probe(
+                key={**device_key, "of": f"{UNPACKING}{encoding}", "dtype": dtype},
+                names=[encoding],
+                affected_by_contention=True,
+                measure=partial(measure_unpacking, [encoding], dtype=dtype),
+            )
+            for encoding in encodings
         ),
     ]
 
@@ -233,60 +235,3 @@ def _was_disturbed(rates: Mapping[str, Rate]) -> bool:
         for name, rate in rates.items()
         if not name.endswith(PER_BYTE)
     )
-
-
-def _combine(found: Sequence[tuple[_Probe, MeasuredRates, Origin]]) -> ProbedRates:
-    fields: dict[str, Any] = {}
-    figures: dict[str, Figure] = {}
-    parts_by_name: dict[str, list[_VolumeRate]] = {}
-    for probe, measured, origin in found:
-        age = measured.age_seconds
-        if probe.key["of"] == "compute":
-            fields["compute"] = tuple(
-                ComputeRate(
-                    tokens=tokens,
-                    bytes_per_second=_representative_value(measured.rates[str(tokens)], origin),
-                )
-                for tokens in TOKENS
-                if str(tokens) in measured.rates
-            )
-            samples = sum(rate.samples for rate in measured.rates.values())
-            figures["compute"] = Figure(origin=origin, samples=samples, age_seconds=age)
-            continue
-        for name, rate in measured.rates.items():
-            part = _VolumeRate(rate=rate, share=probe.share, origin=origin, age_seconds=age)
-            parts_by_name.setdefault(name, []).append(part)
-    for name, parts in parts_by_name.items():
-        if sum(part.share for part in parts) < _MIN_SHARE:
-            logger.info("%s is not known: it was measured on some of the volumes only", name)
-            continue
-        values = [(_representative_value(part.rate, part.origin), part.share) for part in parts]
-        fields[name] = _mean_over_volumes(name, values)
-        figures[name] = Figure(
-            origin=max((part.origin for part in parts), key=_BY_INCREASING_DOUBT.index),
-            least=_mean_over_volumes(name, [(part.rate.least, part.share) for part in parts]),
-            most=_mean_over_volumes(name, [(part.rate.most, part.share) for part in parts]),
-            samples=sum(part.rate.samples for part in parts),
-            age_seconds=max(part.age_seconds for part in parts),
-        )
-    return ProbedRates(fields=fields, figures=figures)
-
-
-def _representative_value(rate: Rate, origin: Origin) -> float:
-    """Return the median, or the best sample if processors were contended: then that is closer to the machine."""
-    return rate.most if origin is Origin.CONTENDED else rate.median
-
-
-def _mean_over_volumes(name: str, values: Sequence[tuple[float, float]]) -> float:
-    """Return the rate of reading all volumes one after another, as a sweep does.
-
-    Args:
-        name: The field's name, whose ending says whether it is a rate or a cost per byte.
-        values: Pairs of a volume's value and its share of the bytes.
-    """
-    if len(values) == 1:
-        return values[0][0]  # without rounding
-    shares = sum(share for _, share in values)
-    if name.endswith(PER_BYTE):
-        return sum(value * share for value, share in values) / shares
-    return shares / sum(share / value for value, share in values)

@@ -17,7 +17,14 @@ from typing import Any
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.text import format_seconds
 
-__all__ = ["PER_BYTE", "MeasuredRates", "MeasurementCache", "machine_identity", "processor_model"]
+__all__ = [
+    "PER_BYTE",
+    "MeasuredRates",
+    "MeasurementCache",
+    "machine_identity",
+    "processor_model",
+    "user_cache_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,7 @@ class MeasurementCache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = _default_folder() if folder is None else folder
+        self.folder = user_cache_folder() if folder is None else folder
 
     def load(self, key: Mapping[str, str], *, names: Collection[str]) -> MeasuredRates | None:
         """Return the rates ``names`` that are cached for ``key``; None if there are no valid ones."""
@@ -116,7 +123,8 @@ class MeasurementCache:
         return self.folder / f"{key['of']}-{digest[:16]}.json"
 
 
-def _default_folder() -> Path:
+def user_cache_folder() -> Path:
+    """Where the user's measurements and compiled kernels are kept, by the XDG standard."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG standard says that relative paths must be ignored.
     base = Path(named) if Path(named).is_absolute() else Path("~/.cache")

@@ -1,7 +1,7 @@
 """Prepares a traced model for streaming: which weights are in which layer, which are gathered, and what is bound."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,23 +10,30 @@ from torch import nn
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.activation_memory import PromptPass
-from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers, source_name
+from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers
 from layerstream.pipeline.modeling.execution_trace import trace_execution
-from layerstream.pipeline.modeling.expert_sources import expert_sources, parameters_of
+from layerstream.pipeline.modeling.expert_banks import group_bytes
+from layerstream.pipeline.modeling.expert_sources import module_experts
 from layerstream.pipeline.modeling.gathered_table import (
-    SMALL_WEIGHT_BYTES,
     GatheredTable,
     TableSource,
-    empty_congruent,
 )
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
-from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.packed_experts import PackedParameter
+from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
+from layerstream.pipeline.modeling.packed_weight import Tiles, tile_bytes, tiles_are_exact
 from layerstream.pipeline.modeling.tracing import TracedModel
-from layerstream.pipeline.modeling.weight_places import gathered_places, places_of
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
+from layerstream.pipeline.modeling.weight_sources import (
+    extents_of,
+    make_fetch,
+    sources_of,
+    whole_extent,
+)
+from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
+from layerstream.pipeline.planning.tiles import TILES
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
-from layerstream.stages.batch import Extent
 
 __all__ = ["Assembly", "move_buffers"]
 
@@ -40,6 +47,7 @@ class Assembly:
         workload: What to measure the memory of.
         device: The device that will compute; the CPU by default.
         experts_on_demand: Leave experts that can be read one by one out of the layers.
+        unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
     """
 
     layers: tuple[ModelLayer, ...]
@@ -49,6 +57,8 @@ class Assembly:
 
     None without a workload, or if it could not be measured.
     """
+    tiles: Tiles | None = None
+    """What packed weights are unpacked into, once they are bound; the caller of ``bind`` closes them."""
 
     def __init__(
         self,
@@ -58,31 +68,42 @@ class Assembly:
         device: torch.device | None = None,
         *,
         experts_on_demand: bool = False,
+        unpacks_by_tiles: bool = False,
     ) -> None:
         self.traced = traced
         self._checkpoint = checkpoint
         places = places_of(traced)
+        self._packed = _packed(traced) if unpacks_by_tiles else {}
         prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
         traces = trace_execution(traced.module, prompt_pass)
         self.memory = prompt_pass.memory() if prompt_pass else None
-        self._gathered = gathered_places(traced, places, traces)
+        self._gathered = gathered_places(traced, places, traces, self._packed)
         self._places = {
             name: rest
             for name, where in places.items()
             if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
+        self._packed_linear = {
+            name: rows
+            for name, rows in self._packed.items()
+            if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()), rows)
+        }
         self.layers = model_layers(traced, checkpoint, self._places, traces)
-        sources = expert_sources(traced, checkpoint, self._places) if experts_on_demand else {}
+        found = (
+            module_experts(traced, checkpoint, self._places, self._packed)
+            if experts_on_demand
+            else {}
+        )
         self._experts = {
             layer.name: [
-                source
-                for source in sources.values()
-                if not layer.always_resident and parameters_of(source) <= set(layer.recipes)
+                each
+                for each in found.values()
+                if not layer.always_resident and each.parameters <= set(layer.recipes)
             ]
             for layer in self.layers
         }
         self._on_demand = {
-            name for found in self._experts.values() for s in found for name in parameters_of(s)
+            name for each in self._experts.values() for one in each for name in one.parameters
         }
         self.layers = tuple(
             dataclasses.replace(
@@ -100,15 +121,23 @@ class Assembly:
         return PlannedLayer(
             name=layer.name,
             kind=layer.kind,
-            tensors=tuple(source for recipe in recipes for source in _sources(recipe, checkpoint)),
-            scratch_bytes=sum(each.scratch_bytes for each in recipes if each.pieces is None),
+            tensors=tuple(
+                source for recipe in recipes for source in sources_of(recipe, checkpoint)
+            ),
+            scratch_bytes=sum(
+                each.scratch_bytes
+                for each in recipes
+                if each.pieces is None and each.name not in self._packed_linear
+            ),
+            tile_bytes=TILES * max(self._tile_sizes(layer), default=0),
             always_resident=layer.always_resident,
-            experts=tuple(self._experts[layer.name]),
+            experts=tuple(each.source for each in self._experts[layer.name]),
         )
 
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
         """Put placeholders everywhere, and return a binding for each layer batch."""
         self._put_placeholders_for_experts(device)
+        self.tiles = self._make_tiles()
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -117,12 +146,36 @@ class Assembly:
                 self.traced.module,
                 device,
                 [(self.traced.recipes[name], self._places[name]) for name in names],
-                lambda recipe: _make_fetch(recipe, self._checkpoint, device),
+                lambda recipe: make_fetch(recipe, self._checkpoint, device),
+                packed=self._packed_linear,
+                tiles=self.tiles,
             )
             binding.unbind()
             put_buffers(self.traced.module, binding.absent_buffers())
             bindings.append(binding)
         return bindings
+
+    def _tile_sizes(self, layer: ModelLayer) -> list[int]:
+        """What a layer's packed weights and experts need of a tile, each."""
+        weights = [
+            tile_bytes(self._packed_linear[name])
+            for name in layer.recipes
+            if name in self._packed_linear
+        ]
+        return weights + [group_bytes(each.packed) for each in self._experts[layer.name]]
+
+    def _make_tiles(self) -> Tiles | None:
+        nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
+        if not nbytes:
+            return None
+        return Tiles(nbytes=nbytes, count=TILES, threads=torch.get_num_threads())
+
+    @property
+    def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:
+        """Parameters of experts that are packed, by the paths of their modules."""
+        return {
+            each.source.module: each.packed for found in self._experts.values() for each in found
+        }
 
     def _put_placeholders_for_experts(self, device: torch.device) -> None:
         """Parameters that never come as a whole keep their placeholders."""
@@ -135,7 +188,12 @@ class Assembly:
         with ExitStack() as opened:
             for name, places in self._gathered.items():
                 recipe = self.traced.recipes[name]
-                extent = _extents(recipe, checkpoint)[0]
+                rows = self._packed.get(name)
+                extent = (
+                    extents_of(recipe, checkpoint)[0]
+                    if rows is None
+                    else whole_extent(checkpoint, rows.matrices[0].parts[0])
+                )
                 if extent.file not in files:
                     path = checkpoint.files[extent.file].path
                     files[extent.file] = opened.enter_context(TableSource(path))
@@ -145,6 +203,8 @@ class Assembly:
                     shape=recipe.shape,
                     dtype=getattr(torch, recipe.dtype),
                     device=device,
+                    packing=None if rows is None else rows.matrices[0].packing,
+                    row_bytes=None if rows is None else extent.nbytes // rows.rows,
                 )
                 for place in places:
                     self.traced.module.get_submodule(place.module)._parameters[place.name] = table  # noqa: SLF001
@@ -162,61 +222,21 @@ class Assembly:
         }
 
 
-def _extents(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
-    """The parts of files that the recipe's tensor consists of."""
-    extents = []
-    for piece in recipe.pieces or ():
-        info = checkpoint.tensors[piece.source]
-        offset = info.offset + piece.source_offset
-        extents.append(Extent(file=info.file, offset=offset, nbytes=piece.nbytes))
-    return tuple(extents) or (Extent(file=0, offset=0, nbytes=0),)
+def _packed(traced: TracedModel) -> dict[str, PackedRows]:
+    """The parameters whose rows are packed, by the names of their recipes."""
+    found = {
+        name: packed_rows(recipe)
+        for name, recipe in traced.recipes.items()
+        if recipe.pieces is None
+    }
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
-def _make_fetch(
-    recipe: Recipe, checkpoint: Checkpoint, device: torch.device
-) -> Callable[[], torch.Tensor] | None:
-    """A function that reads a small parameter from its files; None for a large one."""
-    extents = _extents(recipe, checkpoint)
-    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > SMALL_WEIGHT_BYTES:
-        return None
-
-    def fetch() -> torch.Tensor:
-        offset = 0 if recipe.scratch_bytes else extents[0].offset
-        tensor = empty_congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
-        raw_bytes: Any = tensor.view(-1).view(torch.uint8).numpy()
-        buffer = memoryview(raw_bytes).cast("B")
-        begin = 0
-        for extent in extents:
-            with TableSource(checkpoint.files[extent.file].path) as source:
-                source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
-            begin += extent.nbytes
-        return tensor.to(device)
-
-    return fetch
-
-
-def _sources(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
-    """What is read for a recipe: its pieces, or the tensors that it is computed from."""
-    if recipe.pieces is not None:
-        return [
-            TensorSource(
-                name=recipe.name,
-                dtype=recipe.dtype,
-                shape=recipe.shape,
-                extents=_extents(recipe, checkpoint),
-                copied=recipe.scratch_bytes > 0,
-            )
-        ]
-    infos = [checkpoint.tensors[name] for name in recipe.sources]
-    return [
-        TensorSource(
-            name=source_name(info.name),
-            dtype=info.dtype,
-            shape=info.shape,
-            extents=(Extent(file=info.file, offset=info.offset, nbytes=info.nbytes),),
-        )
-        for info in infos
-    ]
+def _only_multiplied(traced: TracedModel, places: Sequence[WeightPlace], rows: PackedRows) -> bool:
+    """Whether linear layers alone use a weight, and products with tiles of it have equal bits."""
+    modules = [traced.module.get_submodule(place.module) for place in places]
+    linear = all(isinstance(module, nn.Linear) for module in modules)
+    return bool(modules) and linear and tiles_are_exact(rows.rows, rows.columns, rows.dtype)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -5,12 +5,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from layerstream.pipeline.modeling.packed_rows import PackedRows
+from layerstream.pipeline.modeling.packed_weight import PackedWeight, Tiles
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.compute import Batch
@@ -100,6 +103,8 @@ class _Target:
     buffers: tuple[WeightPlace, ...]
     """Its places as a buffer, of which each clone has its own."""
     absent: Absent
+    packed: PackedRows | None
+    """How it is packed, if it stays so while its layer batch is loaded."""
 
 
 class Binding:
@@ -110,6 +115,8 @@ class Binding:
         device: Where computation runs.
         recipes: Those of the batch, with the places of each.
         make_fetch: Returns a function that reads a recipe's tensor from the files; None if it is large.
+        packed: The parameters that stay packed, by the names of their recipes.
+        tiles: What those are unpacked into; None if there are none.
     """
 
     def __init__(
@@ -118,8 +125,12 @@ class Binding:
         device: torch.device,
         recipes: Sequence[tuple[Recipe, Sequence[WeightPlace]]],
         make_fetch: Callable[[Recipe], Callable[[], torch.Tensor] | None],
+        *,
+        packed: Mapping[str, PackedRows] = MappingProxyType({}),
+        tiles: Tiles | None = None,
     ) -> None:
         self._targets = []
+        self._tiles = tiles
         for recipe, places in recipes:
             owners = [(root.get_submodule(place.module), place) for place in places]
             owner, first = owners[0]
@@ -134,6 +145,7 @@ class Binding:
                     ),
                     buffers=tuple(place for owner, place in owners if place.name in owner._buffers),  # noqa: SLF001
                     absent=Absent(meta, device=device, name=recipe.name, fetch=make_fetch(recipe)),
+                    packed=packed.get(recipe.name),
                 )
             )
 
@@ -143,6 +155,9 @@ class Binding:
         # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for target in self._targets:
+                if target.packed is not None:
+                    self._put_packed(target, target.packed, tensors)
+                    continue
                 tensor = _make_tensor(target.recipe, tensors)
                 if target.tables:
                     parameter = _as_parameter(tensor, requires_grad=target.absent.requires_grad)
@@ -150,6 +165,24 @@ class Binding:
                         table[name] = parameter
                 buffers.update(dict.fromkeys(target.buffers, tensor))
         return buffers
+
+    def _put_packed(
+        self, target: _Target, rows: PackedRows, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        parts = {name: tensors[source_name(name)] for name in target.recipe.sources}
+        kept = vars(next(iter(parts.values())))
+        weight = kept.get("packed")
+        if weight is None:  # made once for residents and mapped files
+            weight = kept["packed"] = PackedWeight(
+                rows,
+                # Not the tensors that it is kept with: a cycle would keep the memory until it is collected.
+                {name: part.detach() for name, part in parts.items()},
+                shape=target.recipe.shape,
+                requires_grad=target.absent.requires_grad,
+                tiles=self._tiles,
+            )
+        for table, name in target.tables:
+            table[name] = weight
 
     def unbind(self) -> None:
         """Put placeholders back."""

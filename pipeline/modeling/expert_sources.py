@@ -1,16 +1,19 @@
 """Which modules of a model can compute with experts that are read one by one, and where each expert's bytes are."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.packed_experts import PackedParameter, packed_parameter
+from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor
 from layerstream.stages.batch import Extent
 
-__all__ = ["EXACT_IMPLEMENTATIONS", "expert_sources", "parameters_of"]
+__all__ = ["EXACT_IMPLEMENTATIONS", "ModuleExperts", "module_experts"]
 
 # What transformers' decorator for expert modules sets on each of them, and what all of them have.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
@@ -20,14 +23,38 @@ _ALIGNMENT = 64
 EXACT_IMPLEMENTATIONS = frozenset({None, "eager", "grouped_mm"})
 
 
-def expert_sources(
-    traced: TracedModel, checkpoint: Checkpoint, places: Mapping[str, Sequence[WeightPlace]]
-) -> dict[str, ExpertSource]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleExperts:
+    """The experts of one module."""
+
+    source: ExpertSource
+    packed: tuple[PackedParameter, ...]
+    """The parameters that are unpacked when they are computed with; the others are not packed."""
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The full names of the parameters that hold the experts."""
+        names = {tensor.name.partition(":")[0] for tensor in self.source.tensors}
+        return frozenset(f"{self.source.module}.{name}" for name in names)
+
+
+def module_experts(
+    traced: TracedModel,
+    checkpoint: Checkpoint,
+    places: Mapping[str, Sequence[WeightPlace]],
+    packed: Mapping[str, PackedRows],
+) -> dict[str, ModuleExperts]:
     """The modules whose experts can be read one by one, by their paths.
 
     They are those of transformers' registry of implementations, with parameters that loading only puts together from runs of
-    the files' bytes. Others are streamed whole: who multiplies with all experts at once, and whose parameters take
-    computation (transposing, unpacking).
+    the files' bytes, or unpacks. Others are streamed whole: who multiplies with all experts at once, and whose parameters
+    take other computation.
+
+    Args:
+        traced: The model.
+        checkpoint: Its weight files.
+        places: Of each recipe's tensor.
+        packed: The parameters that are packed, by the names of their recipes.
     """
     found = {}
     for path, module in traced.module.named_modules():
@@ -41,22 +68,31 @@ def expert_sources(
         single = all(len(places.get(name, ())) == 1 for name in names)
         if not names or not single:
             continue
-        tensors = [
-            _tensor_of(traced.recipes[name], module.num_experts, checkpoint) for name in names
-        ]
-        if all(tensor is not None for tensor in tensors):
-            found[path] = ExpertSource(
+        experts = module.num_experts
+        tensors: list[ExpertTensor] = []
+        parameters: list[PackedParameter] = []
+        for name in names:
+            recipe = traced.recipes[name]
+            if name in packed and recipe.shape[0] == experts:
+                leaf = name.rpartition(".")[2]
+                made = packed_parameter(leaf, recipe.shape, packed[name], checkpoint)
+                if made is None:
+                    break
+                parameters.append(made[0])
+                tensors += made[1]
+            elif (tensor := _tensor_of(recipe, experts, checkpoint)) is not None:
+                tensors.append(tensor)
+            else:
+                break
+        else:
+            source = ExpertSource(
                 module=path,
-                experts=module.num_experts,
+                experts=experts,
                 per_token=_per_token(module),
-                tensors=tuple(tensor for tensor in tensors if tensor is not None),
+                tensors=tuple(tensors),
             )
+            found[path] = ModuleExperts(source=source, packed=tuple(parameters))
     return found
-
-
-def parameters_of(source: ExpertSource) -> frozenset[str]:
-    """The full names of the parameters that hold the experts of ``source``."""
-    return frozenset(f"{source.module}.{tensor.name}" for tensor in source.tensors)
 
 
 def _per_token(module: Any) -> int:

@@ -9,16 +9,18 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
+from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
+from layerstream.pipeline.modeling.packed_experts import PackedParameter
+from layerstream.pipeline.modeling.packed_weight import Tiles
 from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
-from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease
 from layerstream.stages.experts.store import ExpertStore
@@ -34,6 +36,8 @@ def stream_experts(
     store: ExpertStore,
     *,
     waiting: Callable[[], AbstractContextManager[None]],
+    packed: Mapping[str, Sequence[PackedParameter]] = MappingProxyType({}),
+    tiles: Tiles | None = None,
 ) -> None:
     """Let the modules of ``sets`` compute with the experts in ``store``.
 
@@ -42,10 +46,16 @@ def stream_experts(
         sets: Those of the plan, in the store's order.
         store: Open.
         waiting: Entered by the calling thread while it waits for experts.
+        packed: Parameters that are packed, by the paths of the modules.
+        tiles: What those are unpacked into.
     """
     for index, experts in enumerate(sets):
         module: Any = root.get_submodule(experts.module)
-        vars(module)["layerstream_experts"] = _Access(store, index, experts, waiting)
+        banks: Banks = StoredBanks(experts.tensors)
+        if parameters := packed.get(experts.module):
+            assert tiles is not None  # noqa: S101
+            banks = PackedBanks(experts.tensors, parameters, tiles)
+        vars(module)["layerstream_experts"] = _Access(store, index, experts, waiting, banks)
         kind: Any = type(module)
         module.__class__ = _streamed(kind)
 
@@ -59,13 +69,13 @@ class _Access:
         index: int,
         experts: ExpertSet,
         waiting: Callable[[], AbstractContextManager[None]],
+        banks: Banks,
     ) -> None:
         self.store = store
         self.index = index
         self.set = experts
         self._waiting = waiting
-        # Weak: a module that outlives its model must not keep the cells.
-        self._banks: WeakKeyDictionary[CellRegion, dict[str, nn.Parameter]] = WeakKeyDictionary()
+        self.banks = banks
 
     def groups(self, experts: Sequence[int], *, in_order: bool) -> list[ExpertGroup]:
         """What to compute with together; ``in_order``: only ascending experts from group to group."""
@@ -106,17 +116,6 @@ class _Access:
                 yield current
                 current.release()
 
-    def bank(self, region: CellRegion) -> Mapping[str, nn.Parameter]:
-        """The module's parameters over the cells of ``region``, in place of its experts."""
-        bank = self._banks.get(region)
-        if bank is None:
-            with torch.inference_mode(mode=False):
-                bank = self._banks[region] = {
-                    view.name: nn.Parameter(region.strided(view), requires_grad=False)
-                    for view in self.set.tensors
-                }
-        return bank
-
 
 class _OnDemand:
     """A parameter of a module in its eager implementation, which takes one expert after the other out of it."""
@@ -135,24 +134,35 @@ class _InTurn:
     def __init__(self, access: _Access, experts: Sequence[int]) -> None:
         self._access = access
         self._leases = access.leases(access.groups(experts, in_order=True))
-        self._cells: dict[int, int] = {}
-        self._bank: Mapping[str, nn.Parameter] = {}
+        self._lease: Lease | None = None
+        self._expert = -1
+        self._banks: Generator[Bank] | None = None
+        self._bank: Bank | None = None
 
     def tensor(self, name: str, expert: int) -> torch.Tensor:
         """The tensor of ``expert``; the ones before it in the order are gone when its group comes."""
-        while expert not in self._cells:
-            lease = next(self._leases, None)
-            if lease is None:
-                raise ModelError(
-                    f"{self._access.set.module} takes expert {expert} out of order, which cannot be read on demand: open "
-                    "the model with experts_implementation='batched_mm'"
-                )
-            self._cells = dict(zip(lease.group.experts, lease.cells, strict=True))
-            self._bank = self._access.bank(lease.region)
-        return self._bank[name][self._cells[expert]]
+        if self._bank is None or expert != self._expert:
+            self._close_bank()
+            while self._lease is None or expert not in self._lease.group.experts:
+                self._lease = next(self._leases, None)
+                if self._lease is None:
+                    raise ModelError(
+                        f"{self._access.set.module} takes expert {expert} out of order, which cannot be read on demand: "
+                        "open the model with experts_implementation='batched_mm'"
+                    )
+            self._banks = self._access.banks.of_expert(self._lease, expert)
+            self._bank, self._expert = next(self._banks), expert
+        place = self._bank.places[self._bank.experts.index(expert)]
+        return self._bank.tensors[name][place]
+
+    def _close_bank(self) -> None:
+        if self._banks is not None:
+            self._banks.close()
+        self._banks = self._bank = None
 
     def close(self) -> None:
         """Give all cells back."""
+        self._close_bank()
         self._leases.close()
 
 
@@ -199,30 +209,33 @@ class _StreamedExperts(nn.Module):
             for lease in leases:
                 if lease.group is groups[-1]:
                     access.store.read_ahead(access.index + 1, tokens=len(index))
-                cells = self._numbers(lease, chosen)[chosen[order]]
-                # Where the rows of this lease are in that order, cell by cell.
-                rows = torch.sort(cells, stable=True)[1][int((cells < 0).sum()) :]
-                part = self._products(lease, cells[rows], hidden[order[rows] // top_k], rows, total)
-                if results is None:
-                    results = part.new_empty((total, part.shape[-1]))
-                results[order[rows]] = part
+                with closing(access.banks.of(lease)) as banks:
+                    for bank in banks:
+                        places = self._places(bank, chosen)[chosen[order]]
+                        # Where the rows of this bank are in that order, expert by expert.
+                        rows = torch.sort(places, stable=True)[1][int((places < 0).sum()) :]
+                        inputs = hidden[order[rows] // top_k]
+                        part = self._products(bank, places[rows], inputs, rows, total)
+                        if results is None:
+                            results = part.new_empty((total, part.shape[-1]))
+                        results[order[rows]] = part
         assert results is not None  # noqa: S101
         weighted = results * weights.reshape(-1, 1)
         return weighted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
 
     def _products(
         self,
-        lease: Lease,
-        cells: torch.Tensor,
+        bank: Bank,
+        places: torch.Tensor,
         inputs: torch.Tensor,
         rows: torch.Tensor,
         total: int,
     ) -> torch.Tensor:
-        """The product of each input with the expert in its cell, as in transformers' grouped implementation.
+        """The product of each input with its expert, as in transformers' grouped implementation.
 
         Args:
-            lease: Holds the cells.
-            cells: The cell of each input, ascending.
+            bank: Has the experts.
+            places: The expert's place in the bank for each input, ascending.
             inputs: Tokens.
             rows: Which of the rows of a computation with all experts these are.
             total: How many rows that has.
@@ -230,14 +243,13 @@ class _StreamedExperts(nn.Module):
         from transformers.integrations.moe import _grouped_linear
 
         module: Any = self
-        bank = self.layerstream_experts.bank(lease.region)
-        counts = torch.bincount(cells, minlength=lease.region.count)
+        counts = torch.bincount(places, minlength=bank.count)
         offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            bias = bank[f"{name}_bias"][cells] if module.has_bias else None
+            bias = bank.tensors[f"{name}_bias"][places] if module.has_bias else None
             result: torch.Tensor = _grouped_linear(
-                rows, bank[name], offsets, bias=bias, is_transposed=module.is_transposed
+                rows, bank.tensors[name], offsets, bias=bias, is_transposed=module.is_transposed
             )
             return result
 
@@ -251,17 +263,18 @@ class _StreamedExperts(nn.Module):
             outer = module.post_expert_norm(outer)
         return outer
 
-    def _numbers(self, lease: Lease, like: torch.Tensor) -> torch.Tensor:
-        """For each expert, the cell that it is in; -1 if it is in none of this lease."""
-        numbers = like.new_full((self.layerstream_experts.set.experts,), -1)
-        numbers[list(lease.group.experts)] = like.new_tensor(lease.cells)
-        return numbers
+    def _places(self, bank: Bank, like: torch.Tensor) -> torch.Tensor:
+        """For each expert, its place in ``bank``; -1 if it has none."""
+        places = like.new_full((self.layerstream_experts.set.experts,), -1)
+        places[list(bank.experts)] = like.new_tensor(bank.places)
+        return places
 
     def _one_by_one(self, experts: Sequence[int], hidden: Any, index: Any, weights: Any) -> Any:
         """The class's own loop over experts, which adds to the result in their order."""
         access = self.layerstream_experts
         in_turn = _InTurn(access, experts)
-        bank = {view.name: _OnDemand(view.name, in_turn) for view in access.set.tensors}
+        names = {view.name.partition(":")[0] for view in access.set.tensors}
+        bank = {name: _OnDemand(name, in_turn) for name in names}
         own = vars(self)
         parameters = own["_parameters"]  # shared by all clones; from here on, this one has its own
         own["_parameters"] = {**parameters, **bank}

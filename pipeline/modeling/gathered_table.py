@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.stages.errors import ClosedError, ModelError, ReadError
+from layerstream.stages.unpack.packing import Packing
 
 __all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
 
@@ -124,6 +125,9 @@ class GatheredTable(torch.nn.Parameter):
 
     _source: TableSource
     _offset: int
+    _packing: Packing | None
+    _row_bytes: int
+    """In the file."""
 
     # torch's functions run unchanged, down to the operations that __torch_dispatch__ gets. So metadata is torch's own,
     # and every computation with the table arrives there.
@@ -138,8 +142,14 @@ class GatheredTable(torch.nn.Parameter):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        packing: Packing | None = None,
+        row_bytes: int | None = None,
     ) -> Self:
-        """Make a table whose rows are contiguous in the source, from byte ``offset`` on."""
+        """Make a table whose rows are contiguous in the source, from byte ``offset`` on.
+
+        ``shape`` and ``dtype`` are those of the unpacked table; with a ``packing``, ``row_bytes`` is what a row takes in
+        the file.
+        """
         if len(shape) != 2:  # noqa: PLR2004 - rows and width
             raise ModelError(
                 f"An embedding table has rows and a width, not the shape {tuple(shape)}."
@@ -148,6 +158,8 @@ class GatheredTable(torch.nn.Parameter):
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
         )
         table._source, table._offset = source, offset
+        table._packing = packing
+        table._row_bytes = row_bytes or shape[1] * dtype.itemsize
         return table
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -214,9 +226,12 @@ class GatheredTable(torch.nn.Parameter):
         """Read the given rows, in ascending order, on the CPU; into ``result``, if that is given."""
         if result is None:
             result = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
-        raw_bytes: Any = result.view(torch.uint8).numpy()
+        stride = self._row_bytes
+        stored = result.view(torch.uint8)
+        if self._packing is not None:
+            stored = torch.empty((len(rows), stride), dtype=torch.uint8)
+        raw_bytes: Any = stored.numpy()
         buffer = memoryview(raw_bytes).cast("B")
-        stride = self.shape[1] * self.element_size()
         spans: list[tuple[int, memoryview]] = []
         begin = 0
         for end in range(1, len(rows) + 1):
@@ -225,6 +240,8 @@ class GatheredTable(torch.nn.Parameter):
                 spans.append((self._offset + rows[begin] * stride, span))
                 begin = end
         self._source.read_into(spans)
+        if self._packing is not None:
+            self._packing.unpack([stored], 0, result)
         return result
 
 

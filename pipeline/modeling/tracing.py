@@ -25,6 +25,7 @@ from layerstream.pipeline.modeling.config import (
     summary_of,
 )
 from layerstream.pipeline.modeling.gguf_weights import load_gguf_tracers
+from layerstream.pipeline.modeling.quantized_loading import dequantized_config, recorded_unpacking
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.stages.errors import ModelError
@@ -90,18 +91,14 @@ def trace_model(
 
     Raises:
         ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes; or the model is
-            quantised, or cannot be built.
+            quantised in a way that is not supported, or cannot be built.
     """
     if refused := sorted(_PLACEMENT_ARGUMENTS & kwargs.keys()):
         raise ModelError(
             f"{', '.join(refused)} cannot be set for a streamed model: where its weights are is up "
             "to its plan, and their precision to dtype=."
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{checkpoint.path} is quantised (quantization_config in its config.json), which is "
-            "not supported yet; use the checkpoint that it was made from."
-        )
+    config = dequantized_config(config, checkpoint.path)
     # In a caller's inference mode the parameters would be inference tensors for good; under a caller's default
     # device transformers would require accelerate.
     with torch.inference_mode(mode=False), torch.device("cpu"):
@@ -139,10 +136,15 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
 
 def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -> Any:
     # If the config names no dtype, the first tensor's is used; transformers goes file by file.
-    in_files = {"safetensors": lambda info: (info.file, info.name)}
-    order = in_files.get(checkpoint.format, lambda info: (info.file, ""))
-    tracers = {info.name: _source(info) for info in sorted(checkpoint.tensors.values(), key=order)}
-    return loader.from_pretrained(None, state_dict=tracers, **kwargs)
+    by_name = (
+        checkpoint.format == "safetensors"
+    )  # as safetensors' reader lists them; others as the file does
+    infos = sorted(
+        checkpoint.tensors.values(), key=lambda info: (info.file, info.name if by_name else "")
+    )
+    tracers = {info.name: _source(info) for info in infos}
+    with recorded_unpacking():
+        return loader.from_pretrained(None, state_dict=tracers, **kwargs)
 
 
 def _source(info: TensorInfo) -> torch.Tensor:

@@ -26,6 +26,8 @@ class Unpack:
     dtype: torch.dtype
     on_device: Callable[..., torch.Tensor] = field(repr=False)
     """transformers' own function of the parts, for devices other than the CPU."""
+    rounds: bool = False
+    """The packing rounds to ``dtype`` by itself, so that it may write other dtypes."""
 
     def __call__(self, *parts: torch.Tensor) -> torch.Tensor:
         """The whole weight, in memory of its own."""
@@ -43,6 +45,7 @@ def unpacked(
     shape: Sequence[int],
     dtype: torch.dtype,
     on_device: Callable[..., torch.Tensor],
+    rounds: bool = False,
 ) -> torch.Tensor:
     """What ``parts`` unpack to: recorded if they are ``Tracer``s, else computed.
 
@@ -52,8 +55,9 @@ def unpacked(
         shape: Of the result.
         dtype: Of the result.
         on_device: transformers' own function of the parts, which gives the same result.
+        rounds: Whether ``packing`` rounds to ``dtype`` whatever it writes; else it rounds to what it writes.
     """
-    function = Unpack(packing, tuple(shape), dtype, on_device)
+    function = Unpack(packing, tuple(shape), dtype, on_device, rounds)
     if all(isinstance(part, Tracer) for part in parts):
         return record_call(function, parts, shape=function.shape, dtype=dtype)
     return function(*parts)

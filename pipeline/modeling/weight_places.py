@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.execution_trace import ExecutionTrace
 from layerstream.pipeline.modeling.gathered_table import SMALL_WEIGHT_BYTES
+from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.tracing import TracedModel
 
 __all__ = ["WeightPlace", "gathered_places", "places_of"]
@@ -50,19 +52,26 @@ def gathered_places(
     traced: TracedModel,
     places: Mapping[str, Sequence[WeightPlace]],
     traces: Sequence[ExecutionTrace],
+    packed: Mapping[str, PackedRows],
 ) -> dict[str, list[WeightPlace]]:
-    """Embedding tables that are stored in a file unchanged, each with the embeddings that look rows up in it."""
+    """Embedding tables whose rows are stored in a file, each with the embeddings that look rows up in it.
+
+    ``packed``: The parameters that are packed, by the names of their recipes.
+    """
     used_whole = {use.tensor for trace in traces for use in trace.uses if not use.looks_up}
     gathered = {}
     for name, places_of_table in places.items():
         recipe = traced.recipes[name]
-        if recipe.pieces is None or len(recipe.pieces) != 1 or len(recipe.shape) != 2:  # noqa: PLR2004
+        plain = recipe.pieces is not None and len(recipe.pieces) == 1
+        rows = packed.get(name)
+        if len(recipe.shape) != 2 or not (plain or (rows is not None and rows.is_table)):  # noqa: PLR2004
             continue
+        nbytes = torch.Size(recipe.shape).numel() * getattr(torch, recipe.dtype).itemsize
         lookups = [
             place
             for place in places_of_table
             if _looks_rows_up(traced.module.get_submodule(place.module))
-            and (place.path not in used_whole or recipe.pieces[0].nbytes <= SMALL_WEIGHT_BYTES)
+            and (place.path not in used_whole or nbytes <= SMALL_WEIGHT_BYTES)
         ]
         if lookups:
             gathered[name] = lookups

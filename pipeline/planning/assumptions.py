@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from layerstream.pipeline.machine.hardware import Hardware
@@ -42,6 +43,9 @@ _MAPPED_SHARE = 0.3
 # One batch through three stages: some switches between threads and the event loop.
 _OVERHEAD_SECONDS_PER_BATCH = 0.5e-3
 
+# Packed bytes; per core with a compiled kernel. Some tensor operations, each of which reads and writes memory, on a GPU.
+_CPU_UNPACKED_BYTES_PER_SECOND, _GPU_UNPACKED_BYTES_PER_SECOND = 2e9, 30e9
+
 _ASSUMED_AT_TOKENS = (1, 16, 256, 4096)
 _ITEM_BYTES = 2
 
@@ -75,20 +79,41 @@ class Rates:
     direct_cpu_seconds_per_byte: float
     mmap_cpu_seconds_per_byte: float
     overhead_seconds_per_batch: float
+    unpacking: Mapping[str, Input]
+    """Of packed bytes, by encoding; for those that are not in it, a rate is assumed."""
+    assumed_unpacking: float
     inputs: tuple[Input, ...]
 
-    def used_inputs(self, *, kv_on_host: bool) -> tuple[Input, ...]:
-        """The inputs that the prediction depends on: pageable copies only with a KV cache on the host."""
-        return tuple(
-            each
-            for each in self.inputs
-            if kv_on_host or each.name != "pageable_h2d_bytes_per_second"
+    def used_inputs(self, *, kv_on_host: bool, encodings: Collection[str]) -> tuple[Input, ...]:
+        """The inputs that the prediction depends on.
+
+        Args:
+            kv_on_host: Whether pageable copies matter.
+            encodings: Those of packed weights.
+        """
+        unpacking = (
+            self.unpacking.get(each)
+            or Input(name=_unpacking(each), value=self.assumed_unpacking, origin=Origin.ASSUMED)
+            for each in sorted(encodings)
+        )
+        return (
+            *(
+                each
+                for each in self.inputs
+                if kv_on_host or each.name != "pageable_h2d_bytes_per_second"
+            ),
+            *unpacking,
         )
 
     @property
     def block_seconds(self) -> float:
         """Time of the Python and the launches of a block of transformers, whatever its size."""
         return _TRANSFORMERS_FACTOR / self.blocks_per_second
+
+    def unpacked_per_second(self, encoding: str) -> float:
+        """Packed bytes of ``encoding`` that are unpacked per second."""
+        known = self.unpacking.get(encoding)
+        return self.assumed_unpacking if known is None else known.value
 
     def weights_per_second(self, tokens: float) -> float:
         """Bytes of weights that a pass of ``tokens`` computes with per second.
@@ -107,6 +132,10 @@ class Rates:
             if tokens <= more:
                 return 1 / (shorter + (longer - shorter) * (tokens - fewer) / (more - fewer))
         raise AssertionError(tokens)
+
+
+def _unpacking(encoding: str) -> str:
+    return f"unpacking {encoding}"
 
 
 def memory_inputs(hardware: Hardware) -> tuple[Input, ...]:
@@ -169,6 +198,15 @@ def rates_of(hardware: Hardware) -> Rates:
         direct_cpu_seconds_per_byte=direct_cpu,
         mmap_cpu_seconds_per_byte=mmap_cpu,
         overhead_seconds_per_batch=rate("overhead_seconds_per_batch", _OVERHEAD_SECONDS_PER_BATCH),
+        unpacking={
+            each.encoding: lookup.input(_unpacking(each.encoding), each.bytes_per_second)
+            for each in hardware.unpacking
+        },
+        assumed_unpacking=(
+            _CPU_UNPACKED_BYTES_PER_SECOND * hardware.cores
+            if on_cpu
+            else _GPU_UNPACKED_BYTES_PER_SECOND
+        ),
         inputs=tuple(lookup.inputs),
     )
 
@@ -197,6 +235,18 @@ class _RateLookup:
             )
         )
         return value
+
+    def input(self, name: str, value: float) -> Input:
+        """The rate ``value`` with the origin of the figure of this name."""
+        figure = self._figure(name)
+        return Input(
+            name=name,
+            value=value,
+            origin=figure.origin,
+            least=figure.least,
+            most=figure.most,
+            age_seconds=figure.age_seconds,
+        )
 
     def compute(self) -> tuple[tuple[ComputeRate, ...], bool]:
         """The rates of computation, and whether this library measured them."""

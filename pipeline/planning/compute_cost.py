@@ -36,7 +36,7 @@ class ComputeCost:
 
     The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
     experts computes with those that tokens are routed to: of E experts, k for each token, a share of
-    ``1 - (1 - k/E)^tokens`` is read if routing is even. Attention of ``q`` new tokens over a context of ``c`` takes
+    ``1 - (1 - k/E)^tokens`` is read if routing is even. Packed weights are unpacked in every pass, at a rate of their encoding. Attention of ``q`` new tokens over a context of ``c`` takes
     ``4 q c`` times the width of the heads in operations, at one rate for prompts and another for a single token. A step
     copies the KV cache to append to it. Operations per element take a share of the time of multiplications. Running a
     block's Python and launching its kernels takes a constant time, during which a GPU computes. The head computes the
@@ -46,7 +46,7 @@ class ComputeCost:
     def __init__(self, config: Mapping[str, Any] | None, rates: Rates) -> None:
         text = with_text_config(config or {})
         self._rates = rates
-        self._split: dict[str, tuple[int, int]] = {}  # by layer name
+        self._weights: dict[str, _Weights] = {}  # by layer name
         self._encodes_once = bool(text.get("is_encoder_decoder"))
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
         per_token = _first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
@@ -66,14 +66,18 @@ class ComputeCost:
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # only rows are looked up
         tokens = shape.sequences * (1 if layer.kind is LayerKind.HEAD else shape.tokens)
-        if layer.name not in self._split:
-            self._split[layer.name] = _split(layer)
-        dense, experts = self._split[layer.name]
-        total = dense / self._rates.weights_per_second(tokens)
-        if experts:
+        if layer.name not in self._weights:
+            self._weights[layer.name] = _weights_of(layer, self._rates)
+        weights = self._weights[layer.name]
+        dense = weights.dense_bytes
+        total = dense / self._rates.weights_per_second(tokens) + weights.unpacking_seconds
+        if weights.expert_bytes:
             read_share = 1 - (1 - self._expert_share) ** tokens
             tokens_per_expert = tokens * self._expert_share / read_share
-            total += experts * read_share / self._rates.weights_per_second(tokens_per_expert)
+            total += read_share * (
+                weights.expert_bytes / self._rates.weights_per_second(tokens_per_expert)
+                + weights.expert_unpacking_seconds
+            )
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
@@ -99,17 +103,44 @@ class ComputeCost:
         return seconds + cached_bytes / rates.kv_growth_bytes_per_second
 
 
-def _split(layer: PlannedLayer) -> tuple[int, int]:
-    """Bytes of the matrices that every token is multiplied with, and bytes of experts."""
-    dense = experts = 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """What a layer computes with."""
+
+    dense_bytes: int
+    """Of matrices that every token is multiplied with, unpacked."""
+    expert_bytes: int
+    """Of all experts, unpacked."""
+    unpacking_seconds: float
+    """Of what is not an expert."""
+    expert_unpacking_seconds: float
+    """Of all experts."""
+
+
+def _weights_of(layer: PlannedLayer, rates: Rates) -> _Weights:
+    nbytes = [0, 0]  # dense, experts
+    seconds = [0.0, 0.0]
     for tensor in layer.tensors:
-        if len(tensor.shape) < _MATRIX_DIMENSIONS:
-            continue
-        if _EXPERT.search(tensor.name):
-            experts += tensor.nbytes
-        else:
-            dense += tensor.nbytes
-    return dense, experts + sum(source.nbytes for source in layer.experts)
+        is_expert = bool(_EXPERT.search(tensor.name))
+        if tensor.packed is not None:
+            nbytes[is_expert] += tensor.packed.plain_bytes
+            seconds[is_expert] += tensor.nbytes / rates.unpacked_per_second(tensor.packed.encoding)
+        elif len(tensor.shape) >= _MATRIX_DIMENSIONS:
+            nbytes[is_expert] += tensor.nbytes
+    for source in layer.experts:
+        for part in source.tensors:
+            if part.packed is None:
+                nbytes[1] += source.experts * part.nbytes
+                continue
+            nbytes[1] += source.experts * part.packed.plain_bytes
+            rate = rates.unpacked_per_second(part.packed.encoding)
+            seconds[1] += source.experts * part.nbytes / rate
+    return _Weights(
+        dense_bytes=nbytes[0],
+        expert_bytes=nbytes[1],
+        unpacking_seconds=seconds[0],
+        expert_unpacking_seconds=seconds[1],
+    )
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:

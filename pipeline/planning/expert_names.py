@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor
 from layerstream.pipeline.planning.model_shape import shape_of
 from layerstream.stages.batch import Extent
@@ -45,7 +46,7 @@ def split_experts(
                 module=module,
                 experts=shape.experts,
                 per_token=shape.experts_per_token,
-                tensors=tuple(_tensor(infos) for infos in tensors.values()),
+                tensors=tuple(_tensor(checkpoint, infos) for infos in tensors.values()),
             )
         )
         taken |= {info.name for infos in tensors.values() for info in infos.values()}
@@ -58,11 +59,14 @@ def _are_alike(infos: Mapping[int, TensorInfo], experts: int) -> bool:
     return numbers_match and len({(info.dtype, info.shape) for info in infos.values()}) == 1
 
 
-def _tensor(infos: Mapping[int, TensorInfo]) -> ExpertTensor:
+def _tensor(checkpoint: Checkpoint, infos: Mapping[int, TensorInfo]) -> ExpertTensor:
     """The tensor that each expert has in ``infos``, by number: one of its own, or a part of one for all."""
     experts, first = len(infos), infos[0]
     stacked = experts > 1 and first is infos[1]
     nbytes = first.nbytes // experts if stacked else first.nbytes
+    packed = packed_form(checkpoint, first)
+    if packed is not None and stacked:
+        packed = packed._replace(plain_bytes=packed.plain_bytes // experts)
     # The files may hold the experts in any order; the router counts them.
     extents = (
         Extent(
@@ -78,4 +82,5 @@ def _tensor(infos: Mapping[int, TensorInfo]) -> ExpertTensor:
         shape=first.shape[1:] if stacked else first.shape,
         nbytes=nbytes,
         extents=tuple((extent,) for extent in extents),
+        packed=packed,
     )

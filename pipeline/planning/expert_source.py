@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.stages.batch import Extent, Place, TensorView
 from layerstream.stages.experts.expert_set import ExpertPiece, ExpertSet
 
@@ -29,6 +30,8 @@ class ExpertTensor:
     """For each expert, what its tensor consists of: as many extents as for any other, of equal sizes."""
     shift: int = 0
     """Its address modulo 64 where transformers computes with it, which decides on kernels."""
+    packed: PackedForm | None = None
+    """How it is packed, if it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

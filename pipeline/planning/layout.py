@@ -11,6 +11,7 @@ import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
+from layerstream.pipeline.checkpoint.packed_form import PackedForm, packed_form
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
@@ -50,6 +51,8 @@ class TensorSource:
     """One, unless the tensor is fused from several."""
     copied: bool = False
     """Whether transformers computes with a copy of it, which needs an aligned place of its own."""
+    packed: PackedForm | None = None
+    """How it is packed, if it is."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -72,6 +75,8 @@ class PlannedLayer:
     tensors: tuple[TensorSource, ...]
     scratch_bytes: int = 0
     """Tensors that computation makes from them before use."""
+    tile_bytes: int = 0
+    """What packed weights are unpacked into piece by piece, while computation uses them."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
     experts: tuple[ExpertSource, ...] = ()
@@ -109,7 +114,13 @@ def planned_layers(
     def source(name: str) -> TensorSource:
         info = checkpoint.tensors[name]
         extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
-        return TensorSource(name=name, dtype=info.dtype, shape=info.shape, extents=(extent,))
+        return TensorSource(
+            name=name,
+            dtype=info.dtype,
+            shape=info.shape,
+            extents=(extent,),
+            packed=packed_form(checkpoint, info),
+        )
 
     planned = []
     for layer in layers:
@@ -182,7 +193,8 @@ def layout_batch(
         tensors=views,
         host_bytes=sum(_round_up(read.nbytes, BLOCK_BYTES) for read in reads),
         device_bytes=device_bytes,
-        scratch_bytes=sum(layer.scratch_bytes for layer in layers),
+        scratch_bytes=sum(layer.scratch_bytes for layer in layers)
+        + max(layer.tile_bytes for layer in layers),
     )
 
 

@@ -133,7 +133,9 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         prediction=best.prediction,
         inputs=(
             *memory_inputs(problem.hardware),
-            *problem.rates.used_inputs(kv_on_host=best.placer.kv_on_host_bytes > 0),
+            *problem.rates.used_inputs(
+                kv_on_host=best.placer.kv_on_host_bytes > 0, encodings=_encodings(problem.layers)
+            ),
         ),
         candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
@@ -141,6 +143,15 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
     )
+
+
+def _encodings(layers: Sequence[PlannedLayer]) -> set[str]:
+    """Those of the packed weights in ``layers``."""
+    forms = [tensor.packed for layer in layers for tensor in layer.tensors]
+    forms += [
+        part.packed for layer in layers for source in layer.experts for part in source.tensors
+    ]
+    return {form.encoding for form in forms if form is not None}
 
 
 def _fixed_by(running: Plan) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class WhatIf:
                 "vram_free_bytes": self._vram_bytes(budget),
                 **dict.fromkeys(_PROCESSOR_RATES),
                 "compute": (),
+                "unpacking": (),
             }
         if self.disk_bytes_per_second is not None:
             changes["disk_bytes_per_second"] = self.disk_bytes_per_second

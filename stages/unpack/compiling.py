@@ -18,7 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Kernel", "compile_seconds", "compiled", "set_cache_folder", "why_not_compiled"]
+__all__ = [
+    "Kernel",
+    "compile_seconds",
+    "compiled",
+    "set_cache_folder",
+    "suggest_cache_folder",
+    "why_not_compiled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +36,7 @@ class _Cache:
     """Where compiled kernels are kept, for all kernels of the process; None: nowhere."""
 
     folder: Path | None = None
+    is_chosen = False
 
 
 class Kernel:
@@ -95,8 +103,14 @@ def set_cache_folder(folder: str | os.PathLike[str] | None) -> None:
 
     numba puts code into the folder that later processes run: it must be writable for nobody else.
     """
-    _Cache.folder = None if folder is None else Path(folder)
+    _Cache.folder, _Cache.is_chosen = None if folder is None else Path(folder), True
     _kernel.cache_clear()
+
+
+def suggest_cache_folder(folder: Path) -> None:
+    """As ``set_cache_folder``, unless a folder was set before."""
+    if not _Cache.is_chosen:
+        set_cache_folder(folder)
 
 
 def compiled(module: str, function: str) -> Kernel | None:

@@ -150,7 +150,7 @@ def test_many_at_once_never_see_half_a_file(cache, caplog):
         (None, Path("~/.cache/layerstream").expanduser()),
     ],
 )
-def test_the_default_folder_follows_the_xdg_standard(named, folder, monkeypatch):
+def test_theuser_cache_folder_follows_the_xdg_standard(named, folder, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     if named is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", named)

@@ -3,8 +3,8 @@
 import pytest
 
 from layerstream.pipeline.machine import probe as probe_module
+from layerstream.pipeline.machine.combined_rates import FoundRates, combined
 from layerstream.pipeline.machine.measurement import Origin, Rate
-from layerstream.pipeline.machine.probe import _combine, _Probe
 from layerstream.pipeline.machine.probe_cache import MeasuredRates
 
 
@@ -16,18 +16,12 @@ def measured_volume(share, origin, *, disk, cpu, age=0.0):
             ("direct_read_cpu_seconds_per_byte", cpu),
         )
     }
-    probe = _Probe(
-        key={"of": "disk-direct"},
-        names=rates,
-        affected_by_contention=False,
-        measure=dict,
-        share=share,
-    )
-    return probe, MeasuredRates(rates=rates, age_seconds=age), origin
+    measured = MeasuredRates(rates=rates, age_seconds=age)
+    return FoundRates(of="disk-direct", share=share, measured=measured, origin=origin)
 
 
 def test_a_checkpoint_on_two_volumes_has_the_rate_of_reading_one_after_the_other():
-    found = _combine(
+    found = combined(
         [
             measured_volume(0.75, Origin.MEASURED, disk=3e9, cpu=2e-10),
             measured_volume(0.25, Origin.CACHED, disk=1e9, cpu=6e-10, age=60.0),
@@ -40,8 +34,8 @@ def test_a_checkpoint_on_two_volumes_has_the_rate_of_reading_one_after_the_other
 
 
 def test_a_volume_without_a_rate_leaves_the_rate_unknown_unless_it_holds_next_to_nothing():
-    assert _combine([measured_volume(0.5, Origin.MEASURED, disk=3e9, cpu=0.0)]).fields == {}
-    nearly = _combine([measured_volume(0.95, Origin.MEASURED, disk=3e9, cpu=0.0)])
+    assert combined([measured_volume(0.5, Origin.MEASURED, disk=3e9, cpu=0.0)]).fields == {}
+    nearly = combined([measured_volume(0.95, Origin.MEASURED, disk=3e9, cpu=0.0)])
     assert nearly.fields["disk_bytes_per_second"] == pytest.approx(3e9)
 
 

@@ -17,7 +17,7 @@ from layerstream.pipeline import (
 def test_large_weights_raise_when_they_are_used_outside_of_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerstream.pipeline.modeling.assembly.SMALL_WEIGHT_BYTES", 0)
+    monkeypatch.setattr("layerstream.pipeline.modeling.weight_sources.SMALL_WEIGHT_BYTES", 0)
     folder = save_model(tmp_path / "model", "llama")
 
     async def main() -> None:

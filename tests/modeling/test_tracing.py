@@ -239,12 +239,3 @@ def test_without_a_generation_config_the_models_config_is_used(save: Save) -> No
 def test_arguments_that_place_weights_are_refused(save: Save) -> None:
     with pytest.raises(ModelError, match="device_map cannot be set"):
         trace(save(), device_map="cpu")
-
-
-def test_quantised_checkpoints_are_refused(save: Save) -> None:
-    folder = save()
-    settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "fp8"}
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="quantised"):
-        trace(folder)

@@ -2,7 +2,7 @@
 
 import operator
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -21,17 +21,18 @@ from layerstream.stages.unpack.kernels.vectors import (
 )
 
 __all__ = [
-    "doubled_fp4",
     "float_of",
     "floats",
-    "fp8_e4m3",
-    "fp8_e5m2",
     "interleaved_high",
     "interleaved_low",
     "iq4_levels",
     "lanes_of_bits",
     "mxfp4_levels",
+    "numbers",
+    "q3_scales",
     "signed_floats",
+    "six_bits",
+    "spread",
 ]
 
 _I1, _I8, _I16, _I32 = (ir.IntType(bits) for bits in (1, 8, 16, 32))
@@ -104,6 +105,28 @@ def _of_half(builder: Any, bits: Any, factor: float) -> Any:
     return value if factor == 1.0 else builder.fmul(value, scale)
 
 
+_BYTE_SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
+
+
+def _chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
+    """Return, for each byte of 0 to 15, that one of 16 levels."""
+    if platform.machine() in {"x86_64", "AMD64"} and value.type.count == 16:
+        # Every processor that converts halves has this instruction of SSSE3.
+        table = ir.Constant(value.type, list(levels))
+        kind = ir.FunctionType(value.type, [value.type, value.type])
+        shuffle = cgutils.get_or_insert_function(builder.module, kind, _BYTE_SHUFFLE)
+        return builder.call(shuffle, [table, value])
+    # Anywhere else choose bit by bit: 15 choices for 16 numbers.
+    choices = [same(value, level, 8) for level in levels]
+    for bit in range(4):
+        is_set = builder.icmp_unsigned(
+            "!=", builder.and_(value, same(value, 1 << bit, 8)), same(value, 0, 8)
+        )
+        pairs = zip(choices[::2], choices[1::2], strict=True)
+        choices = [builder.select(is_set, odd, even) for even, odd in pairs]
+    return choices[0]
+
+
 def _fp8_e4m3(builder: Any, value: Any) -> Any:
     wide = builder.zext(value, vector_of(_I16, value.type.count))
     sign = builder.shl(builder.and_(wide, same(wide, 0x80, 16)), same(wide, 8, 16))
@@ -120,23 +143,47 @@ def _fp8_e5m2(builder: Any, value: Any) -> Any:
     return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
 
 
-def _doubled_fp4(builder: Any, value: Any) -> Any:
-    wide = builder.zext(value, vector_of(_I16, value.type.count))
-    sign = builder.shl(builder.and_(wide, same(wide, 8, 16)), same(wide, 12, 16))
-    rest = builder.shl(builder.and_(wide, same(wide, 7, 16)), same(wide, 9, 16))
-    return _of_half(builder, builder.or_(sign, rest), 2.0**15)
+def _fp4(builder: Any, value: Any, factor: float) -> Any:
+    # The sign, two bits of exponent and one of mantissa are all in the upper byte of a half.
+    upper = _chosen(builder, value, [(bits & 8) << 4 | (bits & 7) << 1 for bits in range(16)])
+    wide = builder.zext(upper, vector_of(_I16, value.type.count))
+    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), factor)
 
 
-def _float_vector(value: Any) -> Any:
-    return vector_of(_FLOAT, value.type.count)
+def _signed(builder: Any, value: Any) -> Any:
+    return builder.sitofp(value, vector_of(_FLOAT, value.type.count))
 
 
-floats = _conversion(lambda builder, value: builder.uitofp(value, _float_vector(value)))
-signed_floats = _conversion(lambda builder, value: builder.sitofp(value, _float_vector(value)))
-fp8_e4m3 = _conversion(_fp8_e4m3)
-fp8_e5m2 = _conversion(_fp8_e5m2)
-doubled_fp4 = _conversion(_doubled_fp4)
-"""Twice the e2m1 number in the lower four bits, which are an integer: what is halved is then the scale, or it is not."""
+def _shifted(builder: Any, value: Any, zero: int) -> Any:
+    return _signed(builder, builder.sub(value, same(value, zero, 8)))
+
+
+floats = _conversion(
+    lambda builder, value: builder.uitofp(value, vector_of(_FLOAT, value.type.count))
+)
+signed_floats = _conversion(_signed)
+
+# What bytes mean, by the type of an array.
+_NUMBERS: dict[Any, Callable[[Any, Any], Any]] = {
+    types.uint8: _fp8_e4m3,
+    types.uint16: _fp8_e5m2,
+    types.int8: _signed,
+    types.uint32: lambda builder, value: _shifted(builder, value, 128),
+    types.int16: lambda builder, value: _shifted(builder, value, 8),
+    types.int32: lambda builder, value: _fp4(builder, value, 2.0**14),
+    # Twice the number, which is an integer, for half the scale, which is finite.
+    types.int64: lambda builder, value: _fp4(builder, value, 2.0**15),
+}
+
+
+@generated
+def numbers(typing_context: Any, like: Any, data: Any) -> Any:
+    """Turn bytes into float32. The type of ``like`` tells what they mean: see ``scaled_rows.NUMBERS``."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return _NUMBERS[like.dtype](builder, arguments[1])
+
+    return FloatsType(data.lanes)(like, data), generate
 
 
 @generated
@@ -160,6 +207,17 @@ def lanes_of_bits(typing_context: Any, number: Any) -> Any:
     return BytesType(16)(types.int64), generate
 
 
+@generated
+def spread(typing_context: Any, values: Any, lane: Any) -> Any:
+    """Return a vector of which every lane is number ``lane`` of ``values``."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        vector, index = arguments
+        return repeated(builder, builder.extract_element(vector, index), vector.type.count)
+
+    return values(values, types.int64), generate
+
+
 def _interleaved(start: int) -> Any:
     def of(typing_context: Any, low: Any, high: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
@@ -175,30 +233,43 @@ interleaved_low, interleaved_high = _interleaved(0), _interleaved(8)
 """The first, and the second, 16 of ``low[0], high[0], low[1], high[1], ...``."""
 
 
+def _shuffled(builder: Any, value: Any, lanes: Sequence[int]) -> Any:
+    return builder.shuffle_vector(value, value, ir.Constant(vector_of(_I32, 16), list(lanes)))
+
+
+def _q3_scales(builder: Any, value: Any) -> Any:
+    lower = _shuffled(builder, value, [*range(2, 10)] * 2)
+    lower = builder.lshr(lower, ir.Constant(value.type, [0] * 8 + [4] * 8))
+    upper = _shuffled(builder, value, [*range(10, 14)] * 4)
+    upper = builder.lshr(upper, ir.Constant(value.type, [lane // 4 * 2 for lane in range(16)]))
+    lower = builder.and_(lower, same(value, 15, 8))
+    upper = builder.shl(builder.and_(upper, same(value, 3, 8)), same(value, 4, 8))
+    return builder.sub(builder.or_(lower, upper), same(value, 32, 8))
+
+
+q3_scales = _conversion(_q3_scales, BytesType)
+"""The 16 scales of a block of Q3_K, as signed bytes, from 16 bytes whose third is the first of the scales."""
+
+
+def _six_bits(builder: Any, value: Any) -> Any:
+    # In each half: four numbers in the lower six bits of a byte, then four in a half byte and the two bits left over.
+    first = _shuffled(builder, value, [4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2)
+    rest = _shuffled(builder, value, [12, 13, 14, 15] * 4)
+    rest = builder.lshr(rest, ir.Constant(value.type, [0] * 8 + [4] * 8))
+    upper = builder.shl(builder.lshr(first, same(value, 6, 8)), same(value, 4, 8))
+    rest = builder.or_(builder.and_(rest, same(value, 15, 8)), upper)
+    is_first = ir.Constant(vector_of(_I1, 16), ([1] * 4 + [0] * 4) * 2)
+    return builder.select(is_first, builder.and_(first, same(value, 63, 8)), rest)
+
+
+six_bits = _conversion(_six_bits, BytesType)
+"""The eight scales and eight minima of a block of Q4_K or Q5_K, from its first 16 bytes (ggml's ``get_scale_min_k4``)."""
+
+
 def _levels(levels: tuple[int, ...]) -> Any:
     """Return an intrinsic that takes bytes of 0 to 15, and returns the ``levels`` that they stand for, as signed bytes."""
+    return _conversion(lambda builder, value: _chosen(builder, value, levels), BytesType)
 
-    def choose(builder: Any, value: Any) -> Any:
-        if platform.machine() in {"x86_64", "AMD64"}:
-            # Every processor that converts halves has this instruction of SSSE3.
-            table = ir.Constant(value.type, list(levels))
-            kind = ir.FunctionType(value.type, [value.type, value.type])
-            shuffle = cgutils.get_or_insert_function(builder.module, kind, _BYTE_SHUFFLE)
-            return builder.call(shuffle, [table, value])
-        # Anywhere else choose bit by bit: 15 choices for 16 numbers.
-        choices = [same(value, level, 8) for level in levels]
-        for bit in range(4):
-            is_set = builder.icmp_unsigned(
-                "!=", builder.and_(value, same(value, 1 << bit, 8)), same(value, 0, 8)
-            )
-            pairs = zip(choices[::2], choices[1::2], strict=True)
-            choices = [builder.select(is_set, odd, even) for even, odd in pairs]
-        return choices[0]
-
-    return _conversion(choose, BytesType)
-
-
-_BYTE_SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
 
 iq4_levels = _levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 """The levels of IQ4_NL and IQ4_XS (ggml's ``kvalues_iq4nl``)."""

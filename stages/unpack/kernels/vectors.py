@@ -25,24 +25,20 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "BytesType",
     "FloatsType",
-    "bfloat_at",
     "byte_at",
     "bytes1_at",
     "bytes16_at",
-    "exponent_at",
     "generated",
     "half_at",
     "halved_exponent_at",
-    "nan_exponent_at",
     "put",
     "repeated",
     "rounded",
     "same",
+    "scale_at",
     "short_at",
     "signed_at",
-    "single_at",
     "vector_of",
-    "word_at",
 ]
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -142,6 +138,10 @@ def _plain_nan(builder: Any, value: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", value, value), nan, value)
 
 
+def _half(builder: Any, value: Any) -> Any:
+    return _plain_nan(builder, builder.fpext(value, _FLOAT))
+
+
 def _bfloat(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT)
 
@@ -172,17 +172,35 @@ def _nan_exponent(builder: Any, value: Any) -> Any:
 byte_at = _loader(_I8, types.int64, _unsigned)
 signed_at = _loader(_I8, types.int64, lambda builder, value: builder.sext(value, _I64))
 short_at = _loader(_I16, types.int64, _unsigned)
-word_at = _loader(_I32, types.int64, _unsigned)
-single_at = _loader(_FLOAT, types.float32, _plain_nan)
-half_at = _loader(
-    _HALF, types.float32, lambda builder, value: _plain_nan(builder, builder.fpext(value, _FLOAT))
-)
-bfloat_at = _loader(_I16, types.float32, _bfloat)
-exponent_at = _loader(_I8, types.float32, _exponent)
+half_at = _loader(_HALF, types.float32, _half)
 halved_exponent_at = _loader(_I8, types.float32, _halved_exponent)
-nan_exponent_at = _loader(_I8, types.float32, _nan_exponent)
 bytes16_at = _loader(vector_of(_I8, 16), BytesType(16), lambda _, value: value)
 bytes1_at = _loader(vector_of(_I8, 1), BytesType(1), lambda _, value: value)
+
+_SCALES = {
+    types.float32: (_FLOAT, 4, _plain_nan),
+    _BFLOAT: (_I16, 2, _bfloat),
+    _IEEE_HALF: (_HALF, 2, _half),
+    types.uint8: (_I8, 1, _exponent),
+    types.int8: (_I8, 1, _nan_exponent),
+    types.uint32: (_I8, 1, _halved_exponent),
+}
+
+
+@generated
+def scale_at(typing_context: Any, like: Any, scales: Any, index: Any) -> Any:
+    """Load scale number ``index`` as float32. The type of ``like`` tells the format: see ``scaled_rows.SCALES``."""
+    kind, size, convert = _SCALES[like.dtype]
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        _, array, place = arguments
+        offset = builder.mul(place, _I64(size))
+        address = _address(context, builder, sig.args[1], array, offset, kind)
+        loaded = builder.load(address, align=1)
+        loaded.set_metadata("alias.scope", _packed_scope(builder.module))
+        return convert(builder, loaded)
+
+    return types.float32(like, scales, types.intp), generate
 
 
 # Rounding

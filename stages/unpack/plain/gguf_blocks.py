@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["BLOCK_VALUES"]
+__all__ = ["BLOCK_VALUES", "halved_exponents"]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _DOUBLED_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -17,6 +17,14 @@ _DOUBLED_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def _half(blocks: torch.Tensor, at: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     # Cloned, since a file gives the bytes no alignment.
     return blocks[:, at : at + 2].clone().view(torch.float16).to(dtype)
+
+
+def halved_exponents(data: torch.Tensor) -> torch.Tensor:
+    """Return 2^(byte - 128) in float32, for every byte a finite number."""
+    exponents = data.to(torch.int32)
+    # The smallest two are subnormal.
+    bits = torch.where(exponents < 2, (1 << 21) << exponents.clamp(max=1), (exponents - 1) << 23)
+    return bits.view(torch.float32)
 
 
 def _fields(data: torch.Tensor, bits: int, count: int, width: int) -> torch.Tensor:
@@ -64,10 +72,7 @@ def _iq4_nl(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mxfp4(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    exponents = blocks[:, :1].to(torch.int32)
-    # Half of the exponent's power of two, since the numbers are doubled. The smallest two are subnormal.
-    bits = torch.where(exponents < 2, (1 << 21) << exponents.clamp(max=1), (exponents - 1) << 23)
-    scale = bits.view(torch.float32).to(dtype)
+    scale = halved_exponents(blocks[:, :1]).to(dtype)
     return scale * _levels(_DOUBLED_FP4, _fields(blocks[:, 1:], 4, 2, 16))
 
 

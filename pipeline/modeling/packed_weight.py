@@ -1,0 +1,220 @@
+"""Weights that stay packed, and are unpacked by tiles of rows while a linear layer multiplies with them.
+
+A matrix that is unpacked as a whole takes memory for all of it, and is written to and read from RAM once more. A tile fits
+a processor's cache: it is unpacked, multiplied with, and overwritten by the next one. Each element of a product is a sum
+over one row of the weight, so tiles give equal bits, as far as the kernels do; ``tiles_are_exact`` tries them.
+"""
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from layerstream.pipeline.modeling.packed_rows import PackedRows
+from layerstream.pipeline.planning.tiles import tile_rows
+
+__all__ = ["PackedWeight", "Tiles", "tile_bytes", "tiles_are_exact"]
+
+# Rows; waking a thread takes some ten microseconds.
+_WORTH_A_THREAD = 64
+_aten = torch.ops.aten
+
+
+class Tiles:
+    """Memory for tiles, and threads that unpack into it, for all packed weights of a model.
+
+    Args:
+        nbytes: Of the largest tile.
+        count: How many computations run at once, each with a tile of its own; a further one waits.
+        threads: How many threads unpack a tile together, the computing one included.
+    """
+
+    def __init__(self, *, nbytes: int, count: int, threads: int) -> None:
+        self.nbytes = nbytes
+        self._free: list[torch.Tensor] = []
+        self._left = count
+        self._changed = threading.Condition()
+        self._threads = threads
+        self._executor = (
+            ThreadPoolExecutor(threads - 1, "layerstream-unpack") if threads > 1 else None
+        )
+
+    @contextmanager
+    def tile(self) -> Iterator[torch.Tensor]:
+        """A tile, uint8 ``[nbytes]``; the memory is made when it is first needed, and kept."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._left)
+            if self._free:
+                memory = self._free.pop()
+            else:
+                self._left -= 1
+                memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        try:
+            yield memory
+        finally:
+            with self._changed:
+                self._free.append(memory)
+                self._changed.notify()
+
+    def share(self, count: int, work: Callable[[int, int], None], *, least: int) -> None:
+        """Run ``work(begin, end)`` for equal parts of ``count`` items in all threads; returns when all are done.
+
+        ``least``: How many items are worth another thread.
+        """
+        parts = min(self._threads, max(1, count // least))
+        cuts = [count * part // parts for part in range(parts + 1)]
+        others = []
+        try:
+            if self._executor is not None:
+                others = [
+                    self._executor.submit(work, begin, end)
+                    for begin, end in itertools.pairwise(cuts[1:])
+                ]
+            work(cuts[0], cuts[1])
+        finally:
+            wait(others)  # they write into the tile
+        for each in others:
+            each.result()
+
+    def close(self) -> None:
+        """End the threads, and free the memory that no computation has."""
+        if self._executor is not None:
+            self._executor.shutdown()
+        with self._changed:
+            self._free.clear()
+
+
+class PackedWeight(nn.Parameter):
+    """A parameter that is there in packed form.
+
+    To torch it has the plain weight's shape, dtype and device. ``torch.nn.functional.linear`` multiplies with it tile by
+    tile; any other operation gets the whole weight, unpacked for that operation alone.
+    """
+
+    _rows: PackedRows
+    _parts: Mapping[str, torch.Tensor]
+    _tiles: Tiles | None
+
+    @staticmethod
+    def __new__(
+        cls: type[Self],
+        rows: PackedRows,
+        parts: Mapping[str, torch.Tensor],
+        *,
+        shape: tuple[int, ...],
+        requires_grad: bool,
+        tiles: Tiles | None,
+    ) -> Self:
+        """A weight of ``shape`` made of ``parts``; without ``tiles``, linear layers unpack it whole as well."""
+        weight: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls, shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+        )
+        weight._rows, weight._parts, weight._tiles = rows, parts, tiles
+        return weight
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply by tiles in linear layers; metadata and everything else are torch's own."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch's own idiom
+            if func is nn.functional.linear and not torch.is_grad_enabled():
+                return _linear(*args, **kwargs)
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Unpack the whole weight for ``func``."""
+        if func in {_aten.detach.default, _aten.alias.default}:
+            return args[0]
+
+        def unpack(leaf: Any) -> Any:
+            return leaf.unpacked() if isinstance(leaf, cls) else leaf
+
+        return func(*pytree.tree_map(unpack, args), **pytree.tree_map(unpack, kwargs or {}))
+
+    def unpacked(self) -> torch.Tensor:
+        """The plain weight, in memory of its own."""
+        plain = torch.empty(tuple(self.shape), dtype=self._rows.dtype)
+        flat = plain.view(self._rows.rows, self._rows.columns)
+        step = tile_rows(self._rows.rows, self._rows.columns, self._rows.dtype.itemsize)
+        for first in range(0, self._rows.rows, step):
+            self._rows.unpack(self._parts, first, flat[first : first + step])
+        return plain
+
+    def _tile(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
+        """Some rows, unpacked into ``memory`` by all threads."""
+        rows, tiles = self._rows, self._tiles
+        assert tiles is not None  # noqa: S101
+        nbytes = count * rows.columns * rows.dtype.itemsize
+        plain = memory[:nbytes].view(rows.dtype).view(count, rows.columns)
+        if rows.order is not None:
+            scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
+            rows.unpack(self._parts, first, plain, scratch=scratch)
+            return plain
+        tiles.share(
+            count,
+            lambda begin, end: rows.unpack(self._parts, first + begin, plain[begin:end]),
+            least=_WORTH_A_THREAD,
+        )
+        return plain
+
+
+def _linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if not isinstance(weight, PackedWeight) or weight._tiles is None:  # noqa: SLF001
+        return nn.functional.linear(inputs, weight, bias)
+    rows, tiles = weight._rows, weight._tiles  # noqa: SLF001
+    step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
+    if step == rows.rows:
+        with tiles.tile() as memory:
+            return nn.functional.linear(inputs, weight._tile(0, step, memory), bias)  # noqa: SLF001
+    result = inputs.new_empty((*inputs.shape[:-1], rows.rows))
+    with tiles.tile() as memory:
+        for first in range(0, rows.rows, step):
+            end = min(first + step, rows.rows)
+            plain = weight._tile(first, end - first, memory)  # noqa: SLF001
+            part = nn.functional.linear(inputs, plain, None if bias is None else bias[first:end])
+            result[..., first:end] = part
+    return result
+
+
+def tile_bytes(rows: PackedRows) -> int:
+    """What a tile of ``rows`` takes."""
+    count = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
+    return count * rows.columns * rows.dtype.itemsize * (1 if rows.order is None else 2)
+
+
+@functools.cache
+def tiles_are_exact(
+    rows: int, columns: int, dtype: torch.dtype, *, tokens: tuple[int, ...] = (1, 5, 33)
+) -> bool:
+    """Whether products by tiles have the bits of the whole product here, for a matrix of this form."""
+    step = tile_rows(rows, columns, dtype.itemsize)
+    if step == rows:
+        return True
+    # Two tiles and a ragged one have all the seams that more would have.
+    height = min(rows, 2 * step + rows % step)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand((height, columns), generator=generator).sub_(0.5).to(dtype)
+    for count in tokens:
+        inputs = torch.rand((1, count, columns), generator=generator).sub_(0.5).to(dtype)
+        whole = nn.functional.linear(inputs, weight)
+        tiled = torch.cat(
+            [nn.functional.linear(inputs, part) for part in torch.split(weight, step)], dim=-1
+        )
+        if not torch.equal(whole, tiled):
+            return False
+    return True

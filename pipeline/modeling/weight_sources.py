@@ -1,0 +1,99 @@
+"""What is read from the files for each parameter: the extents of its bytes, packed or plain."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.packed_form import PackedForm
+from layerstream.pipeline.modeling.binding import source_name
+from layerstream.pipeline.modeling.gathered_table import (
+    SMALL_WEIGHT_BYTES,
+    TableSource,
+    empty_congruent,
+)
+from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.unpacking import Unpack
+from layerstream.pipeline.planning.layout import TensorSource
+from layerstream.stages.batch import Extent
+
+__all__ = ["extents_of", "make_fetch", "sources_of", "whole_extent"]
+
+
+def extents_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
+    """The parts of files that the recipe's tensor consists of."""
+    extents = []
+    for piece in recipe.pieces or ():
+        info = checkpoint.tensors[piece.source]
+        offset = info.offset + piece.source_offset
+        extents.append(Extent(file=info.file, offset=offset, nbytes=piece.nbytes))
+    return tuple(extents) or (Extent(file=0, offset=0, nbytes=0),)
+
+
+def make_fetch(
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device
+) -> Callable[[], torch.Tensor] | None:
+    """A function that reads a small parameter from its files; None for a large one."""
+    extents = extents_of(recipe, checkpoint)
+    if recipe.pieces is None or sum(extent.nbytes for extent in extents) > SMALL_WEIGHT_BYTES:
+        return None
+
+    def fetch() -> torch.Tensor:
+        offset = 0 if recipe.scratch_bytes else extents[0].offset
+        tensor = empty_congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
+        raw_bytes: Any = tensor.view(-1).view(torch.uint8).numpy()
+        buffer = memoryview(raw_bytes).cast("B")
+        begin = 0
+        for extent in extents:
+            with TableSource(checkpoint.files[extent.file].path) as source:
+                source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
+            begin += extent.nbytes
+        return tensor.to(device)
+
+    return fetch
+
+
+def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:
+    """What is read for a recipe: its pieces, or the tensors that it is computed from."""
+    if recipe.pieces is not None:
+        return [
+            TensorSource(
+                name=recipe.name,
+                dtype=recipe.dtype,
+                shape=recipe.shape,
+                extents=extents_of(recipe, checkpoint),
+                copied=recipe.scratch_bytes > 0,
+            )
+        ]
+    forms = _packed_forms(recipe)
+    infos = [checkpoint.tensors[name] for name in recipe.sources]
+    return [
+        TensorSource(
+            name=source_name(info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            extents=(whole_extent(checkpoint, info.name),),
+            packed=forms.get(info.name),
+        )
+        for info in infos
+    ]
+
+
+def _packed_forms(recipe: Recipe) -> dict[str, PackedForm]:
+    """How the sources of ``recipe`` are packed, by their names; the first part stands for all of what they unpack to."""
+    forms: dict[str, PackedForm] = {}
+    item_bytes = getattr(torch, recipe.dtype).itemsize
+    for operation in recipe.operations:
+        if isinstance(unpack := operation.function, Unpack):
+            nbytes = torch.Size(unpack.shape).numel() * item_bytes
+            for part in operation.arguments[0]:
+                forms[part.name] = PackedForm(unpack.packing.encoding, nbytes)
+                nbytes = 0
+    return forms
+
+
+def whole_extent(checkpoint: Checkpoint, tensor: str) -> Extent:
+    """All bytes of a checkpoint tensor."""
+    info = checkpoint.tensors[tensor]
+    return Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)

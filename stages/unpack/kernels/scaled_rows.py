@@ -1,0 +1,111 @@
+"""Matrices whose scales are tensors of their own: one for a block of rows and columns. Numbers of 8 bits, or of 4.
+
+Both kernels take the bytes of the weights, of the scales and of the zero points, three arrays whose types tell how to read
+numbers and scales and what to round products to, the geometry (``scaled_rows.Geometry``), the first row, and the output.
+"""
+
+from typing import Any
+
+from numba.extending import register_jitable
+
+from layerstream.stages.unpack.kernels.lanes import (
+    float_of,
+    interleaved_high,
+    interleaved_low,
+    numbers,
+)
+from layerstream.stages.unpack.kernels.vectors import (
+    byte_at,
+    bytes1_at,
+    bytes16_at,
+    put,
+    rounded,
+    scale_at,
+)
+
+__all__ = ["scaled_bytes", "scaled_nibbles"]
+
+
+@register_jitable
+def _zero_point(
+    zeros: Any, bits: int, index: int, row: int, rows: int, group: int, groups: int
+) -> Any:
+    """Return the zero point of a block: none, a signed byte beside each scale, or packed along the rows of each matrix."""
+    if bits == 0:
+        return 0
+    if bits < 0:
+        return (byte_at(zeros, index) ^ 128) - 128
+    words = (rows * bits + 31) // 32
+    bit = row % rows * bits
+    at = ((row // rows * words + bit // 32) * groups + group) * 4 + bit % 32 // 8
+    return ((byte_at(zeros, at) >> (bit % 8)) & ((1 << bits) - 1)) - (1 << (bits - 1))
+
+
+def scaled_bytes(
+    packed: Any,
+    scales: Any,
+    zeros: Any,
+    number_like: Any,
+    scale_like: Any,
+    like: Any,
+    geometry: Any,
+    first: int,
+    rows: int,
+    out: Any,
+) -> None:
+    """Unpack rows of one byte for each number."""
+    columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
+    for row in range(first, first + rows):
+        at, start = row * row_bytes, (row - first) * columns
+        band = row // height % bands * groups
+        for group in range(groups):
+            index = band + group
+            scale = scale_at(scale_like, scales, index)
+            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            column, end = group * width, min(columns, (group + 1) * width)
+            while column + 16 <= end:
+                number = numbers(number_like, bytes16_at(packed, at + column)) - zero
+                put(out, start + column, rounded(like, number * scale))
+                column += 16
+            while column < end:
+                number = numbers(number_like, bytes1_at(packed, at + column)) - zero
+                put(out, start + column, rounded(like, number * scale))
+                column += 1
+
+
+def scaled_nibbles(
+    packed: Any,
+    scales: Any,
+    zeros: Any,
+    number_like: Any,
+    scale_like: Any,
+    like: Any,
+    geometry: Any,
+    first: int,
+    rows: int,
+    out: Any,
+) -> None:
+    """Unpack rows of two numbers for each byte, the first in the lower four bits."""
+    columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
+    for row in range(first, first + rows):
+        at, start = row * row_bytes, (row - first) * columns
+        band = row // height % bands * groups
+        for group in range(groups):
+            index = band + group
+            scale = scale_at(scale_like, scales, index)
+            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            column, end = group * width, min(columns, (group + 1) * width)
+            while column < end:
+                if column % 2 == 0 and column + 32 <= end:
+                    both = bytes16_at(packed, at + column // 2)
+                    low, high = both & 15, both >> 4
+                    number = numbers(number_like, interleaved_low(low, high)) - zero
+                    put(out, start + column, rounded(like, number * scale))
+                    number = numbers(number_like, interleaved_high(low, high)) - zero
+                    put(out, start + column + 16, rounded(like, number * scale))
+                    column += 32
+                else:
+                    one = (bytes1_at(packed, at + column // 2) >> (column % 2 * 4)) & 15
+                    number = numbers(number_like, one) - zero
+                    put(out, start + column, rounded(like, number * scale))
+                    column += 1
