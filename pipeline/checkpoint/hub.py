@@ -23,6 +23,9 @@ _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 _INDEX_FILE = "model.safetensors.index.json"
+# Of repositories without safetensors.
+_BIN_FILE, _BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_BIN_PATTERN = "pytorch_model*.bin"
 _CONFIG_FILE = "config.json"
 
 _MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -136,12 +139,16 @@ def _download_snapshot(model_id: str, revision: str | None, files: Sequence[str]
     except Exception as error:
         # The hub's client changes its HTTP library, and so the exceptions, between versions.
         raise CheckpointError(_download_error_message(error, model_id, revision)) from error
-    _refuse_choice(model_id, [each.rfilename for each in info.siblings or ()], files)
+    names = [each.rfilename for each in info.siblings or ()]
+    _refuse_choice(model_id, names, files)
+    patterns = [*files] or _DOWNLOAD_PATTERNS
+    if not files and not _has_safetensors(names):
+        patterns = [*patterns, _BIN_PATTERN]
     try:
         folder = snapshot_download(
             model_id,
             revision=revision,
-            allow_patterns=[*files] or _DOWNLOAD_PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=None if files else _IGNORE_PATTERNS,
         )
     except Exception as error:
@@ -150,7 +157,7 @@ def _download_snapshot(model_id: str, revision: str | None, files: Sequence[str]
     if missing:
         raise CheckpointError(
             f"{model_id} was downloaded to {folder}, which lacks {_first_names(missing)}: a model "
-            "needs config.json and weights in safetensors format, or id:file.gguf names one of its GGUF files; try "
+            "needs config.json and weights in safetensors' or torch's format, or id:file.gguf names one of its GGUF files; try "
             "again, or another model."
         )
     return Path(folder)
@@ -164,11 +171,15 @@ def _refuse_choice(model_id: str, names: Sequence[str], files: Sequence[str]) ->
         if missing:
             others = f"it has {_first_names(found, count=12)}" if found else "it has no GGUF files"
             raise CheckpointError(f"{model_id} on the hub has no {missing[0]}: {others}.")
-    elif found and not any(name.endswith(".safetensors") for name in names):
+    elif found and not _has_safetensors(names) and not {_BIN_FILE, _BIN_INDEX_FILE} & {*names}:
         raise CheckpointError(
             f"{model_id} on the hub holds GGUF models ({_first_names(found, count=12)}): name one, as in "
             f"{model_id}:{found[0]}."
         )
+
+
+def _has_safetensors(names: Sequence[str]) -> bool:
+    return any(name.endswith(".safetensors") for name in names)
 
 
 def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
@@ -181,8 +192,13 @@ def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
     missing = [] if (snapshot / _CONFIG_FILE).is_file() else [_CONFIG_FILE]
     index = snapshot / _INDEX_FILE
     if not index.is_file():
-        weights = any(path.is_file() for path in snapshot.glob("*.safetensors"))
-        return missing if weights else [*missing, "*.safetensors"]
+        if any(path.is_file() for path in snapshot.glob("*.safetensors")):
+            return missing
+        if (snapshot / _BIN_FILE).is_file():
+            return missing
+        index = snapshot / _BIN_INDEX_FILE
+        if not index.is_file():
+            return [*missing, "*.safetensors"]
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return missing + [shard for shard in shards if not (snapshot / shard).is_file()]

@@ -61,6 +61,7 @@ def _tracers_for_tensors(checkpoint: Checkpoint) -> Iterator[None]:
     def state_dict(self: Any, file: str, model: Any) -> Mapping[str, torch.Tensor]:
         if self.supported:
             self.quantized = {}  # unpacked already
+            _keep_permutations(self.mapping)
             return {
                 name: _values(info, "target", self.dtype)
                 for name, info in checkpoint.tensors.items()
@@ -95,6 +96,15 @@ def _tracers_for_tensors(checkpoint: Checkpoint) -> Iterator[None]:
 
 def _tensor_of(array: Any) -> Any:
     return array.tensor if isinstance(array, TracedArray) else torch.as_tensor(array)
+
+
+def _keep_permutations(conversions: Sequence[Any]) -> None:
+    """Let conversions that permute rows or columns keep their indices, which they would move to the tracers' device."""
+    operations = (each for entry in conversions for each in getattr(entry, "operations", ()))
+    for operation in operations:
+        indices = getattr(operation, "permutation", None)
+        if isinstance(indices, torch.Tensor):
+            operation.permutation = SimpleNamespace(to=lambda _device, indices=indices: indices)
 
 
 class _JoinedTensor:

@@ -136,9 +136,11 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
 
 def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -> Any:
     # If the config names no dtype, the first tensor's is used; transformers goes file by file.
-    in_files = {"safetensors": lambda info: (info.file, info.name)}
-    order = in_files.get(checkpoint.format, lambda info: (info.file, ""))
-    tracers = {info.name: _source(info) for info in sorted(checkpoint.tensors.values(), key=order)}
+    by_name = checkpoint.format == "safetensors"  # as its reader lists them; others as the file does
+    infos = sorted(
+        checkpoint.tensors.values(), key=lambda info: (info.file, info.name if by_name else "")
+    )
+    tracers = {info.name: _source(info) for info in infos}
     with recorded_unpacking():
         return loader.from_pretrained(None, state_dict=tracers, **kwargs)
 

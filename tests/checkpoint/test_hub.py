@@ -275,9 +275,46 @@ def test_a_model_whose_files_are_gated_is_refused_with_the_remedy(online_hub):
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_model_without_safetensors_weights_is_refused(online_hub):
-    online_hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+def test_a_model_without_weights_is_refused(online_hub):
+    online_hub.files = {"config.json": b"{}", "tf_model.h5": b"other"}
     assert "lacks *.safetensors" in refusal("org/name")
+
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+BIN_SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+BINS = {
+    "one file": {"config.json": b"{}", "pytorch_model.bin": b"weights"},
+    "shards": {
+        "config.json": b"{}",
+        BIN_INDEX: json.dumps({"weight_map": dict(zip("ab", BIN_SHARDS, strict=True))}).encode(),
+        **dict.fromkeys(BIN_SHARDS, b"shard"),
+    },
+}
+
+
+@pytest.mark.parametrize("files", BINS.values(), ids=BINS.keys())
+@pytest.mark.usefixtures("cache")
+def test_files_of_torch_are_downloaded_once_where_there_are_no_safetensors(online_hub, files):
+    online_hub.files = {**files, "training_args.bin": b"unneeded"}
+    folder = resolve_model_path("org/name")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    online_hub.requests.clear()
+    assert resolve_model_path("org/name") == folder
+    assert online_hub.requests == []
+
+
+@pytest.mark.usefixtures("cache")
+def test_files_of_torch_are_not_downloaded_beside_safetensors(online_hub):
+    online_hub.files = {**SINGLE, **BINS["shards"]}
+    folder = resolve_model_path("org/name")
+    assert {file.name for file in folder.iterdir()} == {*SINGLE, BIN_INDEX}
+
+
+def test_a_shard_of_torch_that_is_not_cached_is_missed(cache):
+    put_in_cache(
+        cache, {name: text for name, text in BINS["shards"].items() if name != BIN_SHARDS[1]}
+    )
+    assert "nor complete in the local cache" in refusal("org/name")
 
 
 PARTS = [f"Q8/m-{number:05}-of-00002.gguf" for number in (1, 2)]

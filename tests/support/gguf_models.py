@@ -20,6 +20,13 @@ BLOCK = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 GROUPED = {**BLOCK, "intermediate_size": 96, "num_key_value_heads": 2}
 ROUTED = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}
 
+HYBRID = {
+    **GROUPED, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
+    "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                        "partial_rotary_factor": 0.5, "rope_type": "default"},
+}  # fmt: skip
+
 # Sizes that transformers does not take from the file are those of its defaults.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**GROUPED, "head_dim": 16}),
@@ -52,6 +59,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "Lfm2Config",
         {**GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen35": ("Qwen3_5TextConfig", HYBRID),
+    "qwen35moe": (
+        "Qwen3_5MoeTextConfig",
+        {**HYBRID, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 32},
     ),
 }  # fmt: skip
 
@@ -121,16 +134,28 @@ def auto_class(architecture: str) -> Any:
     )
 
 
-def _shapes(model: nn.Module, architecture: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(  # noqa: C901 - an architecture here and there is different
+    model: nn.Module, architecture: str
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of the tensors that llama.cpp's converter makes of ``model``."""
     processor = transformers_gguf.TENSOR_PROCESSORS.get(
         architecture, transformers_gguf.TensorProcessor
     )(config={})
-    names = transformers_gguf.get_gguf_hf_weights_map(model, processor)
+    hybrid = architecture.startswith("qwen35")  # which has no name in the table of the older loader
+    names = transformers_gguf.get_gguf_hf_weights_map(
+        model, processor, model_type=architecture if hybrid else None
+    )
     tied = getattr(model.config, "tie_word_embeddings", False)
     for name, theirs in names.items():
         shape = list(model.state_dict()[theirs].shape)
         if name == "output.weight" and tied:
+            continue
+        if name.endswith("ssm_a") and hybrid:
+            yield f"{name.removesuffix('ssm_a')}ssm_dt.bias", tuple(shape)
+        if name.endswith("ffn_gate_up_exps"):
+            for half in ("gate", "up"):
+                half_name = name.replace("gate_up", half)
+                yield f"{half_name}.weight", (shape[0], shape[1] // 2, shape[2])
             continue
         if "_exps" in name:
             name = f"{name}.weight"  # noqa: PLW2901
@@ -147,7 +172,7 @@ def _shapes(model: nn.Module, architecture: str) -> Iterator[tuple[str, tuple[in
         yield name, tuple(shape)
 
 
-def _describe(
+def _describe(  # noqa: C901 - see above
     writer: gguf.GGUFWriter,
     architecture: str,
     config: Any,
@@ -157,7 +182,9 @@ def _describe(
     theirs = _THEIRS.get(architecture, architecture)
     if architecture == "lfm2":  # of whose keys transformers' newer loader has its own table
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    for key, attribute in GGUF_CONFIG_MAPPING[theirs].items():
+    if architecture.startswith("qwen35"):
+        _describe_hybrid(writer, architecture, config)
+    for key, attribute in GGUF_CONFIG_MAPPING.get(theirs, {}).items():
         value = getattr(config, attribute, None) if attribute else None
         if attribute in {"rope_theta", "head_dim"} and value is None:
             value = {"rope_theta": 10000.0, "head_dim": config.hidden_size // 4}[attribute]
@@ -176,6 +203,35 @@ def _describe(
         tokens(writer)
     else:
         writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+
+
+def _describe_hybrid(writer: gguf.GGUFWriter, architecture: str, config: Any) -> None:
+    numbers = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "full_attention_interval": 4,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        "rope.dimension_count": config.head_dim // 2,
+        "feed_forward_length": getattr(config, "intermediate_size", None),
+        "expert_count": getattr(config, "num_experts", None),
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+    }  # fmt: skip
+    for key, value in numbers.items():
+        if value is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_sections([2, 1, 1, 0])
 
 
 def byte_tokens(writer: gguf.GGUFWriter) -> None:
