@@ -60,12 +60,14 @@ class _Closer:
         self._loop_thread = loop_thread
         self.model = model
         self._lock = threading.Lock()
+        self._process = os.getpid()
         ref = weakref.ref(self)
         # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
         threading._register_atexit(lambda: (closer := ref()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def __call__(self) -> None:
-        if self._lock.acquire(blocking=False):
+        # A process that was forked from ours has no loop to wait for, and nothing to close: it ends without either.
+        if os.getpid() == self._process and self._lock.acquire(blocking=False):
             self.model.abandon_pass()
             self._loop_thread.run(self.model.aclose())
             self._loop_thread.stop()

@@ -99,6 +99,12 @@ async def open_model(
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
+    space = hardware.address_space_bytes
+    if options.reader is None and space is not None and space < checkpoint.total_bytes:
+        logger.warning(
+            "%s: the address space (ulimit -v) cannot hold a mapping of the files: they are read directly",
+            checkpoint.path,
+        )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
     make_model_plan = functools.partial(

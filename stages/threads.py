@@ -1,6 +1,7 @@
 """Blocking calls off the event loop, in threads of our own, which are never abandoned."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,10 +9,23 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError, DeviceError
 
-__all__ = ["Lifetime", "Threads", "finish_in_thread", "wait_all"]
+__all__ = ["Lifetime", "Threads", "finish_in_thread", "refuse_fork", "wait_all"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def refuse_fork(owner: int) -> None:
+    """Refuse to go on in a process that was forked from process ``owner``, whose threads are not in this one.
+
+    Raises:
+        ClosedError: This is another process.
+    """
+    if os.getpid() != owner:
+        raise ClosedError(
+            f"the model was opened in process {owner}, and this one was forked from it, without the threads that stream; "
+            "open a model in each process, or start workers with multiprocessing's 'spawn'"
+        )
 
 
 class Threads:

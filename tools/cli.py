@@ -1,31 +1,23 @@
-"""The ``layerstream`` command: exit code 0 success, 1 an error on stderr, 2 wrong usage."""
+"""The ``layerstream`` command: exit code 0 success, 1 an error on stderr, 2 wrong usage, 130 or 143 after a signal."""
 
-import argparse
 import errno
-import logging
+import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from layerstream.stages.errors import LayerstreamError
-from layerstream.tools.commands import bench, demo, generate, make_checkpoint, plan, profile, serve
+from layerstream.tools.console.signals import INTERRUPTED, Interrupted, end_on_signals
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 __all__ = ["main"]
 
-_COMMANDS = {
-    "plan": plan,
-    "generate": generate,
-    "demo": demo,
-    "profile": profile,
-    "bench": bench,
-    "serve": serve,
-    "make-checkpoint": make_checkpoint,
-}
+_COMMANDS = ("plan", "generate", "demo", "profile", "bench", "serve", "make-checkpoint")
 
-# A shell's exit code for a command that a signal ended: 128 plus the signal's number.
-_INTERRUPTED = 130
+# A shell's exit code for a process that SIGPIPE ended.
 _BROKEN_PIPE = 141
 
 
@@ -35,8 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: On wrong usage, and after ``--help``, from argparse.
     """
+    alone = argv is None  # in a process of its own
+    if alone:
+        end_on_signals()  # before the imports, which take long
     if not _open_standard_streams():
         return _report("standard output is closed; redirect it, to /dev/null if nobody reads it.")
+    try:
+        return _run(argv)
+    finally:
+        if alone:
+            end_on_signals()  # a service has had handlers of its own
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    import logging
+    import traceback
+
+    from layerstream.stages.errors import LayerstreamError
+
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("layerstream").setLevel(logging.DEBUG if args.verbose else logging.WARNING)
@@ -46,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_output()
         return _BROKEN_PIPE
+    except Interrupted as error:
+        return error.exit_code
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except (LayerstreamError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _discard_output()
@@ -89,13 +99,16 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> "ArgumentParser":
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="layerstream",
         description="Run models that do not fit: stream their weights, a few layers at a time.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, module in _COMMANDS.items():
+    for name in _COMMANDS:
+        module = importlib.import_module(f"layerstream.tools.commands.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, description=f"{module.HELP}.")
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -16,7 +16,7 @@ from layerstream.pipeline.machine.probe_disk import cached_bytes
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError, PlanError
-from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.process.headroom import address_space_left, host_available_bytes
 from layerstream.stages.process.libraries import LibraryMemory, limit_library_memory
 from layerstream.stages.threads import finish_in_thread
 
@@ -42,6 +42,8 @@ class Hardware:
     """None on a CPU device."""
     cores: int
     """The processors that this process may use."""
+    address_space_bytes: int | None = None
+    """Address space that this process may still take; None without a limit (``ulimit -v``)."""
     disk_bytes_per_second: float | None = None
     """Direct reads, as the pipeline makes them."""
     mmap_bytes_per_second: float | None = None
@@ -153,7 +155,9 @@ class Hardware:
     @classmethod
     def _with_free_memory(cls, checkpoint: Checkpoint, device: Device, rates: ProbedRates) -> Self:
         vram = device.free_bytes()
-        sizes = [name for name in _SIZES if name != "vram_free_bytes" or vram is not None]
+        space = address_space_left()
+        unknown = {"vram_free_bytes": vram is None, "address_space_bytes": space is None}
+        sizes = [name for name in _SIZES if not unknown.get(name)]
         size_figures = dict.fromkeys(
             sizes, Figure(origin=Origin.MEASURED, samples=1, age_seconds=0.0)
         )
@@ -164,6 +168,7 @@ class Hardware:
             cores=len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
+            address_space_bytes=space,
             cached_bytes=_page_cache_bytes(checkpoint),
             figures={**size_figures, **rates.figures},
             **rates.fields,
@@ -175,6 +180,9 @@ def _is_number(value: object) -> bool:
 
 
 def _page_cache_bytes(checkpoint: Checkpoint) -> int:
+    space = address_space_left()
+    if space is not None and space < checkpoint.total_bytes:
+        return 0  # which only a mapping could tell
     try:
         return cached_bytes([file.path for file in checkpoint.files])
     except (LayerstreamError, OSError) as error:
@@ -183,7 +191,7 @@ def _page_cache_bytes(checkpoint: Checkpoint) -> int:
         return 0
 
 
-_SIZES = ("host_available_bytes", "vram_free_bytes", "cached_bytes")
+_SIZES = ("host_available_bytes", "vram_free_bytes", "address_space_bytes", "cached_bytes")
 _RATES = (
     "disk_bytes_per_second",
     "mmap_bytes_per_second",

@@ -13,6 +13,7 @@ from layerstream.pipeline.machine.measurement import Rate
 from layerstream.pipeline.machine.volumes import data_ranges, windows
 from layerstream.stages.batch import Extent
 from layerstream.stages.memory import HostMemory
+from layerstream.stages.process.headroom import address_space_left
 from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.text import format_bytes
@@ -103,7 +104,8 @@ def measure_mmap(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, Ra
     The pages that were read stay in the page cache: they are weights, and may be needed next.
     """
     windows = _shuffled_windows(paths, files)
-    if not windows:
+    space = address_space_left()
+    if not windows or (space is not None and space < sum(path.stat().st_size for path in paths)):
         return {}
     reader = MmapReader(paths)
     try:

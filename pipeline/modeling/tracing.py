@@ -136,7 +136,9 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
 
 def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -> Any:
     # If the config names no dtype, the first tensor's is used; transformers goes file by file.
-    by_name = checkpoint.format == "safetensors"  # as its reader lists them; others as the file does
+    by_name = (
+        checkpoint.format == "safetensors"
+    )  # as its reader lists them; others as the file does
     infos = sorted(
         checkpoint.tensors.values(), key=lambda info: (info.file, info.name if by_name else "")
     )

@@ -95,6 +95,8 @@ class _Search:
         raise PlanError(self._refusal())
 
     def _readers(self) -> tuple[ReaderKind, ...]:
+        if not self._problem.mappable:
+            return (self._problem.reader or ReaderKind.DIRECT,)
         if self._problem.reader is not None:
             return (self._problem.reader,)
         available = self._problem.hardware.host_available_bytes * (1 - MARGIN)

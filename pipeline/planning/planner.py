@@ -184,6 +184,10 @@ def _notes(problem: Problem, best: PricedCandidate) -> tuple[str, ...]:
     notes = []
     if best.placement.reader is ReaderKind.MMAP and problem.reader is None:
         notes.append("the files are mapped: computation reads them in the page cache")
+    if not problem.mappable:
+        notes.append(
+            "the files are read directly: the address space (ulimit -v) cannot hold a mapping of them"
+        )
     if problem.memory is not None and problem.workload is not None:
         how = (
             "measured on the meta device"

@@ -77,11 +77,23 @@ class Problem:
             )
         if self.slots is not None and not (_is_whole(self.slots) and self.slots in SLOTS):
             raise PlanError(f"slots is {self.slots!r}, but must be {LEAST_SLOTS} to {max(SLOTS)}")
+        if self.reader is ReaderKind.MMAP and not self.mappable and self.arenas is None:
+            raise PlanError(
+                f"reader is mmap, but the files of {format_bytes(self.checkpoint.total_bytes)} do not fit into the "
+                "address space of this process (ulimit -v); raise that limit, or leave the reader out"
+            )
 
     @property
     def on_cpu(self) -> bool:
         """Whether computation runs on the host's own processor."""
         return self.hardware.device == "cpu"
+
+    @property
+    def mappable(self) -> bool:
+        """Whether the address space can hold a mapping of the files."""
+        free = self.hardware.address_space_bytes
+        nbytes = sum(file.size_bytes for file in self.checkpoint.files)
+        return free is None or nbytes <= free * (1 - MARGIN)
 
     @property
     def workload_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.threads import refuse_fork
 
 __all__ = ["CLOSED", "MethodOf", "Request", "Requests"]
 
@@ -67,6 +69,7 @@ class Requests:
     ) -> None:
         self._scheduler = scheduler
         self._guard = guard
+        self._process = os.getpid()
         self._admission = Admission(memory_bytes=memory_bytes, threads=threads)
         self._counters = Counters()
         self._active: set[Request] = set()
@@ -78,8 +81,9 @@ class Requests:
         """Refuse a new request if the model is being closed. May be called in any thread.
 
         Raises:
-            ClosedError: The model is being closed.
+            ClosedError: The model is being closed, or is that of another process.
         """
+        refuse_fork(self._process)
         if self._refusing is not None:
             self._scheduler.call_on_loop(self.refused)
             raise ClosedError(self._refusing)

@@ -1,5 +1,6 @@
 """The pass runner of each thread: that of its request, or one of its own, which shares the module tree with others."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from layerstream.pipeline.scheduling.passes import PassRunner, Scheduler
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.errors import ModelError
+from layerstream.stages.threads import refuse_fork
 
 __all__ = ["BeginPass", "ThreadPasses", "ThreadTurn"]
 
@@ -37,6 +39,7 @@ class ThreadPasses:
         self._root = root
         self.begin_pass = begin_pass
         self._local = threading.local()
+        self._process = os.getpid()
         self._loop_thread = threading.get_ident()
         self.turn = threading.Lock()  # held by the thread that computes with the module tree itself
 
@@ -55,6 +58,10 @@ class ThreadPasses:
 
     def current(self) -> PassRunner | None:
         """The pass runner of the calling thread, if it has one."""
+        if (
+            os.getpid() != self._process
+        ):  # a copy of the parent's, without the threads that it needs
+            return None
         return getattr(self._local, "runner", None)
 
     @contextmanager
@@ -81,6 +88,10 @@ class ThreadPasses:
 
         A thread without a request calls the module tree itself, not a clone: all such threads share its buffers,
         so their passes go one after the other.
+
+        Raises:
+            ClosedError: This process was forked from that of the model.
+            ModelError: This is the thread of the event loop.
         """
         runner = self.current()
         if runner is None:
@@ -90,7 +101,8 @@ class ThreadPasses:
         return runner
 
     def refuse_on_loop(self) -> None:
-        """Raise a ModelError in the thread of the event loop, which would wait for itself."""
+        """Raise a ModelError in the thread of the event loop, which would wait for itself; a ClosedError in a fork."""
+        refuse_fork(self._process)
         if threading.get_ident() == self._loop_thread:
             raise ModelError(
                 "the streamed module was called on the event loop, which feeds it; await the StreamedModel's "

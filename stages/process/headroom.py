@@ -1,11 +1,12 @@
 """How much host memory a process may still take."""
 
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
-__all__ = ["MARGIN", "host_available_bytes"]
+__all__ = ["MARGIN", "address_space_left", "host_available_bytes"]
 
 # The share of free memory that is left to other processes and to the allocators' overhead.
 MARGIN = 0.1
@@ -20,6 +21,14 @@ def host_available_bytes(process: Path = Path("/proc/self")) -> int:
         process: Its folder in /proc.
     """
     return max(0, min([psutil.virtual_memory().available, *_cgroup_headrooms(process)]))
+
+
+def address_space_left() -> int | None:
+    """Address space that this process may still take, for memory and mappings of files; None if there is no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - psutil.Process().memory_info().vms)
 
 
 def _cgroup_headrooms(process: Path) -> Iterator[int]:

@@ -84,6 +84,11 @@ class MmapReader:
             # Private and writable, since torch has no read-only tensors; nothing ever writes.
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise ReadError(
+                    f"{path}: cannot be mapped: the address space of this process (ulimit -v) is too small; raise "
+                    "that limit, or have files read directly with reader='direct'"
+                ) from error
             raise ReadError(f"{path}: cannot be mapped ({error}); restore the file") from error
 
     def read(self, extent: Extent, into: memoryview) -> None:

@@ -37,6 +37,20 @@ def test_the_objective_decides_whether_loading_residents_is_worth_while():
     )
 
 
+def test_files_that_the_address_space_cannot_hold_are_read_directly_and_the_plan_says_so():
+    sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
+    common = {"workload": Workload(), "reader": None}
+    fitting = dataclasses.replace(CPU, cached_bytes=sum(sizes), address_space_bytes=64 * MIB)
+    assert plan_of(sizes, fitting, **common).reader == "mmap"
+    narrow = dataclasses.replace(fitting, address_space_bytes=32 * MIB)
+    plan = plan_of(sizes, narrow, **common)
+    assert plan.reader == "direct"
+    assert {each.reader for each in plan.candidates} == {"direct"}
+    assert any("address space (ulimit -v)" in note for note in plan.notes)
+    with pytest.raises(PlanError, match=r"reader is mmap, .* address space"):
+        plan_of(sizes, narrow, **{**common, "reader": "mmap"})
+
+
 def test_an_unknown_objective_is_refused():
     with pytest.raises(PlanError, match="objective 'beauty' is unknown; use one of latency"):
         plan_of([MIB], objective="beauty")

@@ -62,6 +62,36 @@ def test_generate_prints_json_with_units_in_the_keys(model: Path) -> None:
     assert [stage["name"] for stage in report["stages"]] == ["read", "transfer", "compute"]
 
 
+def test_a_process_whose_address_space_cannot_hold_the_files_reads_them_directly(
+    tmp_path: Path,
+) -> None:
+    folder = save_model(tmp_path / "model", "llama", **SMALL)
+    size = 2 << 30  # of a tensor that the model does not use, in a file of holes
+    entry = {"unused": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    header = json.dumps(entry).encode()
+    with (folder / "other.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    program = (
+        "import resource, sys, psutil, transformers, layerstream.pipeline.model\n"
+        "from layerstream.tools.cli import main\n"
+        "limit = psutil.Process().memory_info().vms + (1 << 30)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "sys.exit(main())"
+    )
+    options = ["--prompt-ids", "3,4", "--max-new-tokens", "2", "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, "-c", program, "generate", str(folder), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (result.returncode, result.stdout.count("<")) == (0, 2), result.stderr
+    assert "the address space (ulimit -v) cannot hold a mapping of the files" in result.stderr
+
+
 def test_demo_streams_a_given_model(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     made = layerstream(

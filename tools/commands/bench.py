@@ -23,6 +23,7 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.plot import require_matplotlib
 from layerstream.tools.console.progress import progress
+from layerstream.tools.console.signals import undoing_on_signals
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -100,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = resolve_model_path(args.model).resolve()
     _check_files(args, path)
-    result, rows = _compare(args, path)
+    with undoing_on_signals():  # folders, processes and cgroups
+        result, rows = _compare(args, path)
     if args.plot is not None:
         write_chart(result, rows, args.plot)
     if args.json:

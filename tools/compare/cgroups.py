@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream.stages.errors import LayerstreamError
+from layerstream.tools.console.signals import signals_held
 
 __all__ = ["CgroupError", "MemoryCgroup", "memory_cgroup"]
 
@@ -99,7 +100,8 @@ def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
                 raise CgroupError(f"a memory limit of {limit_bytes} bytes: {error}") from error
         yield group
     finally:
-        _remove(folder)
+        with signals_held():
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from layerstream import tools
 from layerstream.stages.text import format_bytes
 from layerstream.tools.compare.cgroups import MemoryCgroup
+from layerstream.tools.console.signals import signals_held
 
 __all__ = ["ContenderError", "ContenderProcess", "contender_process"]
 
@@ -175,11 +176,12 @@ def contender_process(
             yield contender
             _close(process)
         finally:
-            ended.set()
-            watcher.join()
-            for pid in group.processes() if group else []:
-                _kill(os.kill, pid)
-            _kill(os.killpg, process.pid)
+            with signals_held():
+                ended.set()
+                watcher.join()
+                for pid in group.processes() if group else []:
+                    _kill(os.kill, pid)
+                _kill(os.killpg, process.pid)
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
