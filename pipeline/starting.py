@@ -9,6 +9,7 @@ from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
+from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening, Options
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
@@ -49,6 +50,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     for table in assembly.gather(opening.checkpoint, device.torch_device):
         resources.callback(table.close)
     move_buffers(module, device.torch_device)
+    list_tied_once(module, assembly.traced.aliases)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
