@@ -157,10 +157,7 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way and free everything.
-
-        May be called again, by several tasks, and while the model is being opened, which that ends.
-        """
+        """Fail the requests under way, or end the opening, and free everything. May be called again, and by several tasks."""
         await self._lifetime.close()
 
     async def drain(self) -> None:
@@ -249,6 +246,7 @@ class StreamedModel:
         hardware = learn(self.hardware, self.plan, self._pipeline.timings())
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
+        budget = budget or self.plan.budget  # in bytes: what is not touched yet seems free
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
 
         async def adopt() -> None:
@@ -260,7 +258,7 @@ class StreamedModel:
             )
             engine.resize(memory)
             self.plan, self.hardware = plan, hardware
-            self._budget = budget or self._budget
+            self._budget = budget
 
         await self._scheduler.between(adopt)
         return plan

@@ -9,6 +9,7 @@ from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
+from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening, Options
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
@@ -107,6 +108,7 @@ async def _prepare(
     for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
         resources.callback(table.close)
     move_buffers(opening.module, device.torch_device)
+    list_tied_once(opening.module, assembly.traced.aliases)
     return bindings
 
 

@@ -1,7 +1,7 @@
 """A model's module tree -> the layers that stream, and the modules that need them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -89,7 +89,7 @@ def model_layers(
             )
     resident = (*shared, *(recipe_at[path] for path in sorted(unhooked)))
     if resident:
-        layers.insert(0, _shared_layer(resident))
+        layers.insert(0, _shared_layer(resident, taken={layer.name for layer in layers}))
     return tuple(layers)
 
 
@@ -103,10 +103,13 @@ def _refuse_writes(traced: TracedModel, traces: Sequence[ExecutionTrace]) -> Non
                 )
 
 
-def _shared_layer(recipes: tuple[str, ...]) -> ModelLayer:
-    """The layer of weights that belong to no other one."""
+def _shared_layer(recipes: tuple[str, ...], *, taken: Collection[str]) -> ModelLayer:
+    """The layer of weights that belong to no other one. A module may be called ``shared``, too: names are distinct."""
+    name = "shared"
+    while name in taken:
+        name += "_"
     return ModelLayer(
-        name="shared", kind=LayerKind.OTHER, recipes=recipes, modules=(), always_resident=True
+        name=name, kind=LayerKind.OTHER, recipes=recipes, modules=(), always_resident=True
     )
 
 

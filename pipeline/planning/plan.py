@@ -182,6 +182,14 @@ class Plan:
             raise PlanError("the plan's layer batches are not numbered in order; make it anew")
 
     @property
+    def budget(self) -> Budget:
+        """Its budgets, in bytes."""
+        device = self.device_memory
+        return Budget(
+            host=self.host_memory.budget_bytes, vram=None if device is None else device.budget_bytes
+        )
+
+    @property
     def disk_bytes_per_sweep(self) -> int:
         """Bytes that every sweep but the first reads from disk."""
         return sum(batch.read_bytes for batch in self.batches if batch.streamed)

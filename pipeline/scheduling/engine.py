@@ -16,7 +16,7 @@ from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request import CLOSED, MethodOf, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
-from layerstream.pipeline.scheduling.sampling_rng import sampling_from
+from layerstream.pipeline.scheduling.sampling_rng import SamplingGenerator
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
@@ -142,7 +142,10 @@ class Engine:
         runner = request.runner
         runner.root = clone = clone_modules(self._module)
         try:
-            with self.passes.running(runner), sampling_from(request.generator):
+            with (
+                self.passes.running(runner),
+                SamplingGenerator(request.generator) as runner.sampling,
+            ):
                 torch_device = self._device.torch_device
                 inputs = [_on_device(each, torch_device) for each in request.inputs]
                 named = {

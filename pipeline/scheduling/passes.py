@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
+from layerstream.pipeline.scheduling.sampling_rng import SamplingGenerator
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import annotated
@@ -94,6 +95,7 @@ class PassRunner:
         passes: Passes begun so far.
         tokens: Tokens in the pass under way; None if its inputs do not show them.
         cost: Memory of its request; None if it belongs to none.
+        sampling: What its request samples from between passes; None if it belongs to none.
     """
 
     root: torch.nn.Module
@@ -111,6 +113,7 @@ class PassRunner:
         self.passes = 0
         self.tokens: int | None = None
         self.cost: RequestCost | None = None
+        self.sampling: SamplingGenerator | None = None
 
     @property
     def demand_bytes(self) -> int | None:
@@ -149,6 +152,8 @@ class PassRunner:
             # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
+            if self.sampling is not None:
+                self.sampling.pause()
         self._modules.append(id(module))
         self.check_cancelled()
         return named
@@ -241,6 +246,8 @@ class PassRunner:
     def _end_pass(self, outcome: Outcome) -> None:
         self._modules.clear()
         torch.set_grad_enabled(self._gradients)
+        if self.sampling is not None:
+            self.sampling.resume()
         visited, self._visited = tuple(self._visited), []
         released = None
         try:

@@ -66,11 +66,15 @@ class Resources:
             guard: Watches over the plan's reader.
         """
         release = self._stack.callback
+        if reader is not None:
+            release(reader.close)  # whatever fails from here on
         self.device = device or open_device(plan.device)
         # First here, so last on release: it returns to other processes what closing the rest has freed.
         release(self.device.trim)
-        self.reader = reader or _open_reader(plan, guard)
-        release(self.reader.close)
+        if reader is None:
+            reader = _open_reader(plan, guard)
+            release(reader.close)
+        self.reader = reader
         self.mapped = None
         if isinstance(self.reader, MmapReader) and self.device.reads_host_images:
             self.mapped = self.reader

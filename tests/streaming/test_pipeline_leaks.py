@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
@@ -9,6 +10,7 @@ from support.fake_device import FakeDevice
 from support.faults import Gate
 from support.leaks import mappings_of, nothing_left_behind, our_tasks
 from support.loop import happens, run, turns
+from support.sweeping import recording_reader
 
 from layerstream.pipeline import ClosedError, Pipeline
 from layerstream.stages.errors import DeviceError
@@ -39,6 +41,18 @@ def test_opening_without_enough_memory_raises_and_leaves_nothing_behind(folder, 
             with pytest.raises(DeviceError):
                 await pipeline.open()
             assert device.host_memories == 0
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_a_reader_that_was_given_is_closed_when_the_device_is_not_there(folder):
+    plan = replace(plan_for(folder, GPU), device="cuda:99")
+
+    async def main():
+        reader = recording_reader(plan)
+        with pytest.raises(DeviceError):
+            await Pipeline(plan, reader=reader).open()
 
     with nothing_left_behind():
         run(main())
