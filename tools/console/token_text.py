@@ -1,5 +1,6 @@
 """Text to token ids, and generated tokens to text, one by one."""
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 # A character takes at most four bytes in UTF-8: up to three may still lack their last byte. Tokenizers show each
 # of them, or all together, as a replacement character.
 _MAX_PENDING = 3
+_REPLACEMENT = "\ufffd"
+
+# Clean-up of spaces, where a tokenizer asks for it, changes at most so many characters at the end of a text: " n't" to "n't".
+_MAX_MOVABLE = 3
+
+# Byte-fallback tokenizers write rare characters as one token for each byte, and decode a run of such tokens as a whole:
+# while a byte is missing, all of it are replacement characters.
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+# A run is held back until it ends, which few do after more characters than this: four or five.
+_MAX_RUN = 16
 
 
 def load_tokenizer(path: Path) -> Any | None:
@@ -52,12 +63,15 @@ class TokenText:
     """Turns tokens into text one by one, holding back text that later tokens may still change.
 
     The joined pieces equal the tokenizer's text of all tokens at once, without special tokens. Unknown ids have no
-    text.
+    text. Long runs of single bytes are cut between characters; what is text in one part of a run then stays text, even
+    if another part is not.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._vocabulary_size = len(tokenizer)
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._in_run = False  # whether the last token, special ones aside, was a byte
         # The last tokens whose text is final, followed by those whose text is not. Decoding both together
         # keeps the spaces that a tokenizer drops at the beginning of a text.
         self._ids: list[int] = []
@@ -69,8 +83,10 @@ class TokenText:
         if token >= self._vocabulary_size:
             return ""
         self._ids.append(token)
+        if self._goes_on_run(token):
+            return self._cut_run() if len(self._ids) - self._final_count >= _MAX_RUN else ""
         text = self._pending_text()
-        end = len(text) - _incomplete_length(text)
+        end = len(text) - max(_incomplete_length(text), self._movable_length(text))
         if text and end == len(text):
             return self._finalize(text)
         piece = text[self._emitted : end]
@@ -80,6 +96,42 @@ class TokenText:
     def finish(self) -> str:
         """Return the text that was held back."""
         return self._finalize(self._pending_text())
+
+    def _goes_on_run(self, token: int) -> bool:
+        """Whether a run of byte tokens begins or goes on with ``token``. Special tokens have no text, and end none."""
+        if token not in self._special_ids:
+            name = str(self._tokenizer.convert_ids_to_tokens(token))
+            self._in_run = _BYTE_TOKEN.fullmatch(name) is not None
+        return self._in_run
+
+    def _movable_length(self, text: str) -> int:
+        """The number of characters at the end from a space on that clean-up may remove when more text comes."""
+        if not self._tokenizer.clean_up_tokenization_spaces:
+            return 0
+        end = text[-_MAX_MOVABLE:]
+        return len(end) - end.find(" ") if " " in end else 0
+
+    def _cut_run(self) -> str:
+        """Return the text up to the last character that is complete; all of it if none is."""
+        ids = self._ids
+        for incomplete in range(_MAX_PENDING + 1):
+            end = len(ids) - incomplete
+            self._ids = ids[:end]
+            text = self._pending_text()
+            if not text.endswith(_REPLACEMENT):
+                break
+        else:
+            end = len(ids)
+            self._ids = ids
+            text = self._pending_text()
+        piece = text[self._emitted :]
+        # The rest is decoded without the part before, which would make a replacement character of each of its bytes. But
+        # it does not begin the text, where spaces would be dropped.
+        before = (
+            ids[: self._final_count] or self._tokenizer("a", add_special_tokens=False).input_ids
+        )
+        self._ids, self._final_count, self._emitted = [*before, *ids[end:]], len(before), 0
+        return piece
 
     def _pending_text(self) -> str:
         before = self._decode(self._ids[: self._final_count])
@@ -119,11 +171,11 @@ class TerminalText:
 def _incomplete_length(text: str) -> int:
     """The number of characters at the end that may be bytes of an incomplete one."""
     end = text[-_MAX_PENDING:]
-    return len(end) - len(end.rstrip("\ufffd"))
+    return len(end) - len(end.rstrip(_REPLACEMENT))
 
 
 def _printable(text: str) -> str:
-    return "".join("\ufffd" if _is_control(character) else character for character in text)
+    return "".join(_REPLACEMENT if _is_control(character) else character for character in text)
 
 
 def _is_control(character: str) -> bool:
