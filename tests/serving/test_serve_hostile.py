@@ -24,7 +24,10 @@ from layerstream.tools.serving import connections, request_body  # noqa: E402
 from layerstream.tools.serving.errors import ApiError  # noqa: E402
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
 
-CLOSING = f"Host: x\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
+CLOSING = (
+    f"Host: localhost\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
+    "Content-Type: application/json\r\n"
+)
 
 
 def post(body: bytes, headers: str = "", path: str = COMPLETIONS) -> bytes:

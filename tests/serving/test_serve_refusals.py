@@ -247,7 +247,7 @@ def test_a_client_that_sends_too_long_a_body_receives_the_refusal(
             yield b"x" * (MAX_BODY + 1)
 
     content = pieces() if chunked else b"".join(pieces())
-    headers = {"Connection": "close"} if close else {}
+    headers = {"Content-Type": "application/json"} | ({"Connection": "close"} if close else {})
     answer = http.post(COMPLETIONS, content=content, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
     assert http.post(COMPLETIONS, json=TEXT_BODY).status_code == 200

@@ -158,7 +158,8 @@ def send_request(server: Server, body: dict[str, Any], *, missing: int = 0) -> s
     """Send a completion request, announcing ``missing`` more bytes than are sent; returns the unread connection."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += "Content-Type: application/json\r\n"
     connection = socket.create_connection((host, int(port)), timeout=60)
     length = len(content) + missing
     connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + content)

@@ -54,6 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's"
     )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may use it from a browser, such as https://example.org; * is any (may be repeated)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="by which clients may address it (default: names of this machine on 127.0.0.1, any elsewhere)",
+    )
     _add_limits(parser)
     add_model_arguments(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
@@ -110,7 +124,10 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise ModelError(f"{path} has no tokenizer, which a service needs to read and write text.")
-    if args.bind not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
+    from layerstream.tools.serving.prompts import check_template
+
+    check_template(tokenizer, template)
+    if not _on_loopback(args) and args.api_key is None:
         logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
@@ -133,6 +150,8 @@ async def _serve(
         new_tokens=args.new_tokens,
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
+        hosts=_hosts(args),
+        origins=frozenset(args.allow_origin),
     )
     opening = StreamedModel.open(
         path,
@@ -156,6 +175,19 @@ async def _serve(
             gc.collect()
             gc.freeze()
             await Server(app, listener, args).serve(sockets=[listener])
+
+
+def _on_loopback(args: argparse.Namespace) -> bool:
+    return args.bind in ("127.0.0.1", "::1", "localhost")
+
+
+def _hosts(args: argparse.Namespace) -> frozenset[str] | None:
+    """The names by which clients may address the service; None for any."""
+    from layerstream.tools.serving.access import LOOPBACK_HOSTS
+
+    if not _on_loopback(args) and not args.allow_host:
+        return None
+    return LOOPBACK_HOSTS | {args.bind, *args.allow_host}
 
 
 def _bind(address: str, port: int) -> socket.socket:

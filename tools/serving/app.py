@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.metrics import StatsCollector
+from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.prompts import Prompts, context_tokens
@@ -48,6 +49,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
+    app.add_middleware(AccessControl, hosts=settings.hosts, origins=settings.origins)
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)

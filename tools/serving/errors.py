@@ -72,7 +72,6 @@ async def error_response(request: Request, error: Exception) -> Response:
     if status == 404:  # noqa: PLR2004
         response = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
     elif status == 405 and request.method == "OPTIONS":  # noqa: PLR2004
-        # No CORS headers: web pages of other origins must not use a service on this machine.
         headers = getattr(error, "headers", None) or {}
         return Response(None, 204, {"Allow": f"{headers.get('Allow', '')}, OPTIONS"})
     elif status is not None:

@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from jinja2 import TemplateSyntaxError
+
+from layerstream.stages.errors import ModelError
 from layerstream.tools.serving.errors import STOPPED, ApiError
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest, Message
 
-__all__ = ["Prompts", "context_tokens"]
+__all__ = ["Prompts", "check_template", "context_tokens"]
 
 T = TypeVar("T")
 
@@ -19,6 +22,32 @@ def context_tokens(config: Any) -> int | None:
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     found = (getattr(config, name, None) for name in names)
     return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def check_template(tokenizer: Any, template: str | None) -> None:
+    """Check that the chat template, if there is one, compiles.
+
+    Args:
+        tokenizer: The model's tokenizer, from transformers.
+        template: Replaces the tokenizer's own template.
+
+    Raises:
+        ModelError: It has an error of syntax.
+    """
+    if template is None and tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+        )
+    except TemplateSyntaxError as error:
+        whose = "The model's" if template is None else "This"
+        raise ModelError(
+            f"{whose} chat template does not compile, in line {error.lineno}: {error.message}. Give another one with "
+            "--chat-template FILE."
+        ) from error
+    except Exception:  # noqa: BLE001, S110 - a template may refuse any messages
+        pass
 
 
 class Prompts:

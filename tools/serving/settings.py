@@ -21,3 +21,7 @@ class Settings:
     """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
     """Maximum size of a request's body."""
+    hosts: frozenset[str] | None = None
+    """Names by which clients may address the service; None for any."""
+    origins: frozenset[str] = frozenset()
+    """Origins whose pages may use the service; "*" is any."""
