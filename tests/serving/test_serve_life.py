@@ -1,6 +1,7 @@
 """`layerstream serve`: clients that connect and leave, and how the service starts and ends."""
 
 import json
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,35 @@ def test_a_signal_ends_streams_with_an_error_and_the_server_with_exit_code_0(
         assert "POST" not in server.log
 
 
+def test_a_second_signal_ends_the_process_at_once(no_template: Path) -> None:
+    options = ("--shutdown-seconds", "3600", "--new-tokens", "8000")
+    with (
+        running_server(no_template, *options) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        body = LONG_BODY | {"model": "no_template", "stream": True, "max_tokens": 8000}
+        with http.stream("POST", COMPLETIONS, json=body) as answer:
+            next(answer.iter_lines())
+            server.process.terminate()
+            wait_until(lambda: "a second signal" in server.log)
+            assert server.process.poll() is None
+            server.process.terminate()
+            assert server.wait() == -signal.SIGTERM
+
+
+def test_an_answer_that_ends_by_a_stop_string_is_a_completed_request(
+    http: Any, reference: Reference
+) -> None:
+    wait_until(lambda: idle(http))
+    names = ("layerstream_requests_completed_total", "layerstream_requests_cancelled_total")
+    before = [gauge(http, name) for name in names]
+    stop = reference.text("Hello", 24)[5:9]
+    answer = http.post(COMPLETIONS, json=LONG_BODY | {"stop": stop})
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    wait_until(lambda: idle(http))
+    assert [gauge(http, name) for name in names] == [before[0] + 1, before[1]]
+
+
 def test_a_permanent_failure_is_reported_to_clients_and_by_the_health_check(
     no_template: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +162,8 @@ REFUSED = {
     "an empty key": ("model", ("--api-key", ""), "API key is empty"),
     "a key with blanks": ("model", ("--api-key", "a b"), "API key"),
     "no such template": ("model", ("--chat-template", "nowhere"), "nowhere"),
+    "a template with an error": ("model", ("--chat-template", "{folder}/broken"), "in line 2"),
+    "a template without an end": ("model", ("--chat-template", "{folder}/endless"), "not compile"),
 }
 
 
@@ -143,6 +175,9 @@ def test_what_cannot_be_served_is_reported_in_one_line(
     (tmp_path / "model").symlink_to(folder)
     (tmp_path / "no_template").mkdir()
     (tmp_path / "no_template" / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "broken").write_text("{{ messages }}\n{{ messages | no_such_filter }}")
+    (tmp_path / "endless").write_text("{% for message in messages %}")
+    options = tuple(option.format(folder=tmp_path) for option in options)
     assert main(["serve", str(tmp_path / name), *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("layerstream: error: ")

@@ -84,6 +84,13 @@ def test_unsupported_parameters_are_refused_by_name_with_other_values(name: str,
         assert error["code"] == "unsupported_parameter"
 
 
+def test_of_several_unsupported_parameters_the_first_is_named(http: Any) -> None:
+    wrong = {name: values[0] for name, values in UNSUPPORTED.items()}
+    for names in (list(wrong), list(wrong)[::-1]):
+        answer = http.post(CHAT, json=CHAT_BODY | {name: wrong[name] for name in names})
+        assert answer.json()["error"]["param"] == names[0]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("metadata", {"a": 1}), ("metadata", {str(i): "" for i in range(17)}), ("user", 7)],

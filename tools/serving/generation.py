@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.console.token_text import TokenText
@@ -51,24 +52,41 @@ async def generate_text(
     eos_tokens = {eos} if isinstance(eos, int) else set(eos or ())
     pad = settings.pad_token_id
     input_ids = torch.tensor([choice.prompt])
+    ends = [_EndAtStop(tokenizer, choice)] if choice.stops else []
     finish_reason = "length"
     tokens = model.stream(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=choice.new_tokens,
         **choice.sampling,
+        stopping_criteria=StoppingCriteriaList(ends),
         # There is no padding, but transformers warns if this is not set.
         pad_token_id=next(iter(eos_tokens), None) if pad is None else pad,
     )
     async with aclosing(cast("AsyncGenerator[int]", tokens)):
         async for token in tokens:
+            if stops.found:  # a step may make several tokens
+                continue
             piece = stops.add(text.add(token))
             yield Piece(index=choice.index, text=piece, tokens=1)
             if token in eos_tokens:
                 finish_reason = "stop"
-            if stops.found:
-                break
     tail = "" if stops.found else stops.add(text.finish()) + stops.finish()
     if stops.found:
         finish_reason = "stop"
     yield Piece(index=choice.index, text=tail, tokens=0, finish_reason=finish_reason)
+
+
+class _EndAtStop(StoppingCriteria):
+    """Ends a generation in its own thread as soon as its text has a stop string, so that no further pass begins."""
+
+    def __init__(self, tokenizer: Any, choice: Choice) -> None:
+        self._text, self._stops = TokenText(tokenizer), StopStrings(choice.stops)
+        self._length = len(choice.prompt)
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        new = input_ids[0, self._length :].tolist()
+        self._length += len(new)
+        for token in new:
+            self._stops.add(self._text.add(token))
+        return torch.tensor([self._stops.found], device=input_ids.device)

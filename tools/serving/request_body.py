@@ -68,7 +68,7 @@ async def _read_body(request: Request, *, max_bytes: int) -> bytes:
 
 def _parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
     fields = _decode(body)
-    for name in UNSUPPORTED.keys() & fields.keys():
+    for name in [name for name in fields if name in UNSUPPORTED]:
         value = fields.pop(name)
         if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):
             raise ApiError(

@@ -17,6 +17,8 @@ __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 # Time limit for clients that do not read the final error.
 _FINAL_ERROR_SECONDS = 3
 
@@ -52,17 +54,19 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Make signals end the server only.
 
-        uvicorn raises the signal again at the end, which would end the process with the model open. These handlers
-        stay installed as long as the loop runs.
+        uvicorn raises the signal again at the end, which would end the process with the model open.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         yield
 
     def _on_signal(self) -> None:
-        if self.should_exit:  # the second signal: stop at once
-            self._answers.stop()
-            return
         self.should_exit = True
-        logger.info("shutting down: running requests may finish for %d s", self._shutdown_seconds)
+        # A second signal ends the process, also if a read hangs for ever, which no code of ours could end.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        logger.info(
+            "shutting down: running requests may finish for %d s; a second signal ends them at once",
+            self._shutdown_seconds,
+        )
         asyncio.get_running_loop().call_later(self._shutdown_seconds, self._answers.stop)
