@@ -194,6 +194,10 @@ class StreamedModel:
         """
         return await self._open_engine().generate(inputs, named)
 
+    def check(self, *inputs: Any, **named: Any) -> None:
+        """Raise what ``generate`` with these arguments would raise before it begins. May be called in any thread."""
+        self._open_engine().check(inputs, named)
+
     async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
         """Generate one sequence, and yield the id of each new token as soon as it is made.
 
@@ -282,13 +286,7 @@ class StreamedModel:
     def generate_here(
         self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any
     ) -> T:
-        """Generate in the calling thread, which is not that of the event loop. For the drop-in.
-
-        Args:
-            call: Returns what to call, given a clone of the module tree.
-            inputs: Positional arguments for that.
-            named: Keyword arguments for that.
-        """
+        """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
         assert self._engine is not None  # noqa: S101
         result: T = self._engine.generate_here(call, inputs, named)
         return result

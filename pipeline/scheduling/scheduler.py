@@ -86,12 +86,16 @@ class SweepScheduler(PassStates):
         """Placeholders for a clone's buffers while layer batch ``index`` is not there."""
         return self._bindings[index].absent_buffers()
 
+    def check(self) -> None:
+        """Raise the error that has ended all sweeps, if there was one. May be called in any thread."""
+        if self._error is not None:
+            raise echo_of(self._error)
+
     # -- on the event loop -----------------------------------------------------------------------
 
     async def between(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run ``task`` when no sweep is under way, and raise its error if it has one."""
-        if self._error is not None:
-            raise echo_of(self._error)
+        self.check()
         done = self._between_sweeps.add(task)
         self._changed.set()
         await done

@@ -17,6 +17,7 @@ from layerstream.tools.console.arguments import (
     add_model_arguments,
     byte_count,
     non_negative_int,
+    positive_float,
     positive_int,
 )
 from layerstream.tools.console.token_text import load_tokenizer
@@ -96,6 +97,19 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="of a request (default: 1MiB)",
     )
     parser.add_argument(
+        "--keep-alive-seconds",
+        type=positive_float,
+        default=10.0,
+        metavar="N",
+        help="after which a client that waits gets a comment or a blank (default: 10)",
+    )
+    parser.add_argument(
+        "--throttle",
+        type=byte_count,
+        metavar="SIZE",
+        help="read at most this many bytes per second",
+    )
+    parser.add_argument(
         "--shutdown-seconds",
         type=non_negative_int,
         default=30,
@@ -150,6 +164,7 @@ async def _serve(
         new_tokens=args.new_tokens,
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
+        keep_alive_seconds=args.keep_alive_seconds,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),
     )
@@ -163,6 +178,7 @@ async def _serve(
             new_tokens=args.new_tokens,
         ),
         reader=args.reader,
+        throttle_bytes_per_second=args.throttle,
     )
     # Opening the model takes seconds, so an address in use is reported before; until the socket listens,
     # connections are refused.

@@ -15,6 +15,7 @@ __all__ = [
     "byte_rate",
     "non_negative_int",
     "picture_path",
+    "positive_float",
     "positive_int",
     "token_ids",
 ]
@@ -74,14 +75,15 @@ def picture_path(text: str) -> Path:
     return path
 
 
-def _temperature(text: str) -> float:
+def positive_float(text: str) -> float:
+    """Parse a finite number above zero."""
     try:
-        temperature = float(text)
+        number = float(text)
     except ValueError:
-        temperature = 0.0
-    if not 0 < temperature < float("inf"):
-        raise argparse.ArgumentTypeError(f"not a temperature above zero: {text!r}")
-    return temperature
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a number above zero: {text!r}")
+    return number
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -98,7 +100,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         "--greedy", action="store_true", help="always the likeliest token (the default)"
     )
     choice.add_argument(
-        "--temperature", type=_temperature, metavar="T", help="draw tokens, at this temperature"
+        "--temperature", type=positive_float, metavar="T", help="draw tokens, at this temperature"
     )
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, help="of drawn tokens (default: 0)"

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+import math
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive
 
 from layerstream.pipeline import (
@@ -17,8 +18,9 @@ from layerstream.pipeline import (
     StreamedModel,
 )
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
-from layerstream.tools.serving.event_stream import EventStream, Send
-from layerstream.tools.serving.generation import Choice, generate_text
+from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
+from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
+from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
@@ -28,8 +30,10 @@ __all__ = ["Answers"]
 
 logger = logging.getLogger(__name__)
 
-# Retry-After of a refused request: the time of some tokens with weights from disk.
-_RETRY_AFTER_SECONDS = 5
+# How long the beginning of a response waits for the first token: an error that comes at once has a status of its own.
+_EARLY_ERROR_SECONDS = 0.2
+# Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
+_MAX_RETRY_SECONDS = 600
 
 ApiRequest = ChatRequest | CompletionRequest
 
@@ -42,6 +46,7 @@ class Answers:
         tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
+        keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
     Attributes:
         failure: Why streaming failed last, or that the server is shutting down; None if it works.
@@ -49,7 +54,13 @@ class Answers:
     """
 
     def __init__(
-        self, model: StreamedModel, tokenizer: Any, prompts: Prompts, *, max_answers: int
+        self,
+        model: StreamedModel,
+        tokenizer: Any,
+        prompts: Prompts,
+        *,
+        max_answers: int,
+        keep_alive_seconds: float,
     ) -> None:
         self.failure: str | None = None
         self._stopped = False
@@ -57,6 +68,8 @@ class Answers:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._max_answers = max_answers
+        self._keep_alive_seconds = keep_alive_seconds
+        self._running: set[Progress] = set()  # one for each request that is counted in ``open``
         self.open = 0
         self._tasks: set[asyncio.Task[None]] = set()  # one for each request
 
@@ -75,19 +88,22 @@ class Answers:
             ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
         response = ResponseBuilder(request)
-        if not request.stream:
-            await self._run_while_connected(self._generate(request, response, _discard), receive)
-            return JSONResponse(response.complete())
+        progress = Progress(self._model)
+        keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
-        async def stream(send: Send) -> None:
-            async def emit(chunks: Sequence[dict[str, Any]]) -> None:
-                for chunk in chunks:
-                    await send(chunk)
+        async def complete() -> dict[str, Any]:
+            generating = self._generate(request, response, progress, _discard)
+            await self._run_while_connected(generating, receive)
+            return response.complete()
 
-            await self._run_while_connected(self._generate(request, response, emit), receive)
+        async def stream(emit: Emit) -> None:
+            generating = self._generate(request, response, progress, emit)
+            await self._run_while_connected(generating, receive)
             await emit(response.last_chunks())
 
-        return EventStream(stream)
+        if request.stream:
+            return EventStream(stream, keep_alive=keep_alive)
+        return LateJson(complete, keep_alive=keep_alive)
 
     async def _run_while_connected(
         self, generating: Coroutine[Any, Any, None], receive: Receive
@@ -124,32 +140,43 @@ class Answers:
         return client_error
 
     async def _generate(
-        self, request: ApiRequest, response: ResponseBuilder, emit: "_Emit"
+        self, request: ApiRequest, response: ResponseBuilder, progress: Progress, emit: Emit
     ) -> None:
         """Generate all answers to a request, and pass the chunks of each token to ``emit``."""
+        came = asyncio.Event()
 
-        async def generate(choice: Choice) -> None:
+        async def begin(count: int) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_EARLY_ERROR_SECONDS):
+                    await came.wait()
+            await emit(response.start(prompts, choices=count))
+
+        async def generate(choice: Choice, begun: asyncio.Task[None]) -> None:
             pieces = generate_text(self._model, self._tokenizer, choice)
             async with aclosing(pieces):
                 async for piece in pieces:
+                    came.set()
+                    await begun
                     if not self._stopped:
                         self.failure = None
+                    progress.count(choice.index, piece.tokens)
                     await emit(response.add(piece))
 
-        with self._counted_as_open(request.answers):
+        with self._counted_as_open(request.answers, progress):
             prompts = await self._prompts.token_ids(request)
-            choices = self._choices(request, prompts)
-            response.start(prompts, choices=len(choices))
+            choices = await self._prompts.in_thread(self._choices, request, prompts)
+            progress.start([choice.new_tokens for choice in choices])
             try:
                 async with asyncio.TaskGroup() as group:
+                    begun = group.create_task(begin(len(choices)))
                     for choice in choices:
-                        group.create_task(generate(choice))
+                        group.create_task(generate(choice, begun))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
     @contextmanager
-    def _counted_as_open(self, count: int) -> Iterator[None]:
-        """Count ``count`` more answers as open while the block runs."""
+    def _counted_as_open(self, count: int, progress: Progress) -> Iterator[None]:
+        """Count ``count`` more answers as open while the block runs; ``progress`` is that of their request."""
         if self._stopped:
             raise ApiError(503, STOPPED)
         if count > self._max_answers:
@@ -157,23 +184,27 @@ class Answers:
                 400, f"{count} answers are asked for; this server takes {self._max_answers}."
             )
         if self.open + count > self._max_answers:
+            seconds = min((each.seconds_to_end for each in self._running), default=0.0)
+            seconds = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
             raise ApiError(
                 429,
                 f"The server has {self.open} answers under way or waiting, and takes {self._max_answers}; "
-                "try again later.",
+                f"the next one is expected to end within {seconds} s.",
                 code="queue_full",
-                headers={"Retry-After": str(_RETRY_AFTER_SECONDS)},
+                headers={"Retry-After": str(seconds)},
             )
         self.open += count
+        self._running.add(progress)
         try:
             yield
         finally:
             self.open -= count
+            self._running.discard(progress)
 
     def _choices(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """The answers to generate, ordered by prompt."""
         answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
-        return [
+        choices = [
             Choice(
                 index=index,
                 prompt=prompt,
@@ -189,9 +220,10 @@ class Answers:
             )
             for index, (prompt, number) in enumerate(answers)
         ]
-
-
-_Emit = Callable[[Sequence[dict[str, Any]]], Awaitable[None]]
+        for choice in choices[:: request.n]:
+            # What is refused for good has a status of its own, since nothing was sent yet.
+            self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
+        return choices
 
 
 async def _discard(_: Sequence[dict[str, Any]]) -> None:

@@ -38,7 +38,13 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         vocabulary=model.module.get_input_embeddings().weight.shape[0],
         new_tokens=settings.new_tokens,
     )
-    answers = Answers(model, tokenizer, prompts, max_answers=settings.max_answers)
+    answers = Answers(
+        model,
+        tokenizer,
+        prompts,
+        max_answers=settings.max_answers,
+        keep_alive_seconds=settings.keep_alive_seconds,
+    )
     registry = prometheus_client.CollectorRegistry()
     registry.register(StatsCollector(model.stats))
     open_answers = prometheus_client.Gauge(

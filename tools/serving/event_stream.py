@@ -1,66 +1,171 @@
-"""A response of server-sent events, sent while the answer is generated."""
+"""Responses that are sent while their answer is generated, and show meanwhile that they are alive.
+
+With weights from disk a token may take minutes, and clients, like proxies between, give up on a connection where nothing comes.
+"""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette import types
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["EventStream", "Send"]
+__all__ = ["Emit", "EventStream", "KeepAlive", "LateJson"]
+
+logger = logging.getLogger(__name__)
 
 _LAST_EVENT_SECONDS = 1
 
-Send = Callable[[Any], Awaitable[None]]  # its argument is sent as JSON
+Emit = Callable[[Sequence[Any]], Awaitable[None]]
+"""Sends chunks of an answer; without any, it only tells that the answer begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepAlive:
+    """When something is sent while there is nothing to send."""
+
+    seconds: float
+    """The longest silence."""
+    describe: Callable[[], str]
+    """Says in one line how far the answer is."""
+
+
+class _Body:
+    """Sends the pieces of a body whose length is not known in advance."""
+
+    def __init__(self, response: Response, send: types.Send) -> None:
+        self._response = response
+        self._send = send
+        self.started = False
+        self._sent = False  # whether anything was sent since ``keep_alive`` looked last
+
+    async def start(self) -> None:
+        """Send the status and the headers, once."""
+        if self.started:
+            return
+        self.started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": self._response.status_code,
+                "headers": self._response.raw_headers,
+            }
+        )
+
+    async def send(self, text: str, *, more: bool = True) -> None:
+        """Send ``text``."""
+        await self.start()
+        self._sent = True
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+    @asynccontextmanager
+    async def kept_alive(
+        self, filler: Callable[[], str], *, seconds: float, first: float
+    ) -> AsyncIterator[None]:
+        """Send fillers during the block, the first after ``first`` seconds, while nothing else is sent."""
+        task = asyncio.create_task(self._fill(filler, seconds=seconds, first=first))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _fill(self, filler: Callable[[], str], *, seconds: float, first: float) -> None:
+        await asyncio.sleep(first)
+        while True:
+            if not self._sent and (text := filler()):
+                await self.send(text)
+            self._sent = False
+            await asyncio.sleep(seconds)
 
 
 class EventStream(Response):
-    """Sends the events that ``produce`` passes on, followed by "[DONE]".
+    """Sends the events that ``produce`` passes on, followed by "[DONE]", with comments in between that say how far it is.
 
-    The status is sent with the first event, so an error before that becomes an ordinary response. A later error is sent
+    The status is sent when ``produce`` emits first. An error before that becomes an ordinary response, a later one is sent
     as the last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, produce: Callable[[Send], Awaitable[None]]) -> None:
+    def __init__(
+        self, produce: Callable[[Emit], Awaitable[None]], *, keep_alive: KeepAlive
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._produce = produce
+        self._keep_alive = keep_alive
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Send the response."""
         del scope, receive
-        started = False
+        body = _Body(self, send)
 
-        async def send_event(data: str, *, more: bool = True) -> None:
-            nonlocal started
-            if not started:
-                started = True
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": self.status_code,
-                        "headers": self.raw_headers,
-                    }
-                )
-            body = f"data: {data}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        async def emit(chunks: Sequence[Any]) -> None:
+            await body.start()
+            for chunk in chunks:
+                await body.send(_event(chunk))
 
+        def comment() -> str:
+            # Not before the first chunk: until then, an error has a status of its own.
+            return f": {self._keep_alive.describe()}\n\n" if body.started else ""
+
+        seconds = self._keep_alive.seconds
         try:
-            await self._produce(lambda content: send_event(_json(content)))
+            async with body.kept_alive(comment, seconds=seconds, first=seconds):
+                await self._produce(emit)
         except ApiError as error:
-            if not started:
+            if not body.started:
                 raise
             with suppress(TimeoutError):  # a client that does not read must not block
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
-                    await send_event(_json(error.body), more=False)
+                    await body.send(_event(error.body), more=False)
         else:
-            await send_event("[DONE]", more=False)
+            await body.send("data: [DONE]\n\n", more=False)
+
+
+class LateJson(Response):
+    """Sends the JSON that ``produce`` makes; if that takes long, blanks before it, which JSON allows.
+
+    An error before the first blank becomes an ordinary response. A later one breaks the connection before the body's end, so
+    that clients raise an error.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, produce: Callable[[], Awaitable[Any]], *, keep_alive: KeepAlive) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._produce = produce
+        self._keep_alive = keep_alive
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        """Send the response."""
+        body = _Body(self, send)
+        seconds = self._keep_alive.seconds
+        try:
+            # Not as early as a stream: an error that comes soon has a status of its own.
+            async with body.kept_alive(lambda: " ", seconds=seconds, first=1.5 * seconds):
+                content = await self._produce()
+        except ApiError as error:
+            if not body.started:
+                raise
+            logger.info("an answer that had begun was broken off: %s", error)
+            return
+        if body.started:
+            await body.send(_json(content), more=False)
+        else:
+            await JSONResponse(content)(scope, receive, send)
+
+
+def _event(content: Any) -> str:
+    return f"data: {_json(content)}\n\n"
 
 
 def _json(content: Any) -> str:

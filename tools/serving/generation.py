@@ -12,7 +12,7 @@ from layerstream.pipeline import StreamedModel
 from layerstream.tools.console.token_text import TokenText
 from layerstream.tools.serving.stop_strings import StopStrings
 
-__all__ = ["Choice", "Piece", "generate_text"]
+__all__ = ["Choice", "Piece", "generate_text", "generation_arguments"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,27 +42,30 @@ class Piece:
     """"stop" or "length"."""
 
 
+def generation_arguments(model: StreamedModel, tokenizer: Any, choice: Choice) -> dict[str, Any]:
+    """The arguments of ``StreamedModel.stream`` for ``choice``."""
+    pad = model.module.generation_config.pad_token_id
+    input_ids = torch.tensor([choice.prompt])
+    ends = [_EndAtStop(tokenizer, choice)] if choice.stops else []
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "max_new_tokens": choice.new_tokens,
+        **choice.sampling,
+        "stopping_criteria": StoppingCriteriaList(ends),
+        # There is no padding, but transformers warns if this is not set.
+        "pad_token_id": next(iter(_eos_tokens(model)), None) if pad is None else pad,
+    }
+
+
 async def generate_text(
     model: StreamedModel, tokenizer: Any, choice: Choice
 ) -> AsyncGenerator[Piece]:
     """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
     text, stops = TokenText(tokenizer), StopStrings(choice.stops)
-    settings = model.module.generation_config
-    eos = settings.eos_token_id
-    eos_tokens = {eos} if isinstance(eos, int) else set(eos or ())
-    pad = settings.pad_token_id
-    input_ids = torch.tensor([choice.prompt])
-    ends = [_EndAtStop(tokenizer, choice)] if choice.stops else []
+    eos_tokens = _eos_tokens(model)
     finish_reason = "length"
-    tokens = model.stream(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=choice.new_tokens,
-        **choice.sampling,
-        stopping_criteria=StoppingCriteriaList(ends),
-        # There is no padding, but transformers warns if this is not set.
-        pad_token_id=next(iter(eos_tokens), None) if pad is None else pad,
-    )
+    tokens = model.stream(**generation_arguments(model, tokenizer, choice))
     async with aclosing(cast("AsyncGenerator[int]", tokens)):
         async for token in tokens:
             if stops.found:  # a step may make several tokens
@@ -75,6 +78,11 @@ async def generate_text(
     if stops.found:
         finish_reason = "stop"
     yield Piece(index=choice.index, text=tail, tokens=0, finish_reason=finish_reason)
+
+
+def _eos_tokens(model: StreamedModel) -> set[int]:
+    eos = model.module.generation_config.eos_token_id
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 class _EndAtStop(StoppingCriteria):

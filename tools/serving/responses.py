@@ -25,28 +25,25 @@ class ResponseBuilder:
         self._pieces: list[list[Piece]] = []
         self._prompt_tokens = 0
 
-    def start(self, prompts: Sequence[Sequence[int]], *, choices: int) -> None:
-        """Set the prompts, and the number of answers to them."""
+    def start(self, prompts: Sequence[Sequence[int]], *, choices: int) -> list[dict[str, Any]]:
+        """Set the prompts, and the number of answers to them; returns the first chunks of a streamed response."""
         self._prompt_tokens = sum(map(len, prompts))
         self._pieces = [[] for _ in range(choices)]
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return [self._choice_chunk(index, role) for index in range(choices)] if self._chat else []
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """Add ``piece``; returns its chunks for a streamed response."""
         pieces = self._pieces[piece.index]
         pieces.append(piece)
         choices: list[dict[str, Any]] = []
-        if self._chat and len(pieces) == 1:
-            choices.append({"delta": {"role": "assistant", "content": ""}})
         if piece.text:
             choices.append(
                 {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
             )
         if piece.finish_reason is not None:
             choices.append({"delta": {}} if self._chat else {"text": ""})
-        chunks = [
-            self._chunk([{"index": piece.index, **each, "logprobs": None, "finish_reason": None}])
-            for each in choices
-        ]
+        chunks = [self._choice_chunk(piece.index, each) for each in choices]
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0]["finish_reason"] = piece.finish_reason
         return chunks
@@ -71,6 +68,9 @@ class ResponseBuilder:
             )
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
+
+    def _choice_chunk(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
+        return self._chunk([{"index": index, **content, "logprobs": None, "finish_reason": None}])
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

@@ -21,6 +21,8 @@ class Settings:
     """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
     """Maximum size of a request's body."""
+    keep_alive_seconds: float = 10.0
+    """The longest time in which nothing is sent to a client that waits for a streamed answer."""
     hosts: frozenset[str] | None = None
     """Names by which clients may address the service; None for any."""
     origins: frozenset[str] = frozenset()
