@@ -194,9 +194,9 @@ class StreamedModel:
         """
         return await self._open_engine().generate(inputs, named)
 
-    def check(self, *inputs: Any, **named: Any) -> None:
-        """Raise what ``generate`` with these arguments would raise before it begins. May be called in any thread."""
-        self._open_engine().check(inputs, named)
+    def check(self, *inputs: Any, **named: Any) -> int:
+        """Bytes that such a ``generate`` would reserve; raises what it would before it begins. May be called in any thread."""
+        return self._open_engine().check(inputs, named)
 
     async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
         """Generate one sequence, and yield the id of each new token as soon as it is made.

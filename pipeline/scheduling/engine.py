@@ -76,13 +76,13 @@ class Engine:
         """One generation of the model."""
         return await self._run("generate", lambda model: model.generate, inputs, named)
 
-    def check(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Raise what ``generate`` with these arguments would raise before it waits. May be called in any thread."""
+    def check(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> int:
+        """Bytes that such a generation would reserve; raises what it would before it waits. May be called in any thread."""
         self.requests.check_open()
         self._scheduler.check()
         if self._cache_on_host:
             named = with_host_cache(self._module, "generate", inputs, named)
-        self._estimator.generation(inputs, named)
+        return self._estimator.generation(inputs, named).nbytes
 
     async def _run(
         self,

@@ -154,27 +154,27 @@ class Estimator:
         scores = settings.number("output_scores", 0) + settings.number("output_logits", 0)
         other += scores * rows * new * self._vocabulary_size * 4
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
-        # What libraries keep after the pass over the prompt stays until the end.
-        other += self._overhead_bytes(rows * shape.length, logits=rows * (1 + candidates))
 
-        def parts_with(pass_tokens: int) -> Parts:
+        def parts_with(pass_tokens: int, *, largest: int) -> Parts:
+            # What libraries keep after the largest pass, one over the prompt, stays until the end.
+            kept = self._overhead_bytes(rows * largest, logits=rows * (1 + candidates))
             return self._parts(
                 shape,
                 rows=rows,
                 pass_tokens=pass_tokens,
                 cached_tokens=prompt + shape.decoder + new,
                 half_on_device=guided,
-            ).plus(other)
+            ).plus(other + kept)
 
         cached = settings.get("use_cache") is not False
         chunk = settings.get("prefill_chunk_size")
         first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
-        parts = parts_with(max(first, candidates) if cached else prompt + new)
+        parts = parts_with(max(first, candidates) if cached else prompt + new, largest=first)
         smaller = None
         if not self._fits(parts) and chunk is None and self._may_chunk(settings, named, shape):
-            smaller = self._chunk_tokens(shape.length, parts_with)
-            parts = parts if smaller is None else parts_with(smaller)
-        step = parts_with(1 + candidates) if cached else parts
+            smaller = self._chunk_tokens(shape.length, lambda n: parts_with(n, largest=n))
+            parts = parts if smaller is None else parts_with(smaller, largest=smaller)
+        step = parts_with(1 + candidates, largest=smaller or first) if cached else parts
         return self._checked(
             f"generating {shape.rows} x ({prompt} + {new}) tokens",
             shape,

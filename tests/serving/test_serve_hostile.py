@@ -221,9 +221,10 @@ async def read(receive: Any, kind: Any = CompletionRequest) -> Any:
         return await asyncio.to_thread(function, *args)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    return await request_body.read_request(
+    request, _ = await request_body.read_request(
         Request(scope, receive), kind, max_bytes=1 << 20, in_thread=in_thread
     )
+    return request
 
 
 def test_an_incomplete_body_gets_a_timeout(

@@ -48,7 +48,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (2, True),
     "functions": ([{}],),
-    "logit_bias": ({"50256": -100},),
     "modalities": (["text", "audio"],),
     "parallel_tool_calls": ("no",),
     "prompt_cache_retention": ("24h",),
@@ -57,7 +56,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("flex", "priority"),
     "store": (True, 0),
     "tool_choice": ("required", {"type": "function"}),
-    "top_logprobs": (5, False),
     "verbosity": ("high",),
 }
 
@@ -112,7 +110,8 @@ def test_messages_with_empty_tool_calls_are_accepted(http: Any) -> None:
     assert http.post(CHAT, json=CHAT_BODY | {"messages": messages}).status_code == 200
     answer["tool_calls"] = [{"id": "a"}]
     error = http.post(CHAT, json=CHAT_BODY | {"messages": messages}).json()["error"]
-    assert (error["param"], error["code"]) == ("messages[2].tool_calls", "unknown_parameter")
+    assert error["param"].startswith("messages[2].tool_calls[0]")
+    assert error["code"] == "invalid_value"
 
 
 def test_an_answer_is_accepted_back_as_the_client_returned_it(client: Any) -> None:

@@ -69,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="by which clients may address it (default: names of this machine on 127.0.0.1, any elsewhere)",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
+    )
     _add_limits(parser)
     add_model_arguments(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
@@ -79,7 +82,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     for name, default, meaning in (
         ("--concurrent", 4, "answers whose memory is reserved, each with:"),
         ("--prompt-tokens", 512, "tokens of its prompt"),
-        ("--new-tokens", 256, "tokens after it; also a chat's limit where the client sets none"),
+        ("--new-tokens", 256, "tokens after it"),
         ("--max-answers", 64, "under way or waiting; more are told to come back later (429)"),
     ):
         parser.add_argument(
@@ -161,10 +164,12 @@ async def _serve(
         model_name=args.served_model_name or _default_name(args.model),
         api_key=args.api_key,
         chat_template=template,
+        concurrent=args.concurrent,
         new_tokens=args.new_tokens,
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
         keep_alive_seconds=args.keep_alive_seconds,
+        strict=args.strict,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),
     )

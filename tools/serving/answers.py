@@ -20,11 +20,12 @@ from layerstream.pipeline import (
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
+from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
-from layerstream.tools.serving.sampling import sampling_options
+from layerstream.tools.serving.sampling import end_tokens, logits_processors, sampling_options
 
 __all__ = ["Answers"]
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # How long the beginning of a response waits for the first token: an error that comes at once has a status of its own.
 _EARLY_ERROR_SECONDS = 0.2
+# OpenAI's default for text completions.
+_COMPLETION_TOKENS = 16
 # Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
 _MAX_RETRY_SECONDS = 600
 
@@ -45,6 +48,7 @@ class Answers:
         model: The model, open.
         tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
+        limits: How many tokens a request may have.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
@@ -58,6 +62,7 @@ class Answers:
         model: StreamedModel,
         tokenizer: Any,
         prompts: Prompts,
+        limits: Limits,
         *,
         max_answers: int,
         keep_alive_seconds: float,
@@ -67,6 +72,7 @@ class Answers:
         self._model = model
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._limits = limits
         self._max_answers = max_answers
         self._keep_alive_seconds = keep_alive_seconds
         self._running: set[Progress] = set()  # one for each request that is counted in ``open``
@@ -203,20 +209,22 @@ class Answers:
 
     def _choices(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """The answers to generate, ordered by prompt."""
+        settings = self._model.module.generation_config
+        self._prompts.check_tokens([*request.biases, *request.stop_token_ids])
         answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
         choices = [
             Choice(
                 index=index,
                 prompt=prompt,
-                new_tokens=self._prompts.new_tokens(request, prompt),
+                new_tokens=self._new_tokens(request, prompt),
                 stops=request.stops,
+                ends=end_tokens(request, settings),
                 sampling=sampling_options(
-                    request,
-                    self._model.module.generation_config,
-                    device=self._model.plan.device,
-                    number=number,
-                    prompt_tokens=len(prompt),
+                    request, settings, device=self._model.plan.device, number=number
                 ),
+                processors=logits_processors(request, prompt_tokens=len(prompt)),
+                logprobs=request.logprob_count,
+                echo=self._echo(request, index // request.n, prompt),
             )
             for index, (prompt, number) in enumerate(answers)
         ]
@@ -224,6 +232,22 @@ class Answers:
             # What is refused for good has a status of its own, since nothing was sent yet.
             self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
         return choices
+
+    def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
+        chat, asked = isinstance(request, ChatRequest), request.max_new_tokens
+        if not chat and asked is None:
+            asked = min(_COMPLETION_TOKENS, max(1, self._limits.context - len(prompt)))
+        param = "messages" if chat else "prompt"
+        return self._limits.new_tokens(len(prompt), asked=asked, param=param)
+
+    def _echo(self, request: ApiRequest, number: int, prompt: Sequence[int]) -> str | None:
+        """The text of prompt ``number`` if the answer begins with it."""
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return None
+        given = request.prompt if isinstance(request.prompt, str) else request.prompt[number]
+        if isinstance(given, str):
+            return given
+        return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
 
 
 async def _discard(_: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ scheduling here: the library decides when each of them computes, and in how much
 """
 
 import hmac
+import logging
+import re
 import time
 from typing import Any
 
@@ -18,12 +20,19 @@ from layerstream.tools.metrics import StatsCollector
 from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
-from layerstream.tools.serving.prompts import Prompts, context_tokens
+from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
 from layerstream.tools.serving.settings import Settings
 
 __all__ = ["make_app"]
+
+logger = logging.getLogger(__name__)
+
+# Limits for unknown fields that are named, in a response and in all of the log.
+_MAX_IGNORED = 20
+_MAX_LOGGED = 200
 
 
 def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -34,14 +43,14 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     prompts = Prompts(
         tokenizer,
         chat_template=settings.chat_template,
-        context=context_tokens(model.module.config),
         vocabulary=model.module.get_input_embeddings().weight.shape[0],
-        new_tokens=settings.new_tokens,
     )
+    limits = Limits(model, requests=settings.concurrent, new_tokens=settings.new_tokens)
     answers = Answers(
         model,
         tokenizer,
         prompts,
+        limits,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )
@@ -51,7 +60,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         "layerstream_open_answers", "Answers that run or wait", registry=registry
     )
     open_answers.set_function(lambda: answers.open)
-    routes = Routes(answers, prompts, registry, settings)
+    routes = Routes(answers, prompts, limits, registry, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
@@ -78,14 +87,17 @@ class Routes:
         self,
         answers: Answers,
         prompts: Prompts,
+        limits: Limits,
         registry: prometheus_client.CollectorRegistry,
         settings: Settings,
     ) -> None:
         self._answers = answers
         self._prompts = prompts
+        self._limits = limits
         self._registry = registry
         self._settings = settings
         self._created = int(time.time())
+        self._ignored: set[str] = set()  # fields whose names were logged
 
     async def check_key(self, request: Request) -> None:
         """Raise an ApiError if the service has an API key and the request does not."""
@@ -125,7 +137,14 @@ class Routes:
                 param="model",
                 code="model_not_found",
             )
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "layerstream"}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "layerstream",
+            "context_length": self._limits.context,
+            "max_model_len": self._limits.context,
+        }
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -139,8 +158,26 @@ class Routes:
         self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
     ) -> Response:
         limit = self._settings.max_body_bytes
-        api_request = await read_request(
-            request, kind, max_bytes=limit, in_thread=self._prompts.in_thread
+        api_request, ignored = await read_request(
+            request,
+            kind,
+            max_bytes=limit,
+            in_thread=self._prompts.in_thread,
+            strict=self._settings.strict,
         )
         await self.model(api_request.model)
-        return await self._answers.answer(api_request, request.receive)
+        response = await self._answers.answer(api_request, request.receive)
+        if ignored:
+            response.headers["X-Ignored-Fields"] = self._ignored_names(ignored)
+        return response
+
+    def _ignored_names(self, paths: list[str]) -> str:
+        """The names of ignored fields for a header; those that are new are logged."""
+        # What a client sends may be anything; a header may not.
+        names = sorted({re.sub(r"\[\d+\]", "", path) for path in paths})
+        names = [name for name in names if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
+        for name in names[:_MAX_IGNORED]:
+            if name not in self._ignored and len(self._ignored) < _MAX_LOGGED:
+                self._ignored.add(name)
+                logger.warning("clients send '%s', which has no effect here", name)
+        return ", ".join(names[:_MAX_IGNORED])

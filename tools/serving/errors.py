@@ -57,7 +57,7 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdmissionError):
-        return ApiError(400, str(error), code="memory_exceeded")
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, LayerstreamError):
         status = 503 if isinstance(error, ClosedError) else 500
         return ApiError(status, f"The model failed: {error}", code=type(error).__name__)

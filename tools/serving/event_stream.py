@@ -161,7 +161,8 @@ class LateJson(Response):
         if body.started:
             await body.send(_json(content), more=False)
         else:
-            await JSONResponse(content)(scope, receive, send)
+            del self.headers["content-type"]
+            await JSONResponse(content, headers=dict(self.headers))(scope, receive, send)
 
 
 def _event(content: Any) -> str:

@@ -1,5 +1,6 @@
 """Generates one answer: from the token ids of a prompt to pieces of text."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from typing import Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.console.token_text import TokenText
+from layerstream.tools.serving.logprobs import LogprobRecorder, TokenLogprob, prompt_logprobs
 from layerstream.tools.serving.stop_strings import StopStrings
 
 __all__ = ["Choice", "Piece", "generate_text", "generation_arguments"]
@@ -27,8 +30,23 @@ class Choice:
     """Maximum of tokens in the answer."""
     stops: Sequence[str]
     """Strings that end the text."""
+    ends: frozenset[int]
+    """Tokens that end the text."""
     sampling: Mapping[str, Any]
     """Options of ``generate``."""
+    processors: Sequence[LogitsProcessor] = ()
+    """What else changes the scores of tokens."""
+    logprobs: int | None = None
+    """How many likely tokens to name in the place of each one; None for no log probabilities."""
+    echo: str | None = None
+    """The text of the prompt if it comes first."""
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether the answer is the one token that the scores of the prompt's last token make the likeliest."""
+        plain = not self.processors and self.sampling.get("repetition_penalty", 1.0) == 1.0
+        greedy = not self.sampling["do_sample"] and "min_new_tokens" not in self.sampling
+        return self.new_tokens == 1 and plain and greedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +58,34 @@ class Piece:
     tokens: int
     finish_reason: str | None = None
     """"stop" or "length"."""
+    logprobs: Sequence[TokenLogprob] = ()
+    """Of its token, or of the prompt's tokens."""
 
 
-def generation_arguments(model: StreamedModel, tokenizer: Any, choice: Choice) -> dict[str, Any]:
-    """The arguments of ``StreamedModel.stream`` for ``choice``."""
+def generation_arguments(
+    model: StreamedModel,
+    tokenizer: Any,
+    choice: Choice,
+    recorder: LogprobRecorder | None = None,
+) -> dict[str, Any]:
+    """The arguments of ``StreamedModel.stream`` for ``choice``; ``recorder`` records log probabilities."""
     pad = model.module.generation_config.pad_token_id
     input_ids = torch.tensor([choice.prompt])
-    ends = [_EndAtStop(tokenizer, choice)] if choice.stops else []
+    criteria: list[StoppingCriteria] = [_EndAtStop(tokenizer, choice)] if choice.stops else []
+    processors = list(choice.processors)
+    if recorder is not None:
+        criteria.append(recorder.criterion)
+        processors.insert(0, recorder.processor)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "max_new_tokens": choice.new_tokens,
+        "max_new_tokens": max(choice.new_tokens, 1),
         **choice.sampling,
-        "stopping_criteria": StoppingCriteriaList(ends),
+        "eos_token_id": sorted(choice.ends) or None,
+        "logits_processor": LogitsProcessorList(processors),
+        "stopping_criteria": StoppingCriteriaList(criteria),
         # There is no padding, but transformers warns if this is not set.
-        "pad_token_id": next(iter(_eos_tokens(model)), None) if pad is None else pad,
+        "pad_token_id": next(iter(choice.ends), 0) if pad is None else pad,
     }
 
 
@@ -63,16 +94,21 @@ async def generate_text(
 ) -> AsyncGenerator[Piece]:
     """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
     text, stops = TokenText(tokenizer), StopStrings(choice.stops)
-    eos_tokens = _eos_tokens(model)
     finish_reason = "length"
-    tokens = model.stream(**generation_arguments(model, tokenizer, choice))
-    async with aclosing(cast("AsyncGenerator[int]", tokens)):
-        async for token in tokens:
+    if choice.echo is None:
+        pieces = _new_tokens(model, tokenizer, choice)
+    else:
+        pieces = _prompt_and_new_tokens(model, tokenizer, choice)
+    async with aclosing(pieces):
+        async for token, logprobs in pieces:
+            if token is None:
+                yield Piece(index=choice.index, text=choice.echo or "", tokens=0, logprobs=logprobs)
+                continue
             if stops.found:  # a step may make several tokens
                 continue
             piece = stops.add(text.add(token))
-            yield Piece(index=choice.index, text=piece, tokens=1)
-            if token in eos_tokens:
+            yield Piece(index=choice.index, text=piece, tokens=1, logprobs=logprobs)
+            if token in choice.ends:
                 finish_reason = "stop"
     tail = "" if stops.found else stops.add(text.finish()) + stops.finish()
     if stops.found:
@@ -80,9 +116,47 @@ async def generate_text(
     yield Piece(index=choice.index, text=tail, tokens=0, finish_reason=finish_reason)
 
 
-def _eos_tokens(model: StreamedModel) -> set[int]:
-    eos = model.module.generation_config.eos_token_id
-    return {eos} if isinstance(eos, int) else set(eos or ())
+# A token, or None for the prompt; and its log probabilities, or those of all of the prompt's tokens.
+_Scored = tuple[int | None, Sequence[TokenLogprob]]
+
+
+async def _new_tokens(
+    model: StreamedModel, tokenizer: Any, choice: Choice
+) -> AsyncGenerator[_Scored]:
+    if choice.new_tokens == 0:
+        return
+    count = choice.logprobs
+    recorder = None if count is None else LogprobRecorder(tokenizer, count)
+    tokens = model.stream(**generation_arguments(model, tokenizer, choice, recorder))
+    async with aclosing(cast("AsyncGenerator[int]", tokens)):
+        async for token in tokens:
+            yield token, [] if recorder is None else [await recorder.recorded.get()]
+
+
+async def _prompt_and_new_tokens(
+    model: StreamedModel, tokenizer: Any, choice: Choice
+) -> AsyncGenerator[_Scored]:
+    count = choice.logprobs
+    if count is None:
+        yield None, []
+    else:
+        # One pass tells all of the prompt, and the token after it, which is all that evaluations ask for.
+        output = await model.forward(input_ids=torch.tensor([choice.prompt]), use_cache=False)
+        logits = output.logits[0]
+        del output
+        tokens = list(choice.prompt)
+        if choice.is_next_token:
+            tokens.append(int(logits[-1].argmax()))
+        logprobs = await asyncio.to_thread(prompt_logprobs, tokenizer, logits, tokens, count)
+        del logits
+        yield None, logprobs[: len(choice.prompt)]
+        if choice.is_next_token:
+            yield tokens[-1], logprobs[-1:]
+            return
+    rest = _new_tokens(model, tokenizer, choice)
+    async with aclosing(rest):
+        async for each in rest:
+            yield each
 
 
 class _EndAtStop(StoppingCriteria):

@@ -1,7 +1,8 @@
 """Turns the prompts of requests into token ids, and checks that they fit the model."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -9,19 +10,12 @@ from jinja2 import TemplateSyntaxError
 
 from layerstream.stages.errors import ModelError
 from layerstream.tools.serving.errors import STOPPED, ApiError
-from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest, Message
+from layerstream.tools.serving.messages import template_message
+from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 
-__all__ = ["Prompts", "check_template", "context_tokens"]
+__all__ = ["Prompts", "check_template"]
 
 T = TypeVar("T")
-
-
-def context_tokens(config: Any) -> int | None:
-    """The maximum number of tokens, prompt and answer together, of a model with this config; None if unknown."""
-    config = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = (getattr(config, name, None) for name in names)
-    return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
 def check_template(tokenizer: Any, template: str | None) -> None:
@@ -56,9 +50,7 @@ class Prompts:
     Args:
         tokenizer: The model's tokenizer, from transformers.
         chat_template: Replaces the tokenizer's own template.
-        context: Maximum of tokens of prompt and answer together, or None.
         vocabulary: Number of tokens in the model's vocabulary.
-        new_tokens: Limit for a chat's answer if the request sets none.
     """
 
     def __init__(
@@ -66,15 +58,11 @@ class Prompts:
         tokenizer: Any,
         *,
         chat_template: str | None,
-        context: int | None,
         vocabulary: int,
-        new_tokens: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._context = context
         self._vocabulary = vocabulary
-        self._new_tokens = new_tokens
         self._closed = False
         # A long prompt takes a second, which would block the event loop. One thread, since transformers changes the
         # tokenizer's settings during a call, and several threads would compete with the loop for the interpreter.
@@ -94,7 +82,7 @@ class Prompts:
         if isinstance(request, ChatRequest):
             name, prompts = (
                 "messages",
-                [await self.in_thread(self._tokenize_chat, request.messages)],
+                [await self.in_thread(self._tokenize_chat, request)],
             )
         else:
             name, prompts = (
@@ -105,29 +93,16 @@ class Prompts:
             raise ApiError(400, f"'{name}' must have at least one token.", param=name)
         return prompts
 
-    def new_tokens(self, request: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> int:
-        """The maximum number of tokens after ``prompt``.
-
-        Raises:
-            ApiError: The request exceeds the model's context.
-        """
-        chat = isinstance(request, ChatRequest)
-        # 16 is the default of OpenAI's text completions.
-        count = request.max_new_tokens or (self._new_tokens if chat else 16)
-        if self._context is None:
-            return count
-        if request.max_new_tokens is None:
-            count = min(count, max(1, self._context - len(prompt)))
-        if len(prompt) + count > self._context:
+    def check_tokens(self, tokens: list[int], param: str = "logit_bias") -> list[int]:
+        """Return ``tokens``; raises an ApiError if any is not in the vocabulary."""
+        unknown = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
+        if unknown is not None:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self._context} tokens. However, you requested "
-                f"{len(prompt) + count} tokens ({len(prompt)} in the {'messages' if chat else 'prompt'}, "
-                f"{count} in the completion). Please reduce them.",
-                param="messages" if chat else "prompt",
-                code="context_length_exceeded",
+                f"Token {unknown} is none of the model's: they are 0 to {self._vocabulary - 1}.",
+                param=param,
             )
-        return count
+        return tokens
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Call ``function`` in the thread for prompts, and return its result.
@@ -149,10 +124,11 @@ class Prompts:
         single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
         prompts: list[Any] = [prompt] if single else list(prompt)
         return [
-            self._ids(each) if isinstance(each, str) else self._checked(each) for each in prompts
+            self._ids(each) if isinstance(each, str) else self.check_tokens(each, "prompt")
+            for each in prompts
         ]
 
-    def _tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _tokenize_chat(self, request: ChatRequest) -> list[int]:
         if self._chat_template is None and self._tokenizer.chat_template is None:
             raise ApiError(
                 400,
@@ -160,12 +136,20 @@ class Prompts:
                 "--chat-template FILE.",
                 param="messages",
             )
+        reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        for name in request.chat_template_kwargs.keys() & reserved.keys():
+            raise ApiError(
+                400,
+                f"'{name}' is not an argument that a chat template takes from a request.",
+                param=f"chat_template_kwargs.{name}",
+            )
         try:
             text = self._tokenizer.apply_chat_template(
-                [_template_message(message) for message in messages],
+                [template_message(message) for message in request.messages],
                 chat_template=self._chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
+                **request.chat_template_kwargs,
             )
         except Exception as error:  # templates raise errors of any kind to refuse messages
             raise ApiError(
@@ -175,22 +159,4 @@ class Prompts:
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        return self._checked(ids)
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        unknown = next((token for token in ids if not 0 <= token < self._vocabulary), None)
-        if unknown is not None:
-            raise ApiError(
-                400,
-                f"Token {unknown} is none of the model's: they are 0 to {self._vocabulary - 1}.",
-                param="prompt",
-            )
-        return ids
-
-
-def _template_message(message: Message) -> Mapping[str, str]:
-    """Convert a message for chat templates: "developer" is OpenAI's new word for "system"."""
-    role = "system" if message.role == "developer" else message.role
-    parts = message.content
-    content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
-    return {"role": role, "content": content} | ({"name": message.name} if message.name else {})
+        return self.check_tokens(ids, "prompt")

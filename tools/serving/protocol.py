@@ -1,67 +1,38 @@
-"""The parameters of requests: each of OpenAI's is supported, or refused by name."""
+"""The parameters of requests to generate text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from layerstream.tools.serving.errors import ApiError
+from layerstream.tools.serving.messages import MAX_PARTS, Message, RequestModel
 
-__all__ = ["UNSUPPORTED", "AnyRequest", "ChatRequest", "CompletionRequest", "Message"]
+__all__ = ["AnyRequest", "ChatRequest", "CompletionRequest", "GenerationRequest"]
 
 # Each answer counts against the server's limit; OpenAI's limit is 128.
 MAX_CHOICES = 8
 # More than clients need; longer lists would take long to check.
 _MAX_ITEMS = 2048
-_MAX_PARTS = 128
-# Each new token is compared with the beginnings of stop strings, on the event loop.
+# Each new token is compared with the beginnings of stop strings.
 _MAX_STOP = 1000
+_MAX_STOPS = 64
+_MAX_BIASES = 1024
+_MAX_LOGPROBS = 20
 
 _INT64 = 1 << 63
-
-# OpenAI's parameters that are not implemented, with their values that have no effect; null never has an effect.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_retention": ("in_memory", "in-memory"),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# Fields without effect that clients send back with an earlier answer.
-_EMPTY_IN_MESSAGES: Mapping[str, Sequence[Any]] = {"annotations": [], "tool_calls": []}
-
 
 Item = TypeVar("Item")
 # Only the first wrong item is reported: describing a megabyte of them would take seconds.
 _Listed = Annotated[list[Item], Field(fail_fast=True, max_length=_MAX_ITEMS)]
 _Tokens = Annotated[list[int], Field(fail_fast=True)]  # limited by the model's context
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 _Tag = Annotated[str | None, Field(description="a string")]  # no effect on the answer
 
 
-class _StrictModel(BaseModel):
-    """Base of all objects in a request: no unknown fields, no conversions, no infinite numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class StreamOptions(_StrictModel):
+class StreamOptions(RequestModel):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
@@ -69,19 +40,32 @@ class StreamOptions(_StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class _Generation(_StrictModel):
-    """Parameters of both kinds of requests. Errors quote a field's description."""
+class GenerationRequest(RequestModel):
+    """Parameters of all requests to generate. Errors quote a field's description."""
 
     model: str = Field(description="the name of a model")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}")
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
     top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
+    top_k: int | None = Field(None, ge=-1, description="a whole number, with 0 or -1 for all")
+    min_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="a number up to 10")
     presence_penalty: float = Field(0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float = Field(0, ge=-2, le=2, description="a number from -2 to 2")
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="a whole number of 64 bits")
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=4)] = Field(
-        [], description=f"a string or a list of up to four, of 1 to {_MAX_STOP} characters each"
+    logit_bias: Annotated[dict[_TokenName, _Bias], Field(max_length=_MAX_BIASES)] = Field(
+        {},
+        description=f"an object of up to {_MAX_BIASES} token ids with numbers from -100 to 100",
     )
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="a whole number of 64 bits")
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=_MAX_STOPS)] = Field(
+        [],
+        description=f"a string or a list of up to {_MAX_STOPS}, of 1 to {_MAX_STOP} characters each",
+    )
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] = Field(
+        [], description=f"a list of up to {_MAX_STOPS} token ids"
+    )
+    ignore_eos: bool = Field(default=False, description="true or false")
+    min_tokens: int = Field(0, ge=0, description="a whole number from 0")
     max_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
     stream: bool = Field(default=False, description="true or false")
     stream_options: StreamOptions | None = Field(
@@ -109,6 +93,16 @@ class _Generation(_StrictModel):
         """The maximum number of new tokens; None if the request sets none."""
         return self.max_tokens
 
+    @property
+    def logprob_count(self) -> int | None:
+        """How many likely tokens to name beside each one, with their log probabilities; None for no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def biases(self) -> Mapping[int, float]:
+        """What is added to the scores of tokens."""
+        return {int(token): bias for token, bias in self.logit_bias.items()}
+
     def check(self) -> None:
         """Raise an ApiError if parameters contradict each other."""
         if self.stream_options is not None and not self.stream:
@@ -119,7 +113,7 @@ class _Generation(_StrictModel):
             )
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
     prompt: str | _Listed[str] | _Tokens | _Listed[_Tokens] = Field(
@@ -128,6 +122,11 @@ class CompletionRequest(_Generation):
             f"a string, a list of up to {_MAX_ITEMS} strings, a list of token ids, or a list of such lists"
         ),
     )
+    echo: bool = Field(default=False, description="true or false")
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | Literal[False] | None = Field(
+        None, description=f"a whole number from 0 to {_MAX_LOGPROBS}"
+    )
+    max_tokens: int | None = Field(None, ge=0, description="a whole number from 0")
 
     @property
     def answers(self) -> int:
@@ -135,54 +134,41 @@ class CompletionRequest(_Generation):
         single = isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), 0), int)
         return self.n if single else self.n * len(self.prompt)
 
-
-class TextPart(_StrictModel):
-    """A piece of a message's content."""
-
-    type: Literal["text"]
-    text: str
+    @property
+    def logprob_count(self) -> int | None:
+        """How many likely tokens to name beside each one, with their log probabilities; None for no log probabilities."""
+        return None if self.logprobs is False else self.logprobs
 
 
-class Message(_StrictModel):
-    """One message of a chat. As in the request itself, null means that a field is not set.
-
-    The official client sends answers back with all their fields, such as ``"refusal": null``.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=_MAX_PARTS)]
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_fields(cls, message: Any) -> Any:
-        if not isinstance(message, dict):
-            return message
-        empty = _EMPTY_IN_MESSAGES
-        return {
-            name: value
-            for name, value in message.items()
-            if value is not None and not (name in empty and value == empty[name])
-        }
-
-
-class ChatRequest(_Generation):
+class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: _Listed[Message] = Field(
         min_length=1,
         description=(
-            f"a list of up to {_MAX_ITEMS} messages, each with a role (system, developer, user or assistant) "
-            f"and a content (a string, or up to {_MAX_PARTS} parts of type text: images and audio are not "
+            f"a list of up to {_MAX_ITEMS} messages, each with a role (system, developer, user, assistant or "
+            f"tool) and a content (a string, or up to {MAX_PARTS} parts of type text: images and audio are not "
             "supported)"
         ),
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
+    logprobs: bool = Field(default=False, description="true or false")
+    top_logprobs: int = Field(
+        0, ge=0, le=_MAX_LOGPROBS, description=f"a whole number from 0 to {_MAX_LOGPROBS}"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="an object of further arguments for the chat template"
+    )
 
     @property
     def max_new_tokens(self) -> int | None:
         """The maximum number of new tokens; None if the request sets none."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many likely tokens to name beside each one, with their log probabilities; None for no log probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
     def check(self) -> None:
         """Raise an ApiError if parameters contradict each other."""
@@ -194,6 +180,8 @@ class ChatRequest(_Generation):
                 param="max_completion_tokens",
                 code="invalid_value",
             )
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
 
 
-AnyRequest = TypeVar("AnyRequest", bound=_Generation)
+AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)

@@ -1,7 +1,7 @@
 """Reads and validates the body of an HTTP request without blocking the event loop for long."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -9,7 +9,8 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from layerstream.tools.serving.errors import ApiError
-from layerstream.tools.serving.protocol import UNSUPPORTED, AnyRequest
+from layerstream.tools.serving.protocol import AnyRequest
+from layerstream.tools.serving.unsupported import UNSUPPORTED
 
 __all__ = ["read_request"]
 
@@ -27,12 +28,16 @@ async def read_request(
     kind: type[AnyRequest],
     *,
     max_bytes: int,
-    in_thread: Callable[..., Awaitable[AnyRequest]],
-) -> AnyRequest:
+    in_thread: Callable[..., Awaitable[tuple[AnyRequest, list[str]]]],
+    strict: bool = False,
+) -> tuple[AnyRequest, list[str]]:
     """Read and validate the body of ``request``; ``in_thread`` calls a function off the event loop.
 
+    Returns:
+        The request, and the paths of fields that were ignored, since no server that we know of gives them a meaning.
+
     Raises:
-        ApiError: It is too long, too slow, not JSON, or has wrong parameters.
+        ApiError: It is too long, too slow, not JSON, has wrong parameters, or if ``strict`` unknown ones.
     """
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -41,7 +46,7 @@ async def read_request(
         raise ApiError(
             408, f"The request's body did not come within {_BODY_SECONDS} s.", code="timeout"
         ) from None
-    return await in_thread(_parse, body, kind)
+    return await in_thread(_parse, body, kind, strict)
 
 
 async def _read_body(request: Request, *, max_bytes: int) -> bytes:
@@ -66,9 +71,9 @@ async def _read_body(request: Request, *, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+def _parse(body: bytes, kind: type[AnyRequest], strict: bool) -> tuple[AnyRequest, list[str]]:
     fields = _decode(body)
-    for name in [name for name in fields if name in UNSUPPORTED]:
+    for name in [each for each in fields if each in UNSUPPORTED.keys() - kind.model_fields.keys()]:
         value = fields.pop(name)
         if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):
             raise ApiError(
@@ -77,15 +82,30 @@ def _parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
                 param=name,
                 code="unsupported_parameter",
             )
-    unknown = next((name for name in fields if name not in kind.model_fields), None)
-    if unknown is not None:
-        raise _unknown_parameter(unknown)
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
         raise _validation_error(error, fields, kind) from None
     request.check()
-    return request
+    ignored = list(_unknown_fields(fields, request))
+    if strict and ignored:
+        message = f"Unrecognized request argument supplied: {ignored[0]}"
+        raise ApiError(400, message, param=ignored[0], code="unknown_parameter")
+    return request, ignored
+
+
+def _unknown_fields(raw: Any, parsed: Any, path: str = "") -> Iterator[str]:
+    """The paths of fields in ``raw`` that ``parsed``, made from it, does not have."""
+    if isinstance(parsed, BaseModel) and isinstance(raw, dict):
+        for name, value in raw.items():
+            inner = f"{path}.{name}" if path else name
+            if name in type(parsed).model_fields:
+                yield from _unknown_fields(value, getattr(parsed, name), inner)
+            elif value is not None:
+                yield inner
+    elif isinstance(parsed, list) and isinstance(raw, list):
+        for index, (value, each) in enumerate(zip(raw, parsed, strict=True)):
+            yield from _unknown_fields(value, each, f"{path}[{index}]")
 
 
 def _decode(body: bytes) -> dict[str, Any]:
@@ -121,11 +141,6 @@ def _count_marks(body: bytes) -> int:
     return sum(map(body.count, (b"[", b"{", b":")))
 
 
-def _unknown_parameter(path: str) -> ApiError:
-    message = f"Unrecognized request argument supplied: {path}"
-    return ApiError(400, message, param=path, code="unknown_parameter")
-
-
 def _validation_error(
     error: ValidationError, body: Mapping[str, Any], kind: type[BaseModel]
 ) -> ApiError:
@@ -137,8 +152,6 @@ def _validation_error(
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])
     path = _error_path(first["loc"], body)
-    if first["type"] == "extra_forbidden":
-        return _unknown_parameter(path)
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return ApiError(
             400,

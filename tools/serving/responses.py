@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerstream.tools.serving.generation import Piece
+from layerstream.tools.serving.logprobs import TokenLogprob
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 
 __all__ = ["ResponseBuilder"]
@@ -23,24 +24,27 @@ class ResponseBuilder:
             "model": request.model,
         }
         self._pieces: list[list[Piece]] = []
+        self._lengths: list[int] = []  # of the texts so far
         self._prompt_tokens = 0
 
     def start(self, prompts: Sequence[Sequence[int]], *, choices: int) -> list[dict[str, Any]]:
         """Set the prompts, and the number of answers to them; returns the first chunks of a streamed response."""
         self._prompt_tokens = sum(map(len, prompts))
         self._pieces = [[] for _ in range(choices)]
+        self._lengths = [0] * choices
         role = {"delta": {"role": "assistant", "content": ""}}
         return [self._choice_chunk(index, role) for index in range(choices)] if self._chat else []
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """Add ``piece``; returns its chunks for a streamed response."""
         pieces = self._pieces[piece.index]
+        offset = self._lengths[piece.index]
+        self._lengths[piece.index] += len(piece.text)
         pieces.append(piece)
         choices: list[dict[str, Any]] = []
-        if piece.text:
-            choices.append(
-                {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-            )
+        if piece.text or piece.logprobs:
+            content = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
+            choices.append(content | {"logprobs": self._logprobs([piece], offset=offset)})
         if piece.finish_reason is not None:
             choices.append({"delta": {}} if self._chat else {"text": ""})
         chunks = [self._choice_chunk(piece.index, each) for each in choices]
@@ -62,15 +66,40 @@ class ResponseBuilder:
                 {
                     "index": index,
                     **({"message": message} if self._chat else {"text": text}),
-                    "logprobs": None,
+                    "logprobs": self._logprobs(pieces),
                     "finish_reason": pieces[-1].finish_reason,
                 }
             )
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
+    def _logprobs(self, pieces: Sequence[Piece], *, offset: int = 0) -> dict[str, Any] | None:
+        """The log probabilities of the tokens in ``pieces``, whose text begins at ``offset``; None without any."""
+        if not any(piece.logprobs for piece in pieces):
+            return None
+        if self._chat:
+            content = [_chat_token(each) for piece in pieces for each in piece.logprobs]
+            return {"content": content, "refusal": None}
+        offsets = []
+        for piece in pieces:
+            inner = offset
+            for each in piece.logprobs:
+                offsets.append(inner)
+                inner += len(each.text)
+            offset += len(piece.text)
+        tokens = [each for piece in pieces for each in piece.logprobs]
+        return {
+            "text_offset": offsets,
+            "tokens": [each.text for each in tokens],
+            "token_logprobs": [each.logprob for each in tokens],
+            "top_logprobs": [
+                None if each.logprob is None else {top.text: top.logprob for top in each.top}
+                for each in tokens
+            ],
+        }
+
     def _choice_chunk(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
-        return self._chunk([{"index": index, **content, "logprobs": None, "finish_reason": None}])
+        return self._chunk([{"index": index, "logprobs": None, "finish_reason": None} | content])
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
@@ -84,3 +113,10 @@ class ResponseBuilder:
             "completion_tokens": new_tokens,
             "total_tokens": self._prompt_tokens + new_tokens,
         }
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    def named(each: TokenLogprob) -> dict[str, Any]:
+        return {"token": each.text, "logprob": each.logprob, "bytes": each.data}
+
+    return named(token) | {"top_logprobs": [named(each) for each in token.top]}

@@ -15,14 +15,18 @@ class Settings:
     """Required for ``/v1/*``; None for no key."""
     chat_template: str | None
     """Replaces the tokenizer's own template."""
+    concurrent: int
+    """Requests whose memory is reserved."""
     new_tokens: int
-    """Limit for a chat's answer if the request sets none."""
+    """The tokens of an answer whose memory is reserved for each of them."""
     max_answers: int
     """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
     """Maximum size of a request's body."""
     keep_alive_seconds: float = 10.0
     """The longest time in which nothing is sent to a client that waits for a streamed answer."""
+    strict: bool = False
+    """Refuse fields that are unknown, instead of ignoring them."""
     hosts: frozenset[str] | None = None
     """Names by which clients may address the service; None for any."""
     origins: frozenset[str] = frozenset()
