@@ -280,6 +280,23 @@ def test_a_long_prompt_is_processed_in_pieces_only_if_its_activations_would_not_
     assert stats.passes > 8
 
 
+def test_a_prompt_in_pieces_keeps_what_libraries_take_for_one_piece(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama", torch_dtype="float32")
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = module.config.to_dict() | {"dtype": "float32"}
+    memory = RequestMemory(nbytes=1 << 40)
+    beside, alone = (
+        Estimator(module, config, workload=SMALL, memory=memory, on_cpu=on_cpu)
+        for on_cpu in (True, False)
+    )
+
+    def kept(**options: Any) -> int:
+        prompt = {"input_ids": torch.ones((1, 600)).long(), **GREEDY, **options}
+        return beside.generation((), prompt).nbytes - alone.generation((), prompt).nbytes
+
+    assert kept(prefill_chunk_size=64) < kept()
+
+
 # -- the drop-in ---------------------------------------------------------------------------------
 
 

@@ -49,7 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (2, True),
     "functions": ([{}],),
     "modalities": (["text", "audio"],),
-    "parallel_tool_calls": ("no",),
     "prompt_cache_retention": ("24h",),
     "reasoning_effort": ("high",),
     "response_format": ({"type": "json_schema"}, {"type": "text", "strict": True}),

@@ -201,7 +201,25 @@ BAD: dict[str, tuple[str, Any, int, str | None, str | None]] = {
     ),
     "suffix": (COMPLETIONS, {**TEXT_BODY, "suffix": "b"}, 400, "suffix", "unsupported_parameter"),
     "best of": (COMPLETIONS, {**TEXT_BODY, "best_of": 2}, 400, "best_of", "unsupported_parameter"),
-    "tools": (CHAT, {**CHAT_BODY, "tools": [{}]}, 400, "tools", "unsupported_parameter"),
+    "a tool that is none": (CHAT, {**CHAT_BODY, "tools": [{}]}, 400, "tools[0]", "invalid_value"),
+    "tools that the template does not know": (
+        CHAT,
+        {**CHAT_BODY, "tools": [{"type": "function", "function": {"name": "look"}}]},
+        400,
+        "tools",
+        "unsupported_parameter",
+    ),
+    "no parallel calls": (
+        CHAT,
+        {
+            **CHAT_BODY,
+            "parallel_tool_calls": False,
+            "tools": [{"type": "function", "function": {"name": "look"}}],
+        },
+        400,
+        "parallel_tool_calls",
+        "unsupported_parameter",
+    ),
     "JSON mode": (
         CHAT,
         {**CHAT_BODY, "response_format": {"type": "json_object"}},

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import gc
 import importlib
+import json
 import logging
 import os
 import re
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's"
+    )
+    parser.add_argument(
+        "--response-template",
+        type=Path,
+        metavar="FILE",
+        help="JSON that tells reasoning and tool calls from text, as transformers takes it, instead of the model's",
     )
     parser.add_argument(
         "--allow-origin",
@@ -169,6 +176,7 @@ async def _serve(
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
         keep_alive_seconds=args.keep_alive_seconds,
+        response_template=_json(args.response_template),
         strict=args.strict,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),
@@ -196,6 +204,14 @@ async def _serve(
             gc.collect()
             gc.freeze()
             await Server(app, listener, args).serve(sockets=[listener])
+
+
+def _json(path: Path | None) -> Any:
+    """The content of a JSON file, if one is given."""
+    try:
+        return None if path is None else json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}.") from error
 
 
 def _on_loopback(args: argparse.Namespace) -> bool:

@@ -65,12 +65,17 @@ class TokenText:
     The joined pieces equal the tokenizer's text of all tokens at once, without special tokens. Unknown ids have no
     text. Long runs of single bytes are cut between characters; what is text in one part of a run then stays text, even
     if another part is not.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        special: Special tokens have text, too.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._special = special
         self._vocabulary_size = len(tokenizer)
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = frozenset(() if special else tokenizer.all_special_ids)
         self._in_run = False  # whether the last token, special ones aside, was a byte
         # The last tokens whose text is final, followed by those whose text is not. Decoding both together
         # keeps the spaces that a tokenizer drops at the beginning of a text.
@@ -144,7 +149,9 @@ class TokenText:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return (
+            str(self._tokenizer.decode(ids, skip_special_tokens=not self._special)) if ids else ""
+        )
 
 
 class TerminalText:

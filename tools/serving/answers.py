@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from layerstream.pipeline import (
     ReadError,
     StreamedModel,
 )
+from layerstream.tools.serving.answer_parser import AnswerParser
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
@@ -49,6 +51,7 @@ class Answers:
         tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
         limits: How many tokens a request may have.
+        response_template: Tells the parts of a chat's answer; None if the model has none.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
@@ -64,6 +67,7 @@ class Answers:
         prompts: Prompts,
         limits: Limits,
         *,
+        response_template: Any | None,
         max_answers: int,
         keep_alive_seconds: float,
     ) -> None:
@@ -73,6 +77,7 @@ class Answers:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._limits = limits
+        self._response_template = response_template
         self._max_answers = max_answers
         self._keep_alive_seconds = keep_alive_seconds
         self._running: set[Progress] = set()  # one for each request that is counted in ``open``
@@ -225,6 +230,7 @@ class Answers:
                 processors=logits_processors(request, prompt_tokens=len(prompt)),
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
+                new_parser=self._parser(request, prompt),
             )
             for index, (prompt, number) in enumerate(answers)
         ]
@@ -239,6 +245,17 @@ class Answers:
             asked = min(_COMPLETION_TOKENS, max(1, self._limits.context - len(prompt)))
         param = "messages" if chat else "prompt"
         return self._limits.new_tokens(len(prompt), asked=asked, param=param)
+
+    def _parser(
+        self, request: ApiRequest, prompt: Sequence[int]
+    ) -> Callable[[], AnswerParser] | None:
+        """Makes the parsers of answers to a chat, if the model has a response template."""
+        if not isinstance(request, ChatRequest) or self._response_template is None:
+            return None
+        prefix = str(self._tokenizer.decode(prompt))
+        return partial(
+            AnswerParser, self._response_template, prefix=prefix, tools=request.offered_tools
+        )
 
     def _echo(self, request: ApiRequest, number: int, prompt: Sequence[int]) -> str | None:
         """The text of prompt ``number`` if the answer begins with it."""

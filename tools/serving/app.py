@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.metrics import StatsCollector
 from layerstream.tools.serving.access import AccessControl
+from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
@@ -40,9 +41,11 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
     ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
     """
+    response_template = find_response_template(tokenizer, model.module, settings.response_template)
     prompts = Prompts(
         tokenizer,
         chat_template=settings.chat_template,
+        response_template=response_template,
         vocabulary=model.module.get_input_embeddings().weight.shape[0],
     )
     limits = Limits(model, requests=settings.concurrent, new_tokens=settings.new_tokens)
@@ -51,6 +54,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         tokenizer,
         prompts,
         limits,
+        response_template=response_template,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )

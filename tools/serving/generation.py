@@ -1,7 +1,7 @@
 """Generates one answer: from the token ids of a prompt to pieces of text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,6 +12,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.console.token_text import TokenText
+from layerstream.tools.serving.answer_parser import AnswerParser, MadeCall, Parsed
 from layerstream.tools.serving.logprobs import LogprobRecorder, TokenLogprob, prompt_logprobs
 from layerstream.tools.serving.stop_strings import StopStrings
 
@@ -40,6 +41,12 @@ class Choice:
     """How many likely tokens to name in the place of each one; None for no log probabilities."""
     echo: str | None = None
     """The text of the prompt if it comes first."""
+    new_parser: Callable[[], AnswerParser] | None = None
+    """Makes what divides the text into content, reasoning and tool calls; None if all is content."""
+
+    def new_text(self, tokenizer: Any) -> TokenText:
+        """Make what turns the answer's tokens into text, in which marks of a parser are special tokens."""
+        return TokenText(tokenizer, special=self.new_parser is not None)
 
     @property
     def is_next_token(self) -> bool:
@@ -57,9 +64,13 @@ class Piece:
     text: str
     tokens: int
     finish_reason: str | None = None
-    """"stop" or "length"."""
+    """"stop", "length" or "tool_calls"."""
     logprobs: Sequence[TokenLogprob] = ()
     """Of its token, or of the prompt's tokens."""
+    reasoning: str = ""
+    """Text that comes before the answer itself."""
+    calls: Sequence[MadeCall] = ()
+    """Calls of tools that are complete with this piece."""
 
 
 def generation_arguments(
@@ -93,8 +104,14 @@ async def generate_text(
     model: StreamedModel, tokenizer: Any, choice: Choice
 ) -> AsyncGenerator[Piece]:
     """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
-    text, stops = TokenText(tokenizer), StopStrings(choice.stops)
-    finish_reason = "length"
+    text, stops = choice.new_text(tokenizer), StopStrings(choice.stops)
+    parser = choice.new_parser() if choice.new_parser is not None else None
+    called, finish_reason = False, "length"
+
+    def piece_of(raw: str, tokens: int, **more: Any) -> Piece:
+        parsed = Parsed(text=raw) if parser is None else parser.add(raw)
+        return _piece(choice, parsed, tokens=tokens, **more)
+
     if choice.echo is None:
         pieces = _new_tokens(model, tokenizer, choice)
     else:
@@ -102,18 +119,40 @@ async def generate_text(
     async with aclosing(pieces):
         async for token, logprobs in pieces:
             if token is None:
-                yield Piece(index=choice.index, text=choice.echo or "", tokens=0, logprobs=logprobs)
+                yield _piece(choice, Parsed(text=choice.echo or ""), tokens=0, logprobs=logprobs)
                 continue
             if stops.found:  # a step may make several tokens
                 continue
-            piece = stops.add(text.add(token))
-            yield Piece(index=choice.index, text=piece, tokens=1, logprobs=logprobs)
-            if token in choice.ends:
+            ended = token in choice.ends
+            # The token that ends the answer is no part of it, even if it has text.
+            piece = piece_of("" if ended else stops.add(text.add(token)), 1, logprobs=logprobs)
+            called = called or bool(piece.calls)
+            yield piece
+            if ended:
                 finish_reason = "stop"
-    tail = "" if stops.found else stops.add(text.finish()) + stops.finish()
+    tail = piece_of("" if stops.found else stops.add(text.finish()) + stops.finish(), 0)
+    rest = Parsed() if parser is None else parser.finish()
     if stops.found:
         finish_reason = "stop"
-    yield Piece(index=choice.index, text=tail, tokens=0, finish_reason=finish_reason)
+    if finish_reason == "stop" and (called or tail.calls or rest.calls):
+        finish_reason = "tool_calls"
+    parsed = Parsed(
+        text=tail.text + rest.text,
+        reasoning=tail.reasoning + rest.reasoning,
+        calls=[*tail.calls, *rest.calls],
+    )
+    yield _piece(choice, parsed, tokens=0, finish_reason=finish_reason)
+
+
+def _piece(choice: Choice, parsed: Parsed, *, tokens: int, **more: Any) -> Piece:
+    return Piece(
+        index=choice.index,
+        text=parsed.text,
+        reasoning=parsed.reasoning,
+        calls=parsed.calls,
+        tokens=tokens,
+        **more,
+    )
 
 
 # A token, or None for the prompt; and its log probabilities, or those of all of the prompt's tokens.
@@ -163,7 +202,7 @@ class _EndAtStop(StoppingCriteria):
     """Ends a generation in its own thread as soon as its text has a stop string, so that no further pass begins."""
 
     def __init__(self, tokenizer: Any, choice: Choice) -> None:
-        self._text, self._stops = TokenText(tokenizer), StopStrings(choice.stops)
+        self._text, self._stops = choice.new_text(tokenizer), StopStrings(choice.stops)
         self._length = len(choice.prompt)
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

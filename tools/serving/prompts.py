@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -50,6 +51,7 @@ class Prompts:
     Args:
         tokenizer: The model's tokenizer, from transformers.
         chat_template: Replaces the tokenizer's own template.
+        response_template: Tells tool calls from text; None if the model has none.
         vocabulary: Number of tokens in the model's vocabulary.
     """
 
@@ -58,10 +60,12 @@ class Prompts:
         tokenizer: Any,
         *,
         chat_template: str | None,
+        response_template: Any | None,
         vocabulary: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._response_template = response_template
         self._vocabulary = vocabulary
         self._closed = False
         # A long prompt takes a second, which would block the event loop. One thread, since transformers changes the
@@ -143,13 +147,28 @@ class Prompts:
                 f"'{name}' is not an argument that a chat template takes from a request.",
                 param=f"chat_template_kwargs.{name}",
             )
+        more = dict(request.chat_template_kwargs)
+        if request.reasoning_effort is not None and self._template_takes("reasoning_effort"):
+            more["reasoning_effort"] = request.reasoning_effort
+        elif request.reasoning_effort not in (None, "none"):
+            raise _not_supported("reasoning_effort", "is not known to this model's chat template.")
+        if tools := request.offered_tools:
+            if not self._template_takes("tools", tools):
+                raise _not_supported("tools", "are not known to this model's chat template.")
+            if self._response_template is None:
+                raise _not_supported(
+                    "tools",
+                    "need a response template, which tells calls from text, and this model has none; start the "
+                    "server with --response-template FILE.",
+                )
         try:
             text = self._tokenizer.apply_chat_template(
                 [template_message(message) for message in request.messages],
                 chat_template=self._chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
-                **request.chat_template_kwargs,
+                tools=tools or None,
+                **more,
             )
         except Exception as error:  # templates raise errors of any kind to refuse messages
             raise ApiError(
@@ -157,6 +176,15 @@ class Prompts:
             ) from error
         return self._ids(text, special=False)  # the template has added them
 
+    def _template_takes(self, name: str, tools: Any = None) -> bool:
+        """Whether the chat template uses variable ``name``."""
+        template = self._tokenizer.get_chat_template(self._chat_template, tools)
+        return re.search(rf"\b{name}\b", template) is not None
+
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         return self.check_tokens(ids, "prompt")
+
+
+def _not_supported(name: str, why: str) -> ApiError:
+    return ApiError(400, f"'{name}' {why}", param=name, code="unsupported_parameter")

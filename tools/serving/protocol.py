@@ -19,6 +19,7 @@ _MAX_STOP = 1000
 _MAX_STOPS = 64
 _MAX_BIASES = 1024
 _MAX_LOGPROBS = 20
+_MAX_TOOLS = 128
 
 _INT64 = 1 << 63
 
@@ -30,6 +31,28 @@ _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 _Tag = Annotated[str | None, Field(description="a string")]  # no effect on the answer
+
+
+class ToolFunction(RequestModel):
+    """A function that a model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(RequestModel):
+    """A tool that a model may use."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        parameters = self.function.parameters or {"type": "object", "properties": {}}
+        function = {"name": self.function.name, "description": self.function.description or ""}
+        return {"type": self.type, "function": function | {"parameters": parameters}}
 
 
 class StreamOptions(RequestModel):
@@ -156,6 +179,12 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int = Field(
         0, ge=0, le=_MAX_LOGPROBS, description=f"a whole number from 0 to {_MAX_LOGPROBS}"
     )
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=_MAX_TOOLS)] = Field(
+        [], description=f"a list of up to {_MAX_TOOLS} functions with names"
+    )
+    tool_choice: str | dict[str, Any] = Field("auto", description='"auto" or "none"')
+    parallel_tool_calls: bool = Field(default=True, description="true or false")
+    reasoning_effort: str | None = Field(None, description="a string")
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="an object of further arguments for the chat template"
     )
@@ -170,6 +199,11 @@ class ChatRequest(GenerationRequest):
         """How many likely tokens to name beside each one, with their log probabilities; None for no log probabilities."""
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of, as chat templates take them."""
+        return [tool.for_template() for tool in self.tools] if self.tool_choice == "auto" else []
+
     def check(self) -> None:
         """Raise an ApiError if parameters contradict each other."""
         super().check()
@@ -179,6 +213,20 @@ class ChatRequest(GenerationRequest):
                 "'max_tokens' is the old name of 'max_completion_tokens': give one of them.",
                 param="max_completion_tokens",
                 code="invalid_value",
+            )
+        if self.tool_choice not in ("none", "auto"):
+            raise ApiError(
+                400,
+                '\'tool_choice\' must be "auto" or "none": this server does not force a model to call a tool.',
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        if self.tools and not self.parallel_tool_calls:
+            raise ApiError(
+                400,
+                "With tools, 'parallel_tool_calls' must be true: the model decides how many calls it makes.",
+                param="parallel_tool_calls",
+                code="unsupported_parameter",
             )
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")

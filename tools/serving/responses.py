@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from layerstream.tools.serving.answer_parser import MadeCall
 from layerstream.tools.serving.generation import Piece
 from layerstream.tools.serving.logprobs import TokenLogprob
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
@@ -42,9 +43,16 @@ class ResponseBuilder:
         self._lengths[piece.index] += len(piece.text)
         pieces.append(piece)
         choices: list[dict[str, Any]] = []
+        if piece.reasoning:
+            choices.append({"delta": {"reasoning_content": piece.reasoning}})
         if piece.text or piece.logprobs:
             content = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
             choices.append(content | {"logprobs": self._logprobs([piece], offset=offset)})
+        before = sum(len(each.calls) for each in pieces[:-1])
+        choices += [
+            {"delta": {"tool_calls": [{"index": before + number, **_tool_call(call)}]}}
+            for number, call in enumerate(piece.calls)
+        ]
         if piece.finish_reason is not None:
             choices.append({"delta": {}} if self._chat else {"text": ""})
         chunks = [self._choice_chunk(piece.index, each) for each in choices]
@@ -61,11 +69,10 @@ class ResponseBuilder:
         choices = []
         for index, pieces in enumerate(self._pieces):
             text = "".join(piece.text for piece in pieces)
-            message = {"role": "assistant", "content": text, "refusal": None}
             choices.append(
                 {
                     "index": index,
-                    **({"message": message} if self._chat else {"text": text}),
+                    **({"message": _message(text, pieces)} if self._chat else {"text": text}),
                     "logprobs": self._logprobs(pieces),
                     "finish_reason": pieces[-1].finish_reason,
                 }
@@ -120,3 +127,21 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
         return {"token": each.text, "logprob": each.logprob, "bytes": each.data}
 
     return named(token) | {"top_logprobs": [named(each) for each in token.top]}
+
+
+def _message(text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    reasoning = "".join(piece.reasoning for piece in pieces)
+    calls = [_tool_call(call) for piece in pieces for call in piece.calls]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if calls and not text else text,
+        "refusal": None,
+    }
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _tool_call(call: MadeCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -1,6 +1,7 @@
 """The settings of a service."""
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Settings"]
 
@@ -25,6 +26,8 @@ class Settings:
     """Maximum size of a request's body."""
     keep_alive_seconds: float = 10.0
     """The longest time in which nothing is sent to a client that waits for a streamed answer."""
+    response_template: dict[str, Any] | None = None
+    """Replaces the model's own."""
     strict: bool = False
     """Refuse fields that are unknown, instead of ignoring them."""
     hosts: frozenset[str] | None = None
