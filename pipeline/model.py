@@ -198,17 +198,20 @@ class StreamedModel:
         """Bytes that such a ``generate`` would reserve; raises what it would before it begins. May be called in any thread."""
         return self._open_engine().check(inputs, named)
 
-    async def stream(self, *inputs: Any, **named: Any) -> AsyncIterator[int]:
+    async def stream(
+        self, *inputs: Any, on_begin: Callable[[], None] | None = None, **named: Any
+    ) -> AsyncIterator[int]:
         """Generate one sequence, and yield the id of each new token as soon as it is made.
 
         Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer does
-        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them.
+        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them. ``on_begin`` is called when
+        it has its memory and begins.
 
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
         """
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = token_streamer(asyncio.get_running_loop(), tokens)
+        streamer = token_streamer(asyncio.get_running_loop(), tokens, on_begin)
         generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
         generating.add_done_callback(lambda _: tokens.put_nowait(None))
         try:

@@ -1,7 +1,7 @@
 """The tokens of a generation as they are made: counted, and passed to the event loop."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,15 @@ def with_token_counter(
     return {**named, "stopping_criteria": criteria}
 
 
-def token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | None]) -> Any:
-    """A streamer that puts the id of each new token of one sequence into ``tokens``, a queue of ``loop``."""
+def token_streamer(
+    loop: asyncio.AbstractEventLoop,
+    tokens: asyncio.Queue[int | None],
+    on_begin: Callable[[], None] | None = None,
+) -> Any:
+    """A streamer that puts the id of each new token of one sequence into ``tokens``, a queue of ``loop``.
+
+    ``on_begin`` is called on the loop when the generation begins.
+    """
     from transformers.generation.streamers import BaseStreamer
 
     class TokenStreamer(BaseStreamer):
@@ -59,6 +66,8 @@ def token_streamer(loop: asyncio.AbstractEventLoop, tokens: asyncio.Queue[int | 
                     raise ModelError(
                         f"stream() yields the tokens of one sequence, but {value.shape[0]} were given; use generate()"
                     )
+                if on_begin is not None:
+                    loop.call_soon_threadsafe(on_begin)
                 return
             for token in value.flatten().tolist():
                 loop.call_soon_threadsafe(tokens.put_nowait, token)

@@ -114,6 +114,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="after which a client that waits gets a comment or a blank (default: 10)",
     )
     parser.add_argument(
+        "--stall-seconds",
+        type=positive_float,
+        default=600.0,
+        metavar="N",
+        help="after which /health reports that nothing moves (default: 600)",
+    )
+    parser.add_argument(
         "--throttle",
         type=byte_count,
         metavar="SIZE",
@@ -130,6 +137,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    # Before torch is loaded. Threads of OpenMP that wait would spin, beside requests and other processes that compute: with two
+    # cores and others at work, one request took five times the time and the processor time; four at once took the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
 
     try:
@@ -176,6 +186,7 @@ async def _serve(
         max_answers=args.max_answers,
         max_body_bytes=args.max_body,
         keep_alive_seconds=args.keep_alive_seconds,
+        stall_seconds=args.stall_seconds,
         response_template=_json(args.response_template),
         strict=args.strict,
         hosts=_hosts(args),

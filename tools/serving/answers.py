@@ -23,6 +23,7 @@ from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.monitoring import Metrics, Movement, Timeline
 from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
@@ -58,6 +59,8 @@ class Answers:
     Attributes:
         failure: Why streaming failed last, or that the server is shutting down; None if it works.
         open: Number of answers that run or wait.
+        movement: Tells how long nothing has moved.
+        metrics: For Prometheus.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Answers:
         keep_alive_seconds: float,
     ) -> None:
         self.failure: str | None = None
+        self.movement = Movement(model)
+        self.metrics = Metrics(model, self.movement, open_answers=lambda: self.open)
         self._stopped = False
         self._model = model
         self._tokenizer = tokenizer
@@ -163,13 +168,16 @@ class Answers:
             await emit(response.start(prompts, choices=count))
 
         async def generate(choice: Choice, begun: asyncio.Task[None]) -> None:
-            pieces = generate_text(self._model, self._tokenizer, choice)
+            timeline = Timeline(self.metrics)
+            pieces = generate_text(self._model, self._tokenizer, choice, on_begin=timeline.begun)
             async with aclosing(pieces):
                 async for piece in pieces:
                     came.set()
                     await begun
                     if not self._stopped:
                         self.failure = None
+                    if piece.tokens:
+                        timeline.token()
                     progress.count(choice.index, piece.tokens)
                     await emit(response.add(piece))
 

@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from layerstream.pipeline import StreamedModel
-from layerstream.tools.metrics import StatsCollector
 from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.monitoring import Traced
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
@@ -58,16 +58,11 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )
-    registry = prometheus_client.CollectorRegistry()
-    registry.register(StatsCollector(model.stats))
-    open_answers = prometheus_client.Gauge(
-        "layerstream_open_answers", "Answers that run or wait", registry=registry
-    )
-    open_answers.set_function(lambda: answers.open)
-    routes = Routes(answers, prompts, limits, registry, settings)
+    routes = Routes(answers, prompts, limits, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
+    app.add_middleware(Traced, metrics=answers.metrics)
     app.add_middleware(AccessControl, hosts=settings.hosts, origins=settings.origins)
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
@@ -92,13 +87,11 @@ class Routes:
         answers: Answers,
         prompts: Prompts,
         limits: Limits,
-        registry: prometheus_client.CollectorRegistry,
         settings: Settings,
     ) -> None:
         self._answers = answers
         self._prompts = prompts
         self._limits = limits
-        self._registry = registry
         self._settings = settings
         self._created = int(time.time())
         self._ignored: set[str] = set()  # fields whose names were logged
@@ -119,13 +112,16 @@ class Routes:
 
     async def health(self) -> Response:
         """Report whether requests can be answered."""
-        if self._answers.failure is None:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
+        if self._answers.failure is not None:
+            return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
+        if (seconds := self._answers.movement.still_seconds()) > self._settings.stall_seconds:
+            message = f"Requests run, but nothing has moved for {seconds:.0f} s."
+            return JSONResponse({"status": "stalled", "message": message}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:
         """Return counters and gauges for Prometheus."""
-        text = prometheus_client.generate_latest(self._registry)
+        text = self._answers.metrics.text()
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:

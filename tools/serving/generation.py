@@ -101,9 +101,16 @@ def generation_arguments(
 
 
 async def generate_text(
-    model: StreamedModel, tokenizer: Any, choice: Choice
+    model: StreamedModel,
+    tokenizer: Any,
+    choice: Choice,
+    *,
+    on_begin: Callable[[], None] | None = None,
 ) -> AsyncGenerator[Piece]:
-    """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation."""
+    """Generate the answer to ``choice``, piece by piece. Closing the generator ends the generation.
+
+    ``on_begin`` is called when it has its memory and begins.
+    """
     text, stops = choice.new_text(tokenizer), StopStrings(choice.stops)
     parser = choice.new_parser() if choice.new_parser is not None else None
     called, finish_reason = False, "length"
@@ -113,7 +120,7 @@ async def generate_text(
         return _piece(choice, parsed, tokens=tokens, **more)
 
     if choice.echo is None:
-        pieces = _new_tokens(model, tokenizer, choice)
+        pieces = _new_tokens(model, tokenizer, choice, on_begin)
     else:
         pieces = _prompt_and_new_tokens(model, tokenizer, choice)
     async with aclosing(pieces):
@@ -160,13 +167,17 @@ _Scored = tuple[int | None, Sequence[TokenLogprob]]
 
 
 async def _new_tokens(
-    model: StreamedModel, tokenizer: Any, choice: Choice
+    model: StreamedModel,
+    tokenizer: Any,
+    choice: Choice,
+    on_begin: Callable[[], None] | None = None,
 ) -> AsyncGenerator[_Scored]:
     if choice.new_tokens == 0:
         return
     count = choice.logprobs
     recorder = None if count is None else LogprobRecorder(tokenizer, count)
-    tokens = model.stream(**generation_arguments(model, tokenizer, choice, recorder))
+    arguments = generation_arguments(model, tokenizer, choice, recorder)
+    tokens = model.stream(**arguments, on_begin=on_begin)
     async with aclosing(cast("AsyncGenerator[int]", tokens)):
         async for token in tokens:
             yield token, [] if recorder is None else [await recorder.recorded.get()]

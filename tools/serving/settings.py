@@ -26,6 +26,8 @@ class Settings:
     """Maximum size of a request's body."""
     keep_alive_seconds: float = 10.0
     """The longest time in which nothing is sent to a client that waits for a streamed answer."""
+    stall_seconds: float = 600.0
+    """After so long without movement, requests are reported as stalled."""
     response_template: dict[str, Any] | None = None
     """Replaces the model's own."""
     strict: bool = False
