@@ -23,11 +23,13 @@ from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.messages_api import MessagesBuilder
 from layerstream.tools.serving.monitoring import Metrics, Movement, Timeline
 from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
+from layerstream.tools.serving.responses_api import ResponsesBuilder
 from layerstream.tools.serving.sampling import end_tokens, logits_processors, sampling_options
 
 __all__ = ["Answers"]
@@ -42,6 +44,7 @@ _COMPLETION_TOKENS = 16
 _MAX_RETRY_SECONDS = 600
 
 ApiRequest = ChatRequest | CompletionRequest
+Builder = ResponseBuilder | MessagesBuilder | ResponsesBuilder
 
 
 class Answers:
@@ -97,13 +100,15 @@ class Answers:
             task.cancel()
         self._prompts.close()
 
-    async def answer(self, request: ApiRequest, receive: Receive) -> Response:
-        """Answer a request whose body has been read from ``receive``.
+    async def answer(
+        self, request: ApiRequest, receive: Receive, response: Builder | None = None
+    ) -> Response:
+        """Answer a request whose body has been read from ``receive``, with what ``response`` builds.
 
         Raises:
             ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
-        response = ResponseBuilder(request)
+        response = ResponseBuilder(request) if response is None else response
         progress = Progress(self._model)
         keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
@@ -118,7 +123,9 @@ class Answers:
             await emit(response.last_chunks())
 
         if request.stream:
-            return EventStream(stream, keep_alive=keep_alive)
+            return EventStream(
+                stream, keep_alive=keep_alive, ending=response.ending, failed=response.error
+            )
         return LateJson(complete, keep_alive=keep_alive)
 
     async def _run_while_connected(
@@ -156,7 +163,7 @@ class Answers:
         return client_error
 
     async def _generate(
-        self, request: ApiRequest, response: ResponseBuilder, progress: Progress, emit: Emit
+        self, request: ApiRequest, response: Builder, progress: Progress, emit: Emit
     ) -> None:
         """Generate all answers to a request, and pass the chunks of each token to ``emit``."""
         came = asyncio.Event()

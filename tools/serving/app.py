@@ -8,10 +8,11 @@ import hmac
 import logging
 import re
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import prometheus_client
 from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -21,10 +22,12 @@ from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.messages_api import MessagesBuilder, MessagesRequest
 from layerstream.tools.serving.monitoring import Traced
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
+from layerstream.tools.serving.responses_api import ResponsesBuilder, ResponsesRequest
 from layerstream.tools.serving.settings import Settings
 
 __all__ = ["make_app"]
@@ -73,10 +76,34 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     api.add_api_route("/models/{name:path}", routes.model, **read_only)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
+    api.add_api_route("/responses", routes.respond, methods=["POST"], response_model=None)
+    api.add_api_route("/messages", routes.message, methods=["POST"], response_model=None)
     app.include_router(api)
     app.add_api_route("/health", routes.health, **read_only)
     app.add_api_route("/metrics", routes.metrics, **read_only)
     return app
+
+
+_AnyRequest = TypeVar(
+    "_AnyRequest", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest
+)
+
+
+def _as_chat(request: MessagesRequest | ResponsesRequest) -> ChatRequest:
+    try:
+        return request.as_chat()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = ".".join(map(str, first["loc"]))
+        raise ApiError(
+            400, f"Invalid value for '{path}': {first['msg']}.", param=path, code="invalid_value"
+        ) from None
+
+
+def _builder(request: MessagesRequest | ResponsesRequest) -> MessagesBuilder | ResponsesBuilder:
+    if isinstance(request, MessagesRequest):
+        return MessagesBuilder(request)
+    return ResponsesBuilder(request)
 
 
 class Routes:
@@ -101,6 +128,8 @@ class Routes:
         if self._settings.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if not scheme and "x-api-key" in request.headers:  # as clients of Anthropic's API send it
+            scheme, key = "bearer", request.headers["x-api-key"]
         matches = hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(
@@ -154,9 +183,15 @@ class Routes:
         """Continue a text."""
         return await self._answer(request, CompletionRequest)
 
-    async def _answer(
-        self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
-    ) -> Response:
+    async def respond(self, request: Request) -> Response:
+        """Continue a conversation, by OpenAI's newer API."""
+        return await self._answer(request, ResponsesRequest)
+
+    async def message(self, request: Request) -> Response:
+        """Continue a conversation, by Anthropic's API."""
+        return await self._answer(request, MessagesRequest)
+
+    async def _answer(self, request: Request, kind: type[_AnyRequest]) -> Response:
         limit = self._settings.max_body_bytes
         api_request, ignored = await read_request(
             request,
@@ -166,7 +201,11 @@ class Routes:
             strict=self._settings.strict,
         )
         await self.model(api_request.model)
-        response = await self._answers.answer(api_request, request.receive)
+        if isinstance(api_request, ChatRequest | CompletionRequest):
+            response = await self._answers.answer(api_request, request.receive)
+        else:
+            chat = _as_chat(api_request)
+            response = await self._answers.answer(chat, request.receive, _builder(api_request))
         if ignored:
             response.headers["X-Ignored-Fields"] = self._ignored_names(ignored)
         return response

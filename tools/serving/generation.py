@@ -71,6 +71,8 @@ class Piece:
     """Text that comes before the answer itself."""
     calls: Sequence[MadeCall] = ()
     """Calls of tools that are complete with this piece."""
+    stop: str | None = None
+    """The stop string that ends the answer, if one does."""
 
 
 def generation_arguments(
@@ -148,7 +150,7 @@ async def generate_text(
         reasoning=tail.reasoning + rest.reasoning,
         calls=[*tail.calls, *rest.calls],
     )
-    yield _piece(choice, parsed, tokens=0, finish_reason=finish_reason)
+    yield _piece(choice, parsed, tokens=0, finish_reason=finish_reason, stop=stops.string)
 
 
 def _piece(choice: Choice, parsed: Parsed, *, tokens: int, **more: Any) -> Piece:

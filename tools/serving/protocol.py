@@ -232,4 +232,4 @@ class ChatRequest(GenerationRequest):
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
 
 
-AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
+AnyRequest = TypeVar("AnyRequest", bound=RequestModel)
