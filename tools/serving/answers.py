@@ -19,6 +19,7 @@ from layerstream.pipeline import (
     StreamedModel,
 )
 from layerstream.tools.serving.answer_parser import AnswerParser
+from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
@@ -126,6 +127,34 @@ class Answers:
             return EventStream(
                 stream, keep_alive=keep_alive, ending=response.ending, failed=response.error
             )
+        return LateJson(complete, keep_alive=keep_alive)
+
+    async def embed(
+        self, request: EmbeddingRequest, receive: Receive, pooling: Pooling
+    ) -> Response:
+        """Answer a request for embeddings whose body has been read from ``receive``.
+
+        Raises:
+            ApiError: The request cannot be answered.
+        """
+        progress = Progress(self._model)
+        made: dict[str, Any] = {}
+
+        async def compute() -> None:
+            with self._counted_as_open(request.answers, progress):
+                prompts = await self._prompts.token_ids(request)
+                for prompt in prompts:
+                    self._limits.new_tokens(len(prompt), asked=0, param="input")
+                try:
+                    made.update(await embed(self._model, request, prompts, pooling))
+                except BaseExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
+
+        async def complete() -> dict[str, Any]:
+            await self._run_while_connected(compute(), receive)
+            return made
+
+        keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
         return LateJson(complete, keep_alive=keep_alive)
 
     async def _run_while_connected(

@@ -20,6 +20,7 @@ from layerstream.pipeline import StreamedModel
 from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
+from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.messages_api import MessagesBuilder, MessagesRequest
@@ -76,6 +77,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     api.add_api_route("/models/{name:path}", routes.model, **read_only)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
+    api.add_api_route("/embeddings", routes.embed, methods=["POST"], response_model=None)
     api.add_api_route("/responses", routes.respond, methods=["POST"], response_model=None)
     api.add_api_route("/messages", routes.message, methods=["POST"], response_model=None)
     app.include_router(api)
@@ -85,7 +87,12 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
 
 _AnyRequest = TypeVar(
-    "_AnyRequest", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest
+    "_AnyRequest",
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    MessagesRequest,
+    ResponsesRequest,
 )
 
 
@@ -191,6 +198,10 @@ class Routes:
         """Continue a conversation, by Anthropic's API."""
         return await self._answer(request, MessagesRequest)
 
+    async def embed(self, request: Request) -> Response:
+        """Make vectors of texts."""
+        return await self._answer(request, EmbeddingRequest)
+
     async def _answer(self, request: Request, kind: type[_AnyRequest]) -> Response:
         limit = self._settings.max_body_bytes
         api_request, ignored = await read_request(
@@ -203,6 +214,9 @@ class Routes:
         await self.model(api_request.model)
         if isinstance(api_request, ChatRequest | CompletionRequest):
             response = await self._answers.answer(api_request, request.receive)
+        elif isinstance(api_request, EmbeddingRequest):
+            pooling = self._settings.pooling
+            response = await self._answers.embed(api_request, request.receive, pooling)
         else:
             chat = _as_chat(api_request)
             response = await self._answers.answer(chat, request.receive, _builder(api_request))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.tools.serving.embeddings import Pooling
+
 __all__ = ["Settings"]
 
 
@@ -24,6 +26,8 @@ class Settings:
     """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
     """Maximum size of a request's body."""
+    pooling: Pooling
+    """How hidden states become embeddings."""
     keep_alive_seconds: float = 10.0
     """The longest time in which nothing is sent to a client that waits for a streamed answer."""
     stall_seconds: float = 600.0
