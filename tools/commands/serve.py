@@ -22,6 +22,7 @@ from layerstream.tools.console.arguments import (
     positive_int,
 )
 from layerstream.tools.console.token_text import load_tokenizer
+from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
 
 if TYPE_CHECKING:
     from layerstream.tools.serving.settings import Settings
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
     )
+    add_speculation_argument(parser)
     _add_limits(parser)
     add_model_arguments(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
@@ -188,6 +190,7 @@ def _settings(path: Path, template: str | None, args: argparse.Namespace) -> "Se
         stall_seconds=args.stall_seconds,
         response_template=_json(args.response_template),
         pooling=read_pooling(path if path.is_dir() else path.parent),
+        speculation=load_speculation(args.speculate, device=args.device),
         strict=args.strict,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),

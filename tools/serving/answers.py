@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from layerstream.pipeline import (
+    AdmissionError,
     ClosedError,
     DeviceError,
     LayerstreamError,
     ReadError,
     StreamedModel,
 )
+from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.answer_parser import AnswerParser
 from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
@@ -57,6 +60,7 @@ class Answers:
         prompts: Turns requests into token ids; closed by ``stop``.
         limits: How many tokens a request may have.
         response_template: Tells the parts of a chat's answer; None if the model has none.
+        speculation: How tokens are guessed; None for one token in each sweep.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
@@ -75,6 +79,7 @@ class Answers:
         limits: Limits,
         *,
         response_template: Any | None,
+        speculation: Speculation | None = None,
         max_answers: int,
         keep_alive_seconds: float,
     ) -> None:
@@ -87,6 +92,7 @@ class Answers:
         self._prompts = prompts
         self._limits = limits
         self._response_template = response_template
+        self._speculation = speculation
         self._max_answers = max_answers
         self._keep_alive_seconds = keep_alive_seconds
         self._running: set[Progress] = set()  # one for each request that is counted in ``open``
@@ -275,13 +281,25 @@ class Answers:
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
                 new_parser=self._parser(request, prompt),
+                # A seed promises the tokens that transformers would draw, one after the other.
+                speculation=self._speculation
+                if request.speculate and request.seed is None and request.logprob_count is None
+                else None,
             )
             for index, (prompt, number) in enumerate(answers)
         ]
-        for choice in choices[:: request.n]:
-            # What is refused for good has a status of its own, since nothing was sent yet.
+        # What is refused for good has a status of its own, since nothing was sent yet.
+        return [self._checked(choice) for choice in choices]
+
+    def _checked(self, choice: Choice) -> Choice:
+        """Check that ``choice`` will be admitted, without speculation if that takes too much memory."""
+        try:
             self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
-        return choices
+        except AdmissionError:
+            if choice.speculation is None:
+                raise
+            return self._checked(replace(choice, speculation=None))
+        return choice
 
     def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
         chat, asked = isinstance(request, ChatRequest), request.max_new_tokens

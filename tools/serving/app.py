@@ -45,6 +45,8 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
 
     ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
     """
+    if settings.speculation is not None:
+        settings.speculation.check(model.module)
     response_template = find_response_template(tokenizer, model.module, settings.response_template)
     prompts = Prompts(
         tokenizer,
@@ -59,6 +61,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         prompts,
         limits,
         response_template=response_template,
+        speculation=settings.speculation,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )

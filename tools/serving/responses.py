@@ -121,13 +121,18 @@ class ResponseBuilder:
         chunk = {**self._head, "object": kind, "choices": choices}
         return chunk | {"usage": None} if self._include_usage else chunk
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         new_tokens = sum(piece.tokens for pieces in self._pieces for piece in pieces)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": new_tokens,
             "total_tokens": self._prompt_tokens + new_tokens,
         }
+        guessed = [pieces[-1].guessed for pieces in self._pieces if pieces]
+        if all(each is None for each in guessed):
+            return usage
+        accepted = sum(each or 0 for each in guessed)
+        return usage | {"completion_tokens_details": {"accepted_prediction_tokens": accepted}}
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:

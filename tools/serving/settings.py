@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.embeddings import Pooling
 
 __all__ = ["Settings"]
@@ -34,6 +35,8 @@ class Settings:
     """After so long without movement, requests are reported as stalled."""
     response_template: dict[str, Any] | None = None
     """Replaces the model's own."""
+    speculation: Speculation | None = None
+    """How tokens are guessed; None for one token in each sweep."""
     strict: bool = False
     """Refuse fields that are unknown, instead of ignoring them."""
     hosts: frozenset[str] | None = None
