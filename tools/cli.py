@@ -7,7 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools.commands import bench, demo, generate, make_checkpoint, plan, profile, serve
+from layerstream.tools.commands import (
+    batch,
+    bench,
+    demo,
+    generate,
+    make_checkpoint,
+    plan,
+    profile,
+    serve,
+)
 
 __all__ = ["main"]
 
@@ -18,6 +27,7 @@ _COMMANDS = {
     "profile": profile,
     "bench": bench,
     "serve": serve,
+    "batch": batch,
     "make-checkpoint": make_checkpoint,
 }
 

@@ -135,6 +135,12 @@ class Answers:
             )
         return LateJson(complete, keep_alive=keep_alive)
 
+    async def complete(self, request: ApiRequest) -> dict[str, Any]:
+        """The answer to a request that came without a connection."""
+        response = ResponseBuilder(request)
+        await self._generate(request, response, Progress(self._model), _discard)
+        return response.complete()
+
     async def embed(
         self, request: EmbeddingRequest, receive: Receive, pooling: Pooling
     ) -> Response:

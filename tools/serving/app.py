@@ -31,7 +31,7 @@ from layerstream.tools.serving.request_body import read_request
 from layerstream.tools.serving.responses_api import ResponsesBuilder, ResponsesRequest
 from layerstream.tools.serving.settings import Settings
 
-__all__ = ["make_app"]
+__all__ = ["make_answers", "make_app"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,10 @@ _MAX_IGNORED = 20
 _MAX_LOGGED = 200
 
 
-def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
-    """Make an app that serves ``model``, which has to be open as long as the app is used.
-
-    ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
-    """
+def make_answers(
+    model: StreamedModel, tokenizer: Any, settings: Settings
+) -> tuple[Answers, Prompts, Limits]:
+    """Make what answers requests to ``model``, turns them into tokens, and limits them."""
     if settings.speculation is not None:
         settings.speculation.check(model.module)
     response_template = find_response_template(tokenizer, model.module, settings.response_template)
@@ -65,6 +64,15 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )
+    return answers, prompts, limits
+
+
+def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
+    """Make an app that serves ``model``, which has to be open as long as the app is used.
+
+    ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
+    """
+    answers, prompts, limits = make_answers(model, tokenizer, settings)
     routes = Routes(answers, prompts, limits, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
