@@ -91,6 +91,9 @@ class Estimator:
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
         self._vocabulary_size = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item_bytes = getattr(module, "dtype", torch.float32).itemsize
+        widths = (getattr(text, name, 0) for name in ("num_hidden_layers", "hidden_size"))
+        layers, width = (each if isinstance(each, int) else 0 for each in widths)
+        self._states_bytes = (layers + 1) * width * self._item_bytes  # of a token, if all are kept
         self._encoder_decoder = is_encoder_decoder(module)
 
     def resize(self, memory: RequestMemory) -> None:
@@ -110,6 +113,8 @@ class Estimator:
         # A loss is computed from logits in float32.
         logit_bytes = self._item_bytes + (8 if named.get("labels") is not None else 0)
         logits = shape.rows * (positions - 1) * self._vocabulary_size * logit_bytes
+        if named.get("output_hidden_states"):
+            logits += shape.rows * shape.length * self._states_bytes
         overhead = self._overhead_bytes(shape.rows * shape.length, logits=shape.rows * positions)
         parts = self._parts(
             shape,

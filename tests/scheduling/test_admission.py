@@ -241,6 +241,19 @@ def test_the_options_of_a_generation_are_in_its_estimate(
     assert estimate(less) < estimate(more)
 
 
+def test_the_states_of_all_layers_are_in_the_estimate_of_a_pass_that_keeps_them(
+    tmp_path: Path,
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    estimator, config = estimator_for(folder)
+    plain, keeping = (
+        estimator.forward((IDS,), {"output_hidden_states": keep}).nbytes for keep in (False, True)
+    )
+    item_bytes = transformers.AutoModelForCausalLM.from_pretrained(folder).dtype.itemsize
+    states = (config["num_hidden_layers"] + 1) * config["hidden_size"] * item_bytes
+    assert keeping - plain == IDS.shape[1] * states
+
+
 def test_inputs_that_are_not_tokens_count_as_a_workload_and_are_never_refused(
     tmp_path: Path,
 ) -> None:

@@ -255,7 +255,7 @@ BAD: dict[str, tuple[str, Any, int, str | None, str | None]] = {
         "prompt",
         None,
     ),
-    "an unknown path": ("/v1/embeddings", TEXT_BODY, 404, None, "unknown_url"),
+    "an unknown path": ("/v1/images", TEXT_BODY, 404, None, "unknown_url"),
     "a path that is only read": ("/v1/models", TEXT_BODY, 405, None, "method_not_supported"),
 }
 

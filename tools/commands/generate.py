@@ -18,6 +18,7 @@ from layerstream.tools.console.progress import waiting
 from layerstream.tools.console.token_text import TerminalText, load_tokenizer, prompt_ids
 from layerstream.tools.running.generation import stream_tokens
 from layerstream.tools.running.read_ahead import reading_ahead
+from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-ids", type=token_ids, metavar="1,2,3", help="the same as token ids"
     )
     add_generation_arguments(parser, max_new_tokens=64)
+    add_speculation_argument(parser)
     add_model_arguments(parser)
     add_output_arguments(parser)
 
@@ -69,6 +71,7 @@ def _generate(args: argparse.Namespace) -> int:
                 path,
                 prompt,
                 args=args,
+                speculation=load_speculation(args.speculate, device=args.device),
                 on_plan=lambda plan: logger.info(plan.describe()),
                 on_token=lambda token: show(text.add(token)),
             )

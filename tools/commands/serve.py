@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.tools.console.arguments import (
@@ -23,6 +23,10 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.token_text import load_tokenizer
 from layerstream.tools.running.generation import check_generates
+from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
+
+if TYPE_CHECKING:
+    from layerstream.tools.serving.settings import Settings
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -80,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
     )
+    add_speculation_argument(parser)
     _add_limits(parser)
     add_model_arguments(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
@@ -166,19 +171,15 @@ def run(args: argparse.Namespace) -> int:
         logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    asyncio.run(_serve(path, tokenizer, template, args))
+    asyncio.run(_serve(path, tokenizer, _settings(path, template, args), args))
     return 0
 
 
-async def _serve(
-    path: Path, tokenizer: Any, template: str | None, args: argparse.Namespace
-) -> None:
-    from layerstream.pipeline import Budget, StreamedModel, Workload
-    from layerstream.tools.serving.app import make_app
-    from layerstream.tools.serving.server import Server
+def _settings(path: Path, template: str | None, args: argparse.Namespace) -> "Settings":
+    from layerstream.tools.serving.embeddings import read_pooling
     from layerstream.tools.serving.settings import Settings
 
-    settings = Settings(
+    return Settings(
         model_name=args.served_model_name or _default_name(args.model),
         api_key=args.api_key,
         chat_template=template,
@@ -189,10 +190,21 @@ async def _serve(
         keep_alive_seconds=args.keep_alive_seconds,
         stall_seconds=args.stall_seconds,
         response_template=_json(args.response_template),
+        pooling=read_pooling(path if path.is_dir() else path.parent),
+        speculation=load_speculation(args.speculate, device=args.device),
         strict=args.strict,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),
     )
+
+
+async def _serve(
+    path: Path, tokenizer: Any, settings: "Settings", args: argparse.Namespace
+) -> None:
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+    from layerstream.tools.serving.app import make_app
+    from layerstream.tools.serving.server import Server
+
     opening = StreamedModel.open(
         path,
         device=args.device,

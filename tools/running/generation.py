@@ -13,6 +13,7 @@ from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.text import format_bytes
 from layerstream.tools.running.added_memory import added_memory
+from layerstream.tools.running.speculation import Speculation
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Plan, StreamedModel
@@ -79,6 +80,7 @@ async def stream_tokens(
     args: argparse.Namespace,
     on_plan: Callable[["Plan"], object],
     on_token: Callable[[int], object],
+    speculation: Speculation | None = None,
 ) -> GenerationResult:
     """Open the model at ``path`` and generate from the ids of ``prompt``.
 
@@ -88,6 +90,7 @@ async def stream_tokens(
         args: Arguments of ``add_model_arguments`` and ``add_generation_arguments``.
         on_plan: Called with the plan, before anything runs.
         on_token: Called with each new token.
+        speculation: How tokens are guessed; None for one token in each sweep.
     """
     import torch
 
@@ -97,6 +100,10 @@ async def stream_tokens(
         plan = model.plan
         check_generates(model.module, path)
         _check_prompt(prompt, model.module)
+        options = _sampling(args)
+        if speculation is not None:
+            speculation.check(model.module)
+            options |= speculation.options()
         on_plan(plan)
         tokens: list[int] = []
         first = prompted = time.monotonic()
@@ -104,7 +111,7 @@ async def stream_tokens(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=args.max_new_tokens,
-            **_sampling(args),
+            **options,
         )
         while (token := await _next_token(stream, path)) is not None:
             if not tokens:

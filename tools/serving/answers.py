@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +13,27 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from layerstream.pipeline import (
+    AdmissionError,
     ClosedError,
     DeviceError,
     LayerstreamError,
     ReadError,
     StreamedModel,
 )
+from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.answer_parser import AnswerParser
+from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.messages_api import MessagesBuilder
 from layerstream.tools.serving.monitoring import Metrics, Movement, Timeline
 from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
+from layerstream.tools.serving.responses_api import ResponsesBuilder
 from layerstream.tools.serving.sampling import end_tokens, logits_processors, sampling_options
 
 __all__ = ["Answers"]
@@ -42,6 +48,7 @@ _COMPLETION_TOKENS = 16
 _MAX_RETRY_SECONDS = 600
 
 ApiRequest = ChatRequest | CompletionRequest
+Builder = ResponseBuilder | MessagesBuilder | ResponsesBuilder
 
 
 class Answers:
@@ -53,6 +60,7 @@ class Answers:
         prompts: Turns requests into token ids; closed by ``stop``.
         limits: How many tokens a request may have.
         response_template: Tells the parts of a chat's answer; None if the model has none.
+        speculation: How tokens are guessed; None for one token in each sweep.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
@@ -71,6 +79,7 @@ class Answers:
         limits: Limits,
         *,
         response_template: Any | None,
+        speculation: Speculation | None = None,
         max_answers: int,
         keep_alive_seconds: float,
     ) -> None:
@@ -83,6 +92,7 @@ class Answers:
         self._prompts = prompts
         self._limits = limits
         self._response_template = response_template
+        self._speculation = speculation
         self._max_answers = max_answers
         self._keep_alive_seconds = keep_alive_seconds
         self._running: set[Progress] = set()  # one for each request that is counted in ``open``
@@ -97,13 +107,15 @@ class Answers:
             task.cancel()
         self._prompts.close()
 
-    async def answer(self, request: ApiRequest, receive: Receive) -> Response:
-        """Answer a request whose body has been read from ``receive``.
+    async def answer(
+        self, request: ApiRequest, receive: Receive, response: Builder | None = None
+    ) -> Response:
+        """Answer a request whose body has been read from ``receive``, with what ``response`` builds.
 
         Raises:
             ApiError: The request cannot be answered. A streamed answer may raise it while it is sent.
         """
-        response = ResponseBuilder(request)
+        response = ResponseBuilder(request) if response is None else response
         progress = Progress(self._model)
         keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
@@ -118,7 +130,43 @@ class Answers:
             await emit(response.last_chunks())
 
         if request.stream:
-            return EventStream(stream, keep_alive=keep_alive)
+            return EventStream(
+                stream, keep_alive=keep_alive, ending=response.ending, failed=response.error
+            )
+        return LateJson(complete, keep_alive=keep_alive)
+
+    async def complete(self, request: ApiRequest) -> dict[str, Any]:
+        """The answer to a request that came without a connection."""
+        response = ResponseBuilder(request)
+        await self._generate(request, response, Progress(self._model), _discard)
+        return response.complete()
+
+    async def embed(
+        self, request: EmbeddingRequest, receive: Receive, pooling: Pooling
+    ) -> Response:
+        """Answer a request for embeddings whose body has been read from ``receive``.
+
+        Raises:
+            ApiError: The request cannot be answered.
+        """
+        progress = Progress(self._model)
+        made: dict[str, Any] = {}
+
+        async def compute() -> None:
+            with self._counted_as_open(request.answers, progress):
+                prompts = await self._prompts.token_ids(request)
+                for prompt in prompts:
+                    self._limits.new_tokens(len(prompt), asked=0, param="input")
+                try:
+                    made.update(await embed(self._model, request, prompts, pooling))
+                except BaseExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
+
+        async def complete() -> dict[str, Any]:
+            await self._run_while_connected(compute(), receive)
+            return made
+
+        keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
         return LateJson(complete, keep_alive=keep_alive)
 
     async def _run_while_connected(
@@ -156,7 +204,7 @@ class Answers:
         return client_error
 
     async def _generate(
-        self, request: ApiRequest, response: ResponseBuilder, progress: Progress, emit: Emit
+        self, request: ApiRequest, response: Builder, progress: Progress, emit: Emit
     ) -> None:
         """Generate all answers to a request, and pass the chunks of each token to ``emit``."""
         came = asyncio.Event()
@@ -239,13 +287,25 @@ class Answers:
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
                 new_parser=self._parser(request, prompt),
+                # A seed promises the tokens that transformers would draw, one after the other.
+                speculation=self._speculation
+                if request.speculate and request.seed is None and request.logprob_count is None
+                else None,
             )
             for index, (prompt, number) in enumerate(answers)
         ]
-        for choice in choices[:: request.n]:
-            # What is refused for good has a status of its own, since nothing was sent yet.
+        # What is refused for good has a status of its own, since nothing was sent yet.
+        return [self._checked(choice) for choice in choices]
+
+    def _checked(self, choice: Choice) -> Choice:
+        """Check that ``choice`` will be admitted, without speculation if that takes too much memory."""
+        try:
             self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
-        return choices
+        except AdmissionError:
+            if choice.speculation is None:
+                raise
+            return self._checked(replace(choice, speculation=None))
+        return choice
 
     def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
         chat, asked = isinstance(request, ChatRequest), request.max_new_tokens

@@ -8,10 +8,11 @@ import hmac
 import logging
 import re
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import prometheus_client
 from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -19,15 +20,18 @@ from layerstream.pipeline import StreamedModel
 from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
+from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.messages_api import MessagesBuilder, MessagesRequest
 from layerstream.tools.serving.monitoring import Traced
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
+from layerstream.tools.serving.responses_api import ResponsesBuilder, ResponsesRequest
 from layerstream.tools.serving.settings import Settings
 
-__all__ = ["make_app"]
+__all__ = ["make_answers", "make_app"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +40,12 @@ _MAX_IGNORED = 20
 _MAX_LOGGED = 200
 
 
-def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
-    """Make an app that serves ``model``, which has to be open as long as the app is used.
-
-    ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
-    """
+def make_answers(
+    model: StreamedModel, tokenizer: Any, settings: Settings
+) -> tuple[Answers, Prompts, Limits]:
+    """Make what answers requests to ``model``, turns them into tokens, and limits them."""
+    if settings.speculation is not None:
+        settings.speculation.check(model.module)
     response_template = find_response_template(tokenizer, model.module, settings.response_template)
     prompts = Prompts(
         tokenizer,
@@ -55,9 +60,19 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
         prompts,
         limits,
         response_template=response_template,
+        speculation=settings.speculation,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )
+    return answers, prompts, limits
+
+
+def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAPI:
+    """Make an app that serves ``model``, which has to be open as long as the app is used.
+
+    ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
+    """
+    answers, prompts, limits = make_answers(model, tokenizer, settings)
     routes = Routes(answers, prompts, limits, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
@@ -73,10 +88,40 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     api.add_api_route("/models/{name:path}", routes.model, **read_only)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
+    api.add_api_route("/embeddings", routes.embed, methods=["POST"], response_model=None)
+    api.add_api_route("/responses", routes.respond, methods=["POST"], response_model=None)
+    api.add_api_route("/messages", routes.message, methods=["POST"], response_model=None)
     app.include_router(api)
     app.add_api_route("/health", routes.health, **read_only)
     app.add_api_route("/metrics", routes.metrics, **read_only)
     return app
+
+
+_AnyRequest = TypeVar(
+    "_AnyRequest",
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    MessagesRequest,
+    ResponsesRequest,
+)
+
+
+def _as_chat(request: MessagesRequest | ResponsesRequest) -> ChatRequest:
+    try:
+        return request.as_chat()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = ".".join(map(str, first["loc"]))
+        raise ApiError(
+            400, f"Invalid value for '{path}': {first['msg']}.", param=path, code="invalid_value"
+        ) from None
+
+
+def _builder(request: MessagesRequest | ResponsesRequest) -> MessagesBuilder | ResponsesBuilder:
+    if isinstance(request, MessagesRequest):
+        return MessagesBuilder(request)
+    return ResponsesBuilder(request)
 
 
 class Routes:
@@ -101,6 +146,8 @@ class Routes:
         if self._settings.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if not scheme and "x-api-key" in request.headers:  # as clients of Anthropic's API send it
+            scheme, key = "bearer", request.headers["x-api-key"]
         matches = hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(
@@ -154,9 +201,19 @@ class Routes:
         """Continue a text."""
         return await self._answer(request, CompletionRequest)
 
-    async def _answer(
-        self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
-    ) -> Response:
+    async def respond(self, request: Request) -> Response:
+        """Continue a conversation, by OpenAI's newer API."""
+        return await self._answer(request, ResponsesRequest)
+
+    async def message(self, request: Request) -> Response:
+        """Continue a conversation, by Anthropic's API."""
+        return await self._answer(request, MessagesRequest)
+
+    async def embed(self, request: Request) -> Response:
+        """Make vectors of texts."""
+        return await self._answer(request, EmbeddingRequest)
+
+    async def _answer(self, request: Request, kind: type[_AnyRequest]) -> Response:
         limit = self._settings.max_body_bytes
         api_request, ignored = await read_request(
             request,
@@ -166,7 +223,14 @@ class Routes:
             strict=self._settings.strict,
         )
         await self.model(api_request.model)
-        response = await self._answers.answer(api_request, request.receive)
+        if isinstance(api_request, ChatRequest | CompletionRequest):
+            response = await self._answers.answer(api_request, request.receive)
+        elif isinstance(api_request, EmbeddingRequest):
+            pooling = self._settings.pooling
+            response = await self._answers.embed(api_request, request.receive, pooling)
+        else:
+            chat = _as_chat(api_request)
+            response = await self._answers.answer(chat, request.receive, _builder(api_request))
         if ignored:
             response.headers["X-Ignored-Fields"] = self._ignored_names(ignored)
         return response

@@ -78,8 +78,10 @@ async def error_response(request: Request, error: Exception) -> Response:
         response = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
     else:
         response = api_error(error)
+    # Anthropic's API has a type outside, too.
+    body = {"type": "error"} if request.url.path == "/v1/messages" else {}
     return JSONResponse(
-        response.body,
+        body | response.body,
         response.status,
         {**(getattr(error, "headers", None) or {}), **response.headers},
     )

@@ -86,21 +86,28 @@ class _Body:
 
 
 class EventStream(Response):
-    """Sends the events that ``produce`` passes on, followed by "[DONE]", with comments in between that say how far it is.
+    """Sends the events that ``produce`` passes on, followed by ``ending``, with comments in between that say how far it is.
 
     The status is sent when ``produce`` emits first. An error before that becomes an ordinary response, a later one is sent
-    as the last event.
+    as the last event, which ``failed`` makes.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, produce: Callable[[Emit], Awaitable[None]], *, keep_alive: KeepAlive
+        self,
+        produce: Callable[[Emit], Awaitable[None]],
+        *,
+        keep_alive: KeepAlive,
+        ending: str,
+        failed: Callable[[ApiError], Any],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._produce = produce
         self._keep_alive = keep_alive
+        self._ending = ending
+        self._failed = failed
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Send the response."""
@@ -125,9 +132,9 @@ class EventStream(Response):
                 raise
             with suppress(TimeoutError):  # a client that does not read must not block
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
-                    await body.send(_event(error.body), more=False)
+                    await body.send(_event(self._failed(error)), more=False)
         else:
-            await body.send("data: [DONE]\n\n", more=False)
+            await body.send(self._ending, more=False)
 
 
 class LateJson(Response):
@@ -166,7 +173,9 @@ class LateJson(Response):
 
 
 def _event(content: Any) -> str:
-    return f"data: {_json(content)}\n\n"
+    """One event. Those of APIs that have several types carry theirs as a name, too."""
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{name}data: {_json(content)}\n\n"
 
 
 def _json(content: Any) -> str:

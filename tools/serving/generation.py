@@ -12,6 +12,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.console.token_text import TokenText
+from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.answer_parser import AnswerParser, MadeCall, Parsed
 from layerstream.tools.serving.logprobs import LogprobRecorder, TokenLogprob, prompt_logprobs
 from layerstream.tools.serving.stop_strings import StopStrings
@@ -41,6 +42,8 @@ class Choice:
     """How many likely tokens to name in the place of each one; None for no log probabilities."""
     echo: str | None = None
     """The text of the prompt if it comes first."""
+    speculation: Speculation | None = None
+    """How tokens are guessed; None for one token in each pass."""
     new_parser: Callable[[], AnswerParser] | None = None
     """Makes what divides the text into content, reasoning and tool calls; None if all is content."""
 
@@ -71,6 +74,10 @@ class Piece:
     """Text that comes before the answer itself."""
     calls: Sequence[MadeCall] = ()
     """Calls of tools that are complete with this piece."""
+    stop: str | None = None
+    """The stop string that ends the answer, if one does."""
+    guessed: int | None = None
+    """Tokens of the answer that were guessed, if any are; told by the last piece."""
 
 
 def generation_arguments(
@@ -78,11 +85,17 @@ def generation_arguments(
     tokenizer: Any,
     choice: Choice,
     recorder: LogprobRecorder | None = None,
+    steps: "_StepCounter | None" = None,
 ) -> dict[str, Any]:
-    """The arguments of ``StreamedModel.stream`` for ``choice``; ``recorder`` records log probabilities."""
+    """The arguments of ``StreamedModel.stream`` for ``choice``.
+
+    ``recorder`` records log probabilities, ``steps`` counts passes.
+    """
     pad = model.module.generation_config.pad_token_id
     input_ids = torch.tensor([choice.prompt])
     criteria: list[StoppingCriteria] = [_EndAtStop(tokenizer, choice)] if choice.stops else []
+    if steps is not None:
+        criteria.append(steps)
     processors = list(choice.processors)
     if recorder is not None:
         criteria.append(recorder.criterion)
@@ -92,6 +105,7 @@ def generation_arguments(
         "attention_mask": torch.ones_like(input_ids),
         "max_new_tokens": max(choice.new_tokens, 1),
         **choice.sampling,
+        **({} if choice.speculation is None else choice.speculation.options()),
         "eos_token_id": sorted(choice.ends) or None,
         "logits_processor": LogitsProcessorList(processors),
         "stopping_criteria": StoppingCriteriaList(criteria),
@@ -113,14 +127,14 @@ async def generate_text(
     """
     text, stops = choice.new_text(tokenizer), StopStrings(choice.stops)
     parser = choice.new_parser() if choice.new_parser is not None else None
-    called, finish_reason = False, "length"
+    called, finish_reason, tokens, steps = False, "length", 0, _StepCounter()
 
     def piece_of(raw: str, tokens: int, **more: Any) -> Piece:
         parsed = Parsed(text=raw) if parser is None else parser.add(raw)
         return _piece(choice, parsed, tokens=tokens, **more)
 
     if choice.echo is None:
-        pieces = _new_tokens(model, tokenizer, choice, on_begin)
+        pieces = _new_tokens(model, tokenizer, choice, on_begin, steps)
     else:
         pieces = _prompt_and_new_tokens(model, tokenizer, choice)
     async with aclosing(pieces):
@@ -133,7 +147,7 @@ async def generate_text(
             ended = token in choice.ends
             # The token that ends the answer is no part of it, even if it has text.
             piece = piece_of("" if ended else stops.add(text.add(token)), 1, logprobs=logprobs)
-            called = called or bool(piece.calls)
+            called, tokens = called or bool(piece.calls), tokens + 1
             yield piece
             if ended:
                 finish_reason = "stop"
@@ -148,7 +162,14 @@ async def generate_text(
         reasoning=tail.reasoning + rest.reasoning,
         calls=[*tail.calls, *rest.calls],
     )
-    yield _piece(choice, parsed, tokens=0, finish_reason=finish_reason)
+    yield _piece(
+        choice,
+        parsed,
+        tokens=0,
+        finish_reason=finish_reason,
+        stop=stops.string,
+        guessed=None if choice.speculation is None else max(tokens - steps.count, 0),
+    )
 
 
 def _piece(choice: Choice, parsed: Parsed, *, tokens: int, **more: Any) -> Piece:
@@ -171,12 +192,13 @@ async def _new_tokens(
     tokenizer: Any,
     choice: Choice,
     on_begin: Callable[[], None] | None = None,
+    steps: "_StepCounter | None" = None,
 ) -> AsyncGenerator[_Scored]:
     if choice.new_tokens == 0:
         return
     count = choice.logprobs
     recorder = None if count is None else LogprobRecorder(tokenizer, count)
-    arguments = generation_arguments(model, tokenizer, choice, recorder)
+    arguments = generation_arguments(model, tokenizer, choice, recorder, steps)
     tokens = model.stream(**arguments, on_begin=on_begin)
     async with aclosing(cast("AsyncGenerator[int]", tokens)):
         async for token in tokens:
@@ -207,6 +229,17 @@ async def _prompt_and_new_tokens(
     async with aclosing(rest):
         async for each in rest:
             yield each
+
+
+class _StepCounter(StoppingCriteria):
+    """Counts the passes that make tokens, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.count += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _EndAtStop(StoppingCriteria):

@@ -1,6 +1,6 @@
 """How many tokens a request may have: by the model's context, and by the memory for requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from layerstream.pipeline import AdmissionError, StreamedModel
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "context_in"]
 
 # Pieces of a prompt have at least 32 tokens, so this is the longest prompt that is never divided.
 _IN_ONE_PIECE = 62
@@ -30,6 +30,7 @@ class Limits:
         self._model = model
         self._requests = requests
         self._new_tokens = new_tokens
+        self._longest = context_in(model.module.config.get_text_config().to_dict()) or _LONGEST
 
     @cached_property
     def context(self) -> int:
@@ -40,7 +41,7 @@ class Limits:
             prompts = {max(tokens - 1, 1), min(max(tokens - 1, 1), _IN_ONE_PIECE)}
             return all(self._memory_of(each, max(tokens - each, 1)) is not None for each in prompts)
 
-        return max(_largest(_context_of(self._model.module.config) or _LONGEST, fits), 1)
+        return max(_largest(self._longest, fits), 1)
 
     def new_tokens(self, prompt_tokens: int, *, asked: int | None, param: str) -> int:
         """The maximum number of tokens after a prompt.
@@ -96,9 +97,9 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _context_of(config: Any) -> int | None:
-    """The maximum number of tokens, prompt and answer together, of a model with this config; None if unknown."""
-    config = config.get_text_config()
+def context_in(config: Mapping[str, Any]) -> int | None:
+    """The maximum number of tokens, prompt and answer together, by a model's config.json; None if it does not tell."""
+    config = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = (getattr(config, name, None) for name in names)
+    found = (config.get(name) for name in names)
     return next((number for number in found if isinstance(number, int) and number > 0), None)

@@ -17,6 +17,9 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
+    def check(self) -> None:
+        """Raise an ApiError if parameters contradict each other."""
+
 
 class TextPart(RequestModel):
     """A piece of a message's content."""

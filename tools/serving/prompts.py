@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from jinja2 import TemplateSyntaxError
 
 from layerstream.stages.errors import ModelError
+from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import STOPPED, ApiError
 from layerstream.tools.serving.messages import template_message
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
@@ -77,7 +78,9 @@ class Prompts:
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def token_ids(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    async def token_ids(
+        self, request: ChatRequest | CompletionRequest | EmbeddingRequest
+    ) -> list[list[int]]:
         """Tokenize each prompt of a request.
 
         Raises:
@@ -90,7 +93,7 @@ class Prompts:
             )
         else:
             name, prompts = (
-                "prompt",
+                "prompt" if isinstance(request, CompletionRequest) else "input",
                 await self.in_thread(self._tokenize_completion, request.prompt),
             )
         if not prompts or not all(prompts):

@@ -88,6 +88,7 @@ class GenerationRequest(RequestModel):
         [], description=f"a list of up to {_MAX_STOPS} token ids"
     )
     ignore_eos: bool = Field(default=False, description="true or false")
+    speculate: bool = Field(default=True, description="true or false")
     min_tokens: int = Field(0, ge=0, description="a whole number from 0")
     max_tokens: int | None = Field(None, ge=1, description="a whole number from 1")
     stream: bool = Field(default=False, description="true or false")
@@ -232,4 +233,4 @@ class ChatRequest(GenerationRequest):
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
 
 
-AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
+AnyRequest = TypeVar("AnyRequest", bound=RequestModel)

@@ -12,7 +12,7 @@ from layerstream.tools.serving.errors import ApiError
 from layerstream.tools.serving.protocol import AnyRequest
 from layerstream.tools.serving.unsupported import UNSUPPORTED
 
-__all__ = ["read_request"]
+__all__ = ["parse_request", "read_request"]
 
 # Time limit for a body, since a client might send it byte by byte.
 _BODY_SECONDS = 60
@@ -72,7 +72,17 @@ async def _read_body(request: Request, *, max_bytes: int) -> bytes:
 
 
 def _parse(body: bytes, kind: type[AnyRequest], strict: bool) -> tuple[AnyRequest, list[str]]:
-    fields = _decode(body)
+    return parse_request(_decode(body), kind, strict=strict)
+
+
+def parse_request(
+    fields: dict[str, Any], kind: type[AnyRequest], *, strict: bool = False
+) -> tuple[AnyRequest, list[str]]:
+    """Validate the fields of a request, and tell which were ignored; see ``read_request``.
+
+    Raises:
+        ApiError: There are wrong parameters, or if ``strict`` unknown ones.
+    """
     for name in [each for each in fields if each in UNSUPPORTED.keys() - kind.model_fields.keys()]:
         value = fields.pop(name)
         if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):

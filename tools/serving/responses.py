@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerstream.tools.serving.answer_parser import MadeCall
+from layerstream.tools.serving.errors import ApiError
 from layerstream.tools.serving.generation import Piece
 from layerstream.tools.serving.logprobs import TokenLogprob
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
@@ -15,6 +16,8 @@ __all__ = ["ResponseBuilder"]
 
 class ResponseBuilder:
     """Builds the response to one request from the pieces of its answers."""
+
+    ending = "data: [DONE]\n\n"  # after the last event of a stream
 
     def __init__(self, request: ChatRequest | CompletionRequest) -> None:
         self._chat = isinstance(request, ChatRequest)
@@ -59,6 +62,11 @@ class ResponseBuilder:
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0]["finish_reason"] = piece.finish_reason
         return chunks
+
+    @staticmethod
+    def error(error: ApiError) -> dict[str, Any]:
+        """The last event of a stream that fails."""
+        return error.body
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The last chunks of a streamed response."""
@@ -113,13 +121,18 @@ class ResponseBuilder:
         chunk = {**self._head, "object": kind, "choices": choices}
         return chunk | {"usage": None} if self._include_usage else chunk
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         new_tokens = sum(piece.tokens for pieces in self._pieces for piece in pieces)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": new_tokens,
             "total_tokens": self._prompt_tokens + new_tokens,
         }
+        guessed = [pieces[-1].guessed for pieces in self._pieces if pieces]
+        if all(each is None for each in guessed):
+            return usage
+        accepted = sum(each or 0 for each in guessed)
+        return usage | {"completion_tokens_details": {"accepted_prediction_tokens": accepted}}
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:

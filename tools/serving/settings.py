@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.tools.running.speculation import Speculation
+from layerstream.tools.serving.embeddings import Pooling
+
 __all__ = ["Settings"]
 
 
@@ -24,12 +27,16 @@ class Settings:
     """Maximum of answers that run or wait; requests for more are refused."""
     max_body_bytes: int
     """Maximum size of a request's body."""
+    pooling: Pooling
+    """How hidden states become embeddings."""
     keep_alive_seconds: float = 10.0
     """The longest time in which nothing is sent to a client that waits for a streamed answer."""
     stall_seconds: float = 600.0
     """After so long without movement, requests are reported as stalled."""
     response_template: dict[str, Any] | None = None
     """Replaces the model's own."""
+    speculation: Speculation | None = None
+    """How tokens are guessed; None for one token in each sweep."""
     strict: bool = False
     """Refuse fields that are unknown, instead of ignoring them."""
     hosts: frozenset[str] | None = None

@@ -11,15 +11,21 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.found = False
+        self.string: str | None = None  # the one that was found
+
+    @property
+    def found(self) -> bool:
+        """Whether the text has a stop string."""
+        return self.string is not None
 
     def add(self, piece: str) -> str:
         """Add ``piece``; returns the text that cannot be part of a stop string."""
         text = self._held + piece
-        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := text.find(stop)) >= 0]
         if found:
-            self.found, self._held = True, ""
-            return text[: min(found)]
+            position, self.string = min(found)
+            self._held = ""
+            return text[:position]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -11,6 +11,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     # OpenAI's
     "audio": (),
     "best_of": (1,),
+    "dimensions": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
