@@ -92,8 +92,7 @@ class StreamedModel:
             throttle_bytes_per_second: Rate of the throttled reader.
             layer_batch_size: Blocks per layer batch, instead of the planner's choice.
             slots: Slots on the host and on the device each, instead of the planner's choice.
-            kernels: For packed weights on a CPU: "exact" (the bits of ``from_pretrained``), "fused" (faster for few tokens, sums
-                in another order), or "auto", which takes what the plan finds faster.
+            kernels: For packed weights: "exact", "fused" (faster, other bits), or "auto": see ``planning.kernels.Kernels``.
             max_requests: Requests that share sweeps at the same time; more of them wait.
             objective: What the plan optimises: "latency" of a single, first request, or "throughput".
             hardware: The machine; by default it is probed.
@@ -293,9 +292,7 @@ class StreamedModel:
         self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any
     ) -> T:
         """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
-        assert self._engine is not None  # noqa: S101
-        result: T = self._engine.generate_here(call, inputs, named)
-        return result
+        return self._open_engine().generate_here(call, inputs, named)
 
     def _open_engine(self) -> Engine:
         if self._engine is None or self._lifetime.closed:

@@ -99,12 +99,6 @@ async def open_model(
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure
     )
-    space = hardware.address_space_bytes
-    if options.reader is None and space is not None and space < checkpoint.total_bytes:
-        logger.warning(
-            "%s: the address space (ulimit -v) cannot hold a mapping of the files: they are read directly",
-            checkpoint.path,
-        )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
     make_model_plan = functools.partial(
@@ -127,13 +121,7 @@ async def open_model(
             slots=options.slots,
         )
     )
-    if traced.unused:
-        logger.info(
-            "%s: the model does not use %d tensors: %s",
-            checkpoint.path,
-            len(traced.unused),
-            ", ".join(traced.unused[:8]),
-        )
+    _report(checkpoint, traced, hardware, options)
     return Opening(
         checkpoint=checkpoint,
         module=traced.module,
@@ -142,6 +130,25 @@ async def open_model(
         plan=plan,
         make_plan=make_model_plan,
     )
+
+
+def _report(
+    checkpoint: Checkpoint, traced: TracedModel, hardware: Hardware, options: Options
+) -> None:
+    """Log what users may not expect."""
+    space = hardware.address_space_bytes
+    if options.reader is None and space is not None and space < checkpoint.total_bytes:
+        logger.warning(
+            "%s: the address space (ulimit -v) cannot hold a mapping of the files: they are read directly",
+            checkpoint.path,
+        )
+    if traced.unused:
+        logger.info(
+            "%s: the model does not use %d tensors: %s",
+            checkpoint.path,
+            len(traced.unused),
+            ", ".join(traced.unused[:8]),
+        )
 
 
 def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Readahead:

@@ -32,6 +32,7 @@ __all__ = ["make_plan"]
 _MOST_RECORDED = 11
 
 
+# Longer than 60 lines: it names and explains each argument.
 def make_plan(
     checkpoint: Checkpoint,
     hardware: Hardware,

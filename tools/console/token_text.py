@@ -5,8 +5,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.checkpoint.files import refuse_special_files
 from layerstream.stages.errors import ModelError
 
 __all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
@@ -30,6 +28,9 @@ _MAX_RUN = 16
 
 def load_tokenizer(path: Path) -> Any | None:
     """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one."""
+    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+    from layerstream.pipeline.checkpoint.files import refuse_special_files
+
     folder = path if path.is_dir() else path.parent
     refuse_special_files(folder)  # transformers would wait for ever
     checkpoint = Checkpoint.open(path)
