@@ -288,9 +288,7 @@ class StreamedModel:
         """Whether the calling thread runs a request, whose memory is reserved."""
         return self._engine is not None and self._engine.passes.in_request()
 
-    def generate_here(
-        self, call: Callable[[Any], Callable[..., T]], inputs: Sequence[Any], named: Any
-    ) -> T:
+    def generate_here(self, call: Callable[[Any], Any], inputs: Sequence[Any], named: Any) -> Any:
         """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
         return self._open_engine().generate_here(call, inputs, named)
 
