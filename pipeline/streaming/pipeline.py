@@ -109,7 +109,8 @@ class Pipeline:
         )
         self._start_stages()
         self._opened_at = time.perf_counter()
-        logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
 
     def _start_stages(self) -> None:
         resources = self._resources
