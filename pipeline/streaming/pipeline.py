@@ -114,7 +114,8 @@ class Pipeline:
         await finish_in_thread(self._acquire)
         self._start_stages()
         self._opened_at = time.perf_counter()
-        logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
 
     def _start_stages(self) -> None:
         resources = self._resources
