@@ -28,6 +28,7 @@ from layerstream.pipeline.modeling.weight_sources import (
     extents_of,
     make_fetch,
     sources_of,
+    unpacking_bytes,
     whole_extent,
 )
 from layerstream.pipeline.planning.layout import PlannedLayer
@@ -74,6 +75,7 @@ class Assembly:
         self.traced = traced
         self._checkpoint = checkpoint
         places = places_of(traced)
+        self._unpacks_by_tiles = unpacks_by_tiles
         self._packed = _packed(traced) if unpacks_by_tiles else {}
         prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
         traces = trace_execution(traced.module, prompt_pass)
@@ -130,7 +132,9 @@ class Assembly:
                 for each in recipes
                 if each.pieces is None and each.name not in self._packed_linear
             ),
-            tile_bytes=TILES * max(self._tile_sizes(layer), default=0),
+            tile_bytes=max(self._tile_sizes(layer), default=0)
+            if self._unpacks_by_tiles
+            else max(map(unpacking_bytes, recipes), default=0),
             always_resident=layer.always_resident,
             experts=tuple(each.source for each in self._experts[layer.name]),
         )
@@ -158,19 +162,20 @@ class Assembly:
         return bindings
 
     def _tile_sizes(self, layer: ModelLayer) -> list[int]:
-        """What a layer's packed weights and experts need of a tile, each."""
+        """What all tiles take for each of a layer's packed weights and experts."""
         weights = [
             tile_bytes(self._packed_linear[name])
             for name in layer.recipes
             if name in self._packed_linear
         ]
-        return weights + [group_bytes(each.packed) for each in self._experts[layer.name]]
+        weights += [group_bytes(each.packed) for each in self._experts[layer.name]]
+        return [TILES * nbytes for nbytes in weights]
 
     def _make_tiles(self) -> Tiles | None:
         nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
         if not nbytes:
             return None
-        return Tiles(nbytes=nbytes, count=TILES, threads=torch.get_num_threads())
+        return Tiles(nbytes=nbytes // TILES, count=TILES, threads=torch.get_num_threads())
 
     @property
     def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:

@@ -77,7 +77,7 @@ class PlannedLayer:
     scratch_bytes: int = 0
     """Tensors that computation makes from them before use."""
     tile_bytes: int = 0
-    """What packed weights are unpacked into piece by piece, while computation uses them."""
+    """What packed weights are unpacked into piece by piece, or what unpacking them takes besides ``scratch_bytes``."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
     experts: tuple[ExpertSource, ...] = ()
