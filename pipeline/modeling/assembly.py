@@ -135,6 +135,11 @@ class Assembly:
             tile_bytes=max(self._tile_sizes(layer), default=0)
             if self._unpacks_by_tiles
             else max(map(unpacking_bytes, recipes), default=0),
+            once_bytes=sum(
+                self._packed_linear[name].nbytes
+                for name in layer.recipes
+                if name in self._packed_linear
+            ),
             always_resident=layer.always_resident,
             experts=tuple(each.source for each in self._experts[layer.name]),
         )
@@ -142,7 +147,7 @@ class Assembly:
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
         """Put placeholders everywhere, and return a binding for each layer batch."""
         self._put_placeholders_for_experts(device)
-        self.tiles = self._make_tiles()
+        self.tiles = self._make_tiles(plan.unpacked_once_bytes)
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -171,11 +176,16 @@ class Assembly:
         weights += [group_bytes(each.packed) for each in self._experts[layer.name]]
         return [TILES * nbytes for nbytes in weights]
 
-    def _make_tiles(self) -> Tiles | None:
+    def _make_tiles(self, once_bytes: int) -> Tiles | None:
         nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
         if not nbytes:
             return None
-        return Tiles(nbytes=nbytes // TILES, count=TILES, threads=torch.get_num_threads())
+        return Tiles(
+            nbytes=nbytes // TILES,
+            count=TILES,
+            threads=torch.get_num_threads(),
+            once_bytes=once_bytes,
+        )
 
     @property
     def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:

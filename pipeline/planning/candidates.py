@@ -129,7 +129,9 @@ class _Search:
             reader=reader,
             host_budget_bytes=problem.host_budget_bytes,
             vram_budget_bytes=problem.vram_budget_bytes,
-            host_reserved_bytes=_HOST_FIXED_BYTES + (requests if problem.on_cpu else kv),
+            host_reserved_bytes=_HOST_FIXED_BYTES
+            + problem.unpacked_once_bytes
+            + (requests if problem.on_cpu else kv),
             vram_reserved_bytes=0
             if problem.on_cpu
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,

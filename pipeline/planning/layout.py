@@ -77,7 +77,9 @@ class PlannedLayer:
     scratch_bytes: int = 0
     """Tensors that computation makes from them before use."""
     tile_bytes: int = 0
-    """What packed weights are unpacked into piece by piece, or what unpacking them takes besides ``scratch_bytes``."""
+    """What packed weights are unpacked into piece by piece, or what unpacking takes besides ``scratch_bytes``."""
+    once_bytes: int = 0
+    """What its packed weights take unpacked."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
     experts: tuple[ExpertSource, ...] = ()
@@ -172,7 +174,7 @@ def layout_batch(
             used where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
             another alignment, some float32 kernels give other bits.)
     """
-    sources = _distinct(layers)
+    sources = list({tensor.name: tensor for layer in layers for tensor in layer.tensors}.values())
     reads = coalesce([extent for source in sources for extent in source.extents], file_bytes)
     host_image = _HostImage(reads)
     places = [(source, [host_image.find(each) for each in source.extents]) for source in sources]
@@ -207,10 +209,6 @@ def layout_batch(
         scratch_bytes=sum(layer.scratch_bytes for layer in layers)
         + max(layer.tile_bytes for layer in layers),
     )
-
-
-def _distinct(layers: Sequence[PlannedLayer]) -> list[TensorSource]:
-    return list({tensor.name: tensor for layer in layers for tensor in layer.tensors}.values())
 
 
 def _usable_in_place(source: TensorSource) -> bool:
