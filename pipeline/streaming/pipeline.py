@@ -110,8 +110,7 @@ class Pipeline:
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
-        await finish_in_thread(self._acquire)
+        await finish_in_thread(self._acquire)  # page-locking memory takes seconds
         self._start_stages()
         self._opened_at = time.perf_counter()
         if logger.isEnabledFor(logging.INFO):
