@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools.commands import bench, demo, generate, make_checkpoint, plan, profile, serve
+from layerstream.tools.commands import (
+    bench,
+    convert,
+    demo,
+    generate,
+    make_checkpoint,
+    plan,
+    profile,
+    serve,
+)
 
 __all__ = ["main"]
 
@@ -21,6 +30,7 @@ _COMMANDS = {
     "profile": profile,
     "bench": bench,
     "serve": serve,
+    "convert": convert,
     "make-checkpoint": make_checkpoint,
 }
 
