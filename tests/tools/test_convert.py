@@ -12,14 +12,13 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from support.leaks import nothing_left_behind
 from support.loop import run
-from support.models import CASES, save_model
+from support.models import CASES, inputs_for, save_model
 from support.streaming import bits_equal, open_streaming
 from transformers import CompressedTensorsConfig
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.cli import main
 
-IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"num_experts": 8, "moe_intermediate_size": 32},
     "gpt-oss": {"num_local_experts": 8},
@@ -35,8 +34,10 @@ NUMBERS = {"fp8": (8, "float", 448), "int8": (8, "int", 127), "int4": (4, "int",
 UP = "model.layers.1.mlp.up_proj"
 
 
-def save(folder: Path, case: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    return save_model(folder, case, dtype, **SETTINGS.get(case, {}))
+def save(
+    folder: Path, case: str = "llama", dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> Path:
+    return save_model(folder, case, dtype, **{**SETTINGS.get(case, {}), **settings})
 
 
 def converted(source: Path, form: str, *arguments: str) -> Path:
@@ -53,14 +54,15 @@ def assert_streams_alike(folder: Path, case: str, *, dequantize: bool) -> None:
         folder, output_loading_info=True, **(options if dequantize else {})
     )
     assert not any(info.values()), info
+    inputs = inputs_for(case)
     with torch.no_grad():
-        logits = whole(IDS).logits
+        logits = whole(**inputs).logits
     assert logits.isfinite().all()
 
     async def main() -> None:
         for opened in (StreamedModel.open(folder), await open_streaming(folder)):
             async with opened as model:
-                assert bits_equal((await model.forward(input_ids=IDS)).logits, logits)
+                assert bits_equal((await model.forward(**inputs)).logits, logits)
 
     with nothing_left_behind():
         run(main())
@@ -87,10 +89,19 @@ def test_a_mixture_loads_in_transformers_and_streams_with_equal_logits(
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("case", ["gpt-oss", "llama-tied", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "case", ["gpt-oss", "llama-tied", "deepseek-v3", "mixtral", "llava", "t5", "qwen3-next"]
+)
 def test_models_of_other_kinds_stream_with_equal_logits(tmp_path: Path, case: str) -> None:
     folder = converted(save(tmp_path / "model", case), "int4-channels")
     assert_streams_alike(folder, case, dequantize=True)
+
+
+def test_a_layer_whose_columns_do_not_fit_the_groups_stays_as_it_is(tmp_path: Path) -> None:
+    folder = converted(save(tmp_path / "model", intermediate_size=40), "int4")
+    names = set(load_file(folder / "model.safetensors"))
+    assert {"model.layers.1.mlp.down_proj.weight", f"{UP}.weight_packed"} <= names
+    assert_streams_alike(folder, "llama", dequantize=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
