@@ -14,6 +14,7 @@ from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, inputs_for, save_model
 from support.streaming import bits_equal, open_streaming
+from support.traced import rewrite
 from transformers import CompressedTensorsConfig
 
 from layerstream.pipeline import StreamedModel
@@ -112,6 +113,31 @@ def test_weights_of_other_dtypes_keep_them_as_the_dtype_of_scales(
     folder = converted(save(tmp_path / "model", dtype=dtype), form)
     assert load_file(folder / "model.safetensors")[f"{UP}.weight_scale"].dtype == dtype
     assert_streams_alike(folder, "llama", dequantize=False)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_config_of_another_dtype_than_the_files_stays(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", dtype=torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    folder = converted(source, "int8")
+    assert_streams_alike(folder, "llama", dequantize=True)
+
+
+def test_experts_that_transformers_would_not_load_beside_converted_ones_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "model", "qwen3-moe")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for expert in range(8):
+            name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+            tensors[name] = tensors[name].double()
+
+    rewrite(source, change)
+    assert main(["convert", str(source), str(tmp_path / "new"), "--to", "fp8"]) == 1
+    words = "'model.layers.1.mlp.experts.0.down_proj.weight' of dtype float64 and shape [32, 32]"
+    assert words in capsys.readouterr().err
 
 
 def test_the_numbers_are_the_nearest_and_scales_those_of_compressed_tensors(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.gguf_models import save_gguf_model
 from support.models import save_model
 from support.quantized import save_quantised
 
@@ -277,6 +278,9 @@ def test_sources_that_are_packed_already_are_refused_by_name(
     packed = save_quantised(case.source.with_name("packed"), "llama", "fp8-blocks")
     assert main(["convert", str(packed), str(case.folder), *ARGUMENTS]) == 1
     assert re.search(r"quantised already, with 'fp8'.*; convert the checkpoint", error_line(capsys))
+    gguf = save_gguf_model(case.source.with_name("model.gguf"), "llama")
+    assert main(["convert", str(gguf), str(case.folder), *ARGUMENTS]) == 1
+    assert re.search(r"model.gguf is a GGUF file.*; convert the checkpoint", error_line(capsys))
     assert not case.folder.exists()
 
 
@@ -286,7 +290,11 @@ def test_sources_that_are_packed_already_are_refused_by_name(
         ("llama", ["--to", "fp8", "--group-size", "16"], r"fp8 has one scale.*--group-size"),
         ("llama", ["--to", "int4"], r"group size, 128\); use it as it is, or give a smaller"),
         ("gpt2", ["--to", "int8"], r"no weights of linear layers"),
-        ("qwen3-moe", ["--to", "int4", "--group-size", "32"], r"expert 'model.*smaller --group"),
+        (
+            "qwen3-moe",
+            ["--to", "int4", "--group-size", "32"],
+            r"'model.*group size, 32\).*or give a smaller --group",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_a_folder_is_made(

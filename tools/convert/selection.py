@@ -184,7 +184,10 @@ class _Search:
         """Each tensor of two or more dimensions, and why it is left as it is; None if it is converted."""
         for name, info in self._tensors.items():
             if len(info.logical_shape) >= _MATRIX:
-                yield name, self._reason(name, info)
+                reason = self._reason(name, info)
+                if reason is not None:
+                    self._refuse_mixture(info, reason)
+                yield name, reason
 
     def _reason(self, name: str, info: TensorInfo) -> str | None:
         recipes = self._recipes.get(name, [])
@@ -194,8 +197,7 @@ class _Search:
         if reason is not None or len(recipes) > 1:
             return reason or _SHARED
         if self._is_expert(recipes[0]):
-            self._refuse_expert(info)
-            return None
+            return self._encoding.obstacle(info.dtype, info.shape[1])
         return self._dense_reason(info, recipes[0])
 
     def _reason_by_name(self, name: str, dimensions: int) -> str | None:
@@ -238,18 +240,19 @@ class _Search:
             for piece in recipe.pieces
         )
 
-    def _refuse_expert(self, info: TensorInfo) -> None:
-        """Refuse experts that cannot be packed: transformers reads all of a mixture packed, or none."""
-        obstacle = self._encoding.obstacle(info.dtype, info.shape[1])
-        if obstacle is not None:
+    def _refuse_mixture(self, info: TensorInfo, reason: str) -> None:
+        """Refuse what transformers puts together or splits while it loads, and may do wrongly in a model of packed weights."""
+        recipes = self._recipes.get(info.name, [])
+        if len(recipes) > 1 or any(len(recipe.sources) > 1 for recipe in recipes):
             raise ModelError(
-                f"{self._path}: expert {info.name!r} of shape {list(info.shape)} cannot be converted to "
-                f"{self._encoding.target}: {obstacle}; convert to fp8{_smaller_groups(self._encoding)}."
+                f"{self._path}: {info.name!r} of dtype {info.dtype} and shape {list(info.logical_shape)} cannot be converted "
+                f"to {self._encoding.target} ({reason}), and transformers would not load it beside weights that are; use the "
+                f"checkpoint as it is{_smaller_groups(self._encoding)}."
             )
 
 
 def _smaller_groups(encoding: Encoding) -> str:
-    return "" if encoding.group_size is None else ", or give a smaller --group-size, or channel"
+    return ", or give a smaller --group-size, or channel" if encoding.group_size else ""
 
 
 def _ignored(
