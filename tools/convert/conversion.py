@@ -186,7 +186,9 @@ def _drop_damaged(
         if done is None:
             continue
         path = _path_of(conversion.folder, shard)
-        if not (path.is_file() and is_intact(path, shard, done.checksum, advance=advance)):
+        if path.is_file() and is_intact(path, shard, done.checksum):
+            advance(shard.source_bytes)
+        else:
             del journal.finished[shard.file_name]
 
 

@@ -120,9 +120,7 @@ def write_shard(
     return _combined(checksums), {layer: LayerError(*found) for layer, found in sums.items()}
 
 
-def is_intact(
-    path: Path, shard: ConvertedShard, checksum: int, *, advance: Callable[[int], object]
-) -> bool:
+def is_intact(path: Path, shard: ConvertedShard, checksum: int) -> bool:
     """Whether ``path`` holds ``shard`` with this checksum; it is read from beginning to end."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != shard.nbytes:
@@ -135,7 +133,6 @@ def is_intact(
             while rest and (data := file.read(min(rest, _BLOCK_BYTES))):
                 found, rest = zlib.crc32(data, found), rest - len(data)
             checksums[name] = found
-    advance(shard.source_bytes)
     return _combined(checksums) == checksum
 
 
