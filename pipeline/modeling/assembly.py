@@ -33,7 +33,7 @@ from layerstream.pipeline.modeling.weight_sources import (
 )
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
-from layerstream.pipeline.planning.tiles import TILES
+from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.readers.guard import ReadGuard
 
@@ -76,6 +76,7 @@ class Assembly:
         self._checkpoint = checkpoint
         places = places_of(traced)
         self._unpacks_by_tiles = unpacks_by_tiles
+        self._tile_count = tile_count(workload.batch_size if workload else 1)
         self._packed = _packed(traced) if unpacks_by_tiles else {}
         prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
         traces = trace_execution(traced.module, prompt_pass)
@@ -174,15 +175,15 @@ class Assembly:
             if name in self._packed_linear
         ]
         weights += [group_bytes(each.packed) for each in self._experts[layer.name]]
-        return [TILES * nbytes for nbytes in weights]
+        return [self._tile_count * nbytes for nbytes in weights]
 
     def _make_tiles(self, once_bytes: int) -> Tiles | None:
         nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
         if not nbytes:
             return None
         return Tiles(
-            nbytes=nbytes // TILES,
-            count=TILES,
+            nbytes=nbytes // self._tile_count,
+            count=self._tile_count,
             threads=torch.get_num_threads(),
             once_bytes=once_bytes,
         )

@@ -14,7 +14,7 @@ from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
 from layerstream.pipeline.checkpoint.packed_form import PackedForm, packed_form
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
-from layerstream.pipeline.planning.tiles import TILES, tile_bytes
+from layerstream.pipeline.planning.tiles import tile_bytes, tile_count
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
@@ -97,6 +97,7 @@ def planned_layers(
     *,
     gathers_tables: bool = False,
     experts_on_demand: bool = False,
+    sequences: int = 1,
 ) -> tuple[PlannedLayer, ...]:
     """``layers`` with the files, offsets, dtypes and shapes of their tensors.
 
@@ -106,6 +107,7 @@ def planned_layers(
         gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
             looked up. A table that is also the head's matrix stays in the head.
         experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` on a CPU does.
+        sequences: How many requests compute at the same time.
     """
 
     def is_streamed(layer: Layer, name: str) -> bool:
@@ -137,7 +139,7 @@ def planned_layers(
                 name=layer.name,
                 kind=layer.kind,
                 tensors=tensors,
-                tile_bytes=TILES
+                tile_bytes=tile_count(sequences)
                 * max(
                     (tile_bytes(t.shape[0], t.packed.plain_bytes) for t in tensors if t.packed),
                     default=0,

@@ -147,7 +147,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         notes=_notes(problem, best),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
-        unpacked_once_bytes=problem.unpacked_once_bytes,
+        unpacked_once_bytes=problem.unpacked_once.nbytes,
         fused_tokens=problem.fused_tokens,
     )
 

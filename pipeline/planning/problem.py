@@ -14,7 +14,7 @@ from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
-from layerstream.pipeline.planning.tiles import unpacked_once_bytes
+from layerstream.pipeline.planning.tiles import SharedLayers, unpacked_once
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
@@ -125,11 +125,11 @@ class Problem:
         return rates_of(self.hardware)
 
     @cached_property
-    def unpacked_once_bytes(self) -> int:
-        """Memory for the packed weights of a layer, unpacked once for all passes of a sweep; of the scratch memory."""
+    def unpacked_once(self) -> SharedLayers:
+        """What is unpacked once for all passes of a sweep."""
         if self.running_once_bytes is not None:
-            return self.running_once_bytes
-        return unpacked_once_bytes(
+            return SharedLayers(0, self.running_once_bytes)
+        return unpacked_once(
             (layer.once_bytes for layer in self.layers if layer.once_bytes),
             sequences=0 if self.workload is None else self.workload.batch_size,
             budget_bytes=self.host_budget_bytes,

@@ -110,9 +110,9 @@ def test_auto_takes_the_kernels_that_are_measured_to_be_faster(
 
 def test_the_memory_of_tiles_is_reserved(checkpoint: Checkpoint) -> None:
     plan = plan_at(checkpoint, 1e9)
-    tile = ROWS * COLUMNS * 2  # less than 8 MiB, so it is all of a matrix
-    assert max(batch.scratch_bytes for batch in plan.batches) == 3 * tile
-    assert plan.host_memory.reserved_bytes >= 3 * tile
+    tile = ROWS * COLUMNS * 2  # less than a tile may have, so it is all of a matrix
+    assert max(batch.scratch_bytes for batch in plan.batches) == tile
+    assert plan.host_memory.reserved_bytes >= tile
 
 
 def test_the_report_says_what_stays_packed(checkpoint: Checkpoint) -> None:
