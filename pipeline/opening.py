@@ -14,6 +14,7 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.hub import resolve_model_path_async
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
+from layerstream.pipeline.machine.probe_unpacking import encodings_of
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
@@ -21,7 +22,7 @@ from layerstream.pipeline.modeling.tracing import (
     resolve_model_class,
     trace_model,
 )
-from layerstream.pipeline.planning.kernels import Kernels
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.planning.prediction import Objective
@@ -31,6 +32,7 @@ from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import finish_in_thread
 from layerstream.stages.unpack.compiling import suggest_cache_folder
+from layerstream.stages.unpack.samples import compile_kernels
 
 __all__ = ["Opening", "Options", "open_model"]
 
@@ -176,6 +178,9 @@ def _trace(
         **options.model_options,
     )
     suggest_cache_folder(user_cache_folder() / "kernels")
+    if on_cpu:
+        exact = kernels_of(options.kernels) is Kernels.EXACT
+        compile_kernels(encodings_of(checkpoint), traced.module.dtype, products=not exact)
     # A GPU gets whole layers, which transformers' operations unpack: experts and tiles in its memory are not implemented.
     return traced, Assembly(
         traced,

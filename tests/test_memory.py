@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.cgroup import memory_cgroup, run_in
 from support.models import save_model
+from support.quantized import save_quantised
 
 MIB = 1 << 20
 
@@ -83,6 +84,28 @@ def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["tokens"] == 20
     assert report["streamed"] > budget
+    assert report["added"] <= 1.05 * budget
+
+
+@pytest.mark.parametrize("quantiser", ["fp8-blocks", "int4-groups"])
+def test_a_packed_model_streams_within_its_budget(
+    tmp_path: Path, idle_bytes: int, quantiser: str
+) -> None:
+    """What compiles the kernels, and what they unpack to, count too."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    folder = save_quantised(
+        tmp_path / "model", "llama", quantiser, **sizes, vocab_size=8000, head_dim=256
+    )
+    model_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    budget = 240 * MIB
+    with memory_cgroup() as group:
+        allowed = int(idle_bytes + 1.05 * budget)
+        result = run_in(group, PROGRAM, str(folder), str(budget), limit_bytes=allowed)
+    assert result.returncode == 0, f"killed or failed in {allowed} bytes: {result.stderr[-2000:]}"
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["tokens"] == 20
+    assert report["streamed"] > 0
+    assert model_bytes > budget
     assert report["added"] <= 1.05 * budget
 
 

@@ -1,5 +1,7 @@
 """Random matrices of each encoding, to measure kernels with, or to have them compiled before they are needed."""
 
+from collections.abc import Iterable
+
 import torch
 
 from layerstream.stages.unpack.fp8 import Fp8Packing
@@ -8,7 +10,7 @@ from layerstream.stages.unpack.integers import IntPacking
 from layerstream.stages.unpack.mxfp4 import Mxfp4Packing
 from layerstream.stages.unpack.packing import Packing
 
-__all__ = ["COLUMNS", "sample"]
+__all__ = ["COLUMNS", "compile_kernels", "sample"]
 
 COLUMNS = 4096
 """Of a sample."""
@@ -41,6 +43,23 @@ def sample(encoding: str, *, rows: int) -> tuple[Packing, list[torch.Tensor]] | 
         words = _bytes(rows, COLUMNS * integers.bits // 8).view(torch.int32)
         return integers, [words, scales]
     return None
+
+
+def compile_kernels(encodings: Iterable[str], dtype: torch.dtype, *, products: bool) -> None:
+    """Load the compiler, and compile what ``encodings`` need, before memory is measured and the first token waits for it.
+
+    Args:
+        encodings: Those of a checkpoint; without a kernel, nothing is done.
+        dtype: What is unpacked to.
+        products: Also those that multiply without unpacking.
+    """
+    for encoding in encodings:
+        if (made := sample(encoding, rows=1)) is None:
+            continue
+        packing, parts = made
+        packing.unpack(parts, 0, torch.empty(1, COLUMNS, dtype=dtype))
+        if products:
+            packing.multiply(parts, 0, torch.zeros(1, COLUMNS), torch.empty(1, 1))
 
 
 def _bytes(rows: int, columns: int) -> torch.Tensor:
