@@ -14,4 +14,5 @@ check() {
 check ruff check
 check ruff format --check
 check mypy
-check pytest "$@"
+# Two processes, a file in one of them: models stream in both, and the slowest file takes a minute.
+check pytest -n 2 --dist loadfile "$@"
