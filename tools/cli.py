@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_COMMANDS = ("plan", "generate", "demo", "profile", "bench", "serve", "batch", "make-checkpoint")
+_COMMANDS = (
+    "plan",
+    "chat",
+    "generate",
+    "demo",
+    "profile",
+    "bench",
+    "serve",
+    "batch",
+    "make-checkpoint",
+)
 
 # A shell's exit code for a process that SIGPIPE ended.
 _BROKEN_PIPE = 141
