@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.pipeline.machine.measurement import Input, Origin
+from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
@@ -137,9 +138,11 @@ class _Chat:
     def _welcome(self) -> str:
         plan = self._model.model.plan
         step = plan.prediction.decode.seconds
-        reads = format_bytes(plan.disk_bytes_per_sweep + plan.expert_bytes_per_step)
+        size = format_bytes(plan.disk_bytes_per_sweep + plan.expert_bytes_per_step)
+        mapped = plan.reader is ReaderKind.MMAP
+        reads = f"reads {size}{' in mapped files' if mapped else ''}"
         return (
-            f"{self._name}: every token reads {reads}, and is expected to take {format_seconds(step)}"
+            f"{self._name}: every token {reads}, and is expected to take {format_seconds(step)}"
             f"{_doubt(plan.inputs)}.\n/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends."
         )
 
