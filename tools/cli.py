@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 _COMMANDS = (
     "plan",
+    "chat",
     "generate",
     "demo",
     "profile",

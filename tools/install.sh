@@ -14,9 +14,9 @@ if [[ ! -x $venv/bin/python ]]; then
     echo "== making a virtual environment in $venv" >&2
     "${PYTHON:-python3}" -m venv "$venv" >&2
 fi
-# The names of the modules count too: a strict editable install does not see a new file by itself.
+# The names of the modules and of the page's files count too: a strict editable install does not see a new file by itself.
 stamp=$venv/layerstream-$extras.installed
-state=$(echo "$root"; cat pyproject.toml constraints.txt; find pipeline stages tools -name '*.py' | sort)
+state=$(echo "$root"; cat pyproject.toml constraints.txt; find pipeline stages tools \( -name '*.py' -o -path '*/page/*' \) | sort)
 if [[ $(cat "$stamp" 2>/dev/null) != "$state" ]] ||
     ! "$venv/bin/python" -c 'import layerstream.stages.errors' 2>/dev/null; then
     echo "== installing layerstream[$extras] (the first time takes minutes)" >&2

@@ -93,7 +93,7 @@ def _size_text(nbytes: int) -> str:
 def _budget_in_bytes(problem: Problem, best: PricedCandidate) -> Budget:
     """The budgets in bytes, so that they can be increased."""
     host, device = best.memory
-    # Without a host budget the page cache is used as well; setting one would forbid that.
+    # Mapped files without a host budget take none: there is nothing to increase.
     cached = best.placement.reader is ReaderKind.MMAP and problem.budget.host is None
     return Budget(
         host=None if cached else host.budget_bytes,

@@ -32,8 +32,6 @@ _MOST_BATCH_BYTES = 1 << 30
 # Times that differ by less than this share are equal; a larger one if the time of computation is not known.
 _EQUAL_SHARE = 0.01
 _EQUAL_SHARE_WITHOUT_COMPUTE = 0.1
-# With a host budget, the page cache is expected to keep the files only if it holds this share of them now.
-_CACHED_SHARE = 0.9
 # Workspaces of cuBLAS: 32 MiB on current GPUs for each of the two streams that may compute. Assumed.
 _VRAM_FIXED_BYTES = 64 << 20
 # Stacks of our threads, queues, and the tables of a few thousand tensors.
@@ -45,7 +43,8 @@ _KV_LAYERS_ON_DEVICE = 2
 def search(problem: Problem) -> list[PricedCandidate]:
     """All candidates for ``problem`` that fit: the best one first, the others by their time.
 
-    Of equally fast ones, those with residents come first, then three slots, then the fewest bytes from disk.
+    Of equally fast ones, those with residents come first, then three slots, then the fewest bytes from disk. The best one is
+    chosen as if no file was in the page cache, so that an equal problem has one answer; predictions are for what it holds.
 
     Raises:
         PlanError: None fits.
@@ -73,7 +72,17 @@ class _Search:
         limit = eligible[0].prediction.request_seconds * (1 + tolerance)
         equal = [each for each in eligible if each.prediction.request_seconds <= limit]
         best = min(equal, key=lambda candidate: candidate.preference)
-        return [best, *(candidate for candidate in found if candidate is not best)]
+        others = [self._priced_now(each) for each in found if each is not best]
+        others.sort(key=lambda candidate: candidate.prediction.request_seconds)
+        return [self._priced_now(best), *others]
+
+    def _priced_now(self, candidate: PricedCandidate) -> PricedCandidate:
+        """``candidate`` with predictions for what the page cache holds now."""
+        cached_bytes = self._problem.hardware.cached_bytes
+        if not cached_bytes or candidate.placement.reader is not ReaderKind.MMAP:
+            return candidate
+        cost_model = self._cost_model(cached_bytes=cached_bytes)
+        return dataclasses.replace(candidate, prediction=cost_model.predict(candidate.placement))
 
     def _fitting(self) -> list[PricedCandidate]:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
@@ -232,20 +241,14 @@ class _Search:
         return MemoryBytes(spare, 0) if self._problem.on_cpu else MemoryBytes(0, spare)
 
     def _page_cache_bytes(self, placer: Placer, batches: Sequence[LayerBatch]) -> int:
-        """Memory for files in the page cache.
+        """Memory for files in the page cache: all that is free besides what the plan takes.
 
-        A host budget is meant to include the page cache. So with one, only files cached already count, and only if they
-        are almost all.
+        A budget bounds what the process itself holds, and the kernel gives page cache back to whoever needs memory.
         """
-        hardware = self._problem.hardware
-        available = int(hardware.host_available_bytes * (1 - MARGIN))
-        needed = sum(batch.read_bytes for batch in batches)
-        budgeted = self._problem.budget.host is not None
-        if budgeted and hardware.cached_bytes < _CACHED_SHARE * needed:
-            return 0
+        available = int(self._problem.hardware.host_available_bytes * (1 - MARGIN))
         return max(0, available - placer.need(batches, placer.arenas(batches, 1)).host)
 
-    def _cost_model(self) -> CostModel:
+    def _cost_model(self, *, cached_bytes: int = 0) -> CostModel:
         problem = self._problem
         return CostModel(
             layers={layer.name: layer for layer in problem.layers},
@@ -258,7 +261,7 @@ class _Search:
             workload=problem.workload,
             objective=problem.objective,
             throttle_bytes_per_second=problem.throttle_bytes_per_second,
-            cached_bytes=problem.hardware.cached_bytes,
+            cached_bytes=cached_bytes,
         )
 
     def _least_need(self, placer: Placer) -> MemoryBytes:

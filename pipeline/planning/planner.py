@@ -25,6 +25,7 @@ from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.errors import PlanError
+from layerstream.stages.text import format_seconds
 
 __all__ = ["make_plan"]
 
@@ -62,8 +63,8 @@ def make_plan(
         objective: "latency" counts the first sweep, "throughput" only what repeats.
         layers: What to stream, in execution order; by default all tensors, grouped by their names.
         memory: Of the workload, if it was measured; by default it is estimated from config.json.
-        reader: "direct", "mmap" or "throttled"; by default the faster of the first two. With a host budget, the page
-            cache is expected to hold what it holds now, and no more.
+        reader: "direct", "mmap" or "throttled"; by default the faster of the first two, whatever the page cache holds now:
+            memory that is free besides the plan can hold mapped files, also with a host budget.
         throttle_bytes_per_second: The rate of the throttled reader.
         layer_batch_size: Blocks per layer batch, instead of the planner's choice.
         slots: On the host and on the device each, instead of the planner's choice.
@@ -144,7 +145,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         ),
         candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
-        notes=_notes(problem, best),
+        notes=_notes(problem, candidates),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
         unpacked_once_bytes=problem.unpacked_once.nbytes,
@@ -182,11 +183,31 @@ def _memory(
     return estimate_memory(checkpoint.config, workload)
 
 
-def _notes(problem: Problem, best: PricedCandidate) -> tuple[str, ...]:
+def _reader_note(candidates: Sequence[PricedCandidate]) -> str | None:
+    """Which reader was taken, and what the other would have given; None if that is no question."""
+    best = candidates[0]
+    others = (each for each in candidates if each.placement.reader is not best.placement.reader)
+    other = next(others, None)
+    mapped = best.placement.reader is ReaderKind.MMAP
+    if other is None:
+        return "the files are mapped: computation reads them in the page cache" if mapped else None
+    seconds = format_seconds(other.prediction.decode.seconds)
+    request = format_seconds(other.prediction.request_seconds)
+    why = (
+        "are mapped, since free memory beside the budget can hold them, whether it does so now or not; read directly"
+        if mapped and best.placement.on_cpu
+        else "are mapped; read directly"
+        if mapped
+        else "are read directly; mapped"
+    )
+    return f"the files {why}, a sweep would take {seconds}, and a request {request}"
+
+
+def _notes(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[str, ...]:
     """Assumptions, and explanations of the plan."""
-    notes = []
-    if best.placement.reader is ReaderKind.MMAP and problem.reader is None:
-        notes.append("the files are mapped: computation reads them in the page cache")
+    notes, best = list[str](), candidates[0]
+    if problem.reader is None and (note := _reader_note(candidates)) is not None:
+        notes.append(note)
     if not problem.mappable:
         notes.append(
             "the files are read directly: the address space (ulimit -v) cannot hold a mapping of them"

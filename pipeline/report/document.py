@@ -1,21 +1,47 @@
 """A report as data, and its rendering: plain text for a terminal, or Markdown."""
 
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from layerstream.stages.text import format_table
 
-__all__ = ["Block", "Drawing", "Facts", "Section", "Sentences", "Table", "as_markdown", "as_text"]
+__all__ = [
+    "Bar",
+    "Block",
+    "Drawing",
+    "Facts",
+    "Section",
+    "Sentences",
+    "Table",
+    "as_markdown",
+    "as_text",
+]
 
 _SENTENCE_COLUMNS = 96
+_BAR_COLUMNS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """The parts of a whole as a bar, and in words."""
+
+    shares: Mapping[str, float]
+    text: str
+
+    def __str__(self) -> str:
+        drawn, total = "", 0.0
+        for name, share in self.shares.items():
+            total += share
+            drawn = drawn.ljust(round(_BAR_COLUMNS * total), name[0])
+        return f"[{drawn:.<{_BAR_COLUMNS}}] {self.text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Pairs of a label and a value, one per line."""
 
-    pairs: Sequence[tuple[str, str]]
+    pairs: Sequence[tuple[str, str | Bar]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +55,13 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Preformatted lines, whose characters are aligned."""
+    """Preformatted lines, whose characters are aligned; or where it can be drawn, cells of several kinds."""
 
     lines: Sequence[str]
+    cells: Sequence[tuple[str, str]] = ()
+    """The kind of each cell, and its title."""
+    legend: Mapping[str, str] = field(default_factory=dict)
+    """What each kind means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +119,7 @@ def _markdown(section: Section) -> Iterator[str]:
     for block in section.blocks:
         match block:
             case Facts(pairs=pairs):
-                yield "\n".join(f"- **{label}**: {_escaped(value)}" for label, value in pairs)
+                yield "\n".join(f"- **{label}**: {_escaped(str(value))}" for label, value in pairs)
             case Table(columns=columns, rows=rows, left=left):
                 ruler = [":---" if column in left else "---:" for column in range(len(columns))]
                 yield "\n".join(map(_row, (columns, ruler, *rows)))

@@ -11,6 +11,7 @@ from layerstream.pipeline.machine.measurement import Origin
 from layerstream.pipeline.planning.plan import MemoryUse, Plan, ReaderKind
 from layerstream.pipeline.planning.prediction import Objective, SweepPrediction
 from layerstream.pipeline.report.document import (
+    Bar,
     Block,
     Drawing,
     Facts,
@@ -19,22 +20,25 @@ from layerstream.pipeline.report.document import (
     as_markdown,
     as_text,
 )
+from layerstream.pipeline.report.html import as_html
+from layerstream.pipeline.report.layer_map import LayerPlace, legend, memory_parts, place_of
 from layerstream.pipeline.report.plan_reasons import reasons
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.text import format_bytes, format_seconds
 
-__all__ = ["describe_plan", "report_plan", "summarize_plan"]
+__all__ = ["describe_plan", "html_report", "report_plan", "summarize_plan"]
 
-_BAR_COLUMNS = 10
 _MAP_COLUMNS = 76
 
-_LEGEND = {
-    ".": "read in every sweep",
-    "+": "in VRAM while decoding",
-    "*": "in RAM while decoding",
-    "h": "stays in host RAM",
-    "d": "stays in VRAM",
-}
+
+def _mark(plan: Plan, batch: LayerBatch) -> str:
+    on_cpu = plan.device_memory is None
+    return {
+        LayerPlace.DISK: ".",
+        LayerPlace.DECODING: "*" if on_cpu else "+",
+        LayerPlace.HOST: "h",
+        LayerPlace.DEVICE: "d",
+    }[place_of(plan, batch)]
 
 
 def describe_plan(plan: Plan) -> str:
@@ -46,6 +50,12 @@ def report_plan(plan: Plan, *, markdown: bool = False) -> str:
     """The decision and its reasons, with everything that is needed to check it by hand."""
     sections = [_decision(plan), *reasons(plan)]
     return as_markdown(sections) if markdown else as_text(sections)
+
+
+def html_report(plan: Plan, *, style: str) -> str:
+    """The same as ``report_plan`` as one HTML page, with ``style`` for its look."""
+    sections = [_decision(plan), *reasons(plan)]
+    return as_html(sections, title=f"layerstream plan: {plan.checkpoint}", style=style)
 
 
 def summarize_plan(plan: Plan) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def _decision(plan: Plan) -> Section:
     blocks: list[Block] = [
         Facts(pairs=list(_facts(plan))),
         Facts(pairs=list(_memory_facts(plan))),
-        Drawing(lines=list(_layer_map(plan))),
+        _layer_drawing(plan),
         Table(columns=_TIME_COLUMNS, rows=list(_time_rows(plan)), left=(0, len(_TIME_COLUMNS) - 1)),
         Facts(pairs=list(_speed_facts(plan))),
     ]
@@ -147,7 +157,7 @@ def _experts(plan: Plan) -> str:
     )
 
 
-def _memory_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+def _memory_facts(plan: Plan) -> Iterator[tuple[str, str | Bar]]:
     if plan.device_memory is not None:
         yield "VRAM", _memory_bar(plan.device_memory)
     yield "host RAM", _memory_bar(plan.host_memory)
@@ -167,22 +177,30 @@ def _slots(plan: Plan) -> str:
     )
 
 
-def _memory_bar(memory: MemoryUse) -> str:
-    parts = {
-        "slots": memory.arena_bytes,
-        "residents": memory.resident_bytes,
-        "experts": memory.expert_bytes,
-        "workload": memory.reserved_bytes,
-    }
-    if not memory.expert_bytes:
-        del parts["experts"]
-    bar, total = "", 0
-    for name, nbytes in parts.items():
-        total += nbytes
-        bar = bar.ljust(round(_BAR_COLUMNS * total / memory.budget_bytes), name[0])
+def _memory_bar(memory: MemoryUse) -> Bar:
+    parts = memory_parts(memory)
     sizes = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
     used, budget = format_bytes(memory.used_bytes), format_bytes(memory.budget_bytes)
-    return f"[{bar:.<{_BAR_COLUMNS}}] {used} of {budget}: {sizes}"
+    return Bar(
+        shares={name: nbytes / memory.budget_bytes for name, nbytes in parts.items()},
+        text=f"{used} of {budget}: {sizes}",
+    )
+
+
+def _layer_drawing(plan: Plan) -> Drawing:
+    meanings = legend(plan)
+    cells = [
+        (
+            str(place_of(plan, batch)),
+            f"{batch.label}: {format_bytes(batch.read_bytes)}, {meanings[place_of(plan, batch)]}",
+        )
+        for batch in plan.batches
+    ]
+    return Drawing(
+        lines=list(_layer_map(plan)),
+        cells=cells,
+        legend={str(place): meaning for place, meaning in meanings.items()},
+    )
 
 
 def _layer_map(plan: Plan) -> Iterator[str]:
@@ -199,16 +217,9 @@ def _layer_map(plan: Plan) -> Iterator[str]:
         row = row[_MAP_COLUMNS:]
     yield row
     yield f"one mark per layer{', layer batches apart' if gap else ''}"
-    drawn = {mark for group in groups for mark in group}
-    yield "; ".join(f"{mark} {meaning}" for mark, meaning in _LEGEND.items() if mark in drawn)
-
-
-def _mark(plan: Plan, batch: LayerBatch) -> str:
-    on_cpu = plan.device_memory is None
-    if batch.streamed:
-        decode_resident = batch.index in plan.decode_residents
-        return ("*" if on_cpu else "+") if decode_resident else "."
-    return "d" if batch.device_resident and not on_cpu else "h"
+    meanings = legend(plan)
+    drawn = {place_of(plan, batch): _mark(plan, batch) for batch in plan.batches}
+    yield "; ".join(f"{drawn[place]} {meanings[place]}" for place in LayerPlace if place in drawn)
 
 
 _TIME_COLUMNS = ("predicted", "time", "read", "transfer", "compute", "hand-offs", "held back by")

@@ -37,6 +37,37 @@ def test_the_objective_decides_whether_loading_residents_is_worth_while():
     )
 
 
+@pytest.mark.parametrize(("free", "reader"), [(1024, "mmap"), (70, "direct")])
+def test_an_equal_question_has_one_answer_whatever_the_page_cache_holds(free, reader):
+    sizes = [2 * MIB, *[4 * MIB] * 16, 2 * MIB]
+    hardware = dataclasses.replace(
+        CPU,
+        host_available_bytes=free * MIB,
+        disk_bytes_per_second=1e8,
+        mmap_bytes_per_second=0.7e8,
+        compute=(ComputeRate(tokens=1, bytes_per_second=1e10),),
+    )
+    plans = [
+        plan_of(
+            sizes,
+            dataclasses.replace(hardware, cached_bytes=share * sum(sizes) // 10),
+            host=40 * MIB,
+            workload=Workload(prompt_tokens=8, new_tokens=64),
+            reader=None,
+        )
+        for share in (0, 5, 9, 10)
+    ]
+    assert {plan.reader for plan in plans} == {reader}
+    assert len({(plan.batches, plan.host_slots, plan.decode_residents) for plan in plans}) == 1
+    other = "read directly" if reader == "mmap" else "mapped"
+    for plan in plans:
+        (note,) = (note for note in plan.notes if f"; {other}, a sweep would take" in note)
+        assert "and a request" in note
+    first = [plan.prediction.first.seconds for plan in plans]
+    assert first == sorted(first, reverse=True)  # what is cached need not be read
+    assert (first[-1] < first[0] / 2) == (reader == "mmap")
+
+
 def test_files_that_the_address_space_cannot_hold_are_read_directly_and_the_plan_says_so():
     sizes = [2 * MIB, *[4 * MIB] * 8, 2 * MIB]
     common = {"workload": Workload(), "reader": None}

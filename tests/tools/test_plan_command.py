@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 WITHOUT_TRANSFORMERS = """
 import sys
+from html import escape
 for name in ("transformers", "huggingface_hub", "safetensors.torch"):
     sys.modules[name] = None  # importing it raises ImportError
 from layerstream.tools.cli import main
@@ -114,6 +117,35 @@ def test_markdown_has_headings_and_tables(model: Path, capsys: pytest.CaptureFix
     assert text.count("\n## ") == 4
     assert "| --- " not in text
     assert "| :--- | ---: |" in text
+
+
+def test_the_report_as_one_page_needs_nothing_else(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "plan.html"
+    text = printed(capsys, model, "--device", "cpu", "--html", str(page))
+    html = page.read_text(encoding="utf-8")
+    plan = Plan.from_json(
+        json.dumps(json.loads(printed(capsys, model, "--device", "cpu", "--json"))["plan"])
+    )
+    assert html.count("<i class=") == len(plan.batches)
+    assert html.count('class="bar"') == 1
+    for title in (line for line in text.splitlines() if line and not line.startswith(" ")):
+        assert escape(title) in html
+    assert re.search(r"default-src 'none'; style-src 'unsafe-inline'", html)
+    assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?:", html)
+
+
+def test_the_page_of_a_plan_shows_names_of_a_checkpoint_as_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "<b>&amp;"
+    shutil.copytree(model, folder)
+    page = tmp_path / "plan.html"
+    printed(capsys, folder, "--device", "cpu", "--html", str(page))
+    html = page.read_text(encoding="utf-8")
+    assert "<b>" not in html
+    assert "&lt;b&gt;&amp;amp;" in html
 
 
 def test_the_report_says_that_this_machines_memory_was_measured(

@@ -101,7 +101,7 @@ async def _choose(
 ) -> _Choices:
     """Look at the machine and the requests, and choose how many are answered at once."""
     from layerstream.pipeline import Checkpoint, Hardware, Workload, make_plan
-    from layerstream.tools.serving.limits import context_in
+    from layerstream.tools.running.context import context_in
 
     checkpoint = await Checkpoint.open_async(path)
     prompt_tokens, new_tokens = await asyncio.to_thread(

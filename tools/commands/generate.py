@@ -6,7 +6,10 @@ import json
 import logging
 import sys
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
+from layerstream.stages.errors import ModelError
 from layerstream.tools.console.arguments import (
     MODEL_HELP,
     add_generation_arguments,
@@ -16,6 +19,7 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.progress import waiting
 from layerstream.tools.console.token_text import TerminalText, load_tokenizer, prompt_ids
+from layerstream.tools.running.conversation import chat_token_ids
 from layerstream.tools.running.generation import stream_tokens
 from layerstream.tools.running.read_ahead import reading_ahead
 from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
@@ -35,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompt-ids", type=token_ids, metavar="1,2,3", help="the same as token ids"
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says: the model's chat template is applied to it",
+    )
     add_generation_arguments(parser, max_new_tokens=64)
     add_speculation_argument(parser)
     add_model_arguments(parser)
@@ -43,8 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    if args.chat and args.prompt_ids:
+        raise ModelError(
+            "--chat applies a template to the text of --prompt; leave out --prompt-ids."
+        )
     with reading_ahead(args):
         return _generate(args)
+
+
+def _prompt(tokenizer: Any | None, args: argparse.Namespace, path: Path) -> list[int]:
+    if not args.chat:
+        return prompt_ids(tokenizer, args.prompt, path)
+    messages = [{"role": "user", "content": args.prompt}]
+    return chat_token_ids(tokenizer, messages, path=path)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -53,7 +73,7 @@ def _generate(args: argparse.Namespace) -> int:
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
     path = resolve_model_path(args.model)
     tokenizer = load_tokenizer(path)
-    prompt = args.prompt_ids or prompt_ids(tokenizer, args.prompt, path)
+    prompt = args.prompt_ids or _prompt(tokenizer, args, path)
     text = TerminalText(tokenizer)
     pieces: list[str] = []
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerstream.stages.text import format_bytes
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from layerstream.pipeline.planning.what_if import WhatIf
 
 __all__ = ["HELP", "add_arguments", "run"]
+
+# The page of the service looks the same.
+_LOOK = Path(__file__).parent.parent / "serving" / "page" / "look.css"
 
 HELP = "say how a model would be streamed, how fast that is, and why, before anything runs"
 
@@ -64,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="measure this machine again, whatever is known of it"
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the report as one page that needs nothing else, too",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     add_output_arguments(parser)
 
@@ -73,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from layerstream.pipeline import Budget, Checkpoint
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
     from layerstream.pipeline.planning.what_if import WhatIf
-    from layerstream.pipeline.report.plan_report import report_plan, summarize_plan
+    from layerstream.pipeline.report.plan_report import html_report, report_plan, summarize_plan
     from layerstream.stages.devices.lookup import missing_device
 
     budget = Budget(vram=args.vram, host=args.host)
@@ -86,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(resolve_model_path(args.model))
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
     plan = _plan(checkpoint, hardware, budget, what_if, args=args)
+    if args.html is not None:
+        args.html.write_text(html_report(plan, style=_LOOK.read_text("utf-8")), encoding="utf-8")
     if args.json:
         print(json.dumps({"summary": summarize_plan(plan), "plan": json.loads(plan.to_json())}))
     else:

@@ -82,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by which clients may address it (default: names of this machine on 127.0.0.1, any elsewhere)",
     )
     parser.add_argument(
+        "--no-page", action="store_true", help="leave out the page for browsers at /"
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
     )
     add_speculation_argument(parser)
@@ -192,6 +195,7 @@ def _settings(path: Path, template: str | None, args: argparse.Namespace) -> "Se
         response_template=_json(args.response_template),
         pooling=read_pooling(path if path.is_dir() else path.parent),
         speculation=load_speculation(args.speculate, device=args.device),
+        page=not args.no_page,
         strict=args.strict,
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),

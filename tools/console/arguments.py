@@ -86,8 +86,10 @@ def positive_float(text: str) -> float:
     return number
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """Add the number of new tokens, and how they are sampled."""
+def add_generation_arguments(
+    parser: argparse.ArgumentParser, *, max_new_tokens: int, greedy: bool = True
+) -> None:
+    """Add the number of new tokens, and how they are sampled: greedily by default, or else as the model's settings say."""
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
@@ -97,13 +99,18 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--greedy", action="store_true", help="always the likeliest token (the default)"
+        "--greedy",
+        action="store_true",
+        help=f"always the likeliest token{' (the default)' if greedy else '; by default as generation_config.json says'}",
     )
     choice.add_argument(
         "--temperature", type=positive_float, metavar="T", help="draw tokens, at this temperature"
     )
     parser.add_argument(
-        "--seed", type=non_negative_int, default=0, help="of drawn tokens (default: 0)"
+        "--seed",
+        type=non_negative_int,
+        default=0 if greedy else None,
+        help=f"of drawn tokens (default: {0 if greedy else 'any'})",
     )
 
 

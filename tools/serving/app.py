@@ -23,6 +23,7 @@ from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
+from layerstream.tools.serving.machine_state import MachineState
 from layerstream.tools.serving.messages_api import MessagesBuilder, MessagesRequest
 from layerstream.tools.serving.monitoring import Traced
 from layerstream.tools.serving.prompts import Prompts
@@ -30,6 +31,7 @@ from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.request_body import read_request
 from layerstream.tools.serving.responses_api import ResponsesBuilder, ResponsesRequest
 from layerstream.tools.serving.settings import Settings
+from layerstream.tools.serving.web_page import page_file, page_index
 
 __all__ = ["make_answers", "make_app"]
 
@@ -73,6 +75,13 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     ``app.state.answers.stop()`` ends running requests; ``layerstream serve`` calls it when it shuts down.
     """
     answers, prompts, limits = make_answers(model, tokenizer, settings)
+    machine = MachineState(
+        model,
+        name=settings.model_name,
+        max_answers=settings.max_answers,
+        open_answers=lambda: answers.open,
+        trouble=lambda: _trouble(answers, settings),
+    )
     routes = Routes(answers, prompts, limits, settings)
     app = FastAPI(
         title="layerstream", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
@@ -86,6 +95,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     read_only: dict[str, Any] = {"methods": ["GET", "HEAD"], "response_model": None}
     api.add_api_route("/models", routes.models, **read_only)
     api.add_api_route("/models/{name:path}", routes.model, **read_only)
+    api.add_api_route("/machine", machine.respond, **read_only)
     api.add_api_route("/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/completions", routes.complete, methods=["POST"], response_model=None)
     api.add_api_route("/embeddings", routes.embed, methods=["POST"], response_model=None)
@@ -94,7 +104,19 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     app.include_router(api)
     app.add_api_route("/health", routes.health, **read_only)
     app.add_api_route("/metrics", routes.metrics, **read_only)
+    if settings.page:
+        app.add_api_route("/", page_index, **read_only)
+        app.add_api_route("/page/{name}", page_file, **read_only)
     return app
+
+
+def _trouble(answers: Answers, settings: Settings) -> str | None:
+    """What is wrong with the service in a sentence; None if nothing is."""
+    if answers.failure is not None:
+        return answers.failure
+    if (seconds := answers.movement.still_seconds()) > settings.stall_seconds:
+        return f"Requests run, but nothing has moved for {seconds:.0f} s."
+    return None
 
 
 _AnyRequest = TypeVar(
@@ -159,12 +181,10 @@ class Routes:
 
     async def health(self) -> Response:
         """Report whether requests can be answered."""
-        if self._answers.failure is not None:
-            return JSONResponse({"status": "failed", "message": self._answers.failure}, 503)
-        if (seconds := self._answers.movement.still_seconds()) > self._settings.stall_seconds:
-            message = f"Requests run, but nothing has moved for {seconds:.0f} s."
-            return JSONResponse({"status": "stalled", "message": message}, 503)
-        return JSONResponse({"status": "ok"})
+        if (message := _trouble(self._answers, self._settings)) is None:
+            return JSONResponse({"status": "ok"})
+        status = "stalled" if self._answers.failure is None else "failed"
+        return JSONResponse({"status": status, "message": message}, 503)
 
     async def metrics(self) -> Response:
         """Return counters and gauges for Prometheus."""

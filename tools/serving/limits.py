@@ -1,15 +1,15 @@
 """How many tokens a request may have: by the model's context, and by the memory for requests."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from layerstream.pipeline import AdmissionError, StreamedModel
+from layerstream.tools.running.context import context_in
 from layerstream.tools.serving.errors import ApiError
 
-__all__ = ["Limits", "context_in"]
+__all__ = ["Limits"]
 
 # Pieces of a prompt have at least 32 tokens, so this is the longest prompt that is never divided.
 _IN_ONE_PIECE = 62
@@ -95,11 +95,3 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def context_in(config: Mapping[str, Any]) -> int | None:
-    """The maximum number of tokens, prompt and answer together, by a model's config.json; None if it does not tell."""
-    config = config.get("text_config") or config
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = (config.get(name) for name in names)
-    return next((number for number in found if isinstance(number, int) and number > 0), None)

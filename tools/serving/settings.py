@@ -37,6 +37,8 @@ class Settings:
     """Replaces the model's own."""
     speculation: Speculation | None = None
     """How tokens are guessed; None for one token in each sweep."""
+    page: bool = True
+    """Serve the page at ``/``."""
     strict: bool = False
     """Refuse fields that are unknown, instead of ignoring them."""
     hosts: frozenset[str] | None = None

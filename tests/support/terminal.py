@@ -1,0 +1,95 @@
+"""A command in a pseudo-terminal: what a user types and sees."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["Terminal", "in_terminal"]
+
+_TIMEOUT_SECONDS = 60  # for operations of a second, on a busy machine
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+class Terminal:
+    """The user's side of the terminal."""
+
+    def __init__(self, descriptor: int, process: subprocess.Popen[bytes]) -> None:
+        self._descriptor = descriptor
+        self._raw = b""
+        self._seen = 0  # characters of ``text`` up to the latest match
+        self.process = process
+
+    @property
+    def text(self) -> str:
+        """All that was shown, without control sequences."""
+        return _CONTROLS.sub("", self._raw.decode(errors="replace"))
+
+    def type(self, text: str) -> None:
+        r"""Type ``text``; "\x03" is Ctrl-C, "\x04" Ctrl-D."""
+        os.write(self._descriptor, text.encode())
+
+    def expect(self, pattern: str) -> re.Match[str]:
+        """Wait until what comes after the last match matches ``pattern``."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while (found := re.compile(pattern).search(self.text, self._seen)) is None:
+            assert self._read(deadline), f"no {pattern!r} in {self.text[self._seen :]!r}"
+        self._seen = found.end()
+        return found
+
+    def end(self) -> int:
+        """Wait until the command has ended; returns its exit code."""
+        while self._read(time.monotonic() + _TIMEOUT_SECONDS):
+            pass
+        return self.process.wait(_TIMEOUT_SECONDS)
+
+    def _read(self, deadline_seconds: float) -> bool:
+        """Read what is shown next; returns False at the end, and if nothing comes in time."""
+        left = max(0.0, deadline_seconds - time.monotonic())
+        if not select.select([self._descriptor], [], [], left)[0]:
+            return False
+        try:
+            more = os.read(self._descriptor, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            return False
+        self._raw += more
+        return bool(more)
+
+
+@contextmanager
+def in_terminal(*arguments: str | Path, program: str | None = None) -> Iterator[Terminal]:
+    """Run the ``layerstream`` command, or ``program`` with these arguments, in a terminal during the block."""
+    ours, theirs = pty.openpty()
+    code = program or "import sys; from layerstream.tools.cli import main; sys.exit(main())"
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=_take_terminal,  # noqa: PLW1509 - no threads of the child exist yet
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm", "COLUMNS": "200"},
+        )
+    finally:
+        os.close(theirs)
+    try:
+        yield Terminal(ours, process)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _take_terminal() -> None:
+    """Make stdin the terminal from which Ctrl-C comes."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
