@@ -190,8 +190,8 @@ class _Search:
         if not blocks:
             return [1]
         typical = max(blocks[len(blocks) // 2], 1)
-        most = min(len(blocks), max(_MOST_BATCH_BYTES // typical, 1))
-        most = min(most, self._problem.unpacked_once.layers or most)
+        most = self._problem.unpacked_once.layers or len(blocks)
+        most = min(most, len(blocks), max(_MOST_BATCH_BYTES // typical, 1))
         return sorted({min(size, most) for size in _SIZES})
 
     def _priced(
@@ -241,10 +241,7 @@ class _Search:
         return MemoryBytes(spare, 0) if self._problem.on_cpu else MemoryBytes(0, spare)
 
     def _page_cache_bytes(self, placer: Placer, batches: Sequence[LayerBatch]) -> int:
-        """Memory for files in the page cache: all that is free besides what the plan takes.
-
-        A budget bounds what the process itself holds, and the kernel gives page cache back to whoever needs memory.
-        """
+        """Memory for files in the page cache: all that is free; a budget bounds what the process itself holds."""
         available = int(self._problem.hardware.host_available_bytes * (1 - MARGIN))
         return max(0, available - placer.need(batches, placer.arenas(batches, 1)).host)
 

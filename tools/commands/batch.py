@@ -152,6 +152,7 @@ async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.
         budget=budget,
         workload=choices.workload,
         reader=args.reader,
+        kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         max_requests=at_once,
         objective="throughput",
