@@ -44,6 +44,7 @@ class Tiles:
         self._free: list[torch.Tensor] = []
         self._left = count
         self._changed = threading.Condition()
+        self._held = threading.local()
         self._threads = threads
         self._executor = (
             ThreadPoolExecutor(threads - 1, "layerstream-unpack") if threads > 1 else None
@@ -51,7 +52,13 @@ class Tiles:
 
     @contextmanager
     def tile(self) -> Iterator[torch.Tensor]:
-        """A tile, uint8 ``[nbytes]``; the memory is made when it is first needed, and kept."""
+        """A tile, uint8 ``[nbytes]``; the memory is made when it is first needed, and kept.
+
+        A thread that has one and asks for another gets it for the occasion: waiting, it might wait for itself.
+        """
+        if getattr(self._held, "one", False):
+            yield torch.empty(self.nbytes, dtype=torch.uint8)
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._left)
             if self._free:
@@ -59,9 +66,11 @@ class Tiles:
             else:
                 self._left -= 1
                 memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._held.one = True
         try:
             yield memory
         finally:
+            self._held.one = False
             with self._changed:
                 self._free.append(memory)
                 self._changed.notify()
@@ -231,7 +240,8 @@ def _linear(
     if not isinstance(weight, PackedWeight) or weight._tiles is None:  # noqa: SLF001
         return nn.functional.linear(inputs, weight, bias)
     rows, tiles = weight._rows, weight._tiles  # noqa: SLF001
-    if inputs.numel() <= weight._fused_tokens * rows.columns:  # noqa: SLF001
+    fits = inputs.shape[-1:] == (rows.columns,) and inputs.dtype == rows.dtype
+    if fits and inputs.numel() <= weight._fused_tokens * rows.columns:  # noqa: SLF001
         return weight._multiplied(inputs, bias)  # noqa: SLF001
     if (plain := weight._unpacked_once()) is not None:  # noqa: SLF001
         return nn.functional.linear(inputs, plain, bias)

@@ -1,0 +1,83 @@
+"""Tiles are shared by computations, and packed weights fail as plain ones do."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support.loop import run
+from support.quantized import save_quantised
+
+from layerstream.pipeline import StreamedModel
+from layerstream.pipeline.modeling.packed_weight import Tiles
+
+
+def test_as_many_computations_as_there_are_tiles_run_at_once_and_others_wait() -> None:
+    tiles = Tiles(nbytes=64, count=2, threads=1)
+    began, go_on = [threading.Event() for _ in range(3)], threading.Event()
+
+    def compute(number: int) -> None:
+        with tiles.tile() as memory:
+            assert memory.numel() == 64
+            began[number].set()
+            go_on.wait(10)
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(3)]
+    for thread in threads[:2]:
+        thread.start()
+    assert all(event.wait(10) for event in began[:2])
+    threads[2].start()
+    assert not began[2].wait(0.05)
+    go_on.set()
+    assert began[2].wait(10)
+    for thread in threads:
+        thread.join(10)
+    tiles.close()
+
+
+def test_a_thread_that_has_the_only_tile_gets_another_instead_of_waiting_for_itself() -> None:
+    tiles = Tiles(nbytes=64, count=1, threads=1)
+    with tiles.tile() as one, tiles.tile() as other:
+        assert one.data_ptr() != other.data_ptr()
+    with tiles.tile() as again:
+        assert again.data_ptr() == one.data_ptr()
+    tiles.close()
+
+
+def test_an_error_in_any_thread_that_unpacks_reaches_the_caller_after_all_have_ended() -> None:
+    tiles = Tiles(nbytes=64, count=1, threads=3)
+    ended = []
+
+    def work(begin: int, _end: int) -> None:
+        if begin:
+            raise ValueError(f"from {begin}")
+        ended.append(begin)
+
+    with pytest.raises(ValueError, match="from"):
+        tiles.share(300, work, least=64)
+    assert ended == [0]
+    tiles.close()
+
+
+@pytest.mark.parametrize("kernels", ["exact", "fused"])
+def test_inputs_that_do_not_fit_are_refused_as_by_a_plain_weight(
+    tmp_path: Path, kernels: str
+) -> None:
+    folder = save_quantised(tmp_path / "model", "llama", "fp8-blocks")
+    seen = []
+
+    async def main() -> None:
+        async with StreamedModel.open(folder, kernels=kernels) as model:
+            layer = model.module.model.layers[1].mlp
+
+            def look(module: torch.nn.Module, _inputs: object) -> None:
+                for inputs in (torch.ones(1, 64).bfloat16(), torch.ones(1, 32)):
+                    with pytest.raises(RuntimeError):  # twice the columns; another dtype
+                        module.up_proj(inputs)
+                    seen.append(inputs)
+
+            layer.register_forward_pre_hook(look)
+            await model.forward(input_ids=torch.tensor([[5]]))
+
+    run(main())
+    assert len(seen) == 2
