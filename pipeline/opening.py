@@ -94,7 +94,7 @@ async def open_model(
     # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
     checkpoint = await finish_in_thread(lambda: Checkpoint.open(path))
     readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
-    resources.callback(readahead.stop)
+    resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
     traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.device, measure=options.measure

@@ -1,5 +1,6 @@
 """Starts a planned model: from its plan to the pipeline, the scheduler and the engine that run it."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.streaming.pipeline import Pipeline
+from layerstream.stages.compute import Batch
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.readers.guard import ReadGuard
@@ -102,14 +104,18 @@ async def _prepare(
 ) -> list[Binding]:
     """Put placeholders and tables into the module tree; returns what puts weights in their place."""
     assembly, plan = opening.assembly, opening.plan
-    bindings = await finish_in_thread(lambda: assembly.bind(plan, device.torch_device))
-    if assembly.tiles is not None:
-        resources.callback(assembly.tiles.close)
-    for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
-        resources.callback(table.close)
-    move_buffers(opening.module, device.torch_device)
-    list_tied_once(opening.module, assembly.traced.aliases)
-    return bindings
+
+    def prepare() -> list[Binding]:
+        bindings = assembly.bind(plan, device.torch_device)
+        if assembly.tiles is not None:
+            resources.callback(assembly.tiles.close)
+        for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
+            resources.callback(table.close)
+        move_buffers(opening.module, device.torch_device)
+        list_tied_once(opening.module, assembly.traced.aliases)
+        return bindings
+
+    return await finish_in_thread(prepare)
 
 
 def _always_bound(assembly: Assembly, plan: Plan) -> list[int]:
@@ -135,10 +141,14 @@ async def _load(
         binding.unbind()
         put_buffers(module, binding.absent_buffers())
 
+    def bind(binding: Binding, batch: Batch) -> None:
+        put_buffers(module, binding.bind(batch.tensors))
+        # Passes may compute on other streams, which do not wait for this thread's.
+        device.record().synchronize()
+
     async for batch in pipeline.sweep(indices):
         binding = bindings[batch.index]
         # A module that outlives its model must not keep the memory of all residents.
         resources.callback(unbind, binding)
-        put_buffers(module, binding.bind(batch.tensors))
-    # Passes may compute on other streams, which do not wait for this thread's.
-    await finish_in_thread(device.record().synchronize)
+        # Binding may compute: casts, transposes.
+        await finish_in_thread(functools.partial(bind, binding, batch))

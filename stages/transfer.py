@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from layerstream.stages.arena import RingArena
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.channel import Channel
-from layerstream.stages.devices.protocol import Copy, Device, Event
+from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import annotated
 from layerstream.stages.memory import Image
 from layerstream.stages.residents import Residents
@@ -169,19 +169,22 @@ async def _start_copies(
     """Queue the copies of ``item`` to ``destination`` on the device; returns the event at which they begin."""
     item.device = destination
     assert item.host is not None  # noqa: S101
-    copies = [
-        (
-            destination.bytes(segment.device_offset, segment.nbytes),
-            item.host.bytes(segment.host_offset, segment.nbytes),
-        )
-        for segment in item.batch.segments
-    ]
-    begun, item.copied = await threads.run(_queue_copies, device, copies, after)
+    begun, item.copied = await threads.run(
+        _queue_copies, item.batch, item.host, destination, device, after
+    )
     return begun
 
 
 def _queue_copies(
-    device: Device, copies: Sequence[Copy], after: Sequence[Event]
+    batch: LayerBatch, host: Image, destination: Image, device: Device, after: Sequence[Event]
 ) -> tuple[Event, Event]:
+    # Here and not on the event loop: a mixture of experts has thousands.
+    copies = [
+        (
+            destination.bytes(segment.device_offset, segment.nbytes),
+            host.bytes(segment.host_offset, segment.nbytes),
+        )
+        for segment in batch.segments
+    ]
     # Copies pass in order: an empty one passes when those before it and ``after`` have.
     return device.copy((), after=after), device.copy(copies, after=())

@@ -24,6 +24,7 @@ _COMMANDS = (
     "bench",
     "serve",
     "batch",
+    "convert",
     "make-checkpoint",
 )
 

@@ -36,7 +36,12 @@ from layerstream.pipeline.machine.probe_compute import (
 )
 from layerstream.pipeline.machine.probe_copies import measure_copies
 from layerstream.pipeline.machine.probe_disk import MIN_BYTES, measure_direct, measure_mmap
-from layerstream.pipeline.machine.probe_unpacking import encodings_of, measure_unpacking, rate_names
+from layerstream.pipeline.machine.probe_unpacking import (
+    TILE_BYTES,
+    encodings_of,
+    measure_unpacking,
+    rate_names,
+)
 from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
@@ -159,7 +164,12 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
         ),
         *(
             _Probe(
-                key={**device_key, "of": f"{UNPACKING}{encoding}", "dtype": dtype},
+                key={
+                    **device_key,
+                    "of": f"{UNPACKING}{encoding}",
+                    "dtype": dtype,
+                    "tile": str(TILE_BYTES),
+                },
                 names=rate_names(encoding),
                 affected_by_contention=True,
                 measure=partial(measure_unpacking, [encoding], dtype=dtype),

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.formats.format import TensorInfo
 from layerstream.pipeline.checkpoint.layers import LayerKind, group_layers
+from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.devices.protocol import Device
 
@@ -26,6 +28,7 @@ _MIN_SAMPLES = 3
 _MIN_BYTES, _MAX_BYTES = 64 << 20, 256 << 20
 _MATRIX_DIMENSIONS = 2
 _MAX_MATRICES = 64
+_UNPACKED_BYTES = 2
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -46,7 +49,11 @@ def block_shapes(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
     layers = group_layers(checkpoint)
     blocks = [layer for layer in layers if layer.kind is LayerKind.BLOCK]
     typical = blocks[len(blocks) // 2 : len(blocks) // 2 + 1] or layers
-    shapes = [checkpoint.tensors[name].logical_shape for layer in typical for name in layer.tensors]
+    shapes = [
+        _plain_shape(checkpoint, checkpoint.tensors[name])
+        for layer in typical
+        for name in layer.tensors
+    ]
     matrices = [
         (shape[0], shape[1])
         for shape in shapes
@@ -55,6 +62,15 @@ def block_shapes(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
     if len(matrices) > _MAX_MATRICES:  # experts
         matrices = list(dict.fromkeys(matrices))
     return tuple(matrices)
+
+
+def _plain_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
+    """The shape of what a tensor is unpacked to; none for scales."""
+    form = packed_form(checkpoint, info)
+    if form is None or info.encoding is not None:
+        return info.logical_shape
+    rows = info.shape[0] if info.shape else 0
+    return (rows, form.plain_bytes // _UNPACKED_BYTES // rows) if rows and form.plain_bytes else ()
 
 
 def measure_compute(

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -16,11 +16,12 @@ from layerstream.stages.unpack.compiling import suggest_cache_folder
 from layerstream.stages.unpack.packing import Packing
 from layerstream.stages.unpack.samples import COLUMNS, sample
 
-__all__ = ["FUSED_TOKENS", "encodings_of", "measure_unpacking", "rate_names"]
+__all__ = ["FUSED_TOKENS", "TILE_BYTES", "encodings_of", "measure_unpacking", "rate_names"]
 
-# More than processor caches hold; a thread's tile stays in its own cache, as in computation.
-_PACKED_BYTES = 48 << 20
-_TILE_BYTES = 4 << 20
+TILE_BYTES = 16 << 20
+"""What is unpacked at once."""
+# More than most processor caches hold.
+_PACKED_BYTES = 64 << 20
 _SECONDS = 0.15
 _MIN_SAMPLES = 3
 FUSED_TOKENS = (1, 4)
@@ -75,17 +76,24 @@ class _Matrix(NamedTuple):
 def _unpacking_rate(
     executor: ThreadPoolExecutor, matrix: _Matrix, threads: int, dtype: str
 ) -> Rate:
+    """Tile by tile, each by all threads together: as computation does it, with the time that waking threads takes."""
     item: torch.dtype = getattr(torch, dtype)
-    height = max(1, _TILE_BYTES // COLUMNS // item.itemsize)
-    tiles = [torch.zeros(height, COLUMNS, dtype=item) for _ in range(threads)]
-    cuts = matrix.cuts(threads)
+    height = max(threads, TILE_BYTES // COLUMNS // item.itemsize)
+    tile = torch.zeros(height, COLUMNS, dtype=item)
 
-    def work(number: int) -> None:
-        for first in range(cuts[number], cuts[number + 1], height):
-            count = min(height, cuts[number + 1] - first)
-            matrix.packing.unpack(matrix.parts, first, tiles[number][:count])
+    def work(_: int) -> None:
+        for first in range(0, matrix.rows, height):
+            count = min(height, matrix.rows - first)
+            cuts = [count * part // threads for part in range(threads + 1)]
 
-    return _rate(executor, matrix, threads, work)
+            def unpack(begin: int, end: int, first: int = first) -> None:
+                matrix.packing.unpack(matrix.parts, first + begin, tile[begin:end])
+
+            others = [executor.submit(unpack, *each) for each in itertools.pairwise(cuts[1:])]
+            unpack(cuts[0], cuts[1])
+            wait(others)
+
+    return _rate(matrix, work)
 
 
 def _product_rate(executor: ThreadPoolExecutor, matrix: _Matrix, threads: int, tokens: int) -> Rate:
@@ -96,18 +104,16 @@ def _product_rate(executor: ThreadPoolExecutor, matrix: _Matrix, threads: int, t
     def work(number: int) -> None:
         matrix.packing.multiply(matrix.parts, cuts[number], inputs, results[number])
 
-    return _rate(executor, matrix, threads, work)
+    return _rate(matrix, lambda _: list(executor.map(work, range(threads))))
 
 
-def _rate(
-    executor: ThreadPoolExecutor, matrix: _Matrix, threads: int, work: Callable[[int], None]
-) -> Rate:
+def _rate(matrix: _Matrix, work: Callable[[int], object]) -> Rate:
     work(0)  # compiles
     samples: list[float] = []
     nbytes = sum(part.nbytes for part in matrix.parts)
     deadline = time.perf_counter() + _SECONDS
     while len(samples) < _MIN_SAMPLES or time.perf_counter() < deadline:
         began = time.perf_counter()
-        list(executor.map(work, range(threads)))
+        work(0)
         samples.append(nbytes / (time.perf_counter() - began))
     return Rate.from_samples(samples)

@@ -28,11 +28,12 @@ from layerstream.pipeline.modeling.weight_sources import (
     extents_of,
     make_fetch,
     sources_of,
+    unpacking_bytes,
     whole_extent,
 )
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
-from layerstream.pipeline.planning.tiles import TILES
+from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.readers.guard import ReadGuard
 
@@ -74,6 +75,8 @@ class Assembly:
         self.traced = traced
         self._checkpoint = checkpoint
         places = places_of(traced)
+        self._unpacks_by_tiles = unpacks_by_tiles
+        self._tile_count = tile_count(workload.batch_size if workload else 1)
         self._packed = _packed(traced) if unpacks_by_tiles else {}
         prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
         traces = trace_execution(traced.module, prompt_pass)
@@ -130,7 +133,14 @@ class Assembly:
                 for each in recipes
                 if each.pieces is None and each.name not in self._packed_linear
             ),
-            tile_bytes=TILES * max(self._tile_sizes(layer), default=0),
+            tile_bytes=max(self._tile_sizes(layer), default=0)
+            if self._unpacks_by_tiles
+            else max(map(unpacking_bytes, recipes), default=0),
+            once_bytes=sum(
+                self._packed_linear[name].nbytes
+                for name in layer.recipes
+                if name in self._packed_linear
+            ),
             always_resident=layer.always_resident,
             experts=tuple(each.source for each in self._experts[layer.name]),
         )
@@ -138,7 +148,7 @@ class Assembly:
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
         """Put placeholders everywhere, and return a binding for each layer batch."""
         self._put_placeholders_for_experts(device)
-        self.tiles = self._make_tiles()
+        self.tiles = self._make_tiles(plan.unpacked_once_bytes)
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -158,19 +168,25 @@ class Assembly:
         return bindings
 
     def _tile_sizes(self, layer: ModelLayer) -> list[int]:
-        """What a layer's packed weights and experts need of a tile, each."""
+        """What all tiles take for each of a layer's packed weights and experts."""
         weights = [
             tile_bytes(self._packed_linear[name])
             for name in layer.recipes
             if name in self._packed_linear
         ]
-        return weights + [group_bytes(each.packed) for each in self._experts[layer.name]]
+        weights += [group_bytes(each.packed) for each in self._experts[layer.name]]
+        return [self._tile_count * nbytes for nbytes in weights]
 
-    def _make_tiles(self) -> Tiles | None:
+    def _make_tiles(self, once_bytes: int) -> Tiles | None:
         nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
         if not nbytes:
             return None
-        return Tiles(nbytes=nbytes, count=TILES, threads=torch.get_num_threads())
+        return Tiles(
+            nbytes=nbytes // self._tile_count,
+            count=self._tile_count,
+            threads=torch.get_num_threads(),
+            once_bytes=once_bytes,
+        )
 
     @property
     def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:

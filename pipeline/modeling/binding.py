@@ -152,9 +152,16 @@ class Binding:
                 )
             )
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[WeightPlace, torch.Tensor]:
-        """Put the parameters in place; returns the buffers, which each clone has to put into its own tables."""
+    def bind(
+        self, tensors: Mapping[str, torch.Tensor], *, shared: bool = False
+    ) -> dict[WeightPlace, torch.Tensor]:
+        """Put the parameters in place; returns the buffers, which each clone has to put into its own tables.
+
+        ``shared``: Several passes will compute with them, so that packed ones are better unpacked once.
+        """
         buffers = {}
+        if shared and self._tiles is not None:
+            self._tiles.once.open()
         # A tensor made in inference mode could not be used where gradients are computed.
         with torch.inference_mode(mode=False):
             for target in self._targets:
@@ -190,6 +197,8 @@ class Binding:
 
     def unbind(self) -> None:
         """Put placeholders back."""
+        if self._tiles is not None:
+            self._tiles.once.close()
         for target in self._targets:
             for table, name in target.tables:
                 table[name] = target.absent
@@ -233,7 +242,9 @@ class Bound:
     has to wait for the copies.
     """
 
-    def __init__(self, batch: Batch, binding: Binding, device: Device) -> None:
+    def __init__(self, batch: Batch, binding: Binding, device: Device, *, passes: int = 1) -> None:
+        """``passes``: How many are in the sweep."""
+        self._passes = passes
         self.index = batch.index
         self.layers = batch.layers
         self._batch = batch
@@ -254,7 +265,8 @@ class Bound:
         with self._lock:
             tensors = self._batch.tensors  # the calling thread's stream waits for their copy
             if self._bound is None:
-                self._bound = self._binding.bind(tensors), self._device.record()
+                bound = self._binding.bind(tensors, shared=self._passes > 1)
+                self._bound = bound, self._device.record()
             buffers, computed = self._bound
             self._device.wait(computed)
             return buffers

@@ -73,6 +73,11 @@ class PackedRows:
     """int64 ``[rows]``: for each row of the parameter, which row of the only matrix it is; None unless scattered."""
 
     @property
+    def nbytes(self) -> int:
+        """Of the unpacked parameter."""
+        return self.rows * self.columns * self.dtype.itemsize
+
+    @property
     def is_table(self) -> bool:
         """Whether each row is in one piece in one checkpoint tensor, in the order of the parameter."""
         single = len(self.matrices) == 1 and len(self.matrices[0].parts) == 1

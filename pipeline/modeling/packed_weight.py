@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.packed_rows import PackedRows
+from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
 from layerstream.pipeline.planning.tiles import tile_rows
 
 __all__ = ["PackedWeight", "Tiles", "tile_bytes", "tiles_are_exact"]
@@ -34,10 +35,12 @@ class Tiles:
         nbytes: Of the largest tile.
         count: How many computations run at once, each with a tile of its own; a further one waits.
         threads: How many threads unpack a tile together, the computing one included.
+        once_bytes: Memory for weights that are unpacked once for several passes.
     """
 
-    def __init__(self, *, nbytes: int, count: int, threads: int) -> None:
+    def __init__(self, *, nbytes: int, count: int, threads: int, once_bytes: int = 0) -> None:
         self.nbytes = nbytes
+        self.once = UnpackedOnce(once_bytes)
         self._free: list[torch.Tensor] = []
         self._left = count
         self._changed = threading.Condition()
@@ -177,6 +180,31 @@ class PackedWeight(nn.Parameter):
         )
         return plain
 
+    def _unpacked_once(self) -> torch.Tensor | None:
+        """The whole weight, if several passes share it and there is memory."""
+        rows, tiles = self._rows, self._tiles
+        assert tiles is not None  # noqa: S101
+        form = (rows.rows, rows.columns)
+
+        def unpack(memory: torch.Tensor) -> None:
+            plain = memory.view(rows.dtype).view(form)
+            if rows.order is not None:
+                step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
+                with tiles.tile() as tile:
+                    for first in range(0, rows.rows, step):
+                        part = plain[first : first + step]
+                        scratch = tile[: part.nbytes].view(rows.dtype).view(part.shape)
+                        rows.unpack(self._parts, first, part, scratch=scratch)
+                return
+            tiles.share(
+                rows.rows,
+                lambda begin, end: rows.unpack(self._parts, begin, plain[begin:end]),
+                least=_WORTH_A_THREAD,
+            )
+
+        memory = tiles.once.get(id(self), rows.rows * rows.columns * rows.dtype.itemsize, unpack)
+        return None if memory is None else memory.view(rows.dtype).view(form)
+
     def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product without unpacking: summed in float32, and rounded at the end."""
         rows, tiles = self._rows, self._tiles
@@ -205,6 +233,8 @@ def _linear(
     rows, tiles = weight._rows, weight._tiles  # noqa: SLF001
     if inputs.numel() <= weight._fused_tokens * rows.columns:  # noqa: SLF001
         return weight._multiplied(inputs, bias)  # noqa: SLF001
+    if (plain := weight._unpacked_once()) is not None:  # noqa: SLF001
+        return nn.functional.linear(inputs, plain, bias)
     step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
     if step == rows.rows:
         with tiles.tile() as memory:

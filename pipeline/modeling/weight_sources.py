@@ -18,7 +18,7 @@ from layerstream.pipeline.modeling.unpacking import Unpack
 from layerstream.pipeline.planning.layout import TensorSource
 from layerstream.stages.batch import Extent
 
-__all__ = ["extents_of", "make_fetch", "sources_of", "whole_extent"]
+__all__ = ["extents_of", "make_fetch", "sources_of", "unpacking_bytes", "whole_extent"]
 
 
 def extents_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
@@ -91,6 +91,12 @@ def _packed_forms(recipe: Recipe) -> dict[str, PackedForm]:
                 forms[part.name] = PackedForm(unpack.packing.encoding, nbytes)
                 nbytes = 0
     return forms
+
+
+def unpacking_bytes(recipe: Recipe) -> int:
+    """What unpacking the whole of ``recipe``'s sources on a GPU takes besides results, at most."""
+    unpacks = [op.function for op in recipe.operations if isinstance(op.function, Unpack)]
+    return max((unpack.temporary_bytes for unpack in unpacks), default=0)
 
 
 def whole_extent(checkpoint: Checkpoint, tensor: str) -> Extent:

@@ -138,7 +138,9 @@ class _Search:
             reader=reader,
             host_budget_bytes=problem.host_budget_bytes,
             vram_budget_bytes=problem.vram_budget_bytes,
-            host_reserved_bytes=_HOST_FIXED_BYTES + (requests if problem.on_cpu else kv),
+            host_reserved_bytes=_HOST_FIXED_BYTES
+            + problem.unpacked_once.nbytes
+            + (requests if problem.on_cpu else kv),
             vram_reserved_bytes=0
             if problem.on_cpu
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
@@ -189,6 +191,7 @@ class _Search:
             return [1]
         typical = max(blocks[len(blocks) // 2], 1)
         most = min(len(blocks), max(_MOST_BATCH_BYTES // typical, 1))
+        most = min(most, self._problem.unpacked_once.layers or most)
         return sorted({min(size, most) for size in _SIZES})
 
     def _priced(

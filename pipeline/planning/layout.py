@@ -14,7 +14,7 @@ from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
 from layerstream.pipeline.checkpoint.packed_form import PackedForm, packed_form
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
-from layerstream.pipeline.planning.tiles import TILES, tile_bytes
+from layerstream.pipeline.planning.tiles import tile_bytes, tile_count
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
@@ -77,7 +77,9 @@ class PlannedLayer:
     scratch_bytes: int = 0
     """Tensors that computation makes from them before use."""
     tile_bytes: int = 0
-    """What packed weights are unpacked into piece by piece, while computation uses them."""
+    """What packed weights are unpacked into piece by piece, or what unpacking takes besides ``scratch_bytes``."""
+    once_bytes: int = 0
+    """What its packed weights take unpacked."""
     always_resident: bool = False
     """Whether it must be resident: computation uses it more than once, or at an unknown time."""
     experts: tuple[ExpertSource, ...] = ()
@@ -95,6 +97,7 @@ def planned_layers(
     *,
     gathers_tables: bool = False,
     experts_on_demand: bool = False,
+    sequences: int = 1,
 ) -> tuple[PlannedLayer, ...]:
     """``layers`` with the files, offsets, dtypes and shapes of their tensors.
 
@@ -104,6 +107,7 @@ def planned_layers(
         gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
             looked up. A table that is also the head's matrix stays in the head.
         experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` on a CPU does.
+        sequences: How many requests compute at the same time.
     """
 
     def is_streamed(layer: Layer, name: str) -> bool:
@@ -135,7 +139,7 @@ def planned_layers(
                 name=layer.name,
                 kind=layer.kind,
                 tensors=tensors,
-                tile_bytes=TILES
+                tile_bytes=tile_count(sequences)
                 * max(
                     (tile_bytes(t.shape[0], t.packed.plain_bytes) for t in tensors if t.packed),
                     default=0,
@@ -172,7 +176,7 @@ def layout_batch(
             used where it was read, at its offset in the file modulo the page size. (transformers maps the files; at
             another alignment, some float32 kernels give other bits.)
     """
-    sources = _distinct(layers)
+    sources = list({tensor.name: tensor for layer in layers for tensor in layer.tensors}.values())
     reads = coalesce([extent for source in sources for extent in source.extents], file_bytes)
     host_image = _HostImage(reads)
     places = [(source, [host_image.find(each) for each in source.extents]) for source in sources]
@@ -207,10 +211,6 @@ def layout_batch(
         scratch_bytes=sum(layer.scratch_bytes for layer in layers)
         + max(layer.tile_bytes for layer in layers),
     )
-
-
-def _distinct(layers: Sequence[PlannedLayer]) -> list[TensorSource]:
-    return list({tensor.name: tensor for layer in layers for tensor in layer.tensors}.values())
 
 
 def _usable_in_place(source: TensorSource) -> bool:

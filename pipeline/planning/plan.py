@@ -168,6 +168,8 @@ class Plan:
     """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
     shared_expert_cells: int = 0
     """Cells that all layers share, for experts of a long prompt on their way through."""
+    unpacked_once_bytes: int = 0
+    """Memory for packed weights that are unpacked once for several passes; of the reserved memory."""
     fused_tokens: int = 0
     """Passes of up to so many tokens multiply packed weights without unpacking them; 0: none does."""
 

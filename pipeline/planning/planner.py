@@ -148,6 +148,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         notes=_notes(problem, candidates),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
+        unpacked_once_bytes=problem.unpacked_once.nbytes,
         fused_tokens=problem.fused_tokens,
     )
 
@@ -167,6 +168,7 @@ def _fixed_by(running: Plan) -> dict[str, Any]:
         "arenas": ArenaBytes(running.host_arena_bytes, running.device_arena_bytes),
         "kv_on_host": running.kv_cache_on_host,
         "running_fused_tokens": running.fused_tokens,
+        "running_once_bytes": running.unpacked_once_bytes,
         "expert_cells": ExpertCells(
             own=tuple(each.cells for each in running.experts), shared=running.shared_expert_cells
         ),

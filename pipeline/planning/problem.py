@@ -14,6 +14,7 @@ from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
+from layerstream.pipeline.planning.tiles import SharedLayers, unpacked_once
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
@@ -57,6 +58,7 @@ class Problem:
     kv_on_host: bool | None = None
     expert_cells: ExpertCells | None = None
     running_fused_tokens: int | None = None
+    running_once_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -121,6 +123,17 @@ class Problem:
     def rates(self) -> Rates:
         """The rates of the machine."""
         return rates_of(self.hardware)
+
+    @cached_property
+    def unpacked_once(self) -> SharedLayers:
+        """What is unpacked once for all passes of a sweep."""
+        if self.running_once_bytes is not None:
+            return SharedLayers(0, self.running_once_bytes)
+        return unpacked_once(
+            (layer.once_bytes for layer in self.layers if layer.once_bytes),
+            sequences=0 if self.workload is None else self.workload.batch_size,
+            budget_bytes=self.host_budget_bytes,
+        )
 
     @cached_property
     def fused_tokens(self) -> int:

@@ -162,7 +162,9 @@ class SweepScheduler(PassStates):
             while any(self._in_sweep.values()) and (batch := await sweep.receive()) is not None:
                 for runner in self._in_sweep:  # now, since later it may be in its next pass
                     passes.setdefault(runner, (runner.passes, runner.tokens))
-                bound = Bound(batch, self._bindings[batch.index], self.device)
+                bound = Bound(
+                    batch, self._bindings[batch.index], self.device, passes=self.passes_in_sweep
+                )
                 try:
                     await self._serve_batch(bound)
                 finally:

@@ -110,11 +110,11 @@ class Pipeline:
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # Page-locking memory takes seconds: off the loop, and to its end even if this is cancelled.
-        await finish_in_thread(self._acquire)
+        await finish_in_thread(self._acquire)  # page-locking memory takes seconds
         self._start_stages()
         self._opened_at = time.perf_counter()
-        logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
 
     def _start_stages(self) -> None:
         resources = self._resources

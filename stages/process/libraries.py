@@ -23,7 +23,12 @@ _KEPT_PER_THREAD = 1
 # glibc gives threads heaps of their own, up to eight per core, and returns free memory only from the main one. With
 # two heaps, requests took 10 to 20 MB less than with 16, and no more time.
 _HEAPS = 2
-_M_ARENA_MAX = -8  # of malloc.h
+# Once a large block is freed, glibc takes blocks of up to 32 MiB from its heaps, where what was freed before stays
+# below what is in use: a gpt2 in float32 took 456 to 599 MiB of a budget of 402 MiB, and 373 with this. Blocks of this
+# size and more are mapped one by one, and gone when they are freed; passes took 1.00 times the processor time
+# (median of eight alternating runs, 0.95 to 1.08).
+_MAPPED_FROM_BYTES = 4 << 20
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 # The share of time that trimming the heap may take: other threads that allocate wait for it.
 _TRIMMING_SHARE = 0.05
 
@@ -33,7 +38,7 @@ def limit_library_memory() -> None:
 
     oneDNN then keeps at most ``KERNELS_KEPT`` compiled kernels. It reads that from the environment when it is first
     used, so nothing changes in a process that has multiplied 16-bit matrices before. What the environment already
-    sets for kernels and heaps is left as it is.
+    sets for kernels, heaps and mapped blocks is left as it is.
     """
     kernels = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     if not kernels.isdecimal() or int(kernels) > KERNELS_KEPT:
@@ -44,11 +49,13 @@ def limit_library_memory() -> None:
         )
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_KEPT_PER_THREAD))
     library = ctypes.CDLL(None)
-    already_set = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
-    if not already_set and hasattr(library, "mallopt"):  # glibc's own
-        library.mallopt(_M_ARENA_MAX, _HEAPS)
+    for variable, tunable, option, value in (
+        ("MALLOC_ARENA_MAX", "arena_max", _M_ARENA_MAX, _HEAPS),
+        ("MALLOC_MMAP_THRESHOLD_", "mmap_threshold", _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES),
+    ):
+        set_already = variable in os.environ or tunable in os.environ.get("GLIBC_TUNABLES", "")
+        if not set_already and hasattr(library, "mallopt"):  # glibc's own
+            library.mallopt(option, value)
 
 
 class LibraryMemory:

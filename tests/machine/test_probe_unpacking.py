@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import save_model
 from support.quantized import save_quantised
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from layerstream.pipeline.machine import probe as probe_module
 from layerstream.pipeline.machine import probe_unpacking
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.measurement import Origin
+from layerstream.pipeline.machine.probe_compute import block_shapes
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,10 @@ def test_hardware_has_the_rate_with_its_origin(
     assert rate.encoding == "fp8"
     assert torch.isfinite(torch.tensor(rate.bytes_per_second))
     assert hardware.figures["unpacking fp8"].origin in {Origin.MEASURED, Origin.CONTENDED}
+
+
+def test_products_are_measured_in_the_shapes_of_unpacked_weights(tmp_path: Path) -> None:
+    plain = Checkpoint.open(save_model(tmp_path / "plain", "llama", torch.bfloat16))
+    for quantiser in ("int4-groups", "fp8-blocks"):
+        packed = Checkpoint.open(save_quantised(tmp_path / quantiser, "llama", quantiser))
+        assert sorted(block_shapes(packed)) == sorted(block_shapes(plain))

@@ -1,5 +1,6 @@
 """Quantised checkpoints stream packed, and compute what from_pretrained computes."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.gguf_models import save_gguf_model
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, save_model
@@ -15,8 +17,9 @@ from support.streaming import bits_equal, open_streaming
 from support.traced import trace
 from transformers import CompressedTensorsConfig
 
-from layerstream.pipeline import ModelError, PlanError, StreamedModel
+from layerstream.pipeline import Budget, ModelError, PlanError, StreamedModel, Workload
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
+from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
 from layerstream.pipeline.planning import tiles
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
@@ -223,5 +226,46 @@ def test_kernels_are_exact_by_default_and_others_are_refused_by_name(tmp_path: P
         with pytest.raises(PlanError, match=r"no kernels 'fast'.*exact, fused, auto"):
             async with StreamedModel.open(folder, kernels="fast"):
                 pass
+
+    run(main())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_passes_that_share_a_sweep_share_what_the_first_of_them_unpacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    save_gguf_model(path, architecture)
+    prompts = [IDS[:1, : 3 + number] for number in range(6)]
+    unpacked: list[int] = []
+    tiles_used: list[int] = []
+    get, tile = UnpackedOnce.get, PackedWeight._tile
+
+    def counting(self: Any, key: Any, nbytes: int, unpack: Any) -> Any:
+        return get(self, key, nbytes, lambda memory: (unpacked.append(nbytes), unpack(memory)))
+
+    def counting_tiles(self: Any, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
+        tiles_used.append(count)
+        return tile(self, first, count, memory)
+
+    monkeypatch.setattr(UnpackedOnce, "get", counting)
+    monkeypatch.setattr(PackedWeight, "_tile", counting_tiles)
+
+    async def main() -> None:
+        workload = Workload(batch_size=6, prompt_tokens=8, new_tokens=8)
+        async with await open_streaming(path) as small:
+            assert small.plan.unpacked_once_bytes == 0  # for one request
+            alone = [(await small.forward(input_ids=ids)).logits for ids in prompts]
+        async with StreamedModel.open(path, workload=workload, budget=Budget(host="1GiB")) as model:
+            assert model.plan.unpacked_once_bytes > 0
+            await model.forward(input_ids=prompts[0])
+            assert not unpacked  # one pass multiplies with tiles
+            found = await asyncio.gather(*(model.forward(input_ids=ids) for ids in prompts))
+            for got, expected in zip(found, alone, strict=True):
+                assert bits_equal(got.logits, expected)
+            sweeps = model.stats().sweeps - 1
+            weights = len(list(model.module.model.layers[0].modules()))
+            assert unpacked
+            assert len(unpacked) <= sweeps * weights * 2 < len(prompts) * weights * 2
 
     run(main())

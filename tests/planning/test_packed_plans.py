@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from support.plans import CPU
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin, UnpackingRate
+from layerstream.pipeline.planning.layout import planned_layers
 from layerstream.pipeline.planning.plan import Budget, Plan, Workload
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.report.plan_report import report_plan
@@ -108,9 +110,9 @@ def test_auto_takes_the_kernels_that_are_measured_to_be_faster(
 
 def test_the_memory_of_tiles_is_reserved(checkpoint: Checkpoint) -> None:
     plan = plan_at(checkpoint, 1e9)
-    tile = ROWS * COLUMNS * 2  # less than 8 MiB, so it is all of a matrix
-    assert max(batch.scratch_bytes for batch in plan.batches) == 3 * tile
-    assert plan.host_memory.reserved_bytes >= 3 * tile
+    tile = ROWS * COLUMNS * 2  # less than a tile may have, so it is all of a matrix
+    assert max(batch.scratch_bytes for batch in plan.batches) == tile
+    assert plan.host_memory.reserved_bytes >= tile
 
 
 def test_the_report_says_what_stays_packed(checkpoint: Checkpoint) -> None:
@@ -124,3 +126,24 @@ def test_plain_weights_are_not_said_to_be_packed(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     assert packed_form(checkpoint, checkpoint.tensors["model.layers.0.up.weight"]) is None
     assert "packed" not in report_plan(plan_at(checkpoint, 1e9))
+
+
+def test_several_requests_unpack_once_if_that_takes_little_of_the_budget(
+    checkpoint: Checkpoint,
+) -> None:
+    layers = tuple(
+        dataclasses.replace(layer, once_bytes=6 << 20)
+        for layer in planned_layers(checkpoint, group_layers(checkpoint))
+    )
+
+    def once(sequences: int, budget: str) -> int:
+        workload = Workload(batch_size=sequences, prompt_tokens=8, new_tokens=8)
+        plan = make_plan(
+            checkpoint, CPU, budget=Budget(host=budget), workload=workload, layers=layers
+        )
+        assert plan.host_memory.reserved_bytes >= plan.unpacked_once_bytes
+        return plan.unpacked_once_bytes
+
+    assert once(1, "64MiB") == 0
+    assert once(2, "64MiB") == 6 << 20
+    assert once(2, "40MiB") == 0

@@ -2,17 +2,44 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 
 from layerstream.stages.process import libraries
 
+HEAPS, MAPPED = (-8, 2), (-3, 4 << 20)
 ENVIRONMENTS = {
-    "nothing": ({}, [(-8, 2)]),
-    "heaps": ({"MALLOC_ARENA_MAX": "4"}, []),
-    "heaps by glibc's tunable": ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, []),
-    "another tunable of glibc": ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}, [(-8, 2)]),
+    "nothing": ({}, [HEAPS, MAPPED]),
+    "heaps": ({"MALLOC_ARENA_MAX": "4"}, [MAPPED]),
+    "mapped blocks": ({"MALLOC_MMAP_THRESHOLD_": "65536"}, [HEAPS]),
+    "heaps by glibc's tunable": ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, [MAPPED]),
+    "mapped blocks by a tunable": ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=9"}, [HEAPS]),
+    "another tunable of glibc": (
+        {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
+        [HEAPS, MAPPED],
+    ),
 }
+
+# Frees large blocks below small ones that stay, as activations lie below results.
+FREEING = """
+import torch
+from layerstream.stages.process.libraries import limit_library_memory
+from layerstream.stages.process.usage import anonymous_bytes
+
+limit_library_memory()
+first = torch.ones(31 << 20, dtype=torch.uint8)
+del first  # from here on, glibc would take such blocks from its heap
+before = anonymous_bytes()
+kept = []
+for _ in range(8):
+    large = torch.ones(20 << 20, dtype=torch.uint8)
+    kept.append((large, torch.ones(100_000, dtype=torch.uint8)))
+kept = [small for _, small in kept]
+del large
+print((anonymous_bytes() - before) >> 20)
+"""
 
 
 class RecordingLibrary:
@@ -34,6 +61,13 @@ def test_heaps_are_left_as_the_environment_says(case: str, monkeypatch: pytest.M
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     libraries.limit_library_memory()
     assert library.options == options
+
+
+def test_large_blocks_that_are_freed_below_small_ones_are_returned_to_the_system() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FREEING], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert int(result.stdout) < 20  # of 160 MiB
 
 
 def test_a_c_library_without_mallopt_is_not_called(

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import CPU, plan_for
@@ -91,6 +92,7 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
         vram=None,
         host=None,
         reader=None,
+        kernels="exact",
         throttle=None,
         layer_batch_size=1,
         no_compute=False,
@@ -203,8 +205,12 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name)
+    import_module = plot.importlib.import_module
+
+    def missing(name: str) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return import_module(name)
 
     monkeypatch.setattr(plot.importlib, "import_module", missing)
     assert main(["profile", str(model), "--plot", str(tmp_path / "stages.png")]) == 1

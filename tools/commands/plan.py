@@ -134,7 +134,13 @@ def _plan(
 
     groups = group_layers(checkpoint)
     on_cpu = hardware.device == "cpu"
-    layers = planned_layers(checkpoint, groups, gathers_tables=True, experts_on_demand=on_cpu)
+    layers = planned_layers(
+        checkpoint,
+        groups,
+        gathers_tables=True,
+        experts_on_demand=on_cpu,
+        sequences=args.batch_size,
+    )
     plan = make_plan(
         checkpoint,
         hardware,

@@ -23,7 +23,7 @@ from layerstream.pipeline.checkpoint.formats.format import (
 )
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["SAFETENSORS"]
+__all__ = ["DTYPES", "SAFETENSORS"]
 
 _PREFIX_BYTES = 8
 
@@ -40,9 +40,7 @@ _MAX_SURPLUS_VALUES = 1_000_000
 # torch's sizes are signed 64-bit integers, and sizes in bits must fit as well as those in bytes.
 _MAX_NUMBER = 2**60
 
-# The name in the file -> (torch's name, bits per element). F6_E2M3 and F6_E3M2 exist in the format,
-# but not in torch.
-_DTYPES = {
+DTYPES = {
     "BOOL": ("bool", 8),
     "U8": ("uint8", 8),
     "I8": ("int8", 8),
@@ -64,6 +62,7 @@ _DTYPES = {
     "F64": ("float64", 64),
     "C64": ("complex64", 64),
 }
+"""The name in the file -> (torch's name, bits per element). F6_E2M3 and F6_E3M2 exist in the format, but not in torch."""
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -217,9 +216,9 @@ def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
         product *= number or 1
         if product > _MAX_NUMBER:
             _refuse(path, name, "has a shape of more than 2**60 elements")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         _refuse(path, name, f"has dtype {quoted(dtype)}, which torch does not know", "convert it")
-    dtype, bits = _DTYPES[dtype]
+    dtype, bits = DTYPES[dtype]
     elements = 0 if 0 in shape else product
     if elements * bits != 8 * (end - begin):
         needs = f"{elements * bits / 8:,.10g} bytes"

@@ -1,0 +1,1 @@
+"""Converts a checkpoint to fewer bytes, in the form of compressed-tensors."""
