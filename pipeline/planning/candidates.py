@@ -241,7 +241,7 @@ class _Search:
         return MemoryBytes(spare, 0) if self._problem.on_cpu else MemoryBytes(0, spare)
 
     def _page_cache_bytes(self, placer: Placer, batches: Sequence[LayerBatch]) -> int:
-        """Memory for files in the page cache: all that is free; a budget bounds what the process itself holds."""
+        """Memory for files in the page cache: what is free beside the plan. A budget bounds what the process holds."""
         available = int(self._problem.hardware.host_available_bytes * (1 - MARGIN))
         return max(0, available - placer.need(batches, placer.arenas(batches, 1)).host)
 

@@ -49,6 +49,12 @@ class GenerationResult:
         """New tokens per second, the prompt's own sweep included."""
         return len(self.token_ids) / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def step_tokens_per_second(self) -> float:
+        """Tokens after the first per second; 0 if there is only one."""
+        seconds = self.seconds - self.first_token_seconds
+        return (len(self.token_ids) - 1) / seconds if seconds > 0 else 0.0
+
     def summary(self) -> str:
         """Tokens, seconds and speed in one line."""
         return (
@@ -67,6 +73,7 @@ class GenerationResult:
             "first_token_seconds": self.first_token_seconds,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
+            "step_tokens_per_second": self.step_tokens_per_second,
             "host_budget_bytes": self.host_budget_bytes,
             "peak_added_bytes": self.peak_added_bytes,
             **self.timings.to_dict(),
