@@ -120,8 +120,8 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
         source: A folder, a safetensors or GGUF file, or a hub id.
         options: The arguments of ``StreamedModel.open``.
     """
+    model = StreamedModel.open(source, **options)  # before there is a thread: it refuses arguments
     loop_thread = _LoopThread()
-    model = StreamedModel.open(source, **options)
     try:
         loop_thread.run(model.__aenter__())
     except BaseException:

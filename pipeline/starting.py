@@ -10,7 +10,8 @@ from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
 from layerstream.pipeline.modeling.tied_parameters import list_tied_once
-from layerstream.pipeline.opening import Opening, Options
+from layerstream.pipeline.opening import Opening
+from layerstream.pipeline.options import Options
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
