@@ -1,5 +1,7 @@
 """Edits of a drop-in's weights have the effect that they have on a model in memory, or are refused in one sentence."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,3 +155,27 @@ def test_experts_that_are_read_on_demand_cannot_be_edited(
 
         with pytest.raises(ModelError, match="from_pretrained to change them"):
             compute_with_edit()
+
+
+COPIES: dict[str, Callable[[Any, Path], Any]] = {
+    "copied": lambda model, _: copy.deepcopy(model),
+    "pickled": lambda model, _: pickle.dumps(model),
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "resize_token_embeddings": lambda model, _: model.resize_token_embeddings(120),
+    "compile": lambda model, _: model.compile(),
+    "generate_batch": lambda model, _: model.generate_batch([[3, 4], [5]]),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_would_copy_a_drop_in_is_refused_before_anything_is_done(
+    name: str, tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(ModelError, match=f"{name}.*"):
+            COPIES[name](model, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+        assert bits_equal(model(**inputs).logits, before)
