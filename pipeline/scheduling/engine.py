@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.modeling.call_state import call_with_state
 from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
@@ -154,7 +155,7 @@ class Engine:
                 named = {
                     name: _on_device(each, torch_device) for name, each in request.named.items()
                 }
-                return request.call(clone)(*inputs, **named)
+                return call_with_state(request.call(clone), clone, inputs, named)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)
             # Some arguments and the request refer to each other: without this they would live until garbage collection.
