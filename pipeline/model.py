@@ -2,19 +2,21 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.opening import Options, open_model
+from layerstream.pipeline.opening import open_model
+from layerstream.pipeline.options import BudgetLike, Options, as_budget, as_workload
 from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
+from layerstream.pipeline.pretrained import Pretrained
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.stats import Stats
@@ -25,8 +27,6 @@ from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
 __all__ = ["StreamedModel"]
-
-T = TypeVar("T")
 
 # Memory bounds them anyway. Each that runs costs a thread and a clone of the module tree: a megabyte or two.
 _MAX_REQUESTS = 16
@@ -45,8 +45,7 @@ class StreamedModel:
     hardware: Hardware
     module: Any
 
-    def __init__(self, source: str | os.PathLike[str], options: Options) -> None:
-        self._source = source
+    def __init__(self, options: Options) -> None:
         self._options = options
         self._resources = AsyncExitStack()
         self._engine: Engine | None = None
@@ -64,8 +63,8 @@ class StreamedModel:
         source: str | os.PathLike[str],
         *,
         device: str = "auto",
-        budget: Budget | None = None,
-        workload: Workload | None = None,
+        budget: BudgetLike = None,
+        workload: Workload | Mapping[str, Any] | None = None,
         reader: ReaderKind | str | None = None,
         throttle_bytes_per_second: float | None = None,
         layer_batch_size: int | None = None,
@@ -86,8 +85,8 @@ class StreamedModel:
         Args:
             source: A folder, a safetensors or GGUF file, or a hub id such as "org/name" or "org/name:file.gguf".
             device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-            budget: Memory that may be used; by default what is free, less a tenth.
-            workload: The expected requests; memory for their KV cache and activations is reserved.
+            budget: Memory that may be used, also as a dictionary, or on a CPU "8GiB"; by default what is free, less a tenth.
+            workload: The expected requests (or a dictionary); memory for their KV cache and activations is reserved.
             reader: "direct", "mmap" or "throttled"; by default the planner's choice.
             throttle_bytes_per_second: Rate of the throttled reader.
             layer_batch_size: Blocks per layer batch, instead of the planner's choice.
@@ -101,12 +100,14 @@ class StreamedModel:
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
-            model_options: Other arguments of ``from_pretrained``, such as ``attn_implementation``.
+            model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
+
+        Raises:
+            ModelError: An argument of ``from_pretrained`` cannot be honoured; it is named, with the reason.
         """
         options = Options(
-            device=device,
             budget=budget,
-            workload=workload or Workload(),
+            workload=as_workload(workload),
             reader=reader,
             throttle_bytes_per_second=throttle_bytes_per_second,
             layer_batch_size=layer_batch_size,
@@ -117,12 +118,12 @@ class StreamedModel:
             hardware=hardware,
             measure=measure,
             model_class=model_class,
-            dtype=dtype,
-            revision=revision,
             hanging_read_seconds=hanging_read_seconds,
-            model_options=model_options,
+            pretrained=Pretrained.of(
+                source, model_options, device=device, dtype=dtype, revision=revision
+            ),
         )
-        return cls(source, options)
+        return cls(options)
 
     # -- opening and closing ---------------------------------------------------------------------
 
@@ -140,9 +141,9 @@ class StreamedModel:
         return self
 
     async def _open(self) -> None:
-        self._opening = opening = await open_model(self._source, self._options, self._resources)
+        self._opening = opening = await open_model(self._options, self._resources)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
-        self._budget = self._options.budget
+        self._budget = opening.budget
         running = await start_model(opening, self._options, self._resources)
         self._pipeline, self._scheduler = running.pipeline, running.scheduler
         self._engine = running.engine
@@ -225,7 +226,7 @@ class StreamedModel:
             # Mark an error as retrieved: a caller that leaves early does not use it.
             generating.cancelled() or generating.exception()
 
-    async def replan(self, *, budget: Budget | None = None) -> Plan:
+    async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
 
         Layer batches, slots and reader stay, and with them what was read ahead and all KV caches. Which layers are
@@ -245,8 +246,9 @@ class StreamedModel:
         hardware = learn(self.hardware, self.plan, self._pipeline.timings())
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
-        budget = budget or self.plan.budget  # in bytes: what is not touched yet seems free
-        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=budget))
+        # The plan's is in bytes: what is not touched yet seems free.
+        new = as_budget(budget, on_cpu=self.plan.device_memory is None) or self.plan.budget
+        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
 
         async def adopt() -> None:
             await self._pipeline.adopt(plan)
@@ -257,7 +259,7 @@ class StreamedModel:
             )
             engine.resize(memory)
             self.plan, self.hardware = plan, hardware
-            self._budget = budget
+            self._budget = new
 
         await self._scheduler.between(adopt)
         return plan

@@ -2,13 +2,10 @@
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.hub import resolve_model_path_async
@@ -22,11 +19,10 @@ from layerstream.pipeline.modeling.tracing import (
     resolve_model_class,
     trace_model,
 )
+from layerstream.pipeline.options import Options, as_budget
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
-from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
+from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind
 from layerstream.pipeline.planning.planner import make_plan
-from layerstream.pipeline.planning.prediction import Objective
-from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.readers.readahead import Readahead, fits_page_cache
@@ -34,38 +30,9 @@ from layerstream.stages.threads import finish_in_thread
 from layerstream.stages.unpack.compiling import suggest_cache_folder
 from layerstream.stages.unpack.samples import compile_kernels
 
-__all__ = ["Opening", "Options", "open_model"]
+__all__ = ["Opening", "open_model"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The arguments of ``StreamedModel.open``."""
-
-    device: str
-    budget: Budget | None
-    workload: Workload
-    reader: ReaderKind | str | None
-    throttle_bytes_per_second: float | None
-    layer_batch_size: int | None
-    slots: int | None
-    kernels: Kernels | str
-    max_requests: int
-    objective: Objective | str
-    hardware: Hardware | None
-    measure: bool
-    model_class: type[Any] | None
-    dtype: torch.dtype | str
-    revision: str | None
-    hanging_read_seconds: float
-    model_options: Mapping[str, Any]
-    """Arguments of ``from_pretrained``."""
-
-    def on_cpu(self) -> bool:
-        """Whether computation will run on the host's own processor. Opens the device."""
-        name = self.device if self.hardware is None else self.hardware.device
-        return open_device(name).reads_host_images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,28 +45,31 @@ class Opening:
     assembly: Assembly
     hardware: Hardware
     plan: Plan
+    budget: Budget | None
+    """As it was given."""
     make_plan: Callable[..., Plan]
     """The planner for this model; takes hardware, budget, and the arguments that choose a plan."""
 
 
-async def open_model(
-    source: str | os.PathLike[str], options: Options, resources: AsyncExitStack
-) -> Opening:
-    """Find the model in ``source``, trace it, and plan it; ``resources`` stops what runs in the background."""
+async def open_model(options: Options, resources: AsyncExitStack) -> Opening:
+    """Find the model, trace it, and plan it; ``resources`` stops what runs in the background."""
     initial_bytes = anonymous_bytes()
     on_cpu = await finish_in_thread(
         options.on_cpu
     )  # opening a GPU for the first time takes seconds
     if on_cpu:
         limit_library_memory()  # before worker threads have heaps of their own
-    path = await resolve_model_path_async(source, revision=options.revision)
+    budget = as_budget(options.budget, on_cpu=on_cpu)
+    lookup = options.pretrained.lookup
+    path = await resolve_model_path_async(options.pretrained.source, lookup)
     # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
-    checkpoint = await finish_in_thread(lambda: Checkpoint.open(path))
+    checkpoint = await finish_in_thread(lambda: Checkpoint.open(path, lookup.weights))
+    options.pretrained.refuse_remote_code(checkpoint)
     readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
     traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
     hardware = options.hardware or await Hardware.probe(
-        checkpoint, device=options.device, measure=options.measure
+        checkpoint, device=options.pretrained.device, measure=options.measure
     )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
@@ -116,7 +86,7 @@ async def open_model(
     plan = await finish_in_thread(
         lambda: make_model_plan(
             hardware,
-            budget=options.budget,
+            budget=budget,
             reader=options.reader,
             throttle_bytes_per_second=options.throttle_bytes_per_second,
             layer_batch_size=options.layer_batch_size,
@@ -130,6 +100,7 @@ async def open_model(
         assembly=assembly,
         hardware=hardware,
         plan=plan,
+        budget=budget,
         make_plan=make_model_plan,
     )
 
@@ -156,9 +127,8 @@ def _report(
 def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Readahead:
     """Start reading ahead while the model is traced, if its files will probably be mapped."""
     mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
-    unbounded = options.budget is None or options.budget.host is None
     readahead = Readahead([file.path for file in checkpoint.files])
-    if mapped and unbounded and on_cpu and fits_page_cache(checkpoint.total_bytes):
+    if mapped and on_cpu and fits_page_cache(checkpoint.total_bytes):
         try:
             readahead.start()
         except RuntimeError as error:
@@ -169,13 +139,23 @@ def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Re
 def _trace(
     checkpoint: Checkpoint, options: Options, *, on_cpu: bool
 ) -> tuple[TracedModel, Assembly]:
-    config = config_of(checkpoint, model_class=options.model_class)
+    given = options.pretrained
+    config, unused = config_of(
+        checkpoint,
+        model_class=options.model_class,
+        config=given.config,
+        settings=given.settings,
+    )
+    model_class = resolve_model_class(config, options.model_class)
     traced = trace_model(
         checkpoint,
         config=config,
-        model_class=resolve_model_class(config, options.model_class),
-        dtype=options.dtype,
-        **options.model_options,
+        model_class=model_class,
+        dtype=given.dtype,
+        generation_config=given.generation_config,
+        generation_settings=given.settings,
+        **given.loading,
+        **given.init_arguments(model_class, unused),
     )
     suggest_cache_folder(user_cache_folder() / "kernels")
     if on_cpu:

@@ -8,10 +8,12 @@ from typing import Any
 
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
+from layerstream.pipeline.modeling.edits import guard_conversions
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
 from layerstream.pipeline.modeling.tied_parameters import list_tied_once
-from layerstream.pipeline.opening import Opening, Options
+from layerstream.pipeline.opening import Opening
+from layerstream.pipeline.options import Options
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
@@ -91,6 +93,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
             packed=assembly.packed_experts,
             tiles=assembly.tiles,
         )
+    engine.count_edits(assembly.edits)
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close, without_thread=True)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
@@ -112,6 +115,7 @@ async def _prepare(
         for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
+        guard_conversions(opening.module)
         list_tied_once(opening.module, assembly.traced.aliases)
         return bindings
 

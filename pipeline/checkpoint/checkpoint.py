@@ -27,6 +27,7 @@ from layerstream.pipeline.checkpoint.formats.format import (
     WeightFile,
 )
 from layerstream.pipeline.checkpoint.formats.registry import read_header
+from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 
 __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
@@ -57,13 +58,15 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], choice: WeightChoice = ANY_WEIGHTS) -> Self:
         """Read the headers of a folder of safetensors shards, or of one safetensors file.
+
+        ``choice`` says which weights are wanted, if the folder holds several.
 
         Raises:
             CheckpointError: Files are missing, truncated, corrupt or contradict one another.
         """
-        listing = list_files(Path(path))
+        listing = list_files(Path(path), choice)
         documents = {path: _read_document(path) for path in listing.documents}
         selection = select_files(listing, documents)
         headers = [_read_header(file, number) for number, file in enumerate(selection.files)]

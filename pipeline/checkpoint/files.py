@@ -13,6 +13,7 @@ from typing import Any
 
 from layerstream.pipeline.checkpoint.formats.format import Format, WeightFile
 from layerstream.pipeline.checkpoint.formats.registry import FORMATS, format_by_name
+from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.readers.files import FileVersion
 
@@ -58,6 +59,8 @@ class Listing:
     """Names of weight files, in natural order."""
     index: Path | None
     config: Path | None
+    single_file: str | None
+    """The name of the file that is the whole model, wherever it is there."""
 
     @property
     def documents(self) -> list[Path]:
@@ -115,11 +118,15 @@ def _refuse_special_file(path: Path) -> None:
     )
 
 
-def list_files(path: Path) -> Listing:
+def list_files(path: Path, choice: WeightChoice = ANY_WEIGHTS) -> Listing:
     """List the weight files in a folder, of the first format that is there; or a single file. And its config.json."""
     path = path.absolute()
     with translated_os_errors(path):
         if not path.is_dir():
+            if str(choice):
+                raise CheckpointError(
+                    f"{path} is one file, among which {choice} cannot choose: leave that out, or give the folder."
+                )
             config = path.with_name("config.json")
             if config.exists() and not config.is_file():
                 _refuse_special_file(config)
@@ -130,15 +137,18 @@ def list_files(path: Path) -> Listing:
                 weights=(path.name,),
                 index=None,
                 config=config if config.is_file() else None,
+                single_file=None,
             )
         refuse_special_files(path)
         with os.scandir(path) as entries:
             names = sorted((e.name for e in entries if not e.is_dir()), key=natural_order)
-    for known in FORMATS:
+    for known in choice.formats:
         weights = tuple(name for name in names if name.lower().endswith(known.suffixes))
-        index = _index_of(known, path, names)
+        index = _index_of(known, path, names, choice)
+        single = choice.name(known.single_file)
         # Many a .bin holds no weights, but arguments of a training, or the state of an optimiser.
-        if index or (weights and (known.of_any_name or known.single_file in weights)):
+        of_any_name = known.of_any_name and choice.variant is None
+        if index or (weights and (of_any_name or single in weights)):
             return Listing(
                 path=path,
                 folder=path,
@@ -146,13 +156,21 @@ def list_files(path: Path) -> Listing:
                 weights=weights,
                 index=index,
                 config=path / "config.json" if "config.json" in names else None,
+                single_file=single,
             )
+    if str(choice):
+        raise CheckpointError(choice.missing_message(path, names))
     raise CheckpointError(_no_weights_message(path, names))
 
 
-def _index_of(known: Format, folder: Path, names: Sequence[str]) -> Path | None:
+def _index_of(
+    known: Format, folder: Path, names: Sequence[str], choice: WeightChoice
+) -> Path | None:
     if known.index_file is None:
         return None
+    if choice.variant is not None:
+        index = choice.name(known.index_file)
+        return folder / str(index) if index in names else None
     indices = [name for name in names if name.endswith(f"{known.suffixes[0]}.index.json")]
     if len(indices) > 1 and known.index_file not in indices:
         raise CheckpointError(
@@ -181,7 +199,7 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
     names: Sequence[str] = sorted(set(weight_map.values()), key=natural_order)
     # As in transformers, model.safetensors is the model, whatever other files there are: weights of
     # another format, adapters, the index of an earlier save.
-    single = known.single_file
+    single = listing.single_file
     if single in listing.weights and single not in names:
         weight_map, names = {}, [single]
     if not names:

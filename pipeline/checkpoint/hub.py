@@ -6,12 +6,14 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream.pipeline.checkpoint.formats.gguf_files import all_parts
+from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["resolve_model_path", "resolve_model_path_async"]
+__all__ = ["Lookup", "resolve_model_path", "resolve_model_path_async"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,6 @@ _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # vendor's own names: either can double a download of a hundred gigabytes.
 _IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
-_INDEX_FILE = "model.safetensors.index.json"
 # Of repositories without safetensors.
 _BIN_FILE, _BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BIN_PATTERN = "pytorch_model*.bin"
@@ -37,7 +38,33 @@ _GGUF_SUFFIX = ".gguf"
 _HUB_TIMEOUT_SECONDS = 10.0
 
 
-def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """How a model is looked up, and what of it is wanted: arguments of ``from_pretrained``."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model id."""
+    subfolder: str = ""
+    """The folder in ``source`` that holds the model."""
+    cache_dir: str | Path | None = None
+    """Instead of huggingface_hub's own cache."""
+    token: str | bool | None = None
+    """For the hub, instead of the one that is logged in."""
+    local_files_only: bool = False
+    """Nothing is downloaded."""
+    force_download: bool = False
+    """It is downloaded again."""
+    weights: WeightChoice = ANY_WEIGHTS
+
+    def patterns(self, names: Sequence[str]) -> list[str]:
+        """``names`` in the repository, of a model in that subfolder."""
+        return [f"{self.subfolder}/{name}" if self.subfolder else name for name in names]
+
+
+_ANYWHERE = Lookup()
+
+
+def resolve_model_path(source: str | os.PathLike[str], lookup: Lookup = _ANYWHERE) -> Path:
     """Return the folder or file on this machine that holds the model ``source``.
 
     Args:
@@ -45,19 +72,21 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
             huggingface_hub's local cache first, without the network; a model that is not
             complete there is downloaded into it, with huggingface_hub's own progress bars.
             ``id:file.gguf`` is that file of the repository, with its other parts if there are any.
-        revision: Branch, tag or commit of a model id.
+        lookup: How it is looked up, and what of it is wanted.
 
     Raises:
         CheckpointError: There is no such model, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
-        if revision is not None:
+        if lookup.revision is not None:
             raise CheckpointError(
-                f"Revision {revision!r} was asked for, but {path} is on this disk and has none; "
+                f"Revision {lookup.revision!r} was asked for, but {path} is on this disk and has none; "
                 "leave the revision out, or give a model id."
             )
-        return path
+        if lookup.subfolder and not (path / lookup.subfolder).is_dir():
+            raise CheckpointError(f"{path} has no folder {lookup.subfolder}: check subfolder=.")
+        return path / lookup.subfolder
     model_id, colon, file = str(source).partition(":")
     if (
         not isinstance(source, str)
@@ -68,14 +97,13 @@ def resolve_model_path(source: str | os.PathLike[str], *, revision: str | None =
             f"No such file or folder: {path}; check the path, or give a model id, or id:file.gguf."
         )
     files = [str(Path(file).with_name(name)) for name in all_parts(Path(file).name)] if file else []
-    folder = _cached_snapshot(model_id, revision, files) or _download_snapshot(
-        model_id, revision, files
-    )
+    folder = None if lookup.force_download else _cached_snapshot(model_id, lookup, files)
+    folder = folder or _download_snapshot(model_id, lookup, files)
     return folder / files[0] if files else folder
 
 
 async def resolve_model_path_async(
-    source: str | os.PathLike[str], *, revision: str | None = None
+    source: str | os.PathLike[str], lookup: Lookup = _ANYWHERE
 ) -> Path:
     """The same as ``resolve_model_path``, without blocking the event loop.
 
@@ -83,7 +111,7 @@ async def resolve_model_path_async(
     thread, into the cache, where the next call finds it. It uses no buffer of the pipeline, so
     nothing has to wait for its end.
     """
-    return await asyncio.to_thread(resolve_model_path, source, revision=revision)
+    return await asyncio.to_thread(resolve_model_path, source, lookup)
 
 
 def _is_model_id(source: str) -> bool:
@@ -96,7 +124,7 @@ def _is_gguf_path(file: str) -> bool:
     return file.endswith(_GGUF_SUFFIX) and ".." not in file and file[0] != "/"
 
 
-def _cached_snapshot(model_id: str, revision: str | None, files: Sequence[str]) -> Path | None:
+def _cached_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> Path | None:
     """Return the cached snapshot of ``model_id`` if it has ``files``, or all its weights if none are given; else None."""
     try:
         from huggingface_hub import snapshot_download
@@ -111,9 +139,10 @@ def _cached_snapshot(model_id: str, revision: str | None, files: Sequence[str]) 
         # file of the repository would count as absent. The weights are checked below.
         folder = snapshot_download(
             model_id,
-            revision=revision,
+            revision=lookup.revision,
+            cache_dir=lookup.cache_dir,
             local_files_only=True,
-            allow_patterns=[*files] or [_CONFIG_FILE],
+            allow_patterns=lookup.patterns([*files] or [_CONFIG_FILE]),
         )
     except LocalEntryNotFoundError:
         return None
@@ -121,46 +150,56 @@ def _cached_snapshot(model_id: str, revision: str | None, files: Sequence[str]) 
         raise CheckpointError(
             f"No such file or folder: {model_id}; nor is it a model id: {_first_line(error)}."
         ) from error
-    snapshot = Path(folder)
-    missing = _missing_files(snapshot, files)
+    snapshot = Path(folder) / lookup.subfolder
+    missing = _missing_files(snapshot, files, lookup.weights)
     if missing:
         logger.info("%s is cached in part and lacks %s", model_id, _first_names(missing))
         return None
     return snapshot
 
 
-def _download_snapshot(model_id: str, revision: str | None, files: Sequence[str]) -> Path:
+def _download_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> Path:
     """Download ``files`` of ``model_id`` into the local cache, or all that a model needs."""
     from huggingface_hub import HfApi, snapshot_download
 
+    if lookup.local_files_only:
+        raise CheckpointError(
+            f"{_not_local(model_id, lookup)}, and local_files_only= forbids asking the hub: leave it out, or check the path."
+        )
     try:
         # Without a network the download would retry for half a minute; this query fails at once.
-        info = HfApi().model_info(model_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+        info = HfApi().model_info(
+            model_id, revision=lookup.revision, timeout=_HUB_TIMEOUT_SECONDS, token=lookup.token
+        )
     except Exception as error:
         # The hub's client changes its HTTP library, and so the exceptions, between versions.
-        raise CheckpointError(_download_error_message(error, model_id, revision)) from error
+        raise CheckpointError(_download_error_message(error, model_id, lookup)) from error
     names = [each.rfilename for each in info.siblings or ()]
     _refuse_choice(model_id, names, files)
     patterns = [*files] or _DOWNLOAD_PATTERNS
-    if not files and not _has_safetensors(names):
+    if not files and (lookup.weights.use_safetensors is False or not _has_safetensors(names)):
         patterns = [*patterns, _BIN_PATTERN]
     try:
         folder = snapshot_download(
             model_id,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=None if files else _IGNORE_PATTERNS,
+            revision=lookup.revision,
+            cache_dir=lookup.cache_dir,
+            token=lookup.token,
+            force_download=lookup.force_download,
+            allow_patterns=lookup.patterns(patterns),
+            ignore_patterns=None if files else lookup.patterns(_IGNORE_PATTERNS),
         )
     except Exception as error:
-        raise CheckpointError(_download_error_message(error, model_id, revision)) from error
-    missing = _missing_files(Path(folder), files)
+        raise CheckpointError(_download_error_message(error, model_id, lookup)) from error
+    snapshot = Path(folder) / lookup.subfolder
+    missing = _missing_files(snapshot, files, lookup.weights)
     if missing:
         raise CheckpointError(
-            f"{model_id} was downloaded to {folder}, which lacks {_first_names(missing)}: a model "
+            f"{model_id} was downloaded to {snapshot}, which lacks {_first_names(missing)}: a model "
             "needs config.json and weights in safetensors' or torch's format, or id:file.gguf names one of its GGUF files; try "
             "again, or another model."
         )
-    return Path(folder)
+    return snapshot
 
 
 def _refuse_choice(model_id: str, names: Sequence[str], files: Sequence[str]) -> None:
@@ -182,7 +221,7 @@ def _has_safetensors(names: Sequence[str]) -> bool:
     return any(name.endswith(".safetensors") for name in names)
 
 
-def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
+def _missing_files(snapshot: Path, files: Sequence[str], choice: WeightChoice) -> list[str]:
     """Return the files that ``snapshot`` should have and does not: ``files``, or a whole model if there are none.
 
     A link to a blob that was deleted from the cache counts as missing.
@@ -190,15 +229,17 @@ def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
     if files:
         return [name for name in files if not (snapshot / name).is_file()]
     missing = [] if (snapshot / _CONFIG_FILE).is_file() else [_CONFIG_FILE]
-    index = snapshot / _INDEX_FILE
-    if not index.is_file():
-        if any(path.is_file() for path in snapshot.glob("*.safetensors")):
+    for known in choice.formats:
+        index = snapshot / str(choice.name(known.index_file))
+        if known.index_file and index.is_file():
+            break
+        single = choice.name(known.single_file)
+        any_name = known.of_any_name and choice.variant is None
+        pattern = f"*{known.suffixes[0]}" if any_name else single
+        if single and any(path.is_file() for path in snapshot.glob(str(pattern))):
             return missing
-        if (snapshot / _BIN_FILE).is_file():
-            return missing
-        index = snapshot / _BIN_INDEX_FILE
-        if not index.is_file():
-            return [*missing, "*.safetensors"]
+    else:
+        return [*missing, choice.name("*.safetensors") or ""]
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return missing + [shard for shard in shards if not (snapshot / shard).is_file()]
@@ -206,9 +247,16 @@ def _missing_files(snapshot: Path, files: Sequence[str]) -> list[str]:
         return missing  # not a valid index: Checkpoint.open refuses it, and says why
 
 
-def _download_error_message(error: Exception, model_id: str, revision: str | None) -> str:
+def _not_local(model_id: str, lookup: Lookup) -> str:
+    from huggingface_hub import constants
+
+    cache = lookup.cache_dir or constants.HF_HUB_CACHE
+    return f"{model_id} is neither a file or folder here nor complete in the local cache ({cache})"
+
+
+def _download_error_message(error: Exception, model_id: str, lookup: Lookup) -> str:
     """Return one sentence on why ``model_id`` could not be downloaded, and what to do."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -216,11 +264,8 @@ def _download_error_message(error: Exception, model_id: str, revision: str | Non
             "with `hf auth login`."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"The model {model_id} has no revision {revision or 'main'!r} on the hub."
-    not_local = (
-        f"{model_id} is neither a file or folder here nor complete in the local cache "
-        f"({constants.HF_HUB_CACHE})"
-    )
+        return f"The model {model_id} has no revision {lookup.revision or 'main'!r} on the hub."
+    not_local = _not_local(model_id, lookup)
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{not_local}, and the hub has no such model, or it is private: check the name, or log "

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.absent import Absent
 from layerstream.pipeline.modeling.activation_memory import PromptPass
-from layerstream.pipeline.modeling.binding import Absent, Binding, put_buffers
+from layerstream.pipeline.modeling.binding import Binding, put_buffers
+from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
@@ -73,6 +75,7 @@ class Assembly:
         unpacks_by_tiles: bool = False,
     ) -> None:
         self.traced = traced
+        self.edits = Edits()
         self._checkpoint = checkpoint
         places = places_of(traced)
         self._unpacks_by_tiles = unpacks_by_tiles
@@ -161,8 +164,8 @@ class Assembly:
                 packed=self._packed_linear,
                 tiles=self.tiles,
                 fused_tokens=plan.fused_tokens,
+                edits=self.edits,
             )
-            binding.unbind()
             put_buffers(self.traced.module, binding.absent_buffers())
             bindings.append(binding)
         return bindings
@@ -198,7 +201,7 @@ class Assembly:
     def _put_placeholders_for_experts(self, device: torch.device) -> None:
         """Parameters that never come as a whole keep their placeholders."""
         recipes = [(self.traced.recipes[name], self._places[name]) for name in self._on_demand]
-        Binding(self.traced.module, device, recipes, lambda _: None).unbind()
+        Binding(self.traced.module, device, recipes, lambda _: None, replaceable=False)
 
     def gather(
         self, checkpoint: Checkpoint, device: torch.device, guard: ReadGuard
@@ -226,8 +229,14 @@ class Assembly:
                     packing=None if rows is None else rows.matrices[0].packing,
                     row_bytes=None if rows is None else extent.nbytes // rows.rows,
                 )
-                for place in places:
-                    self.traced.module.get_submodule(place.module)._parameters[place.name] = table  # noqa: SLF001
+                owners = [self.traced.module.get_submodule(place.module) for place in places]
+                tables = [
+                    (owner._parameters, place.name)  # noqa: SLF001
+                    for owner, place in zip(owners, places, strict=True)
+                ]
+                self.edits.register(name, tables, table)
+                for parameters, leaf in tables:
+                    parameters[leaf] = table
             opened.pop_all()  # the caller closes them from here on
         return list(files.values())
 

@@ -1,28 +1,24 @@
 """Puts parameters and buffers into the module tree while their layer batch is loaded."""
 
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from layerstream.pipeline.modeling.absent import Absent
+from layerstream.pipeline.modeling.edits import Edits, LoadedWeight, Place, streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_weight import PackedWeight, Tiles
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.compute import Batch
 from layerstream.stages.devices.protocol import Device, Event
-from layerstream.stages.errors import ModelError
 
-__all__ = ["Absent", "Binding", "Bound", "put_buffers", "source_name"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Binding", "Bound", "put_buffers", "source_name"]
 
 
 def source_name(tensor: str) -> str:
@@ -30,81 +26,27 @@ def source_name(tensor: str) -> str:
     return f"checkpoint:{tensor}"
 
 
-class Absent(nn.Parameter):
-    """The placeholder of a parameter whose layer batch is not loaded.
-
-    It has the true shape, dtype and device, since models read these at any time. Some also compute with small
-    parameters at any time (the codebooks of audio codecs, tables of relative positions), which are read from their
-    files each time. Computing with a large one raises an error, instead of using memory that holds another layer by then.
-    """
-
-    recipe: str
-    """The name of its recipe."""
-    fetch: Callable[[], torch.Tensor] | None
-    """Reads the parameter from its files; None for a large one."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
-
-    @staticmethod
-    def __new__(
-        cls: type[Self],
-        tensor: torch.Tensor,
-        *,
-        device: torch.device,
-        name: str,
-        fetch: Callable[[], torch.Tensor] | None = None,
-    ) -> Self:
-        """A placeholder on ``device`` for ``tensor``, a meta tensor; ``fetch`` reads it from the files."""
-        absent: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls,
-            tensor.shape,
-            strides=tensor.stride(),
-            dtype=tensor.dtype,
-            device=device,
-            requires_grad=tensor.requires_grad,
-        )
-        absent.recipe, absent.fetch = name, fetch
-        return absent
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Absent({self.recipe}, {tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Read the parameter from its file if it is small, else raise; operations on metadata alone are allowed."""
-        aten = torch.ops.aten
-        if func in {aten.detach.default, aten.alias.default}:
-            return args[0]
-
-        def fetch(leaf: Any) -> Any:
-            if not isinstance(leaf, cls):
-                return leaf
-            is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
-            if leaf.fetch is None or is_written:
-                raise ModelError(
-                    f"{leaf.recipe} is used ({func}) while its layer is not loaded: weights stream, and are "
-                    "there only while their module runs"
-                )
-            logger.debug("%s is read anew for %s, outside its layer", leaf.recipe, func)
-            return leaf.fetch()
-
-        return func(*pytree.tree_map(fetch, args), **pytree.tree_map(fetch, kwargs or {}))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
     """Where the tensor of one recipe is put, and its placeholder."""
 
     recipe: Recipe
-    tables: tuple[tuple[dict[str, Any], str], ...]
-    """Parameter tables, which all clones share, and its name in each."""
+    tables: tuple[Place, ...]
+    """Its places as a parameter."""
     buffers: tuple[WeightPlace, ...]
     """Its places as a buffer, of which each clone has its own."""
     absent: Absent
     packed: PackedRows | None
     """How it is packed, if it stays so while its layer batch is loaded."""
+    edits: Edits
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Put ``parameter`` where it streams; what the user has put there stays."""
+        for table, name in self.tables:
+            if streams(table[name]):
+                table[name] = parameter
+            else:
+                self.edits.found((table, name))
 
 
 class Binding:
@@ -118,6 +60,8 @@ class Binding:
         packed: The parameters that stay packed, by the names of their recipes.
         tiles: What those are unpacked into; None if there are none.
         fused_tokens: Up to how many tokens are multiplied with them without unpacking.
+        edits: Gets to know what the user has put in place of weights.
+        replaceable: Whether the user may replace these weights.
     """
 
     def __init__(
@@ -130,7 +74,10 @@ class Binding:
         packed: Mapping[str, PackedRows] = MappingProxyType({}),
         tiles: Tiles | None = None,
         fused_tokens: int = 0,
+        edits: Edits | None = None,
+        replaceable: bool = True,
     ) -> None:
+        edits = edits or Edits()
         self._targets = []
         self._tiles = tiles
         self._fused_tokens = fused_tokens
@@ -138,17 +85,24 @@ class Binding:
             owners = [(root.get_submodule(place.module), place) for place in places]
             owner, first = owners[0]
             meta = getattr(owner, first.name)
+            tables = [
+                (owner._parameters, place.name)  # noqa: SLF001
+                for owner, place in owners
+                if place.name in owner._parameters  # noqa: SLF001
+            ]
+            absent = Absent(meta, device=device, name=recipe.name, fetch=make_fetch(recipe))
+            if replaceable and tables:
+                edits.register(recipe.name, tables, absent)
+            for table, name in tables:
+                table[name] = absent
             self._targets.append(
                 _Target(
                     recipe=recipe,
-                    tables=tuple(
-                        (owner._parameters, place.name)  # noqa: SLF001
-                        for owner, place in owners
-                        if place.name in owner._parameters  # noqa: SLF001
-                    ),
+                    tables=tuple(tables),
                     buffers=tuple(place for owner, place in owners if place.name in owner._buffers),  # noqa: SLF001
-                    absent=Absent(meta, device=device, name=recipe.name, fetch=make_fetch(recipe)),
+                    absent=absent,
                     packed=packed.get(recipe.name),
+                    edits=edits,
                 )
             )
 
@@ -170,9 +124,7 @@ class Binding:
                     continue
                 tensor = _make_tensor(target.recipe, tensors)
                 if target.tables:
-                    parameter = _as_parameter(tensor, requires_grad=target.absent.requires_grad)
-                    for table, name in target.tables:
-                        table[name] = parameter
+                    target.put(_as_parameter(tensor, target.absent))
                 buffers.update(dict.fromkeys(target.buffers, tensor))
         return buffers
 
@@ -192,16 +144,15 @@ class Binding:
                 tiles=self._tiles,
                 fused_tokens=self._fused_tokens,
             )
-        for table, name in target.tables:
-            table[name] = weight
+            weight.layerstream_replace = target.absent.layerstream_replace
+        target.put(weight)
 
     def unbind(self) -> None:
         """Put placeholders back."""
         if self._tiles is not None:
             self._tiles.once.close()
         for target in self._targets:
-            for table, name in target.tables:
-                table[name] = target.absent
+            target.put(target.absent)
 
     def absent_buffers(self) -> dict[WeightPlace, torch.Tensor]:
         """Placeholders for a clone's buffers while the batch is not loaded."""
@@ -214,17 +165,18 @@ def put_buffers(root: nn.Module, buffers: Mapping[WeightPlace, torch.Tensor]) ->
         root.get_submodule(place.module)._buffers[place.name] = tensor  # noqa: SLF001
 
 
-def _as_parameter(tensor: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
+def _as_parameter(tensor: torch.Tensor, absent: Absent) -> nn.Parameter:
     """The parameter that is a view of ``tensor``: made once, and kept as long as ``tensor``.
 
     Args:
         tensor: For residents and mapped files, the same object in every sweep.
-        requires_grad: As transformers sets it: torch chooses convolution kernels by it, which changes bits even if no
-            gradient is computed.
+        absent: Its placeholder. ``requires_grad`` is as transformers sets it: torch chooses convolution kernels by it,
+            which changes bits even if no gradient is computed.
     """
-    parameter: nn.Parameter | None = vars(tensor).get("parameter")
+    parameter: LoadedWeight | None = vars(tensor).get("parameter")
     if parameter is None:
-        parameter = nn.Parameter(tensor, requires_grad=requires_grad)
+        parameter = LoadedWeight(tensor, requires_grad=absent.requires_grad)
+        parameter.layerstream_replace = absent.layerstream_replace
         vars(tensor)["parameter"] = parameter
     return parameter
 

@@ -10,19 +10,23 @@ from layerstream.stages.errors import ModelError
 __all__ = ["refuse_mismatch"]
 
 
-def refuse_mismatch(loading_info: Any, checkpoint: Checkpoint, model: Any) -> None:
+def refuse_mismatch(
+    loading_info: Any, checkpoint: Checkpoint, model: Any, *, ignore_sizes: bool
+) -> None:
     """Refuse a checkpoint whose tensors are not those that a model needs.
 
     Args:
         loading_info: What transformers has found out: missing and mismatched names, and failed conversions.
         checkpoint: The weight files.
         model: The transformers model, before its missing weights are initialised.
+        ignore_sizes: Weights that are stored in other shapes may be made new.
 
     Raises:
         ModelError: Tensors are missing, have other shapes, or cannot be converted.
     """
     _refuse_conversion_errors(loading_info, checkpoint, model)
-    _refuse_shapes(loading_info, checkpoint, model)
+    if not ignore_sizes:
+        _refuse_shapes(loading_info, checkpoint, model)
     _refuse_missing(loading_info, checkpoint, model)
 
 
@@ -53,7 +57,8 @@ def _refuse_shapes(loading_info: Any, checkpoint: Checkpoint, model: Any) -> Non
         raise ModelError(
             f"{name} of {type(model).__name__} has shape {tuple(expected)}, but {where}{shape}; "
             "check that config.json belongs to these weights "
-            f"({len(loading_info.mismatched_keys)} shapes disagree)."
+            f"({len(loading_info.mismatched_keys)} shapes disagree), or pass ignore_mismatched_sizes=True to have such "
+            "weights made new."
         )
 
 

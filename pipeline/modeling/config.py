@@ -1,8 +1,11 @@
 """A model's config, in config.json or in the metadata of its weights, and the model class that it describes."""
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -12,27 +15,52 @@ from layerstream.stages.errors import ModelError
 __all__ = ["config_of", "load_config", "resolve_model_class", "summary_of"]
 
 
-def config_of(checkpoint: Checkpoint, *, model_class: type[Any] | None = None) -> Any:
+def config_of(
+    checkpoint: Checkpoint,
+    *,
+    model_class: type[Any] | None = None,
+    config: Any = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, dict[str, Any]]:
     """Read the config of a checkpoint, as ``load_config`` does; of a GGUF model, from its own metadata.
+
+    Args:
+        checkpoint: The weight files.
+        model_class: As in ``load_config``.
+        config: One to use instead, or the folder or file that it is in.
+        settings: Attributes of the config to set.
+
+    Returns:
+        The config, and those of ``settings`` that are no attributes of it.
 
     Raises:
         ModelError: There is none, or it describes no model that transformers knows.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if config is not None and not isinstance(config, str | os.PathLike):
+        return config, dict(
+            settings
+        )  # as transformers takes it: settings are for the model's class then
+    if config is not None:
+        return load_config(Path(config), model_class=model_class, settings=settings)
     if checkpoint.format == "GGUF":
-        return _gguf_config(checkpoint)
-    return load_config(folder, model_class=model_class)
+        return _gguf_config(checkpoint, settings)
+    return load_config(folder, model_class=model_class, settings=settings)
 
 
-def _gguf_config(checkpoint: Checkpoint) -> Any:
+def _gguf_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     require_gguf_packages(checkpoint.path)
     file = checkpoint.files[0].path
     try:
         with quick_headers(checkpoint):
-            config = transformers.AutoConfig.from_pretrained(
-                str(file.parent), gguf_file=file.name, local_files_only=True
+            config, unused = transformers.AutoConfig.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                local_files_only=True,
+                return_unused_kwargs=True,
+                **settings,
             )
     except Exception as error:
         raise ModelError(
@@ -46,7 +74,7 @@ def _gguf_config(checkpoint: Checkpoint) -> Any:
         ]
         classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
         config.architectures = [each.__name__ for each in classes[:1]] or None
-    return config
+    return config, {name: value for name, value in unused.items() if name in settings}
 
 
 # transformers makes a module for each, which takes a gigabyte and minutes for 100,000 layers; no model has more.
@@ -54,22 +82,31 @@ _MOST_MODULES = 10_000
 _COUNTS = re.compile(r"(layers?|blocks?|depths?|experts|stages?|codebooks)$")
 
 
-def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
+def load_config(
+    folder: Path,
+    *,
+    model_class: type[Any] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, dict[str, Any]]:
     """Read a model's config.json.
 
     Args:
-        folder: The folder of config.json.
+        folder: The folder of config.json, or a file in its place.
         model_class: A class whose own config is wanted, which may be a part of the file's (the text half of CLIP), or
             of a type that transformers does not list; None for the type that the file names.
+        settings: Attributes of the config to set.
+
+    Returns:
+        The config, and those of ``settings`` that are no attributes of it.
 
     Raises:
         ModelError: The file is missing, is not JSON, or describes no model that transformers knows.
     """
     import transformers
 
-    path = folder / "config.json"
+    path = folder if folder.is_file() else folder / "config.json"
     try:
-        settings = json.loads(path.read_bytes())
+        written = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} has no config.json, so there is no telling which model its weights are; "
@@ -77,16 +114,20 @@ def load_config(folder: Path, *, model_class: type[Any] | None = None) -> Any:
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable as JSON ({error}); fetch it anew.") from error
-    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    model_type = written.get("model_type") if isinstance(written, dict) else None
     own = getattr(model_class, "config_class", None)  # which an AutoModel does not have
     if own is None and str(model_type) not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{path} is for a model of type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
         )
-    _refuse_endless(settings, path)
+    _refuse_endless(written, path)
+    _refuse_endless(dict(settings), path)
     try:
-        return (own or transformers.AutoConfig).from_pretrained(folder, local_files_only=True)
+        config, unused = (own or transformers.AutoConfig).from_pretrained(
+            folder, local_files_only=True, return_unused_kwargs=True, **settings
+        )
+        return config, {name: value for name, value in unused.items() if name in settings}
     except Exception as error:
         raise ModelError(
             f"{path} does not describe a {model_type} model: {summary_of(error)}."
@@ -105,13 +146,14 @@ def _refuse_endless(settings: Any, path: Path) -> None:
 
 
 def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> type[Any]:
-    """The class of a model: ``model_class``, or the first of the config's architectures.
+    """The class of a model: ``model_class``, or the one that an auto class chooses; or the first of its architectures.
 
     Raises:
         ModelError: The config names no architecture or one that transformers does not have, or ``model_class`` is not a
             model class of transformers.
     """
     import transformers
+    from transformers.models.auto import auto_factory
 
     if model_class is None:
         names = config.architectures or [None]
@@ -123,6 +165,14 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
                 f"{name!r:.80}, which transformers {transformers.__version__} does not have; "
                 "pass model_class=."
             )
+    elif hasattr(model_class, "_model_mapping"):  # an auto class: it chooses by the config
+        try:
+            choose: Any = auto_factory._get_model_class  # noqa: SLF001 - as it does itself
+            model_class = choose(config, model_class._model_mapping)  # noqa: SLF001 - as it does itself
+        except (KeyError, ValueError) as error:
+            raise ModelError(
+                f"{model_class.__name__} has no class for {config.model_type} models; pass another model_class=."
+            ) from error
     if not isinstance(model_class, type) or not issubclass(
         model_class, transformers.PreTrainedModel
     ):

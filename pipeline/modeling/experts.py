@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerstream.pipeline.modeling.edits import refuse_replaced
 from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
@@ -55,7 +56,9 @@ def stream_experts(
         if parameters := packed.get(experts.module):
             assert tiles is not None  # noqa: S101
             banks = PackedBanks(experts.tensors, parameters, tiles)
-        vars(module)["layerstream_experts"] = _Access(store, index, experts, waiting, banks)
+        vars(module)["layerstream_experts"] = _Access(
+            store, index, experts, module=module, waiting=waiting, banks=banks
+        )
         kind: Any = type(module)
         module.__class__ = _streamed(kind)
 
@@ -68,6 +71,8 @@ class _Access:
         store: ExpertStore,
         index: int,
         experts: ExpertSet,
+        *,
+        module: nn.Module,
         waiting: Callable[[], AbstractContextManager[None]],
         banks: Banks,
     ) -> None:
@@ -76,6 +81,8 @@ class _Access:
         self.set = experts
         self._waiting = waiting
         self.banks = banks
+        names = {view.name.partition(":")[0] for view in experts.tensors}
+        self.parameters = {name: getattr(module, name) for name in names}
 
     def groups(self, experts: Sequence[int], *, in_order: bool) -> list[ExpertGroup]:
         """What to compute with together; ``in_order``: only ascending experts from group to group."""
@@ -183,6 +190,7 @@ class _StreamedExperts(nn.Module):
                 f"{access.set.module} has {access.set.experts} experts, but tokens were routed to expert "
                 f"{experts[0] if experts[0] < 0 else experts[-1]}: the router's weights do not fit the experts"
             )
+        refuse_replaced(self, access.parameters, access.set.module)
         if not experts:  # no tokens
             return torch.zeros_like(hidden)
         name = getattr(self.config, "_experts_implementation", None)
@@ -273,8 +281,7 @@ class _StreamedExperts(nn.Module):
         """The class's own loop over experts, which adds to the result in their order."""
         access = self.layerstream_experts
         in_turn = _InTurn(access, experts)
-        names = {view.name.partition(":")[0] for view in access.set.tensors}
-        bank = {name: _OnDemand(name, in_turn) for name in names}
+        bank = {name: _OnDemand(name, in_turn) for name in access.parameters}
         own = vars(self)
         parameters = own["_parameters"]  # shared by all clones; from here on, this one has its own
         own["_parameters"] = {**parameters, **bank}

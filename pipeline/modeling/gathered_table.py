@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch.utils import _pytree as pytree
 
+from layerstream.pipeline.modeling.edits import Streams
 from layerstream.stages.errors import ClosedError, ModelError
 from layerstream.stages.readers.files import WeightFiles
 from layerstream.stages.readers.guard import ReadGuard
@@ -105,7 +106,7 @@ class TableSource:
         self.close()
 
 
-class GatheredTable(torch.nn.Parameter):
+class GatheredTable(Streams, torch.nn.Parameter):
     """An embedding's weight that stays in its file.
 
     To torch it is a parameter of the table's shape (rows, width), dtype and device. Looking rows up gives the same

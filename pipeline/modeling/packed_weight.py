@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
 from layerstream.pipeline.planning.tiles import tile_rows
@@ -103,7 +104,7 @@ class Tiles:
             self._free.clear()
 
 
-class PackedWeight(nn.Parameter):
+class PackedWeight(Streams, nn.Parameter):
     """A parameter that is there in packed form.
 
     To torch it has the plain weight's shape, dtype and device. ``torch.nn.functional.linear`` multiplies with it tile by

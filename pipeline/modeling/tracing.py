@@ -6,11 +6,10 @@ frequencies, position ids) are exactly those of transformers, for every architec
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -36,25 +35,6 @@ __all__ = ["TracedModel", "config_of", "load_config", "resolve_model_class", "tr
 # at once might leave each other's replacements in place for good.
 _LOADING_LOCK = threading.Lock()
 
-# Arguments that decide where or how weights are loaded, which is decided here instead.
-_PLACEMENT_ARGUMENTS = frozenset(
-    {
-        "device_map",
-        "device_mesh",
-        "distributed_config",
-        "gguf_file",
-        "max_memory",
-        "offload_buffers",
-        "offload_folder",
-        "output_loading_info",
-        "quantization_config",
-        "state_dict",
-        "torch_dtype",
-        "tp_plan",
-        "tp_size",
-    }
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedModel:
@@ -78,6 +58,8 @@ def trace_model(
     config: Any,
     model_class: type[Any],
     dtype: torch.dtype | str = "auto",
+    generation_config: Any = None,
+    generation_settings: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> TracedModel:
     """Build a model as ``model_class.from_pretrained(folder)`` would, without its weights.
@@ -87,22 +69,28 @@ def trace_model(
         config: The model's config, from ``load_config``. It is not changed.
         model_class: From ``resolve_model_class``.
         dtype: As in from_pretrained; "auto" is the config's, else the checkpoint's.
+        generation_config: Instead of the one in the files.
+        generation_settings: What to set in that one: from_pretrained sets the attributes of a config there, too.
         kwargs: Other arguments of from_pretrained, such as attn_implementation.
 
     Raises:
         ModelError: The checkpoint lacks tensors that the model needs, or has them in other shapes; or the model is
             quantised in a way that is not supported, or cannot be built.
     """
-    if refused := sorted(_PLACEMENT_ARGUMENTS & kwargs.keys()):
-        raise ModelError(
-            f"{', '.join(refused)} cannot be set for a streamed model: where its weights are is up "
-            "to its plan, and their precision to dtype=."
-        )
     config = dequantized_config(config, checkpoint.path)
     # In a caller's inference mode the parameters would be inference tensors for good; under a caller's default
     # device transformers would require accelerate.
     with torch.inference_mode(mode=False), torch.device("cpu"):
-        module = _load_tracers(checkpoint, model_class, config=config, dtype=dtype, **kwargs)
+        module = _load_tracers(
+            checkpoint,
+            model_class,
+            lambda module: _finish_loading(
+                module, checkpoint, generation_config, generation_settings
+            ),
+            config=config,
+            dtype=dtype,
+            **kwargs,
+        )
         recipes, aliases = _take_recipes(module)
     used = {source for recipe in recipes.values() for source in recipe.sources}
     return TracedModel(
@@ -113,8 +101,10 @@ def trace_model(
     )
 
 
-def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any) -> Any:
-    """Let transformers load a model whose parameters are tracers."""
+def _load_tracers(
+    checkpoint: Checkpoint, model_class: type[Any], finish: Callable[[Any], None], **kwargs: Any
+) -> Any:
+    """Let transformers load a model whose parameters are tracers; ``finish`` gets it."""
     with _LOADING_LOCK, _without_progress_bar():
         loader = _loader_class(model_class, checkpoint)
         try:
@@ -122,7 +112,7 @@ def _load_tracers(checkpoint: Checkpoint, model_class: type[Any], **kwargs: Any)
                 module = load_gguf_tracers(checkpoint, loader, **kwargs)
             else:
                 module = _load_state_dict(checkpoint, loader, **kwargs)
-                _finish_loading(module, checkpoint.path)
+            finish(module)
         except ModelError:
             raise
         except Exception as error:
@@ -169,7 +159,8 @@ def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
         )
 
     def check_and_finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
-        refuse_mismatch(loading_info, checkpoint, model)
+        ignored = load_config.ignore_mismatched_sizes
+        refuse_mismatch(loading_info, checkpoint, model, ignore_sizes=ignored)
         # Tied here first, a parameter that is stored only under its other name is not allocated.
         model.tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)
         # transformers would log a table of what is in TracedModel.unused.
@@ -184,17 +175,25 @@ def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
     )
 
 
-def _finish_loading(module: Any, path: Path) -> None:
+def _finish_loading(
+    module: Any,
+    checkpoint: Checkpoint,
+    generation_config: Any,
+    generation_settings: Mapping[str, Any],
+) -> None:
     """Do what from_pretrained does only for a folder: set the model's name, and read its generation config."""
-    folder = path if path.is_dir() else path.parent
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    is_gguf = checkpoint.format == "GGUF"  # of which transformers reads no generation config
     unnamed = module.name_or_path
-    for part in module.modules():
+    for part in module.modules() if not is_gguf else ():
         if getattr(part, "name_or_path", None) == unnamed:
             part.name_or_path = part.config.name_or_path = str(folder)
-    has_config = any((folder / f"{kind}config.json").is_file() for kind in ("", "generation_"))
-    if module.can_generate() and has_config:
+    has_config = not is_gguf and any(
+        (folder / f"{kind}config.json").is_file() for kind in ("", "generation_")
+    )
+    if module.can_generate() and (has_config or generation_config is not None):
         module.adjust_generation_fn(
-            generation_config=None,
+            generation_config,
             from_auto_class=False,
             from_pipeline=None,
             pretrained_model_name_or_path=str(folder),
@@ -206,6 +205,7 @@ def _finish_loading(module: Any, path: Path) -> None:
             revision="main",
             subfolder="",
             trust_remote_code=False,
+            **generation_settings,
         )
 
 

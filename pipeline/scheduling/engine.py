@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.modeling.call_state import call_with_state
 from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
 from layerstream.pipeline.scheduling.passes import PassRunner
@@ -18,7 +20,7 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.sampling_rng import SamplingGenerator
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
-from layerstream.pipeline.scheduling.stats import Outcome
+from layerstream.pipeline.scheduling.stats import Outcome, outcome_of
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.pipeline.scheduling.tokens import with_token_counter
 from layerstream.stages.devices.protocol import Device
@@ -60,6 +62,8 @@ class Engine:
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
+        self._memory = memory
+        self._edits: Edits | None = None
         self._cache_on_host = cache_on_host
         self._scheduler = scheduler
         self._device = device
@@ -106,7 +110,7 @@ class Engine:
             await asyncio.wrap_future(request.reservation)
             result = await self._run_admitted(request, stream)
         except BaseException as error:
-            self.requests.ended(request, _outcome(error))
+            self.requests.ended(request, outcome_of(error))
             raise
         self.requests.ended(request, "completed")
         return result
@@ -151,7 +155,7 @@ class Engine:
                 named = {
                     name: _on_device(each, torch_device) for name, each in request.named.items()
                 }
-                return request.call(clone)(*inputs, **named)
+                return call_with_state(request.call(clone), clone, inputs, named)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)
             # Some arguments and the request refer to each other: without this they would live until garbage collection.
@@ -180,7 +184,7 @@ class Engine:
             with self._device.computing_on(self._device.stream()):
                 result = self._work(request)
         except BaseException as error:
-            self._scheduler.call_on_loop(self.requests.ended, request, _outcome(error))
+            self._scheduler.call_on_loop(self.requests.ended, request, outcome_of(error))
             raise
         self._scheduler.call_on_loop(self.requests.ended, request, "completed")
         return result
@@ -221,7 +225,7 @@ class Engine:
         try:
             self._admit_here(request)
         except BaseException as error:
-            end(_outcome(error))
+            end(outcome_of(error))
             raise
         return with_cache, end
 
@@ -233,8 +237,19 @@ class Engine:
 
     def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests together; those that run keep what they have."""
+        self._memory = memory
+        if self._edits is not None:
+            self._edits.available_bytes = memory.nbytes
+            memory = memory.without(self._edits.nbytes)
+            self._scheduler.residency.resize(memory.shared_with_residents_bytes)
         self._estimator.resize(memory)
         self.requests.resize(memory.nbytes)
+
+    def count_edits(self, edits: Edits) -> None:
+        """Let weights that the user replaces take memory of requests."""
+        self._edits = edits
+        edits.available_bytes = self._memory.nbytes
+        edits.on_change = lambda: self._scheduler.call_on_loop(lambda: self.resize(self._memory))
 
     # -- a new request ---------------------------------------------------------------------------
 
@@ -279,11 +294,6 @@ class Engine:
         if method == "generate":
             request.named = with_token_counter(self._module, inputs, request.named, request)
         return request
-
-
-def _outcome(error: BaseException) -> Outcome:
-    left_early = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
-    return "cancelled" if left_early else "failed"
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

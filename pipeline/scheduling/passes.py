@@ -8,6 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
+from layerstream.pipeline.modeling.edits import LoadedWeight
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.sampling_rng import SamplingGenerator
@@ -210,7 +211,7 @@ class PassRunner:
             return (
                 isinstance(leaf, torch.Tensor)
                 and not leaf.is_meta
-                and type(leaf) in (torch.Tensor, torch.nn.Parameter)
+                and type(leaf) in (torch.Tensor, LoadedWeight)
                 and leaf.untyped_storage().data_ptr() in memory
             )
 

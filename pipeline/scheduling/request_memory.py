@@ -1,7 +1,7 @@
 """The memory for requests: one for all that they need, or two if KV caches are kept in host RAM."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from layerstream.pipeline.planning.overheads import overheads
@@ -58,6 +58,10 @@ class RequestMemory:
             -(-self.nbytes * parts.cache // self.cache_bytes),
             -(-self.nbytes * parts.other // self.shared_with_residents_bytes),
         )
+
+    def without(self, nbytes: int) -> Self:
+        """The same without ``nbytes`` that are no KV cache's."""
+        return replace(self, nbytes=max(self.nbytes - nbytes, self.cache_bytes + 1))
 
     def refusal(self, what: str, parts: Parts) -> AdmissionError:
         """The error of a request that needs more than there is, which says of which memory."""

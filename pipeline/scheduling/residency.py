@@ -37,6 +37,10 @@ class Residency:
             self._decoding = plan.while_decoding()
             self._extra_bytes = _resident_bytes(self._decoding) - _resident_bytes(plan)
 
+    def resize(self, request_bytes: int) -> None:
+        """Change the memory for all requests together."""
+        self._request_bytes = request_bytes
+
     def refused(self, plan: Plan, why: BaseException, *, instead: Plan) -> None:
         """The system has no memory for the residents of ``plan``. Until the next plan they are not asked for again.
 

@@ -1,5 +1,6 @@
 """Counters and gauges of a streamed model, for monitoring."""
 
+import asyncio
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from layerstream.stages.readers.guard import HangingRead
 from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.telemetry.timings import Timings
 
-__all__ = ["Counters", "Outcome", "StageUse", "Stats"]
+__all__ = ["Counters", "Outcome", "StageUse", "Stats", "outcome_of"]
 
 Outcome = Literal["completed", "cancelled", "failed"]  # how a request ends
 
@@ -148,3 +149,9 @@ class Counters:
             ),
             hanging_reads=hanging_reads,
         )
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """How a request ends that raises ``error``."""
+    left_early = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+    return "cancelled" if left_early else "failed"

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from support.hub import COMMIT, Hub, HubHandler
 
-from layerstream.pipeline.checkpoint.hub import resolve_model_path, resolve_model_path_async
+from layerstream.pipeline.checkpoint.hub import (
+    Lookup,
+    resolve_model_path,
+    resolve_model_path_async,
+)
+from layerstream.pipeline.checkpoint.weight_choice import WeightChoice
 from layerstream.stages.errors import CheckpointError
 
 hub = pytest.importorskip("huggingface_hub")
@@ -49,7 +54,9 @@ def put_in_cache(cache, files, *, model_id="org/name", ref="main"):
     for name, content in files.items():
         blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
         blob.write_bytes(content)
-        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+        link = snapshot / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
     return snapshot
 
 
@@ -75,7 +82,7 @@ def _go_online(monkeypatch, url):
 
 def refusal(source, **kwargs):
     with pytest.raises(CheckpointError) as caught:
-        resolve_model_path(source, **kwargs)
+        resolve_model_path(source, Lookup(**kwargs))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -132,7 +139,7 @@ def test_a_model_without_an_organisation_is_found_in_the_cache(cache):
 @pytest.mark.parametrize("revision", ["v1", COMMIT])
 def test_a_revision_is_found_in_the_cache_by_name_or_commit(cache, revision):
     snapshot = put_in_cache(cache, SINGLE, ref="v1")
-    assert resolve_model_path("org/name", revision=revision) == snapshot
+    assert resolve_model_path("org/name", Lookup(revision=revision)) == snapshot
 
 
 def test_the_tensors_of_a_cached_snapshot_can_be_read_through_its_links(cache):
@@ -295,3 +302,37 @@ def test_a_repository_of_gguf_models_says_which_there_are(online_hub):
 def test_a_gguf_file_of_a_repository_without_any_is_refused(online_hub):
     online_hub.files = SINGLE
     assert "it has no GGUF files" in refusal("org/name:Q2.gguf")
+
+
+def test_the_cache_and_the_folder_that_are_given_are_looked_in(tmp_path):
+    files = {f"inner/{name}": content for name, content in SINGLE.items()}
+    other = tmp_path / "other"
+    snapshot = put_in_cache(other, SINGLE)
+    put_in_cache(other, files)
+    assert resolve_model_path("org/name", Lookup(cache_dir=other)) == snapshot
+    assert (
+        resolve_model_path("org/name", Lookup(cache_dir=other, subfolder="inner"))
+        == snapshot / "inner"
+    )
+    assert "nor complete in the local cache" in refusal("org/name")
+    assert str(other) in refusal("org/name", cache_dir=other, subfolder="outer")
+
+
+def test_local_files_only_forbids_a_download_and_force_download_downloads_what_is_cached(
+    cache, online_hub
+):
+    assert "local_files_only" in refusal("org/name", local_files_only=True)
+    assert online_hub.requests == []
+    put_in_cache(cache, SHARDED)
+    resolve_model_path("org/name", Lookup(force_download=True, token=False))
+    assert any(path.endswith(SHARDS[0]) for _, path in online_hub.requests)
+
+
+def test_a_variant_that_is_not_cached_is_downloaded(cache, online_hub):
+    snapshot = put_in_cache(cache, SINGLE)
+    online_hub.files = {**SINGLE, "model.fp16.safetensors": b"halves"}
+    variant = Lookup(weights=WeightChoice(variant="fp16"))
+    assert resolve_model_path("org/name") == snapshot
+    assert online_hub.requests == []
+    folder = resolve_model_path("org/name", variant)
+    assert (folder / "model.fp16.safetensors").read_bytes() == b"halves"

@@ -15,7 +15,6 @@ from support.traced import Save, equal_with_strides, join_pieces, rewrite, trace
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.config import load_config
 from layerstream.pipeline.modeling.tracing import TracedModel, trace_model
-from layerstream.stages.errors import ModelError
 
 
 def read_stored(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -209,7 +208,7 @@ def test_a_single_file_takes_the_config_of_its_folder(save: Save) -> None:
     folder = save()
     traced = trace_model(
         Checkpoint.open(folder / "model.safetensors"),
-        config=load_config(folder),
+        config=load_config(folder)[0],
         model_class=transformers.LlamaForCausalLM,
     )
     assert traced.recipes == trace(folder).recipes
@@ -234,8 +233,3 @@ def test_without_a_generation_config_the_models_config_is_used(save: Save) -> No
     folder = save(eos_token_id=42)
     (folder / "generation_config.json").unlink()
     assert assert_as_loaded(folder).module.generation_config.eos_token_id == 42
-
-
-def test_arguments_that_place_weights_are_refused(save: Save) -> None:
-    with pytest.raises(ModelError, match="device_map cannot be set"):
-        trace(save(), device_map="cpu")

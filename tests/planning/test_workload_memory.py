@@ -215,7 +215,7 @@ def test_opening_a_model_for_a_workload_measures_it_and_finds_the_same_layers(
 ) -> None:
     folder = save_model(tmp_path, case, torch.bfloat16)
     checkpoint = Checkpoint.open(folder)
-    config = load_config(folder)
+    config, _ = load_config(folder)
     workload = Workload(batch_size=2, prompt_tokens=40, new_tokens=9)
 
     def assembled(workload: Workload | None) -> Assembly:

@@ -34,7 +34,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 def trace(folder: Path, model: str = "", **kwargs: Any) -> TracedModel:
     """Trace the model in ``folder``, with the class that its config names or ``model``."""
     model_class = getattr(transformers, model) if model else None
-    config = load_config(folder, model_class=model_class)
+    config, _ = load_config(folder, model_class=model_class)
     return trace_model(
         Checkpoint.open(folder),
         config=config,

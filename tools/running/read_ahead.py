@@ -14,7 +14,7 @@ __all__ = ["reading_ahead"]
 def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
     """Read the model's files into the page cache while the block runs, if they will be memory-mapped.
 
-    They are mapped on a CPU without a host budget, if they fit into free memory; otherwise this does nothing.
+    They are mapped on a CPU if they fit into free memory; otherwise this does nothing.
     """
     files = _weight_files(Path(args.model)) if _will_map(args) else []
     if files and fits_page_cache(sum(path.stat().st_size for path in files)):
@@ -26,7 +26,7 @@ def reading_ahead(args: argparse.Namespace) -> Iterator[None]:
 
 def _will_map(args: argparse.Namespace) -> bool:
     on_cpu = args.device == "cpu" or (args.device == "auto" and not Path("/dev/nvidiactl").exists())
-    return on_cpu and args.host is None and args.reader in {None, "mmap"}
+    return on_cpu and args.reader in {None, "mmap"}
 
 
 def _weight_files(model: Path) -> list[Path]:

@@ -1,0 +1,164 @@
+"""Weights that the user has replaced: they stay where they were put, and their memory counts.
+
+What streams lies in the parameter tables of modules only for a while: a placeholder, then the weight, then the
+placeholder again. All of these say that they stream. Anything else that is found in their place was put there by the
+user, and is left alone.
+"""
+
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerstream.stages.errors import ModelError, PlanError
+from layerstream.stages.text import format_bytes
+
+__all__ = ["Edits", "LoadedWeight", "Streams", "guard_conversions", "refuse_replaced", "streams"]
+
+Place = tuple[dict[str, Any], str]
+"""A module's table of parameters, which all clones share, and the name there."""
+
+
+class Streams:
+    """Mixed into parameters that stand for a weight in a file, so that assigning to their ``data`` replaces the weight."""
+
+    layerstream_replace: Callable[[torch.Tensor], None] | None = None
+
+    @property
+    def data(self) -> Any:
+        """As torch's; assigning to it makes the weight resident."""
+        return self.detach()  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if value is self:
+            return
+        if self.layerstream_replace is None:
+            raise ModelError(
+                f"{self!r} cannot be replaced: its parts are read when they are used; load the model with transformers' "
+                "from_pretrained to change them"
+            )
+        self.layerstream_replace(value)
+
+
+def streams(parameter: Any) -> bool:
+    """Whether ``parameter`` lies in its place only while its layer batch is, or is not, loaded."""
+    return isinstance(parameter, Streams)
+
+
+class LoadedWeight(Streams, nn.Parameter):
+    """A parameter whose layer batch is loaded."""
+
+
+def refuse_replaced(module: nn.Module, kept: Mapping[str, Any], path: str) -> None:
+    """Refuse to compute with ``module`` if not all its parameters in ``kept`` are there, whose parts are read on demand.
+
+    Raises:
+        ModelError: The user has replaced one.
+    """
+    for name, parameter in kept.items():
+        if getattr(module, name) is not parameter:
+            raise ModelError(
+                f"{path}.{name} was replaced, but its parts are read when they are used; load the model with transformers' "
+                "from_pretrained to change them"
+            )
+
+
+class Edits:
+    """The weights of one model that the user has replaced."""
+
+    def __init__(self) -> None:
+        self._places: defaultdict[str, list[Place]] = defaultdict(list)
+        self._found: dict[tuple[int, str], torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._counted = 0
+        self.available_bytes: int | None = None
+        """What the budget leaves for requests and replaced weights together; None if it is not known."""
+        self.on_change: Callable[[], None] | None = None
+        """Called when ``nbytes`` has changed, in any thread."""
+
+    def register(self, name: str, places: list[Place], parameter: Streams) -> None:
+        """``parameter`` stands for the weight ``name`` in ``places``, beside others that stand for it elsewhere."""
+        self._places[name] += places
+        parameter.layerstream_replace = lambda value: self._replace(name, value)
+
+    @property
+    def nbytes(self) -> int:
+        """What all replaced weights take; one memory counts once."""
+        storages = {}
+        for parameter in list(self._found.values()):
+            if not parameter.is_meta:
+                storage = parameter.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def found(self, place: Place) -> None:
+        """Something that does not stream lies in ``place``."""
+        table, name = place
+        parameter = table[name]
+        key = id(table), name
+        with self._lock:
+            if parameter is None or self._found.get(key) is parameter:
+                return
+            self._found[key] = parameter
+        self._count()
+
+    def _replace(self, name: str, value: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"data of {name} must be a tensor, not {type(value).__name__}")
+        nbytes = value.untyped_storage().nbytes()
+        if self.available_bytes is not None and self.nbytes + nbytes > self.available_bytes:
+            raise PlanError(
+                f"{name} cannot be replaced by a tensor of {format_bytes(nbytes)}, which would be resident: the budget "
+                f"leaves {format_bytes(self.available_bytes)} for requests and replaced weights; raise the budget"
+            )
+        for table, leaf in self._places[name]:
+            if streams(table[leaf]):
+                with torch.inference_mode(mode=False):
+                    table[leaf] = nn.Parameter(
+                        value.detach(), requires_grad=table[leaf].requires_grad
+                    )
+                self.found((table, leaf))
+
+    def _count(self) -> None:
+        counted = self.nbytes
+        if counted != self._counted and self.on_change is not None:
+            self.on_change()
+        self._counted = counted
+
+
+def guard_conversions(root: nn.Module) -> None:
+    """Let ``half()``, ``to(dtype)``, ``cuda()`` and the like of modules with streamed weights say that they cannot.
+
+    They go through all modules, and would leave some converted before one refuses.
+    """
+    for module in root.modules():
+        if any(True for _ in _streamed(module)):
+            vars(module)["_apply"] = types.MethodType(_apply_if_nothing_changes, module)
+
+
+def _streamed(module: nn.Module) -> Iterator[torch.Tensor]:
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):  # noqa: SLF001
+            yield from (each for each in table.values() if each is not None and streams(each))
+
+
+def _apply_if_nothing_changes(
+    self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    """``Module._apply``, for functions that leave streamed weights as they are."""
+    for dtype, device, dims in {(each.dtype, each.device, each.dim()) for each in _streamed(self)}:
+        probe = torch.zeros((1,) * dims, dtype=dtype, device=device)
+        changed = fn(probe) is not probe
+        if changed or (device.type == "cpu" and probe.is_shared()):  # type: ignore[no-untyped-call]
+            raise ModelError(
+                f"the weights of {type(self).__name__} stream, so their precision and device cannot be changed; open "
+                "the model with dtype= and device= instead"
+            )
+    kind: Any = type(self)
+    applied: nn.Module = kind._apply(self, fn, recurse)  # noqa: SLF001
+    return applied

@@ -1,0 +1,181 @@
+"""Edits of a drop-in's weights have the effect that they have on a model in memory, or are refused in one sentence."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.loop import turns
+from support.models import CASES, inputs_for, save_model
+from support.streaming import bits_equal
+
+from layerstream.pipeline import Budget, ModelError, PlanError, load_streamed
+
+SMALL = {"device": "cpu", "measure": False, "budget": Budget(host="64MiB"), "layer_batch_size": 1}
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+def loaded(folder: Path, case: str) -> Any:
+    return getattr(transformers, CASES[case].model).from_pretrained(folder)
+
+
+def reader_options(tmp_path: Path, case: str, reader: str) -> tuple[Path, dict[str, Any]]:
+    return save_model(tmp_path / "model", case), {**SMALL, "reader": reader}
+
+
+def by_data(owner: Any, name: str, value: torch.Tensor) -> None:
+    getattr(owner, name).data = value
+
+
+def by_parameter(owner: Any, name: str, value: torch.Tensor) -> None:
+    setattr(owner, name, torch.nn.Parameter(value))
+
+
+EDITS = [by_data, by_parameter]
+PLACES = {
+    "llama": ["model.layers.1.mlp.up_proj", "model.embed_tokens", "lm_head", "model.norm"],
+    "llama-tied": ["model.layers.0.self_attn.q_proj", "model.embed_tokens", "lm_head"],
+    "gpt2": ["transformer.h.0.attn.c_attn", "transformer.wpe", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("case", PLACES)
+def test_an_edited_weight_is_what_is_computed_with(
+    case: str, reader: str, edit: Callable[..., None], tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, case, reader)
+    inputs = inputs_for(case)
+    for path in PLACES[case]:
+        reference = loaded(folder, case)
+        with load_streamed(folder, **options) as model, torch.no_grad():
+            before = model(**inputs).logits
+            for each in (model, reference):
+                owner = each.get_submodule(path)
+                torch.manual_seed(5)
+                edit(owner, "weight", torch.randn(owner.weight.shape))
+            for _ in range(2):
+                logits = model(**inputs).logits
+                assert bits_equal(logits, reference(**inputs).logits)
+            assert not torch.equal(logits, before)
+            expected = reference.generate(**inputs, **GREEDY)
+            assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_an_edit_in_the_middle_of_a_pass_stays(tmp_path: Path) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    reference = loaded(folder, "llama")
+    new = torch.randn(reference.model.layers[0].mlp.up_proj.weight.shape)
+    reference.model.layers[0].mlp.up_proj.weight.data = new
+    with load_streamed(folder, **options) as model, torch.no_grad():
+        layer = model.model.layers[0]
+
+        def edit(*_: Any) -> None:
+            handle.remove()
+            layer.mlp.up_proj.weight.data = new
+
+        handle = layer.mlp.register_forward_pre_hook(edit)
+        for _ in range(2):
+            assert bits_equal(model(**inputs).logits, reference(**inputs).logits)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_weight_takes_memory_of_requests(
+    edit: Callable[..., None], tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        closer = vars(model)["_layerstream_close"]
+        model(**inputs)
+        available = closer.model.stats().reservable_bytes
+        weight = model.model.layers[0].mlp.up_proj.weight
+        new = torch.randn(weight.shape)
+        edit(model.model.layers[0].mlp.up_proj, "weight", new)
+        model(**inputs)
+        closer._loop_thread.run(turns())
+        assert closer.model.stats().reservable_bytes == available - new.nbytes
+
+
+def test_an_edit_that_the_budget_cannot_hold_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(
+            PlanError, match=r"lm_head\.weight cannot be replaced .* raise the budget"
+        ):
+            model.lm_head.weight.data = torch.zeros(20 << 20)
+        assert bits_equal(model(**inputs).logits, before)
+
+
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "half": lambda model: model.half(),
+    "to dtype": lambda model: model.to(torch.bfloat16),
+    "double": lambda model: model.double(),
+    "to meta": lambda model: model.to("meta"),
+    "layer": lambda model: model.model.layers[0].half(),
+    "leaf": lambda model: model.model.layers[0].mlp.up_proj.half(),
+    "share_memory": lambda model: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_conversion_is_refused_in_one_sentence_and_leaves_the_model_as_it_was(
+    conversion: str, tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(ModelError, match=r"open the model with dtype="):
+            CONVERSIONS[conversion](model)
+        assert bits_equal(model(**inputs).logits, before)
+        assert model.float() is model.to("cpu") is model
+        assert bits_equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_experts_that_are_read_on_demand_cannot_be_edited(
+    edit: Callable[..., None], tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "qwen3-moe", "direct")
+    with load_streamed(folder, **options) as model:
+        experts = model.model.layers[0].mlp.experts
+
+        def compute_with_edit() -> None:
+            edit(experts, "down_proj", torch.zeros(experts.down_proj.shape))
+            model(**inputs_for("qwen3-moe"))
+
+        with pytest.raises(ModelError, match="from_pretrained to change them"):
+            compute_with_edit()
+
+
+COPIES: dict[str, Callable[[Any, Path], Any]] = {
+    "copied": lambda model, _: copy.deepcopy(model),
+    "pickled": lambda model, _: pickle.dumps(model),
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "resize_token_embeddings": lambda model, _: model.resize_token_embeddings(120),
+    "compile": lambda model, _: model.compile(),
+    "generate_batch": lambda model, _: model.generate_batch([[3, 4], [5]]),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_would_copy_a_drop_in_is_refused_before_anything_is_done(
+    name: str, tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(ModelError, match=f"{name}.*"):
+            COPIES[name](model, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+        assert bits_equal(model(**inputs).logits, before)
