@@ -61,9 +61,10 @@ def nothing_left_behind(*, collect: bool = True) -> Iterator[None]:
     """
     descriptors, maps = _descriptors(), _maps()
     yield
-    assert our_threads() == []
+    threads = our_threads()
+    assert threads == [], threads
     left = {name: at for name, at in _descriptors().items() if descriptors.get(name) != at}
-    assert left == {}
+    assert left == {}, left
     if collect and not _maps() <= maps:
         gc.collect()  # an exception and its frames may be a cycle
     assert _maps() <= maps, "a map was left behind"

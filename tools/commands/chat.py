@@ -7,10 +7,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from layerstream.pipeline.machine.measurement import Input, Origin
-from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
@@ -36,6 +34,9 @@ from layerstream.tools.running.conversation import Conversation
 from layerstream.tools.running.generation import STAGE_COLUMNS, check_generates, stage_rows
 from layerstream.tools.running.read_ahead import reading_ahead
 from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
+
+if TYPE_CHECKING:
+    from layerstream.pipeline.machine.measurement import Input
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -139,7 +140,7 @@ class _Chat:
         plan = self._model.model.plan
         step = plan.prediction.decode.seconds
         size = format_bytes(plan.disk_bytes_per_sweep + plan.expert_bytes_per_step)
-        mapped = plan.reader is ReaderKind.MMAP
+        mapped = plan.reader == "mmap"
         reads = f"reads {size}{' in mapped files' if mapped else ''}"
         return (
             f"{self._name}: every token {reads}, and is expected to take {format_seconds(step)}"
@@ -317,9 +318,9 @@ def _summary(watch: Stopwatch, sweeps: int, expected: float, *, stopped: bool) -
     )
 
 
-def _doubt(inputs: Sequence[Input]) -> str:
+def _doubt(inputs: Sequence["Input"]) -> str:
     """A remark if what the expectation depends on was measured on a busy machine."""
     origins = {each.origin for each in inputs}
-    if Origin.CONTENDED in origins:
+    if "contended" in origins:
         return " (measured while others kept this machine busy: the first answers will correct it)"
-    return " (as assumed, not measured)" if Origin.ASSUMED in origins else ""
+    return " (as assumed, not measured)" if "assumed" in origins else ""
