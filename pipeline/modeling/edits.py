@@ -6,7 +6,7 @@ user, and is left alone.
 """
 
 import threading
-import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -138,13 +138,27 @@ def guard_conversions(root: nn.Module) -> None:
     """
     for module in root.modules():
         if any(True for _ in _streamed(module)):
-            vars(module)["_apply"] = types.MethodType(_apply_if_nothing_changes, module)
+            # Weak: a cycle would keep a request's clone, and its memory, until it is collected.
+            vars(module)["_apply"] = _GuardedApply(weakref.ref(module))
 
 
 def _streamed(module: nn.Module) -> Iterator[torch.Tensor]:
     for part in module.modules():
         for table in (part._parameters, part._buffers):  # noqa: SLF001
             yield from (each for each in table.values() if each is not None and streams(each))
+
+
+class _GuardedApply:
+    """A module's ``_apply``, which does not keep the module."""
+
+    def __init__(self, module: weakref.ref[nn.Module]) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Apply a function to the module, if that changes no streamed weight."""
+        module = self._module()
+        assert module is not None  # noqa: S101 - it is what this is called through
+        return _apply_if_nothing_changes(module, *args, **kwargs)
 
 
 def _apply_if_nothing_changes(

@@ -46,7 +46,7 @@ def test_kernels_have_the_bits_of_transformers_operations_in_gguf(
     save_gguf_model(path, architecture)
     checkpoint = Checkpoint.open(path)
     data = path.read_bytes()
-    config = config_of(checkpoint)
+    config, _ = config_of(checkpoint)
     traced = trace_model(checkpoint, config=config, model_class=resolve_model_class(config))
     unpacks = 0
     for recipe in traced.recipes.values():

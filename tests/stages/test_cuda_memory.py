@@ -33,7 +33,7 @@ def test_vram_stays_within_the_budget(gpu, tmp_path):
     async def main():
         prepared = await open_streaming(folder)
         # What the driver loads with a kernel's first launch is in no budget, so all kernels run once before.
-        async with StreamedModel(prepared._source, prepared._options) as model:
+        async with StreamedModel(prepared._options) as model:
             await model.generate(ids, max_new_tokens=4)
             budget = model.plan.device_memory.budget_bytes
             hardware = model.hardware  # nor is the memory of probing

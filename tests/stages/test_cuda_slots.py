@@ -17,7 +17,7 @@ from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import save_model
 
-from layerstream.pipeline import DeviceError, Pipeline, StreamedModel, opening, starting
+from layerstream.pipeline import DeviceError, Pipeline, StreamedModel, options, starting
 
 
 def stream_past_slow_kernels(gpu, device, folder, monkeypatch, *, stream=None, sweeps=2):
@@ -126,7 +126,7 @@ def test_no_device_is_opened_on_the_event_loop_which_it_would_block_for_seconds(
 
         return open_and_record
 
-    for module in (opening, starting):
+    for module in (options, starting):
         monkeypatch.setattr(module, "open_device", recording(module.open_device))
 
     async def main():

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerstream.pipeline import Hardware, opening, starting
+from layerstream.pipeline import Hardware, options, starting
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices.cuda import CudaDevice
 from support.checkpoints import GPU
@@ -163,7 +163,7 @@ class StandIn:
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)
-        for module in (opening, starting):
+        for module in (options, starting):
             monkeypatch.setattr(module, "open_device", lambda _: self.opened)
 
     def device(self, kind=FakeDevice):

@@ -7,13 +7,15 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import add_output_arguments, byte_count, positive_int
 from layerstream.tools.console.progress import progress, waiting
 from layerstream.tools.console.tables import print_table
-from layerstream.tools.convert.conversion import Conversion, Converted, convert, plan_conversion
-from layerstream.tools.convert.encoding import Encoding, Target
+
+if TYPE_CHECKING:
+    from layerstream.tools.convert.conversion import Conversion, Converted
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         type=str.lower,
-        choices=[*Target],
+        choices=["fp8", "int8", "int4"],
         help="what the weights of linear layers are rounded to; all else stays as it is",
     )
     parser.add_argument(
@@ -60,8 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    # Here, since they load torch.
     from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
+    from layerstream.tools.convert.conversion import convert, plan_conversion
+    from layerstream.tools.convert.encoding import Encoding, Target
 
     encoding = Encoding.of(Target(args.to), args.group_size)
     checkpoint = Checkpoint.open(resolve_model_path(args.source))
@@ -90,7 +95,7 @@ def _group_size(text: str) -> int | str:
     return text if text == "channel" else positive_int(text)
 
 
-def _report(conversion: Conversion, converted: Converted, seconds: float) -> dict[str, object]:
+def _report(conversion: "Conversion", converted: "Converted", seconds: float) -> dict[str, object]:
     return {
         "source": str(conversion.checkpoint.path),
         "folder": str(conversion.folder),
@@ -108,7 +113,7 @@ def _report(conversion: Conversion, converted: Converted, seconds: float) -> dic
     }
 
 
-def _print_report(conversion: Conversion, converted: Converted, seconds: float) -> None:
+def _print_report(conversion: "Conversion", converted: "Converted", seconds: float) -> None:
     rows = [(name, f"{error.relative:.3%}") for name, error in converted.errors.items()]
     print_table("Relative error of converted weights (RMS):", ("layer", "error"), rows)
     kinds = Counter(

@@ -60,7 +60,7 @@ def choose_weights(checkpoint: Checkpoint, encoding: Encoding) -> ChosenWeights:
         ModelError: transformers does not know the model, or it has no weights that can be converted.
     """
     _refuse_source(checkpoint)
-    config = config_of(checkpoint)
+    config, _ = config_of(checkpoint)
     model_class = resolve_model_class(config)
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():

@@ -87,8 +87,10 @@ class BatchFile:
                 if context is None or prompt + new_tokens <= context:
                     longest, most = max(longest, prompt), max(most, new_tokens)
 
-        asyncio.run(count())
-        prompts.close()
+        try:
+            asyncio.run(count())
+        finally:
+            prompts.close()
         return longest, most
 
     async def answer(
