@@ -80,7 +80,7 @@ def test_a_request_that_is_cancelled_twice_reports_nothing_to_the_loop(tmp_path)
         reported = []
         asyncio.get_running_loop().set_exception_handler(lambda _, about: reported.append(about))
         async with StreamedModel.open(folder, device="cpu", workload=SMALL, measure=False) as model:
-            for _ in range(10):
+            for _ in range(4):
                 begun = model.stats().passes
                 options = {"max_new_tokens": 10_000, "do_sample": False}
                 request = asyncio.create_task(model.generate(**inputs, **options))

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -81,8 +81,12 @@ def test_a_signal_at_any_moment_ends_a_command_silently(
 
 
 def contenders_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [each for each in children if "layerstream.tools.compare.worker" in each.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "layerstream.tools.compare.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize("number", CODES)
