@@ -15,6 +15,7 @@ from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.row_numbers import COPIES, row_numbers
 from layerstream.pipeline.modeling.tracer_tensor import Node, Operation, Output
 from layerstream.pipeline.modeling.unpacking import Unpack
+from layerstream.pipeline.planning.tiles import tile_rows
 from layerstream.stages.unpack.packing import Packing
 
 __all__ = ["PackedMatrix", "PackedRows", "RowPiece", "RowRun", "packed_rows"]
@@ -76,6 +77,11 @@ class PackedRows:
     def nbytes(self) -> int:
         """Of the unpacked parameter."""
         return self.rows * self.columns * self.dtype.itemsize
+
+    @property
+    def tile_rows(self) -> int:
+        """How many rows are unpacked at once."""
+        return tile_rows(self.rows, self.columns, self.dtype.itemsize)
 
     @property
     def is_table(self) -> bool:

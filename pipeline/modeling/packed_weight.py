@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
+from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 from layerstream.pipeline.planning.tiles import tile_rows
 
 __all__ = ["PackedWeight", "Tiles", "tile_bytes", "tiles_are_exact"]
@@ -166,12 +167,20 @@ class PackedWeight(Streams, nn.Parameter):
 
     def unpacked(self) -> torch.Tensor:
         """The plain weight, in memory of its own."""
-        plain = torch.empty(tuple(self.shape), dtype=self._rows.dtype)
-        flat = plain.view(self._rows.rows, self._rows.columns)
-        step = tile_rows(self._rows.rows, self._rows.columns, self._rows.dtype.itemsize)
-        for first in range(0, self._rows.rows, step):
-            self._rows.unpack(self._parts, first, flat[first : first + step])
+        rows = self._rows
+        plain = torch.empty(tuple(self.shape), dtype=rows.dtype)
+        scratch = None
+        if rows.order is not None:
+            scratch = torch.empty((rows.tile_rows, rows.columns), dtype=rows.dtype)
+        self._unpack_all(plain.view(rows.rows, rows.columns), scratch)
         return plain
+
+    def _unpack_all(self, plain: torch.Tensor, scratch: torch.Tensor | None) -> None:
+        """Write all rows into ``plain``; with scattered ones, ``scratch`` has room for a tile."""
+        step = self._rows.tile_rows
+        for first in range(0, self._rows.rows, step):
+            part = plain[first : first + step]
+            self._rows.unpack(self._parts, first, part, scratch=scratch)
 
     def _tile(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
         """Some rows, unpacked into ``memory`` by all threads."""
@@ -199,12 +208,9 @@ class PackedWeight(Streams, nn.Parameter):
         def unpack(memory: torch.Tensor) -> None:
             plain = memory.view(rows.dtype).view(form)
             if rows.order is not None:
-                step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
                 with tiles.tile() as tile:
-                    for first in range(0, rows.rows, step):
-                        part = plain[first : first + step]
-                        scratch = tile[: part.nbytes].view(rows.dtype).view(part.shape)
-                        rows.unpack(self._parts, first, part, scratch=scratch)
+                    scratch = tile[: tile_bytes(rows) // 2].view(rows.dtype)
+                    self._unpack_all(plain, scratch.view(-1, rows.columns))
                 return
             tiles.share(
                 rows.rows,
@@ -212,7 +218,7 @@ class PackedWeight(Streams, nn.Parameter):
                 least=_WORTH_A_THREAD,
             )
 
-        memory = tiles.once.get(id(self), rows.rows * rows.columns * rows.dtype.itemsize, unpack)
+        memory = tiles.once.get(id(self), rows.nbytes, unpack)
         return None if memory is None else memory.view(rows.dtype).view(form)
 
     def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -246,7 +252,7 @@ def _linear(
         return weight._multiplied(inputs, bias)  # noqa: SLF001
     if (plain := weight._unpacked_once()) is not None:  # noqa: SLF001
         return nn.functional.linear(inputs, plain, bias)
-    step = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
+    step = rows.tile_rows
     if step == rows.rows:
         with tiles.tile() as memory:
             return nn.functional.linear(inputs, weight._tile(0, step, memory), bias)  # noqa: SLF001
@@ -261,9 +267,8 @@ def _linear(
 
 
 def tile_bytes(rows: PackedRows) -> int:
-    """What a tile of ``rows`` takes."""
-    count = tile_rows(rows.rows, rows.columns, rows.dtype.itemsize)
-    return count * rows.columns * rows.dtype.itemsize * (1 if rows.order is None else 2)
+    """What a tile of ``rows`` takes: scattered ones need as much again to put them in order."""
+    return matrix_tile_bytes(rows.rows, rows.nbytes) * (1 if rows.order is None else 2)
 
 
 @functools.cache
