@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.leaks import our_threads
 from support.server import wait_until
 from support.service import HOST, MESSAGES, PROMPTS, Reference
 
@@ -63,6 +64,7 @@ def test_each_request_has_its_answer_in_its_place(
     assert "12 answers with" in summary
     # Requests share sweeps.
     assert int(summary.split()[-2]) < 12 * NEW / 2
+    assert our_threads() == []
 
 
 def test_a_killed_run_is_taken_up_and_the_file_is_the_same(folder: Path, tmp_path: Path) -> None:

@@ -161,9 +161,12 @@ async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.
         logger.info(model.plan.describe())
         answers, _, _ = make_answers(model, tokenizer, settings)
         began, count = time.monotonic(), len(file.left)
-        with progress(f"answering, {at_once} at once", count) as advance:
-            advance(0)
-            tokens = await file.answer(answers, at_once=at_once, on_answer=lambda: advance(1))
+        try:
+            with progress(f"answering, {at_once} at once", count) as advance:
+                advance(0)
+                tokens = await file.answer(answers, at_once=at_once, on_answer=lambda: advance(1))
+        finally:
+            answers.stop()  # it has a thread of its own
         seconds, sweeps = time.monotonic() - began, model.stats().sweeps
     print(
         f"{count} answers with {tokens} tokens in {seconds:.2f} s, {at_once} at once: "
