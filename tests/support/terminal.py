@@ -35,9 +35,23 @@ class Terminal:
         r"""Type ``text``; "\x03" is Ctrl-C, "\x04" Ctrl-D."""
         os.write(self._descriptor, text.encode())
 
-    def expect(self, pattern: str) -> re.Match[str]:
+    def interrupt_prompt(self, pattern: str) -> re.Match[str]:
+        """Press Ctrl-C at a prompt, as a user does: again if nothing happens, up to ten times.
+
+        Python's readline waits for a key after a signal that comes between its prompt and its waiting.
+        """
+        for _ in range(9):
+            self.type("\x03")
+            try:
+                return self.expect(pattern, timeout_seconds=_TIMEOUT_SECONDS / 10)
+            except AssertionError:
+                continue
+        self.type("\x03")
+        return self.expect(pattern)
+
+    def expect(self, pattern: str, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> re.Match[str]:
         """Wait until what comes after the last match matches ``pattern``."""
-        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        deadline = time.monotonic() + timeout_seconds
         while (found := re.compile(pattern).search(self.text, self._seen)) is None:
             assert self._read(deadline), f"no {pattern!r} in {self.text[self._seen :]!r}"
         self._seen = found.end()

@@ -163,8 +163,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(model: Path) -> None:
         found = terminal.expect(r"\(stopped; (\d+) tokens")
         assert 0 < int(found[1]) < 2000
         terminal.expect(ENTERED)
-        terminal.type("\x03")
-        terminal.expect("ends the chat")
+        terminal.interrupt_prompt("ends the chat")
         terminal.expect(ENTERED)
         terminal.type("Again\n")
         terminal.expect("Again\n.{20}")

@@ -5,6 +5,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.plot import require_matplotlib
 from layerstream.tools.console.progress import progress
-from layerstream.tools.console.signals import undoing_on_signals
+from layerstream.tools.console.signals import entered_whole, undoing_on_signals
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -127,13 +129,11 @@ def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list
         model_bytes=checkpoint.total_bytes,
         free_bytes=host_available_bytes(),
     )
-    with tempfile.TemporaryDirectory(
-        dir=_work_folder(args, path), prefix=".layerstream-bench-"
-    ) as work:
+    with entered_whole(_work_folder(args, path)) as work:
         setup = Setup(
             model=path,
             prompt_ids=tuple(args.prompt_ids or _default_prompt_ids(path, args.prompt_tokens)),
-            work=Path(work),
+            work=work,
             gguf=args.gguf,
             limit_bytes=args.memory_limit,
             cold=args.cold or not args.warm,
@@ -173,12 +173,18 @@ def _check_files(args: argparse.Namespace, path: Path) -> None:
         require_matplotlib()
 
 
-def _work_folder(args: argparse.Namespace, path: Path) -> Path | None:
-    """The checkpoint's own disk if it is writable: elsewhere peers might read their copies from a faster disk."""
+@contextmanager
+def _work_folder(args: argparse.Namespace, path: Path) -> Iterator[Path]:
+    """A folder for the contenders' files, for as long as the block runs.
+
+    On the checkpoint's own disk if it is writable: elsewhere peers might read their copies from a faster disk.
+    """
+    parent = path.parent if os.access(path.parent, os.W_OK) else None
     if args.work is not None:
-        args.work.mkdir(parents=True, exist_ok=True)
-        return Path(args.work)
-    return path.parent if os.access(path.parent, os.W_OK) else None
+        parent = Path(args.work)
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".layerstream-bench-") as work:
+        yield Path(work)
 
 
 def _default_prompt_ids(path: Path, tokens: int) -> list[int]:

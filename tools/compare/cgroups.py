@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream.stages.errors import LayerstreamError
-from layerstream.tools.console.signals import signals_held
 
 __all__ = ["CgroupError", "MemoryCgroup", "memory_cgroup"]
 
@@ -72,6 +71,8 @@ class MemoryCgroup:
 def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
     """Make a memory cgroup, and remove it afterwards. The caller ends the processes that it puts inside.
 
+    Where signals raise, it is to be entered with signals held back (``entered_whole``).
+
     Args:
         limit_bytes: Limit for its processes together; None only measures them.
 
@@ -100,8 +101,7 @@ def memory_cgroup(limit_bytes: int | None = None) -> Iterator[MemoryCgroup]:
                 raise CgroupError(f"a memory limit of {limit_bytes} bytes: {error}") from error
         yield group
     finally:
-        with signals_held():
-            _remove(folder)
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 from layerstream import tools
 from layerstream.stages.text import format_bytes
 from layerstream.tools.compare.cgroups import MemoryCgroup
-from layerstream.tools.console.signals import signals_held
 
 __all__ = ["ContenderError", "ContenderProcess", "contender_process"]
 
@@ -98,6 +97,13 @@ class ContenderProcess:
             now = sum(map(_anonymous_bytes, list(self.pids)))
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, now)
 
+    def close(self) -> None:
+        """Give the process some time to exit by itself."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_SECONDS)
+
     def _failure(self) -> ContenderError:
         try:
             code = self._process.wait(_CLOSE_SECONDS)
@@ -141,6 +147,8 @@ def contender_process(
 ) -> Iterator[ContenderProcess]:
     """Start a worker, whose first message names the contender; afterwards kill it and all its children.
 
+    To be entered with signals held back (``entered_whole``).
+
     Args:
         python: Path of the interpreter.
         folder: Working directory, and where its stderr is kept.
@@ -174,22 +182,12 @@ def contender_process(
         watcher.start()
         try:
             yield contender
-            _close(process)
         finally:
-            with signals_held():
-                ended.set()
-                watcher.join()
-                for pid in group.processes() if group else []:
-                    _kill(os.kill, pid)
-                _kill(os.killpg, process.pid)
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    """Give the process some time to exit by itself."""
-    if process.stdin is not None:
-        process.stdin.close()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_CLOSE_SECONDS)
+            ended.set()
+            watcher.join()
+            for pid in group.processes() if group else []:
+                _kill(os.kill, pid)
+            _kill(os.killpg, process.pid)
 
 
 def _kill(send: Callable[[int, int], None], pid: int) -> None:

@@ -16,6 +16,7 @@ from layerstream.tools.compare.cgroups import CgroupError, MemoryCgroup, memory_
 from layerstream.tools.compare.contenders import Contender, NotMeasured
 from layerstream.tools.compare.page_cache import drop_from_cache
 from layerstream.tools.compare.processes import ContenderError, ContenderProcess, contender_process
+from layerstream.tools.console.signals import entered_whole
 
 __all__ = ["Outcome", "Pass", "Setup", "TurnResult", "run_rounds"]
 
@@ -169,19 +170,18 @@ def _open(
     with ExitStack() as stack:
         group = None
         try:
-            group = stack.enter_context(memory_cgroup(limit_bytes))
+            group = stack.enter_context(entered_whole(memory_cgroup(limit_bytes)))
         except CgroupError:
             if limit_bytes is not None:
                 raise
-        process = stack.enter_context(
-            contender_process(
-                python=contender.python,
-                folder=folder,
-                group=group,
-                limit_bytes=limit_bytes,
-                timeout_seconds=setup.timeout_seconds,
-            )
+        started = contender_process(
+            python=contender.python,
+            folder=folder,
+            group=group,
+            limit_bytes=limit_bytes,
+            timeout_seconds=setup.timeout_seconds,
         )
+        process = stack.enter_context(entered_whole(started))
         opened = process.request(
             contender=contender.opener,
             model=str(setup.model),
@@ -190,6 +190,7 @@ def _open(
             **contender.request,
         )
         yield process, opened, group
+        process.close()
 
 
 def _median_warm_pass(process: ContenderProcess) -> Pass:

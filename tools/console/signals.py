@@ -7,14 +7,36 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import TypeVar
 
-__all__ = ["INTERRUPTED", "Interrupted", "end_on_signals", "signals_held", "undoing_on_signals"]
+__all__ = [
+    "INTERRUPTED",
+    "Interrupted",
+    "end_on_signals",
+    "entered_whole",
+    "signals_held",
+    "undoing_on_signals",
+]
+
+_T = TypeVar("_T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SIGNALLED = 128  # a shell's exit code for a process that a signal ended, less the signal's number
 INTERRUPTED = _SIGNALLED + signal.SIGINT
+
+
+@dataclass(slots=True)
+class _Held:
+    """How many blocks hold signals back, and the signals that came meanwhile."""
+
+    blocks: int = 0
+    signals: list[int] = field(default_factory=list)
+
+
+_held = _Held()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,6 +60,9 @@ def end_on_signals() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
+    if _held.blocks:
+        _held.signals.append(number)
+        return
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which a progress bar hides
     os._exit(_SIGNALLED + number)
@@ -51,6 +76,9 @@ def undoing_on_signals() -> Iterator[None]:
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
+        if _held.blocks:
+            _held.signals.append(number)
+            return
         end_on_signals()
         raise Interrupted(number)
 
@@ -66,9 +94,30 @@ def undoing_on_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals while the block runs, so that they do not interrupt what undoes something."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Hold back signals while the block runs.
+
+    They are held by our handlers, not by the thread's mask: the system would give them to another thread then, and Python
+    runs the handlers in the main thread all the same. A process that is started meanwhile takes them as ever.
+    """
+    _held.blocks += 1
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _held.blocks -= 1
+        if not _held.blocks and _held.signals:
+            first, *_held.signals = _held.signals
+            signal.raise_signal(first)
+
+
+@contextmanager
+def entered_whole(manager: AbstractContextManager[_T]) -> Iterator[_T]:
+    """``manager``, entered and left with signals held back.
+
+    One that comes while a folder, process or thread is made would raise before anybody is responsible for ending it.
+    """
+    with ExitStack() as stack:
+        with signals_held():
+            value = stack.enter_context(manager)
+        yield value
+        with signals_held():
+            stack.close()
