@@ -1,9 +1,9 @@
 """A transformers model whose weights stream."""
 
-import asyncio
+import functools
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,9 +20,10 @@ from layerstream.pipeline.pretrained import Pretrained
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.stats import Stats
-from layerstream.pipeline.scheduling.tokens import token_streamer
+from layerstream.pipeline.scheduling.tokens import stream_tokens
 from layerstream.pipeline.starting import start_model
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
@@ -48,12 +49,13 @@ class StreamedModel:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._resources = AsyncExitStack()
+        self._guard = ReadGuard(options.hanging_read_seconds)
         self._engine: Engine | None = None
         self._lifetime = Lifetime(
             "the model",
             again="call StreamedModel.open again",
             opens=self._open,
-            closes=self._resources.aclose,
+            closes=self._close,
         )
 
     # Longer than 60 lines: it names, explains and hands on each option.
@@ -99,7 +101,8 @@ class StreamedModel:
             model_class: The transformers class; by default the config's ``architectures[0]``.
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
-            hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
+            hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
+                with it, and closing does not wait for it.
             model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
 
         Raises:
@@ -141,12 +144,17 @@ class StreamedModel:
         return self
 
     async def _open(self) -> None:
-        self._opening = opening = await open_model(self._options, self._resources)
+        self._resources.callback(self._guard.close)
+        self._opening = opening = await open_model(self._options, self._resources, self._guard)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
         self._budget = opening.budget
-        running = await start_model(opening, self._options, self._resources)
+        running = await start_model(opening, self._options, self._resources, self._guard)
         self._pipeline, self._scheduler = running.pipeline, running.scheduler
         self._engine = running.engine
+
+    async def _close(self) -> None:
+        self._guard.stop()
+        await self._resources.aclose()
 
     async def __aexit__(
         self,
@@ -157,7 +165,7 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way, or end the opening, and free everything. May be called again, and by several tasks."""
+        """Fail the requests under way, or end the opening, and free all but what a read that hangs has. May be called again."""
         await self._lifetime.close()
 
     async def drain(self) -> None:
@@ -212,19 +220,10 @@ class StreamedModel:
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
         """
-        tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = token_streamer(asyncio.get_running_loop(), tokens, on_begin)
-        generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
-        generating.add_done_callback(lambda _: tokens.put_nowait(None))
-        try:
-            while (token := await tokens.get()) is not None:
+        generate = functools.partial(self.generate, *inputs, **named)
+        async with aclosing(stream_tokens(generate, on_begin)) as tokens:
+            async for token in tokens:
                 yield token
-            await generating
-        finally:
-            generating.cancel()
-            await asyncio.wait([generating])
-            # Mark an error as retrieved: a caller that leaves early does not use it.
-            generating.cancelled() or generating.exception()
 
     async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.

@@ -26,6 +26,7 @@ from layerstream.stages.compute import Batch
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.interruptible import InterruptibleReads
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["Runtime", "start_model"]
@@ -40,7 +41,9 @@ class Runtime:
     engine: Engine
 
 
-async def start_model(opening: Opening, options: Options, resources: AsyncExitStack) -> Runtime:
+async def start_model(
+    opening: Opening, options: Options, resources: AsyncExitStack, guard: ReadGuard
+) -> Runtime:
     """Start what ``opening`` has planned; ``resources`` stops it again.
 
     Raises:
@@ -51,9 +54,9 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
-    guard = ReadGuard(options.hanging_read_seconds)
-    resources.callback(guard.close)
-    bindings = await _prepare(opening, device, resources, guard)
+    reads = InterruptibleReads(guard)
+    resources.push_async_callback(finish_in_thread, reads.close, without_thread=True)
+    bindings = await _prepare(opening, device, resources, guard, reads)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
@@ -66,13 +69,9 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         pipeline, bindings, device=device, always_bound=always_bound, residency=residency
     )
     resources.push_async_callback(scheduler.aclose)
+    on_cpu = plan.device_memory is None
     estimator = Estimator(
-        module,
-        config,
-        workload=options.workload,
-        memory=memory,
-        on_cpu=plan.device_memory is None,
-        plan=plan,
+        module, config, workload=options.workload, memory=memory, on_cpu=on_cpu, plan=plan
     )
     engine = Engine(
         module,
@@ -84,6 +83,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         guard=guard,
         cache_on_host=plan.kv_cache_on_host,
     )
+    reads.wait = engine.passes.wait
     if pipeline.experts is not None:
         stream_experts(
             module,
@@ -103,7 +103,11 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
 
 
 async def _prepare(
-    opening: Opening, device: Device, resources: AsyncExitStack, guard: ReadGuard
+    opening: Opening,
+    device: Device,
+    resources: AsyncExitStack,
+    guard: ReadGuard,
+    reads: InterruptibleReads,
 ) -> list[Binding]:
     """Put placeholders and tables into the module tree; returns what puts weights in their place."""
     assembly, plan = opening.assembly, opening.plan
@@ -112,7 +116,7 @@ async def _prepare(
         bindings = assembly.bind(plan, device.torch_device)
         if assembly.tiles is not None:
             resources.callback(assembly.tiles.close)
-        for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
+        for table in assembly.gather(opening.checkpoint, device.torch_device, guard, reads):
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
