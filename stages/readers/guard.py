@@ -136,6 +136,10 @@ class ReadGuard:
         """Repeat nothing more, end the pauses, and wait no longer for reads that hang: what they belong to is closed."""
         self._stopping.set()
 
+    def resume(self) -> None:
+        """Repeat and wait again: what was closed is opened again."""
+        self._stopping.clear()
+
     def close(self) -> None:
         """Stop watching. May be called again."""
         self.stop()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,7 +47,7 @@ def reference(folder: Path, case: str, **options: Any) -> Any:
 
 def all_home(model: StreamedModel) -> bool:
     """Whether nobody holds a cell."""
-    store = model._pipeline.experts
+    store = model._running.stream.pipeline.experts
     regions = [*store._own, store._shared]
     return not any(cell.users for region in regions for cell in region._cells.values())
 
@@ -165,8 +164,8 @@ class Streamed:
         dtype: torch.dtype = torch.float32,
         sizes: tuple[int, int] = (32, 24),
         cells: int = 2,
-        waiting: Callable[[], AbstractContextManager[WaitFor]] = partial(
-            nullcontext, Future.exception
+        waiting: Callable[[], AbstractContextManager[WaitFor]] = lambda: nullcontext(
+            Future.exception
         ),
     ) -> None:
         torch.manual_seed(0)

@@ -91,7 +91,7 @@ def test_a_request_that_waits_for_a_read_that_hangs_ends_when_it_is_told_to(
     async def main():
         with model_of(kind, llama, mixture) as (folder, options), Gate() as gate:
             async with await open_streaming(folder, **options) as model:
-                if kind == "experts" and model._pipeline.experts is None:
+                if kind == "experts" and model._running.stream.pipeline.experts is None:
                     pytest.fail("nothing is read on demand")
                 hanging(monkeypatch, kind, gate)
                 request = asyncio.create_task(model.forward(**INPUTS))
