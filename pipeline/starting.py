@@ -59,6 +59,7 @@ class Runtime:
             self.scheduler.resume(self.stream.pipeline)
 
 
+# Longer than 60 lines: it makes each part of a running model, and names how they depend on one another.
 async def start_model(
     opening: Opening, options: Options, resources: AsyncExitStack, guard: ReadGuard
 ) -> Runtime:

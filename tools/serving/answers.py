@@ -107,15 +107,10 @@ class Answers:
             task.cancel()
         self._prompts.close()
 
-    def streaming_failed(self, error: BaseException) -> None:
-        """Let /health report ``error`` until something works again."""
+    def streaming_failed(self, error: BaseException | None) -> None:
+        """Have /health report ``error``; None if tokens come, or can come again."""
         if not self._stopped:
-            self.failure = f"Streaming has failed: {error}"
-
-    def streaming_works(self) -> None:
-        """Tokens come, or can come again."""
-        if not self._stopped:
-            self.failure = None
+            self.failure = None if error is None else f"Streaming has failed: {error}"
 
     async def answer(
         self, request: ApiRequest, receive: Receive, response: Builder | None = None
@@ -231,7 +226,7 @@ class Answers:
                 async for piece in pieces:
                     came.set()
                     await begun
-                    self.streaming_works()
+                    self.streaming_failed(None)
                     if piece.tokens:
                         timeline.token()
                     progress.count(choice.index, piece.tokens)

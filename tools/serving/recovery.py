@@ -69,5 +69,5 @@ class Recovery:
         except LayerstreamError as error:
             logger.warning("the model cannot be reopened: %s", str(error))
         else:
-            self._answers.streaming_works()
+            self._answers.streaming_failed(None)
             logger.info("the model was reopened")
