@@ -11,6 +11,7 @@ from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.edits import guard_conversions
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
+from layerstream.pipeline.modeling.own_buffers import OwnBuffers
 from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening
 from layerstream.pipeline.options import Options
@@ -18,7 +19,7 @@ from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import request_memory_of
+from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.streaming.pipeline import Pipeline
@@ -54,8 +55,9 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     guard = ReadGuard(options.hanging_read_seconds)
     resources.callback(guard.close)
     bindings = await _prepare(opening, device, resources, guard)
-    config = opening.checkpoint.config
-    memory = request_memory_of(plan, module, config)
+    buffers = await finish_in_thread(lambda: OwnBuffers(module, assembly.written_buffers))
+    resources.callback(buffers.close)
+    memory = request_memory_of(plan, module, opening.checkpoint.config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     pipeline = await resources.enter_async_context(
         Pipeline(residency.first, device=device, guard=guard)
@@ -66,19 +68,12 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         pipeline, bindings, device=device, always_bound=always_bound, residency=residency
     )
     resources.push_async_callback(scheduler.aclose)
-    estimator = Estimator(
-        module,
-        config,
-        workload=options.workload,
-        memory=memory,
-        on_cpu=plan.device_memory is None,
-        plan=plan,
-    )
     engine = Engine(
         module,
         scheduler,
+        own_buffers=buffers.of_clone,
         device=device,
-        estimator=estimator,
+        estimator=_estimator(opening, options, memory),
         memory=memory,
         threads=options.max_requests,
         guard=guard,
@@ -100,6 +95,18 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
     return Runtime(pipeline=pipeline, scheduler=scheduler, engine=engine)
+
+
+def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Estimator:
+    return Estimator(
+        opening.module,
+        opening.checkpoint.config,
+        workload=options.workload,
+        memory=memory,
+        on_cpu=opening.plan.device_memory is None,
+        plan=opening.plan,
+        own_buffer_bytes=opening.assembly.own_buffer_bytes,
+    )
 
 
 async def _prepare(

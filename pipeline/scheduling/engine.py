@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.modeling.call_state import call_with_state
-from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.clone import OwnBuffersOf, clone_modules
 from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
@@ -41,6 +41,7 @@ class Engine:
     Args:
         module: The transformers model; its hooks get the pass runner of their thread from ``passes``.
         scheduler: Makes the sweeps that requests take part in.
+        own_buffers: Makes the buffers of a clone of the module.
         device: Where computation runs.
         estimator: Estimates the memory of requests.
         memory: The memory for all requests together.
@@ -54,6 +55,7 @@ class Engine:
         module: Any,
         scheduler: SweepScheduler,
         *,
+        own_buffers: OwnBuffersOf,
         device: Device,
         estimator: Estimator,
         memory: RequestMemory,
@@ -62,6 +64,7 @@ class Engine:
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
+        self._own_buffers = own_buffers
         self._memory = memory
         self._edits: Edits | None = None
         self._cache_on_host = cache_on_host
@@ -95,11 +98,7 @@ class Engine:
         return self._estimator.generation(inputs, named).nbytes
 
     async def _run(
-        self,
-        method: str,
-        call: MethodOf,
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
+        self, method: str, call: MethodOf, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Any:
         # The stream that is current now, so that computation is ordered with the caller's own work. When the
         # request is admitted, another one may be current on the event loop.
@@ -144,17 +143,15 @@ class Engine:
     def _work(self, request: Request) -> Any:
         """Run ``request`` in the calling thread."""
         runner = request.runner
-        runner.root = clone = clone_modules(self._module)
+        runner.root = clone = clone_modules(self._module, self._own_buffers)
         try:
             with (
                 self.passes.running(runner),
                 SamplingGenerator(request.generator) as runner.sampling,
             ):
-                torch_device = self._device.torch_device
-                inputs = [_on_device(each, torch_device) for each in request.inputs]
-                named = {
-                    name: _on_device(each, torch_device) for name, each in request.named.items()
-                }
+                device = self._device.torch_device
+                inputs = [_on_device(each, device) for each in request.inputs]
+                named = {name: _on_device(each, device) for name, each in request.named.items()}
                 return call_with_state(request.call(clone), clone, inputs, named)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)

@@ -58,6 +58,7 @@ class Estimator:
         memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
         plan: The running plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
+        own_buffer_bytes: What each request takes for buffers of its own; part of the plan's memory for ``workload``.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Estimator:
         memory: RequestMemory,
         on_cpu: bool = False,
         plan: Plan | None = None,
+        own_buffer_bytes: int = 0,
     ) -> None:
         self._module = module
         self._config = config
@@ -76,7 +78,8 @@ class Estimator:
         self._memory = memory
         self._scales = (1.0, 1.0)
         if plan is not None:
-            estimated, whole = self._estimated(workload), plan.workload_bytes
+            own = workload.batch_size * own_buffer_bytes
+            estimated, whole = self._estimated(workload), plan.workload_bytes - own
             cache = plan.kv_cache_bytes
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
@@ -85,6 +88,7 @@ class Estimator:
                     _ratio(cache, estimated.cache),
                     _ratio(whole - cache, estimated.other),
                 )
+        self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
         text = module.config.get_text_config() if hasattr(module, "config") else None
@@ -239,11 +243,11 @@ class Estimator:
         return parts.other if self._memory.is_split else sum(parts)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
-        """Memory of a request that libraries take besides tensors."""
+        """Memory of a request for buffers of its own, and what libraries take besides tensors."""
         if not self._on_cpu:
-            return 0
+            return self._own_buffer_bytes
         overhead = overheads(self._config, modules=self._module_count, rows=rows, logits=logits)
-        return overhead.per_request_bytes
+        return overhead.per_request_bytes + self._own_buffer_bytes
 
     @staticmethod
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
