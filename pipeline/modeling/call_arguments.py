@@ -1,7 +1,7 @@
 """The arguments of a call to ``forward`` or ``generate``, by name and with the defaults of the configs."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class InputShape:
     """New tokens in each row."""
     past: int
     """Tokens in the cache that is passed with them."""
+    room: int
+    """Tokens that this cache has room for from the beginning, if its size is fixed."""
+    held_bytes: int
+    """What this cache holds, of whatever kind it is."""
     decoder: int
     """Tokens of an encoder-decoder's decoder."""
     prefix: int
@@ -158,6 +162,8 @@ def input_shape(module: Any, method: str, named: Mapping[str, Any]) -> InputShap
         rows=max(rows, decoder_rows) or max(first_dims, default=1),
         length=max(length, 1),
         past=past,
+        room=max((getattr(each, "max_cache_len", 0) for each in _parts_of(cache)), default=0),
+        held_bytes=_held_bytes(cache),
         decoder=decoder,
         prefix=ids,
         cached=past > 0 or wants_cache(module, method, named),
@@ -171,6 +177,33 @@ def _cached_tokens(cache: Any) -> int:
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     except ValueError:  # a recurrent state counts no tokens
         return 0
+
+
+def _held_bytes(cache: Any) -> int:
+    storages = {}
+    for each in _parts_of(cache):
+        if isinstance(each, torch.Tensor) and not each.is_meta:
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _parts_of(cache: Any) -> Iterator[Any]:
+    """All that a cache consists of, itself included: its layers, other caches in it, and their tensors."""
+    seen: set[int] = set()
+    rest = [cache]
+    while rest:
+        part = rest.pop()
+        if id(part) in seen or isinstance(part, str | int | float | type | None):
+            continue
+        seen.add(id(part))
+        yield part
+        if isinstance(part, Mapping):
+            rest += part.values()
+        elif isinstance(part, list | tuple):
+            rest += part
+        elif not isinstance(part, torch.Tensor) and not hasattr(part, "get_text_config"):
+            rest += vars(part).values() if hasattr(part, "__dict__") else ()
 
 
 def _has_non_token_inputs(given: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ KV caches and activations are estimated by the formula of the plan's reservation
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -212,13 +212,14 @@ class Estimator:
 
         ``half_on_device``: half of the rows have another cache, which the call makes itself on the device.
         """
-        pass_tokens = max(pass_tokens, 1)
+        pass_tokens, cached_tokens = max(pass_tokens, 1), max(cached_tokens, shape.room)
         workload = Workload(
             batch_size=max(rows, 1),
             prompt_tokens=pass_tokens,
             new_tokens=max(cached_tokens - pass_tokens, 1),
         )
         cache, other = self._estimated(workload)
+        cache = max(cache, shape.held_bytes)
         if not shape.is_known:
             reserved, batch_size = self._estimated(self._workload), self._workload.batch_size
             cache = max(cache, rows * reserved.cache // batch_size)
@@ -287,12 +288,8 @@ class Estimator:
             return cost
         if not shape.is_known:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
-            return RequestCost(
-                nbytes=self._memory.nbytes,
-                sequences=cost.sequences,
-                prompt_tokens=cost.prompt_tokens,
-                new_tokens=cost.new_tokens,
-            )
+            alone = self._memory.nbytes
+            return replace(cost, nbytes=alone, chunk_tokens=None, step_tokens=0, step_bytes=0)
         raise self._memory.refusal(request, parts)
 
 
