@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.pipeline.entrances import guard_entrances
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.edits import guard_conversions
@@ -123,6 +124,7 @@ async def _prepare(
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
+        guard_entrances(opening.module)
         list_tied_once(opening.module, assembly.traced.aliases)
         return bindings
 

@@ -161,9 +161,6 @@ COPIES: dict[str, Callable[[Any, Path], Any]] = {
     "copied": lambda model, _: copy.deepcopy(model),
     "pickled": lambda model, _: pickle.dumps(model),
     "save_pretrained": lambda model, folder: model.save_pretrained(folder),
-    "resize_token_embeddings": lambda model, _: model.resize_token_embeddings(120),
-    "compile": lambda model, _: model.compile(),
-    "generate_batch": lambda model, _: model.generate_batch([[3, 4], [5]]),
 }
 
 
