@@ -16,6 +16,7 @@ __all__ = [
     "given_cache",
     "input_shape",
     "is_encoder_decoder",
+    "reads_prompts_in_pieces",
     "takes_criteria",
     "wants_cache",
 ]
@@ -122,6 +123,22 @@ def takes_criteria(module: Any) -> bool:
 def is_encoder_decoder(module: Any) -> bool:
     """Whether the model's config says that it has an encoder and a decoder."""
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def reads_prompts_in_pieces(module: Any) -> bool:
+    """Whether the model's ``generate`` can process a prompt in pieces.
+
+    It asks the cache how many tokens it holds, which a recurrent state alone does not count; caches of other kinds than
+    transformers' own are not handed from piece to piece.
+    """
+    supports = getattr(module, "_supports_default_dynamic_cache", None)
+    takes_cache = {*CACHE_NAMES} & inspect.signature(module.forward).parameters.keys()
+    if supports is None or not supports() or not takes_cache or is_encoder_decoder(module):
+        return False
+    import transformers
+
+    recurrent = transformers.DynamicCache(config=module.config).is_linear
+    return not (recurrent and all(recurrent))
 
 
 def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from layerstream.pipeline.modeling.call_arguments import (
     given_cache,
     input_shape,
     is_encoder_decoder,
+    reads_prompts_in_pieces,
     takes_criteria,
 )
 from layerstream.pipeline.planning.overheads import overheads
@@ -265,7 +266,7 @@ class Estimator:
         return (
             shape.is_known
             and takes_criteria(self._module)
-            and not self._encoder_decoder
+            and reads_prompts_in_pieces(self._module)
             and settings.get("use_cache") is not False
             and not settings.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()

@@ -82,3 +82,28 @@ def test_what_a_cache_holds_is_known_for_every_kind(case: str, tmp_path: Path) -
         output = reference(**inputs_for(case), use_cache=True)
     cache = next(output[name] for name in CACHE_NAMES if output.get(name) is not None)
     assert HELD[case] * 4 <= input_shape(reference, "forward", {"cache": cache}).held_bytes
+
+
+# Whether the state after a piece of a prompt is taken up by the next one: never by recurrent layers alone.
+IN_PIECES = {"llama": True, "jamba": True, "qwen3-next": True, "mamba": False, "mamba2": False}
+
+
+@pytest.mark.parametrize("case", IN_PIECES)
+def test_a_prompt_is_read_in_pieces_only_where_the_model_can(case: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", case)
+    generator = torch.Generator().manual_seed(1)
+    with load_streamed(folder, **OPTIONS) as model:
+        estimate = vars(model)["_layerstream_close"].model._open_engine()._estimator.generation
+        tokens = 256
+        try:
+            while estimate((IDS.new_ones(1, tokens),), GREEDY).chunk_tokens is None:
+                tokens *= 2
+        except AdmissionError:
+            assert not IN_PIECES[case]
+        ids = torch.randint(3, 100, (1, tokens), generator=generator)
+        if not IN_PIECES[case]:
+            with pytest.raises(AdmissionError, match="KV cache and activations"):
+                model.generate(ids, **GREEDY)
+            return
+        expected = loaded(folder, case).generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
