@@ -16,6 +16,7 @@ __all__ = [
     "given_cache",
     "input_shape",
     "is_encoder_decoder",
+    "kept_positions",
     "reads_prompts_in_pieces",
     "takes_criteria",
     "wants_cache",
@@ -139,6 +140,15 @@ def reads_prompts_in_pieces(module: Any) -> bool:
 
     recurrent = transformers.DynamicCache(config=module.config).is_linear
     return not (recurrent and all(recurrent))
+
+
+def kept_positions(kept: Any, length: int) -> int:
+    """Of how many of ``length`` positions a forward pass computes logits, by its ``logits_to_keep``."""
+    if isinstance(kept, torch.Tensor):
+        return min(kept.numel(), length) if kept.dim() else 1
+    if isinstance(kept, slice):
+        return len(range(*kept.indices(length)))
+    return min(kept, length) if isinstance(kept, int) and kept > 0 else length
 
 
 def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,6 +14,7 @@ from layerstream.pipeline.modeling.clone import OwnBuffersOf, clone_modules
 from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
+from layerstream.pipeline.scheduling.caller_context import CallerContext
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request import CLOSED, MethodOf, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
@@ -100,26 +101,24 @@ class Engine:
     async def _run(
         self, method: str, call: MethodOf, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Any:
-        # The stream that is current now, so that computation is ordered with the caller's own work. When the
-        # request is admitted, another one may be current on the event loop.
-        stream = self._device.stream()
+        context = CallerContext(self._device)
         request = self._request(method, call, inputs, named, threads=1)
         try:
             self.requests.enqueue(request, request.reservation)
             await asyncio.wrap_future(request.reservation)
-            result = await self._run_admitted(request, stream)
+            result = await self._run_admitted(request, context)
         except BaseException as error:
             self.requests.ended(request, outcome_of(error))
             raise
         self.requests.ended(request, "completed")
         return result
 
-    async def _run_admitted(self, request: Request, stream: Hashable) -> Any:
+    async def _run_admitted(self, request: Request, context: CallerContext) -> Any:
         """Run an admitted request in a worker thread, to its end even if the waiting task is cancelled."""
         self.requests.started(request)
 
         def work() -> Any:
-            with self._device.computing_on(stream):
+            with context.entered():
                 return self._work(request)
 
         try:

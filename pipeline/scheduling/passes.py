@@ -109,6 +109,7 @@ class PassRunner:
         self._held: Bound | None = None
         self._entry = ""
         self._gradients = False
+        self._keeps_casts = True
         self._visited: list[int] = []
         self.cancelled = False
         self.passes = 0
@@ -153,6 +154,9 @@ class PassRunner:
             # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
+            # A caller's autocast would keep the casts of all weights until it ends.
+            self._keeps_casts = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
             if self.sampling is not None:
                 self.sampling.pause()
         self._modules.append(id(module))
@@ -247,6 +251,7 @@ class PassRunner:
     def _end_pass(self, outcome: Outcome) -> None:
         self._modules.clear()
         torch.set_grad_enabled(self._gradients)
+        torch.set_autocast_cache_enabled(self._keeps_casts)
         if self.sampling is not None:
             self.sampling.resume()
         visited, self._visited = tuple(self._visited), []

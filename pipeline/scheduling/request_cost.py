@@ -16,6 +16,7 @@ from layerstream.pipeline.modeling.call_arguments import (
     given_cache,
     input_shape,
     is_encoder_decoder,
+    kept_positions,
     reads_prompts_in_pieces,
     takes_criteria,
 )
@@ -113,8 +114,7 @@ class Estimator:
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
         shape = input_shape(self._module, "forward", named)
-        kept = named.get("logits_to_keep")
-        positions = kept if isinstance(kept, int) and kept > 0 else shape.length
+        positions = kept_positions(named.get("logits_to_keep"), shape.length)
         # A loss is computed from logits in float32.
         logit_bytes = self._item_bytes + (8 if named.get("labels") is not None else 0)
         logits = shape.rows * (positions - 1) * self._vocabulary_size * logit_bytes
