@@ -148,7 +148,7 @@ class PassRunner:
         if not self._modules:
             if self.turn is not None:
                 named = self.turn.enter(self, entry, inputs, named)
-            self._entry = entry
+            self._entry = _route_name(module, entry)
             self.passes += 1
             self.tokens = _count_tokens(inputs, named)
             # By the time of a backward pass the weights would be gone.
@@ -266,6 +266,16 @@ class PassRunner:
             )
             if self.turn is not None:
                 self.turn.leave(outcome)
+
+
+def _route_name(module: torch.nn.Module, entry: str) -> str:
+    """What passes have in common that visit the same batches: where they begin, and how many layers they go through.
+
+    transformers drafts tokens with a model's first layers by setting this number in its config for a while.
+    """
+    base = getattr(module, "base_model", module)
+    layers = getattr(getattr(base, "config", None), "num_hidden_layers", None)
+    return entry if layers is None else f"{entry} of {layers} layers"
 
 
 def _count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
