@@ -100,7 +100,7 @@ class StreamedModel:
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
-            model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
+            model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
 
         Raises:
             ModelError: An argument of ``from_pretrained`` cannot be honoured; it is named, with the reason.
