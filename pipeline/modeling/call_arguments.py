@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.modeling.config import text_config_of
+
 __all__ = [
     "CACHE_NAMES",
     "GenerationSettings",
@@ -163,7 +165,7 @@ def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
         return GenerationSettings(module, named).get("use_cache") is not False
     wants = named.get("use_cache")
     if wants is None and hasattr(module, "config"):
-        wants = getattr(module.config.get_text_config(), "use_cache", None)
+        wants = getattr(text_config_of(module.config), "use_cache", None)
     return bool(wants)
 
 

@@ -20,6 +20,7 @@ from layerstream.pipeline.modeling.call_arguments import (
     reads_prompts_in_pieces,
     takes_criteria,
 )
+from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import estimate_memory, workload_bytes
@@ -93,7 +94,7 @@ class Estimator:
         self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
-        text = module.config.get_text_config() if hasattr(module, "config") else None
+        text = text_config_of(module.config) if hasattr(module, "config") else None
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
         self._vocabulary_size = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item_bytes = getattr(module, "dtype", torch.float32).itemsize
