@@ -176,3 +176,26 @@ def test_what_would_copy_a_drop_in_is_refused_before_anything_is_done(
             COPIES[name](model, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
         assert bits_equal(model(**inputs).logits, before)
+
+
+PARTS = {
+    "a layer": lambda model: model.model.layers[0],
+    "the embeddings": lambda model: model.model.embed_tokens,
+    "the head": lambda model: model.lm_head,
+    "a weight": lambda model: model.model.norm.weight,
+    "the state": lambda model: model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_copy_of_a_part_is_refused_in_one_sentence(part: str, tmp_path: Path) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(ModelError, match=r"cannot be copied or pickled|\(pickle or copy\)"):
+            copy.deepcopy(PARTS[part](model))
+        if part == "a weight":
+            with pytest.raises(ModelError, match="cannot be copied or pickled"):
+                pickle.dumps(PARTS[part](model))
+        assert bits_equal(model(**inputs).logits, before)
