@@ -10,8 +10,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from layerstream.pipeline.entrances import with_methods
 from layerstream.pipeline.model import StreamedModel
-from layerstream.stages.errors import ClosedError, DeviceError, ModelError
+from layerstream.stages.errors import ClosedError, DeviceError
 
 __all__ = ["load_streamed"]
 
@@ -76,34 +77,8 @@ class _Closer:
             self._loop_thread.stop()
 
 
-# Methods that would make a second model, or another one, of this one, or run it past the requests that share its memory.
-_REFUSED = {
-    "save_pretrained": "its weights are in their files already; copy those, or save what from_pretrained loads",
-    "push_to_hub": "its weights are in their files already; upload those",
-    "resize_token_embeddings": "its tables stay in their files; resize them with from_pretrained, and save the model",
-    "compile": "its weights come and go between layers, which compiled code does not know",
-    "generate_batch": "it would take memory that is not reserved; call generate from several threads, which share sweeps",
-    "init_continuous_batching": "it would take memory that is not reserved; call generate from several threads",
-    "continuous_batching_context_manager": "it would take memory that is not reserved; call generate from several threads",
-}
-
-
-def _refusing(name: str, reason: str) -> Any:
-    def refuse(self: Any, *_: Any, **__: Any) -> Any:
-        raise ModelError(f"{name} does not work on a streamed {type(self).__name__}: {reason}.")
-
-    return refuse
-
-
 class _Closable:
     """The additional methods of a drop-in model."""
-
-    def __reduce_ex__(self, _: Any) -> Any:
-        """Refuse copies and pickles, before any part is made."""
-        raise ModelError(
-            f"a streamed {type(self).__name__} cannot be copied or pickled: its weights stay in their files; open it "
-            "once more with load_streamed instead."
-        )
 
     def close(self) -> None:
         """Free memory, threads and files. May be called again."""
@@ -162,13 +137,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
 
     module = model.module
     kind = type(module)
-    # transformers' pipelines find the class by its name.
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    for name, reason in _REFUSED.items():
-        if hasattr(kind, name):
-            names[name] = _refusing(name, reason)
-    if hasattr(kind, "generate"):
-        names["generate"] = _generate_of(kind, model)
-    module.__class__ = type(kind.__name__, (kind, _Closable), names)
+    methods = {"generate": _generate_of(kind, model)} if hasattr(kind, "generate") else {}
+    module.__class__ = with_methods(kind, methods, _Closable)
     vars(module)["_layerstream_close"] = closer
     return module

@@ -104,7 +104,7 @@ class StreamedModel:
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
                 with it, and closing does not wait for it.
             reopened_within_seconds: After an I/O error, requests wait so long for ``reopen`` before they fail, too.
-            model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
+            model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
 
         Raises:
             ModelError: An argument of ``from_pretrained`` cannot be honoured; it is named, with the reason.

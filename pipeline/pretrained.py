@@ -49,11 +49,12 @@ _WITHOUT_MEANING = (
     "offload_state_dict",
     "weights_only",
 )
-# What transformers is given as it is, while it builds the model.
+# What transformers is given as it is, while it builds the model; and what it does in any case, but we only if it is said.
 _FOR_LOADING = (
     "allow_all_kernels",
     "fusion_config",
     "ignore_mismatched_sizes",
+    "initialize_missing",
     "kernel_config",
     "key_mapping",
     "use_kernels",

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from layerstream.pipeline.entrances import guard_entrances
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding
 from layerstream.pipeline.modeling.edits import guard_conversions
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
+from layerstream.pipeline.modeling.own_buffers import OwnBuffers
 from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening
 from layerstream.pipeline.options import Options
@@ -16,7 +18,7 @@ from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
 from layerstream.pipeline.scheduling.request_cost import Estimator
-from layerstream.pipeline.scheduling.request_memory import request_memory_of
+from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.weight_stream import WeightStream
@@ -76,8 +78,9 @@ async def start_model(
     reads = InterruptibleReads(guard)
     resources.push_async_callback(finish_in_thread, reads.close, without_thread=True)
     bindings = await _prepare(opening, device, resources, guard, reads)
-    config = opening.checkpoint.config
-    memory = request_memory_of(plan, module, config)
+    buffers = await finish_in_thread(lambda: OwnBuffers(module, assembly.written_buffers))
+    resources.callback(buffers.close)
+    memory = request_memory_of(plan, module, opening.checkpoint.config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     always_bound = _always_bound(assembly, plan)
     stream = WeightStream(
@@ -99,15 +102,12 @@ async def start_model(
         reopened_within_seconds=options.reopened_within_seconds,
     )
     resources.push_async_callback(scheduler.aclose)
-    on_cpu = plan.device_memory is None
-    estimator = Estimator(
-        module, config, workload=options.workload, memory=memory, on_cpu=on_cpu, plan=plan
-    )
     engine = Engine(
         module,
         scheduler,
+        own_buffers=buffers.of_clone,
         device=device,
-        estimator=estimator,
+        estimator=_estimator(opening, options, memory),
         memory=memory,
         threads=options.max_requests,
         guard=guard,
@@ -132,6 +132,18 @@ async def start_model(
     return Runtime(opening=opening, stream=stream, scheduler=scheduler, engine=engine)
 
 
+def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Estimator:
+    return Estimator(
+        opening.module,
+        opening.checkpoint.config,
+        workload=options.workload,
+        memory=memory,
+        on_cpu=opening.plan.device_memory is None,
+        plan=opening.plan,
+        own_buffer_bytes=opening.assembly.own_buffer_bytes,
+    )
+
+
 async def _prepare(
     opening: Opening,
     device: Device,
@@ -150,6 +162,7 @@ async def _prepare(
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
+        guard_entrances(opening.module)
         list_tied_once(opening.module, assembly.traced.aliases)
         return bindings
 

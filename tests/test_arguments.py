@@ -142,6 +142,26 @@ def test_an_auto_class_chooses_the_class_by_the_config(auto: str, tmp_path: Path
     assert_loads_like_transformers(folder, getattr(transformers, auto))
 
 
+@pytest.mark.parametrize(
+    ("case", "auto"),
+    [("bert", "AutoModel"), ("bert", "AutoModelForQuestionAnswering"), ("vit", "AutoModel")],
+)
+def test_weights_that_no_file_holds_are_made_new_where_that_is_said(
+    case: str, auto: str, tmp_path: Path
+) -> None:
+    folder, kind = save_model(tmp_path / "model", case), getattr(transformers, auto)
+    with pytest.raises(ModelError, match=r"lacks 2 .*initialize_missing=True"):
+        load_streamed(folder, model_class=kind, **SMALL)
+    torch.manual_seed(3)
+    reference = kind.from_pretrained(folder)
+    torch.manual_seed(3)
+    options = {"model_class": kind, "initialize_missing": True, **SMALL}
+    with load_streamed(folder, **options) as model, torch.no_grad():
+        assert type(model).__name__ == type(reference).__name__
+        inputs = inputs_for(case)
+        assert all(map(bits_equal, model(**inputs).to_tuple(), reference(**inputs).to_tuple()))
+
+
 REFUSED = {
     "device_map": {"model": "cpu", "lm_head": "disk"},
     "quantization_config": transformers.BitsAndBytesConfig,

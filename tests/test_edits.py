@@ -161,9 +161,6 @@ COPIES: dict[str, Callable[[Any, Path], Any]] = {
     "copied": lambda model, _: copy.deepcopy(model),
     "pickled": lambda model, _: pickle.dumps(model),
     "save_pretrained": lambda model, folder: model.save_pretrained(folder),
-    "resize_token_embeddings": lambda model, _: model.resize_token_embeddings(120),
-    "compile": lambda model, _: model.compile(),
-    "generate_batch": lambda model, _: model.generate_batch([[3, 4], [5]]),
 }
 
 
@@ -178,4 +175,27 @@ def test_what_would_copy_a_drop_in_is_refused_before_anything_is_done(
         with pytest.raises(ModelError, match=f"{name}.*"):
             COPIES[name](model, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
+        assert bits_equal(model(**inputs).logits, before)
+
+
+PARTS = {
+    "a layer": lambda model: model.model.layers[0],
+    "the embeddings": lambda model: model.model.embed_tokens,
+    "the head": lambda model: model.lm_head,
+    "a weight": lambda model: model.model.norm.weight,
+    "the state": lambda model: model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_copy_of_a_part_is_refused_in_one_sentence(part: str, tmp_path: Path) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model:
+        before = model(**inputs).logits
+        with pytest.raises(ModelError, match=r"cannot be copied or pickled|\(pickle or copy\)"):
+            copy.deepcopy(PARTS[part](model))
+        if part == "a weight":
+            with pytest.raises(ModelError, match="cannot be copied or pickled"):
+                pickle.dumps(PARTS[part](model))
         assert bits_equal(model(**inputs).logits, before)

@@ -28,6 +28,7 @@ from layerstream.pipeline.checkpoint.formats.format import (
     WeightFile,
 )
 from layerstream.pipeline.checkpoint.formats.registry import read_header
+from layerstream.pipeline.checkpoint.problems import Problems
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.readers.guard import ReadGuard
@@ -81,11 +82,13 @@ class Checkpoint:
         with watching(Path(path), 0):
             listing = list_files(Path(path), choice)
         documents = {path: _read_document(path, watching) for path in listing.documents}
+        problems, headers = Problems(), []
         with watching(listing.folder, 0):
-            selection = select_files(listing, documents)
-        headers = [
-            _read_header(file, number, watching) for number, file in enumerate(selection.files)
-        ]
+            selection = select_files(listing, documents, problems)
+        for number, file in enumerate(selection.files):
+            with problems.noted():
+                headers.append(_read_header(file, number, watching))
+        problems.raise_all(selection.path)
         return cls._from_headers(selection, headers)
 
     @classmethod
@@ -93,10 +96,12 @@ class Checkpoint:
         """The same as ``open``, without blocking the event loop."""
         listing = await asyncio.to_thread(list_files, Path(path))
         documents = {path: await _read_document_async(path) for path in listing.documents}
-        selection = await asyncio.to_thread(select_files, listing, documents)
-        headers = [
-            await _read_header_async(file, number) for number, file in enumerate(selection.files)
-        ]
+        problems, headers = Problems(), []
+        selection = await asyncio.to_thread(select_files, listing, documents, problems)
+        for number, file in enumerate(selection.files):
+            with problems.noted():
+                headers.append(await _read_header_async(file, number))
+        problems.raise_all(selection.path)
         return await asyncio.to_thread(cls._from_headers, selection, headers)
 
     @classmethod

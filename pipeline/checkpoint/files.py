@@ -13,6 +13,7 @@ from typing import Any
 
 from layerstream.pipeline.checkpoint.formats.format import Format, WeightFile
 from layerstream.pipeline.checkpoint.formats.registry import FORMATS, format_by_name
+from layerstream.pipeline.checkpoint.problems import Problems
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.readers.files import FileVersion
@@ -181,15 +182,18 @@ def _index_of(
     return folder / index if index else None
 
 
-def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection:
+def select_files(
+    listing: Listing, documents: Mapping[Path, bytes], problems: Problems
+) -> Selection:
     """Decide which weight files make up the model.
 
     Args:
         listing: The files that exist.
         documents: The contents of ``listing.documents``, by path.
+        problems: Notes the files that are needed and absent; without those, the selection is not complete.
 
     Raises:
-        CheckpointError: The index or config.json is corrupt, or a file that is needed is absent.
+        CheckpointError: The index or config.json is corrupt.
     """
     config = _parse_object(listing.config, documents) if listing.config else None
     known = listing.format
@@ -204,10 +208,14 @@ def select_files(listing: Listing, documents: Mapping[Path, bytes]) -> Selection
         weight_map, names = {}, [single]
     if not names:
         names = known.choose(listing.path, listing.weights)
+    files = []
+    for name in names:
+        with problems.noted():
+            files.append(_weight_file(listing.folder, name, listing.index))
     return Selection(
         path=listing.path,
         format=known,
-        files=tuple(_weight_file(listing.folder, name, listing.index) for name in names),
+        files=tuple(files),
         weight_map=weight_map,
         config=config,
         ignored_files=tuple(name for name in listing.weights if name not in names),

@@ -21,6 +21,7 @@ from layerstream.pipeline.modeling.gathered_table import (
     TableSource,
 )
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
+from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
 from layerstream.pipeline.modeling.packed_weight import Tiles, tile_bytes, tiles_are_exact
@@ -36,7 +37,7 @@ from layerstream.pipeline.modeling.weight_sources import (
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.tiles import tile_count
-from layerstream.pipeline.planning.workload_memory import WorkloadMemory
+from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
 
@@ -62,6 +63,10 @@ class Assembly:
 
     None without a workload, or if it could not be measured.
     """
+    own_buffer_bytes: int
+    """What a request may write to of the model's buffers, which each has of its own; part of ``memory``."""
+    written_buffers: frozenset[str]
+    """The paths of these buffers, and of smaller ones."""
     tiles: Tiles | None = None
     """What packed weights are unpacked into, once they are bound; the caller of ``bind`` closes them."""
 
@@ -84,7 +89,9 @@ class Assembly:
         self._packed = _packed(traced) if unpacks_by_tiles else {}
         prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
         traces = trace_execution(traced.module, prompt_pass)
-        self.memory = prompt_pass.memory() if prompt_pass else None
+        self.written_buffers = frozenset(path for trace in traces for path in trace.written)
+        self.own_buffer_bytes = written_bytes(traced.module, self.written_buffers)
+        self.memory = self._workload_memory(prompt_pass, workload)
         self._gathered = gathered_places(traced, places, traces, self._packed)
         self._places = {
             name: rest
@@ -119,6 +126,16 @@ class Assembly:
             )
             for layer in self.layers
         )
+
+    def _workload_memory(
+        self, prompt_pass: PromptPass | None, workload: Workload | None
+    ) -> WorkloadMemory | None:
+        memory = prompt_pass.memory() if prompt_pass else None
+        if self.own_buffer_bytes and workload is not None:
+            memory = memory or estimate_memory(self._checkpoint.config, workload)
+            own = workload.batch_size * self.own_buffer_bytes
+            memory = memory and dataclasses.replace(memory, own_buffer_bytes=own)
+        return memory
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""

@@ -1,11 +1,13 @@
 """The arguments of a call to ``forward`` or ``generate``, by name and with the defaults of the configs."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from layerstream.pipeline.modeling.config import text_config_of
 
 __all__ = [
     "CACHE_NAMES",
@@ -16,6 +18,8 @@ __all__ = [
     "given_cache",
     "input_shape",
     "is_encoder_decoder",
+    "kept_positions",
+    "reads_prompts_in_pieces",
     "takes_criteria",
     "wants_cache",
 ]
@@ -40,6 +44,10 @@ class InputShape:
     """New tokens in each row."""
     past: int
     """Tokens in the cache that is passed with them."""
+    room: int
+    """Tokens that this cache has room for from the beginning, if its size is fixed."""
+    held_bytes: int
+    """What this cache holds, of whatever kind it is."""
     decoder: int
     """Tokens of an encoder-decoder's decoder."""
     prefix: int
@@ -120,6 +128,31 @@ def is_encoder_decoder(module: Any) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
+def reads_prompts_in_pieces(module: Any) -> bool:
+    """Whether the model's ``generate`` can process a prompt in pieces.
+
+    It asks the cache how many tokens it holds, which a recurrent state alone does not count; caches of other kinds than
+    transformers' own are not handed from piece to piece.
+    """
+    supports = getattr(module, "_supports_default_dynamic_cache", None)
+    takes_cache = {*CACHE_NAMES} & inspect.signature(module.forward).parameters.keys()
+    if supports is None or not supports() or not takes_cache or is_encoder_decoder(module):
+        return False
+    import transformers
+
+    recurrent = transformers.DynamicCache(config=module.config).is_linear
+    return not (recurrent and all(recurrent))
+
+
+def kept_positions(kept: Any, length: int) -> int:
+    """Of how many of ``length`` positions a forward pass computes logits, by its ``logits_to_keep``."""
+    if isinstance(kept, torch.Tensor):
+        return min(kept.numel(), length) if kept.dim() else 1
+    if isinstance(kept, slice):
+        return len(range(*kept.indices(length)))
+    return min(kept, length) if isinstance(kept, int) and kept > 0 else length
+
+
 def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
     """Whether a call makes a KV cache. By default a generation does; for a forward pass the model's config decides.
 
@@ -132,7 +165,7 @@ def wants_cache(module: Any, method: str, named: Mapping[str, Any]) -> bool:
         return GenerationSettings(module, named).get("use_cache") is not False
     wants = named.get("use_cache")
     if wants is None and hasattr(module, "config"):
-        wants = getattr(module.config.get_text_config(), "use_cache", None)
+        wants = getattr(text_config_of(module.config), "use_cache", None)
     return bool(wants)
 
 
@@ -158,6 +191,8 @@ def input_shape(module: Any, method: str, named: Mapping[str, Any]) -> InputShap
         rows=max(rows, decoder_rows) or max(first_dims, default=1),
         length=max(length, 1),
         past=past,
+        room=max((getattr(each, "max_cache_len", 0) for each in _parts_of(cache)), default=0),
+        held_bytes=_held_bytes(cache),
         decoder=decoder,
         prefix=ids,
         cached=past > 0 or wants_cache(module, method, named),
@@ -171,6 +206,33 @@ def _cached_tokens(cache: Any) -> int:
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     except ValueError:  # a recurrent state counts no tokens
         return 0
+
+
+def _held_bytes(cache: Any) -> int:
+    storages = {}
+    for each in _parts_of(cache):
+        if isinstance(each, torch.Tensor) and not each.is_meta:
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _parts_of(cache: Any) -> Iterator[Any]:
+    """All that a cache consists of, itself included: its layers, other caches in it, and their tensors."""
+    seen: set[int] = set()
+    rest = [cache]
+    while rest:
+        part = rest.pop()
+        if id(part) in seen or isinstance(part, str | int | float | type | None):
+            continue
+        seen.add(id(part))
+        yield part
+        if isinstance(part, Mapping):
+            rest += part.values()
+        elif isinstance(part, list | tuple):
+            rest += part
+        elif not isinstance(part, torch.Tensor) and not hasattr(part, "get_text_config"):
+            rest += vars(part).values() if hasattr(part, "__dict__") else ()
 
 
 def _has_non_token_inputs(given: Mapping[str, Any]) -> bool:

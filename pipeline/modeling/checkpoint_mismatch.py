@@ -11,7 +11,12 @@ __all__ = ["refuse_mismatch"]
 
 
 def refuse_mismatch(
-    loading_info: Any, checkpoint: Checkpoint, model: Any, *, ignore_sizes: bool
+    loading_info: Any,
+    checkpoint: Checkpoint,
+    model: Any,
+    *,
+    ignore_sizes: bool,
+    initialize_missing: bool,
 ) -> None:
     """Refuse a checkpoint whose tensors are not those that a model needs.
 
@@ -20,6 +25,7 @@ def refuse_mismatch(
         checkpoint: The weight files.
         model: The transformers model, before its missing weights are initialised.
         ignore_sizes: Weights that are stored in other shapes may be made new.
+        initialize_missing: Weights that are not stored may be made new.
 
     Raises:
         ModelError: Tensors are missing, have other shapes, or cannot be converted.
@@ -27,7 +33,8 @@ def refuse_mismatch(
     _refuse_conversion_errors(loading_info, checkpoint, model)
     if not ignore_sizes:
         _refuse_shapes(loading_info, checkpoint, model)
-    _refuse_missing(loading_info, checkpoint, model)
+    if not initialize_missing:
+        _refuse_missing(loading_info, checkpoint, model)
 
 
 def _refuse_conversion_errors(loading_info: Any, checkpoint: Checkpoint, model: Any) -> None:
@@ -81,5 +88,6 @@ def _refuse_missing(loading_info: Any, checkpoint: Checkpoint, model: Any) -> No
         raise ModelError(
             f"{checkpoint.path} lacks {len(missing)} of the {len(model.state_dict())} tensors that "
             f"{type(model).__name__} needs ({examples}); fetch the missing files, or pass a "
-            "model_class= that these weights are for."
+            "model_class= that these weights are for, or initialize_missing=True to have them made new, at random, as "
+            "from_pretrained does."
         )

@@ -3,41 +3,49 @@
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["clone_modules"]
+from layerstream.pipeline.modeling.own_buffers import is_small
 
-# Larger buffers are masks and tables, which are never written to: copies would only take memory.
-_MAX_COPIED_BYTES = 1 << 20
+__all__ = ["OwnBuffersOf", "clone_modules"]
+
 _IMMUTABLE = frozenset({bool, int, float, str, type(None), torch.dtype, type})
 _COLLECTIONS = frozenset({dict, OrderedDict, list, set})
 
+OwnBuffersOf = Callable[[Iterable[torch.Tensor]], dict[int, torch.Tensor]]
+"""Makes the buffers of a clone, by the ids of those given."""
 
-def clone_modules(root: nn.Module) -> Any:
+
+def clone_modules(root: nn.Module, own_buffers: OwnBuffersOf | None = None) -> Any:
     """A shallow clone of a module tree, with the same parameter tables but its own buffers, attributes and configs.
 
     A forward pass writes to its modules: dynamic rotary embeddings keep their latest frequencies in buffers, some in
     place, and lengths in attributes. ``generate`` writes to the config: while it decodes on a GPU, experts are computed
     in another way than in prompts. Objects of the model's own code that are not modules (such as token maps) cache what
     they have computed, also in a pass on the meta device. Concurrent passes on one tree would use each other's values.
+
+    Args:
+        root: The module tree.
+        own_buffers: ``OwnBuffers.of_clone`` of the tree; without it, the clone has copies of small buffers only, and
+            shares the others.
     """
     # The clones of modules, buffers, configs and such objects, by the ids of the originals.
     clones: dict[int, Any] = {}
     modules = list(root.modules())
     module_names = {type(module).__module__ for module in modules}
     model_code = {name for name in module_names if not name.startswith("torch.")}
+    buffers: list[torch.Tensor] = []
     for module in modules:
         clones[id(module)] = object.__new__(type(module))
-        for buffer in list(module._buffers.values()):  # noqa: SLF001
-            # Placeholders of streamed buffers are of another type.
-            if type(buffer) is torch.Tensor and buffer.nbytes <= _MAX_COPIED_BYTES:
-                with torch.inference_mode(mode=False), torch.no_grad():
-                    clones[id(buffer)] = buffer.clone()
+        # Placeholders of streamed buffers are of another type. list(): see below.
+        buffers += [each for each in list(module._buffers.values()) if type(each) is torch.Tensor]  # noqa: SLF001
+    with torch.inference_mode(mode=False), torch.no_grad():
+        clones |= (own_buffers or _copies_of_small)(buffers)
     for module in modules:
         attributes = vars(clones[id(module)])
         # list(): a thread without a clone may be changing the tree itself meanwhile.
@@ -50,6 +58,10 @@ def clone_modules(root: nn.Module) -> Any:
                 is_empty = kind in _COLLECTIONS and not value
                 attributes[name] = kind() if is_empty else _clone_value(value, clones, model_code)
     return clones[id(root)]
+
+
+def _copies_of_small(buffers: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {id(buffer): buffer.clone() for buffer in buffers if is_small(buffer)}
 
 
 def _clone_value(value: Any, clones: MutableMapping[int, Any], model_code: AbstractSet[str]) -> Any:

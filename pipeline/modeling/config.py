@@ -12,7 +12,7 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.gguf_reading import quick_headers, require_gguf_packages
 from layerstream.stages.errors import ModelError
 
-__all__ = ["config_of", "load_config", "resolve_model_class", "summary_of"]
+__all__ = ["config_of", "load_config", "resolve_model_class", "summary_of", "text_config_of"]
 
 
 def config_of(
@@ -181,6 +181,14 @@ def resolve_model_class(config: Any, model_class: type[Any] | None = None) -> ty
             "pass one that weights can be loaded into, such as LlamaForCausalLM."
         )
     return model_class
+
+
+def text_config_of(config: Any) -> Any:
+    """The part of a model's config that is about text: the decoder's, if an encoder has one of its own (MusicGen)."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config.get_text_config(decoder=True)
 
 
 def summary_of(error: Exception) -> str:

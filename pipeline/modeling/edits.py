@@ -44,6 +44,17 @@ class Streams:
             )
         self.layerstream_replace(value)
 
+    def __deepcopy__(self, _: Any) -> Any:
+        """Refuse, also for the module that it is in."""
+        self.__reduce_ex__(0)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse, also for the module that it is in."""
+        raise ModelError(
+            "a weight that streams cannot be copied or pickled, nor can the module that it is in: it stays in its file; "
+            "copy what transformers' from_pretrained loads instead"
+        )
+
 
 def streams(parameter: Any) -> bool:
     """Whether ``parameter`` lies in its place only while its layer batch is, or is not, loaded."""

@@ -53,6 +53,8 @@ class ExecutionTrace:
 
     complete: bool
     """Whether the pass has reached its end."""
+    written: frozenset[str]
+    """Paths of the buffers without weights that it has changed in place."""
     events: tuple[ModuleCall | WeightUse, ...]
 
     @property
@@ -88,7 +90,7 @@ def _trace_pass(
     """The trace of the pass with ``inputs``, and whether it has not used all weights."""
     clone = clone_modules(root)
     events: list[ModuleCall | WeightUse] = []
-    weights = _install_tracing(clone, events)
+    weights, others = _install_tracing(clone, events)
     complete = True
     try:
         if isinstance(inputs, PromptPass):
@@ -100,14 +102,22 @@ def _trace_pass(
     except Exception as error:  # noqa: BLE001 - a model may raise anything for made-up inputs
         logger.debug("no forward pass on the meta device: %s", error)
         complete = False
-    trace = ExecutionTrace(complete=complete, events=tuple(events))
+    written = frozenset(path for path, tensor in others.items() if tensor._version)  # noqa: SLF001 - counts writes
+    trace = ExecutionTrace(complete=complete, written=written, events=tuple(events))
     return trace, weights > len({use.tensor for use in trace.uses})
 
 
-def _install_tracing(root: nn.Module, events: list[ModuleCall | WeightUse]) -> int:
-    """Record the calls and uses of ``root``, a clone, in ``events``; returns how many weights there are."""
+def _install_tracing(
+    root: nn.Module, events: list[ModuleCall | WeightUse]
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Record the calls and uses of ``root``, a clone, in ``events``.
+
+    Returns:
+        How many weights there are, and the meta tensors in place of what has values already, by their paths.
+    """
     call_stack: list[str] = []
     weights = 0
+    others: dict[str, torch.Tensor] = {}
     for path, module in root.named_modules(remove_duplicate=False):
 
         def before(_module: nn.Module, _args: Any, path: str = path) -> None:
@@ -127,13 +137,12 @@ def _install_tracing(root: nn.Module, events: list[ModuleCall | WeightUse]) -> i
             for name, tensor in table.items():
                 if tensor is None:
                     continue
+                full_name = f"{path}.{name}" if path else name
                 if not tensor.is_meta:
-                    table[name] = tensor.to("meta")
+                    table[name] = others[full_name] = tensor.to("meta")
                     continue
 
-                def record_use(
-                    func: Any, first: bool, tensor: str = f"{path}.{name}" if path else name
-                ) -> None:
+                def record_use(func: Any, first: bool, tensor: str = full_name) -> None:
                     events.append(
                         WeightUse(
                             tensor=tensor,
@@ -145,7 +154,7 @@ def _install_tracing(root: nn.Module, events: list[ModuleCall | WeightUse]) -> i
 
                 table[name] = _TracingParameter(tensor, record_use)
                 weights += 1
-    return weights
+    return weights, others
 
 
 class _TracingParameter(nn.Parameter):

@@ -2,8 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,24 +26,50 @@ def on_meta() -> Iterator[None]:
 
     Models have functions that cache their results for the whole process (tables of relative positions), not always by
     device. A cached meta tensor gives wrong numbers without an error in later passes, those of models that other code
-    has loaded included.
+    has loaded included. Flexible attention is compiled for the shapes that it sees, and in another way when it sees further
+    ones: a pass on the meta device would change the last bits of other models.
     """
     from transformers import pytorch_utils
+    from transformers.integrations import flex_attention
 
-    module: Any = pytorch_utils
-    thread = threading.get_ident()
-    with _META_PASS_LOCK, torch.device("meta"):
-        original = module.is_torchdynamo_compiling
-
-        def is_compiling() -> bool:
-            return threading.get_ident() == thread or bool(original())
-
+    compiled: Any = getattr(flex_attention, "WrappedFlexAttention", None)
+    with _META_PASS_LOCK, torch.device("meta"), ExitStack() as replaced:
         # transformers caches nothing while this is true.
-        module.is_torchdynamo_compiling = is_compiling
-        try:
-            yield
-        finally:
-            module.is_torchdynamo_compiling = original
+        replaced.enter_context(
+            _replaced_in_thread(pytorch_utils, "is_torchdynamo_compiling", lambda: True)
+        )
+        if compiled is not None:
+            replaced.enter_context(
+                _replaced_in_thread(compiled, "__call__", lambda _: _flex_shapes)
+            )
+        yield
+
+
+@contextmanager
+def _replaced_in_thread(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Have the calling thread get ``function`` in place of an attribute; others get what was there."""
+    thread = threading.get_ident()
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _flex_shapes(query: torch.Tensor, _: Any, value: torch.Tensor, **options: Any) -> Any:
+    """What flexible attention returns, without values."""
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    if options.get("return_aux") is not None:
+        from torch.nn.attention.flex_attention import AuxOutput
+
+        return output, AuxOutput(lse=sums)
+    return (output, sums) if options.get("return_lse") else output
 
 
 class FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.pipeline.modeling.unpacking import unpacked
 from layerstream.stages.errors import ModelError
@@ -56,7 +57,7 @@ def dequantized_config(config: Any, path: Path) -> Any:
     if method == "compressed-tensors":
         _refuse_activations(quantization, path)
     changed = copy.deepcopy(config)
-    holder = changed if getattr(changed, "quantization_config", None) else changed.get_text_config()
+    holder = changed if getattr(changed, "quantization_config", None) else text_config_of(changed)
     holder.quantization_config = {**quantization, "dequantize": True}
     return changed
 

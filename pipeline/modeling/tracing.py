@@ -60,6 +60,7 @@ def trace_model(
     dtype: torch.dtype | str = "auto",
     generation_config: Any = None,
     generation_settings: Mapping[str, Any] = MappingProxyType({}),
+    initialize_missing: bool = False,
     **kwargs: Any,
 ) -> TracedModel:
     """Build a model as ``model_class.from_pretrained(folder)`` would, without its weights.
@@ -71,6 +72,7 @@ def trace_model(
         dtype: As in from_pretrained; "auto" is the config's, else the checkpoint's.
         generation_config: Instead of the one in the files.
         generation_settings: What to set in that one: from_pretrained sets the attributes of a config there, too.
+        initialize_missing: Have weights that the checkpoint lacks made new, as from_pretrained does.
         kwargs: Other arguments of from_pretrained, such as attn_implementation.
 
     Raises:
@@ -87,6 +89,7 @@ def trace_model(
             lambda module: _finish_loading(
                 module, checkpoint, generation_config, generation_settings
             ),
+            initialize_missing=initialize_missing,
             config=config,
             dtype=dtype,
             **kwargs,
@@ -102,11 +105,16 @@ def trace_model(
 
 
 def _load_tracers(
-    checkpoint: Checkpoint, model_class: type[Any], finish: Callable[[Any], None], **kwargs: Any
+    checkpoint: Checkpoint,
+    model_class: type[Any],
+    finish: Callable[[Any], None],
+    *,
+    initialize_missing: bool,
+    **kwargs: Any,
 ) -> Any:
     """Let transformers load a model whose parameters are tracers; ``finish`` gets it."""
     with _LOADING_LOCK, _without_progress_bar():
-        loader = _loader_class(model_class, checkpoint)
+        loader = _loader_class(model_class, checkpoint, initialize_missing=initialize_missing)
         try:
             if checkpoint.format == "GGUF":
                 module = load_gguf_tracers(checkpoint, loader, **kwargs)
@@ -143,7 +151,9 @@ def _source(info: TensorInfo) -> torch.Tensor:
     return source if info.strided is None else source.as_strided(*info.strided)
 
 
-def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
+def _loader_class(
+    model_class: type[Any], checkpoint: Checkpoint, *, initialize_missing: bool
+) -> type[Any]:
     """A temporary subclass that refuses a wrong checkpoint before memory is allocated.
 
     from_pretrained calls ``_finalize_model_loading`` between matching names and allocating, initialising and tying what
@@ -160,7 +170,13 @@ def _loader_class(model_class: type[Any], checkpoint: Checkpoint) -> type[Any]:
 
     def check_and_finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
         ignored = load_config.ignore_mismatched_sizes
-        refuse_mismatch(loading_info, checkpoint, model, ignore_sizes=ignored)
+        refuse_mismatch(
+            loading_info,
+            checkpoint,
+            model,
+            ignore_sizes=ignored,
+            initialize_missing=initialize_missing,
+        )
         # Tied here first, a parameter that is stored only under its other name is not allocated.
         model.tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)
         # transformers would log a table of what is in TracedModel.unused.

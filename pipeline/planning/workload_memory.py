@@ -32,16 +32,19 @@ class WorkloadMemory:
     """The same while each sequence gets one more token, including the growth of the cache."""
     measured: bool
     """In a pass on the meta device; otherwise estimated from the config."""
+    own_buffer_bytes: int = 0
+    """Buffers of the model that each request has of its own."""
 
     @property
     def peak_bytes(self) -> int:
         """The most that is alive at any time."""
-        return self.kv_bytes + max(self.prefill_bytes, self.decode_bytes)
+        return self.kv_bytes + max(self.prefill_bytes, self.decode_bytes) + self.own_buffer_bytes
 
     @property
     def reserved_bytes(self) -> int:
         """The most that a process allocates, including the overhead of allocators."""
-        return self.kv_bytes + _WASTE * max(self.prefill_bytes, self.decode_bytes)
+        most = max(self.prefill_bytes, self.decode_bytes)
+        return self.kv_bytes + _WASTE * most + self.own_buffer_bytes
 
     @property
     def spare_bytes(self) -> int:
@@ -55,6 +58,7 @@ class WorkloadMemory:
             prefill_bytes=times * self.prefill_bytes,
             decode_bytes=times * self.decode_bytes,
             measured=self.measured,
+            own_buffer_bytes=times * self.own_buffer_bytes,
         )
 
 

@@ -3,17 +3,18 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from layerstream.pipeline.modeling.call_state import call_with_state
-from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.clone import OwnBuffersOf, clone_modules
 from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.host_kv_cache import with_host_cache
 from layerstream.pipeline.scheduling.admission import Reservation
+from layerstream.pipeline.scheduling.caller_context import CallerContext
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request import CLOSED, MethodOf, Request, Requests
 from layerstream.pipeline.scheduling.request_cost import Estimator
@@ -41,6 +42,7 @@ class Engine:
     Args:
         module: The transformers model; its hooks get the pass runner of their thread from ``passes``.
         scheduler: Makes the sweeps that requests take part in.
+        own_buffers: Makes the buffers of a clone of the module.
         device: Where computation runs.
         estimator: Estimates the memory of requests.
         memory: The memory for all requests together.
@@ -54,6 +56,7 @@ class Engine:
         module: Any,
         scheduler: SweepScheduler,
         *,
+        own_buffers: OwnBuffersOf,
         device: Device,
         estimator: Estimator,
         memory: RequestMemory,
@@ -62,6 +65,7 @@ class Engine:
         cache_on_host: bool = False,
     ) -> None:
         self._module = module
+        self._own_buffers = own_buffers
         self._memory = memory
         self._edits: Edits | None = None
         self._cache_on_host = cache_on_host
@@ -95,32 +99,26 @@ class Engine:
         return self._estimator.generation(inputs, named).nbytes
 
     async def _run(
-        self,
-        method: str,
-        call: MethodOf,
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
+        self, method: str, call: MethodOf, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Any:
-        # The stream that is current now, so that computation is ordered with the caller's own work. When the
-        # request is admitted, another one may be current on the event loop.
-        stream = self._device.stream()
+        context = CallerContext(self._device)
         request = self._request(method, call, inputs, named, threads=1)
         try:
             self.requests.enqueue(request, request.reservation)
             await asyncio.wrap_future(request.reservation)
-            result = await self._run_admitted(request, stream)
+            result = await self._run_admitted(request, context)
         except BaseException as error:
             self.requests.ended(request, outcome_of(error))
             raise
         self.requests.ended(request, "completed")
         return result
 
-    async def _run_admitted(self, request: Request, stream: Hashable) -> Any:
+    async def _run_admitted(self, request: Request, context: CallerContext) -> Any:
         """Run an admitted request in a worker thread, to its end even if the waiting task is cancelled."""
         self.requests.started(request)
 
         def work() -> Any:
-            with self._device.computing_on(stream):
+            with context.entered():
                 return self._work(request)
 
         try:
@@ -144,17 +142,15 @@ class Engine:
     def _work(self, request: Request) -> Any:
         """Run ``request`` in the calling thread."""
         runner = request.runner
-        runner.root = clone = clone_modules(self._module)
+        runner.root = clone = clone_modules(self._module, self._own_buffers)
         try:
             with (
                 self.passes.running(runner),
                 SamplingGenerator(request.generator) as runner.sampling,
             ):
-                torch_device = self._device.torch_device
-                inputs = [_on_device(each, torch_device) for each in request.inputs]
-                named = {
-                    name: _on_device(each, torch_device) for name, each in request.named.items()
-                }
+                device = self._device.torch_device
+                inputs = [_on_device(each, device) for each in request.inputs]
+                named = {name: _on_device(each, device) for name, each in request.named.items()}
                 return call_with_state(request.call(clone), clone, inputs, named)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)

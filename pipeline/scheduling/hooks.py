@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
+from layerstream.stages.errors import ModelError
 
 __all__ = ["hook_modules"]
 
@@ -29,10 +31,25 @@ def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPass
         _hook(passes, root.get_submodule(path), path, index, exits=exits)
 
 
+def _refuse_compiled(kind: str) -> None:
+    raise ModelError(
+        f"a streamed {kind} cannot be compiled: its weights come and go between layers, which compiled code does not "
+        "know; call it as it is."
+    )
+
+
+# What torch.compiler.disable sets, too; that one imports a compiler that is not needed otherwise.
+vars(_refuse_compiled)["_torchdynamo_disable"] = True
+
+
 def _hook(
     passes: ThreadPasses, module: nn.Module, path: str, index: int | None, *, exits: bool
 ) -> None:
+    kind = type(module).__name__
+
     def before(module: nn.Module, inputs: Any, named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _refuse_compiled(kind)
         runner = passes.runner()
         replaced = runner.enter(module, path, inputs, named)
         if index is not None:

@@ -122,6 +122,7 @@ class PassStates:
                 self._in_sweep[runner] = [other for other in expected if other >= index]
             else:
                 del self._in_sweep[runner]  # this sweep does not bring it: join the next one
+                self._routes.surprised(runner)
         self._changed.set()
 
     def _may_join(self, runner: PassRunner, index: int) -> bool:

@@ -110,6 +110,7 @@ class PassRunner:
         self._held: Bound | None = None
         self._entry = ""
         self._gradients = False
+        self._keeps_casts = True
         self._visited: list[int] = []
         self._wake: Callable[[], None] | None = None
         self.cancelled = False
@@ -149,12 +150,15 @@ class PassRunner:
         if not self._modules:
             if self.turn is not None:
                 named = self.turn.enter(self, entry, inputs, named)
-            self._entry = entry
+            self._entry = _route_name(module, entry)
             self.passes += 1
             self.tokens = _count_tokens(inputs, named)
             # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
+            # A caller's autocast would keep the casts of all weights until it ends.
+            self._keeps_casts = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
             if self.sampling is not None:
                 self.sampling.pause()
         self._modules.append(id(module))
@@ -273,6 +277,7 @@ class PassRunner:
     def _end_pass(self, outcome: Outcome) -> None:
         self._modules.clear()
         torch.set_grad_enabled(self._gradients)
+        torch.set_autocast_cache_enabled(self._keeps_casts)
         if self.sampling is not None:
             self.sampling.resume()
         visited, self._visited = tuple(self._visited), []
@@ -287,6 +292,16 @@ class PassRunner:
             )
             if self.turn is not None:
                 self.turn.leave(outcome)
+
+
+def _route_name(module: torch.nn.Module, entry: str) -> str:
+    """What passes have in common that visit the same batches: where they begin, and how many layers they go through.
+
+    transformers drafts tokens with a model's first layers by setting this number in its config for a while.
+    """
+    base = getattr(module, "base_model", module)
+    layers = getattr(getattr(base, "config", None), "num_hidden_layers", None)
+    return entry if layers is None else f"{entry} of {layers} layers"
 
 
 def _count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:

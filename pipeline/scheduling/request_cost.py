@@ -4,7 +4,7 @@ KV caches and activations are estimated by the formula of the plan's reservation
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from layerstream.pipeline.modeling.call_arguments import (
     given_cache,
     input_shape,
     is_encoder_decoder,
+    kept_positions,
+    reads_prompts_in_pieces,
     takes_criteria,
 )
+from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import estimate_memory, workload_bytes
@@ -58,6 +61,7 @@ class Estimator:
         memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
         plan: The running plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
+        own_buffer_bytes: What each request takes for buffers of its own; part of the plan's memory for ``workload``.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Estimator:
         memory: RequestMemory,
         on_cpu: bool = False,
         plan: Plan | None = None,
+        own_buffer_bytes: int = 0,
     ) -> None:
         self._module = module
         self._config = config
@@ -76,7 +81,8 @@ class Estimator:
         self._memory = memory
         self._scales = (1.0, 1.0)
         if plan is not None:
-            estimated, whole = self._estimated(workload), plan.workload_bytes
+            own = workload.batch_size * own_buffer_bytes
+            estimated, whole = self._estimated(workload), plan.workload_bytes - own
             cache = plan.kv_cache_bytes
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
@@ -85,9 +91,10 @@ class Estimator:
                     _ratio(cache, estimated.cache),
                     _ratio(whole - cache, estimated.other),
                 )
+        self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
-        text = module.config.get_text_config() if hasattr(module, "config") else None
+        text = text_config_of(module.config) if hasattr(module, "config") else None
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
         self._vocabulary_size = getattr(text, "vocab_size", 0) if has_head is not None else 0
         self._item_bytes = getattr(module, "dtype", torch.float32).itemsize
@@ -108,8 +115,7 @@ class Estimator:
         """
         named = by_name(getattr(self._module, "forward", None), inputs, named)
         shape = input_shape(self._module, "forward", named)
-        kept = named.get("logits_to_keep")
-        positions = kept if isinstance(kept, int) and kept > 0 else shape.length
+        positions = kept_positions(named.get("logits_to_keep"), shape.length)
         # A loss is computed from logits in float32.
         logit_bytes = self._item_bytes + (8 if named.get("labels") is not None else 0)
         logits = shape.rows * (positions - 1) * self._vocabulary_size * logit_bytes
@@ -208,13 +214,14 @@ class Estimator:
 
         ``half_on_device``: half of the rows have another cache, which the call makes itself on the device.
         """
-        pass_tokens = max(pass_tokens, 1)
+        pass_tokens, cached_tokens = max(pass_tokens, 1), max(cached_tokens, shape.room)
         workload = Workload(
             batch_size=max(rows, 1),
             prompt_tokens=pass_tokens,
             new_tokens=max(cached_tokens - pass_tokens, 1),
         )
         cache, other = self._estimated(workload)
+        cache = max(cache, shape.held_bytes)
         if not shape.is_known:
             reserved, batch_size = self._estimated(self._workload), self._workload.batch_size
             cache = max(cache, rows * reserved.cache // batch_size)
@@ -239,11 +246,11 @@ class Estimator:
         return parts.other if self._memory.is_split else sum(parts)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
-        """Memory of a request that libraries take besides tensors."""
+        """Memory of a request for buffers of its own, and what libraries take besides tensors."""
         if not self._on_cpu:
-            return 0
+            return self._own_buffer_bytes
         overhead = overheads(self._config, modules=self._module_count, rows=rows, logits=logits)
-        return overhead.per_request_bytes
+        return overhead.per_request_bytes + self._own_buffer_bytes
 
     @staticmethod
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
@@ -260,7 +267,7 @@ class Estimator:
         return (
             shape.is_known
             and takes_criteria(self._module)
-            and not self._encoder_decoder
+            and reads_prompts_in_pieces(self._module)
             and settings.get("use_cache") is not False
             and not settings.candidates()
             and not {"inputs_embeds", "custom_generate"} & named.keys()
@@ -283,12 +290,8 @@ class Estimator:
             return cost
         if not shape.is_known:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
-            return RequestCost(
-                nbytes=self._memory.nbytes,
-                sequences=cost.sequences,
-                prompt_tokens=cost.prompt_tokens,
-                new_tokens=cost.new_tokens,
-            )
+            alone = self._memory.nbytes
+            return replace(cost, nbytes=alone, chunk_tokens=None, step_tokens=0, step_bytes=0)
         raise self._memory.refusal(request, parts)
 
 

@@ -9,7 +9,9 @@ class RoutePrediction:
     """Expects that a pass visits the same batches as the last pass that began in the same module.
 
     The last pass with the same key counts first, then the last one of any key; before any, all layer batches are
-    expected. A key identifies the source of a series of passes, such as a request.
+    expected. So they are for the rest of a pass that has wanted another batch than expected: which ones it will want is
+    unknown by then, and a sweep for each would take far longer. A key identifies the source of a series of passes, such as a
+    request.
 
     Args:
         batches: Indices of all layer batches that sweeps bring, in execution order.
@@ -19,6 +21,7 @@ class RoutePrediction:
         self._all = tuple(batches)
         self._visited: dict[tuple[Hashable | None, str], tuple[int, ...]] = {}
         self._entries: dict[Hashable, str] = {}
+        self._surprising: set[Hashable] = set()
 
     def begin(self, key: Hashable, entry: str) -> None:
         """A pass of ``key`` begins in the module at ``entry``."""
@@ -27,6 +30,11 @@ class RoutePrediction:
     def end(self, key: Hashable) -> None:
         """The pass of ``key`` has ended."""
         self._entries.pop(key, None)
+        self._surprising.discard(key)
+
+    def surprised(self, key: Hashable) -> None:
+        """The pass of ``key`` wants a batch that was not expected."""
+        self._surprising.add(key)
 
     def remember(self, key: Hashable | None, entry: str, visited: tuple[int, ...]) -> None:
         """A pass of ``key``, or of any key if that is None, visited these batches."""
@@ -40,5 +48,6 @@ class RoutePrediction:
     def expected(self, key: Hashable, index: int) -> list[int]:
         """Indices of the batches that the pass of ``key`` will visit, from layer batch ``index`` on."""
         entry = self._entries[key]
-        route = self._visited.get((key, entry)) or self._visited.get((None, entry), self._all)
+        known = self._visited.get((key, entry)) or self._visited.get((None, entry), self._all)
+        route = self._all if key in self._surprising else known
         return sorted({index, *(other for other in route if other > index)})

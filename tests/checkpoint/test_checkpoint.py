@@ -246,6 +246,22 @@ def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, prep
     assert "\n" not in message
 
 
+@openings
+def test_every_broken_shard_is_named(tmp_path, opened):
+    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.ones(3)}, tmp_path / name)
+    weight_map = {f"t{number}": name for number, name in enumerate(names)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / names[0]).unlink()
+    for name in names[1:3]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="3 files of ") as caught:
+        opened(tmp_path)
+    assert [name in str(caught.value) for name in names] == [True, True, True, False]
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     (weights(tmp_path) / "model.safetensors").chmod(0)

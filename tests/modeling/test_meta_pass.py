@@ -2,15 +2,17 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from support.loop import run
+from support.models import save_model
 from support.streaming import SMALL, bits_equal
 from transformers import pytorch_utils
 
-from layerstream.pipeline import Budget, StreamedModel
+from layerstream.pipeline import Budget, StreamedModel, load_streamed
 from layerstream.pipeline.modeling.meta_pass import on_meta
 
 
@@ -81,3 +83,19 @@ def test_an_error_in_a_pass_puts_back_what_was_replaced() -> None:
         fails()
     assert pytorch_utils.is_torchdynamo_compiling is original
     assert not torch.zeros(1).is_meta
+
+
+def test_opening_with_flexible_attention_compiles_nothing_that_others_use(tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+    from transformers.integrations import flex_attention
+
+    folder = save_model(tmp_path / "model", "llama")
+    torch.compiler.reset()  # also what other tests have compiled
+    counters.clear()
+    before = flex_attention.WrappedFlexAttention.__call__
+    options: dict[str, Any] = {"attn_implementation": "flex_attention", "measure": False}
+    options["workload"] = SMALL
+    load_streamed(folder, device="cpu", budget=Budget(host="64MiB"), **options).close()
+    # The mask's graph alone, whose values do not depend on how it is compiled.
+    assert counters["stats"]["unique_graphs"] <= 1
+    assert flex_attention.WrappedFlexAttention.__call__ is before

@@ -307,8 +307,8 @@ def test_memory_of_a_request_is_freed_when_it_ends_without_the_garbage_collector
     folder = save_model(tmp_path / "model", "llama")
     clones = []
 
-    def recorded_clone(module: Any) -> Any:
-        clone = clone_modules(module)
+    def recorded_clone(*args: Any) -> Any:
+        clone = clone_modules(*args)
         clones.append(weakref.ref(clone))
         return clone
 

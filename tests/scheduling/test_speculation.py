@@ -95,3 +95,46 @@ def test_an_assistant_changes_the_sweeps_and_never_the_tokens(
         assert stats.tokens_per_sweep > 3
     else:
         assert stats.tokens_per_sweep == 1
+
+
+def test_tokens_drafted_with_the_first_layers_save_sweeps_and_bytes(
+    folder: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    """Its further layers change nothing, so that what the first ones predict is right."""
+    few = transformers.LlamaConfig.from_pretrained(folder).num_hidden_layers
+    deep = transformers.LlamaForCausalLM.from_pretrained(folder, num_hidden_layers=few + 12)
+    with torch.no_grad():
+        for layer in deep.model.layers[few:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    deep.save_pretrained(tmp_path / "deep")
+    plain_tokens, plain, _ = run(generated(tmp_path / "deep"))
+    with nothing_left_behind():
+        tokens, stats, sweeps = run(generated(tmp_path / "deep", assistant_early_exit=few))
+    assert torch.equal(tokens, plain_tokens)
+    assert torch.equal(tokens, expected)
+    # A sweep for each pass: none is guessed wrong, whether it drafts or verifies.
+    assert sweeps == stats.sweeps == stats.passes
+    assert stats.bytes_read < plain.bytes_read / 2
+
+
+def test_a_pass_that_goes_further_than_expected_takes_one_more_sweep_at_most(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The number of its layers is no attribute of a config here, so that nothing tells that it will change."""
+    deep = transformers.LlamaForCausalLM.from_pretrained(folder, num_hidden_layers=8)
+    deep.save_pretrained(tmp_path / "deep")
+
+    async def main() -> list[int]:
+        async with await open_streaming(tmp_path / "deep", reader="direct") as model:
+            counts = []
+            for layers in (2, 8, 8):
+                kept = model.module.model.layers
+                before = model.stats().sweeps
+                model.module.model.layers = kept[:layers]
+                await model.forward(PROMPT)
+                model.module.model.layers = kept
+                counts.append(model.stats().sweeps - before)
+            return counts
+
+    assert run(main()) == [1, 2, 1]
