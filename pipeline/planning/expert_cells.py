@@ -17,8 +17,8 @@ __all__ = [
     "filled_cells",
 ]
 
-# Cells that all layers share while a prompt needs more experts than a layer keeps: one half is read while the other one is
-# computed with. As many as a few requests in flight fill; more bring nothing.
+# What a prompt that needs more experts than a layer keeps passes through: one half is read while the other one is computed
+# with. As many as a few requests in flight fill; more bring nothing.
 _SHARED_CELLS = 16
 _FEWEST_SHARED_CELLS = 2
 
@@ -28,9 +28,9 @@ class ExpertCells:
     """The cells of the expert store."""
 
     own: tuple[int, ...] = ()
-    """For each source, how many of its experts are kept."""
+    """For each source, its share of the cells of that size."""
     shared: int = 0
-    """How many pass through cells of all layers."""
+    """How many more there are of each size, so that experts of a long prompt can pass through."""
 
 
 def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
@@ -48,9 +48,8 @@ def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> Exper
 
 def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
     """Bytes of the store with so many cells."""
-    largest = max((source.cell_bytes for source in sources), default=0)
     own = sum(n * source.cell_bytes for n, source in zip(cells.own, sources, strict=True))
-    return own + cells.shared * largest
+    return own + cells.shared * sum({source.cell_bytes for source in sources})
 
 
 def filled_cells(

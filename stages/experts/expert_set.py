@@ -57,7 +57,7 @@ class ExpertSet:
     per_token: int
     """How many experts a token is routed to; 0 if unknown."""
     cells: int
-    """How many of them the store keeps for this layer."""
+    """This layer's share of the store's cells; layers with experts of equal size use them together."""
     cell_bytes: int
     tensors: tuple[TensorView, ...]
     """The tensors of one expert and their places in a cell, by the names of the module's parameters."""
