@@ -223,8 +223,7 @@ class StreamedModel:
         finally:
             generating.cancel()
             await asyncio.wait([generating])
-            # Mark an error as retrieved: a caller that leaves early does not use it.
-            generating.cancelled() or generating.exception()
+            generating.cancelled() or generating.exception()  # retrieved: who leaves early does not
 
     async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
@@ -243,7 +242,8 @@ class StreamedModel:
             ClosedError: The model is not open.
         """
         engine = self._open_engine()
-        hardware = learn(self.hardware, self.plan, self._pipeline.timings())
+        usage = self._pipeline.experts.usage() if self._pipeline.experts is not None else {}
+        hardware = learn(self.hardware, self.plan, self._pipeline.timings(), usage)
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         # The plan's is in bytes: what is not touched yet seems free.

@@ -66,8 +66,7 @@ def stream_experts(
 
 def expert_store(root: nn.Module) -> ExpertStore | None:
     """The store that modules of ``root`` compute from; None if none of them reads experts on demand."""
-    found = (each for each in root.modules() if isinstance(each, _StreamedExperts))
-    module = next(found, None)
+    module = next((each for each in root.modules() if isinstance(each, _StreamedExperts)), None)
     return None if module is None else module.layerstream_experts.store
 
 
@@ -188,9 +187,7 @@ class _StreamedExperts(nn.Module):
         refuse_replaced(self, access.parameters, access.set.module)
         if not experts:  # no tokens
             return torch.zeros_like(hidden)
-        access.store.count(
-            ExpertDemand(set_index=access.index, tokens=len(index), experts=tuple(experts))
-        )
+        access.store.count(ExpertDemand(access.index, len(index), tuple(experts)))
         name = getattr(self.config, "_experts_implementation", None)
         if name in _EAGER:
             return self._one_by_one(experts, hidden, index, weights)

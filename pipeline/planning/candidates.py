@@ -58,6 +58,7 @@ class _Search:
         self._experts = ExpertMemory(
             layers=problem.layers,
             given=problem.expert_cells,
+            usage=problem.hardware.expert_usage,
             request_bytes=READ_REQUEST_BYTES,
             reads_in_flight=READS_IN_FLIGHT,
         )

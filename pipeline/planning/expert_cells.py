@@ -1,16 +1,19 @@
 """How many experts of each layer stay in memory, and what a pass then reads. Pure."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
+from layerstream.stages.experts.usage import ExpertUsage
 
 __all__ = [
     "ExpertCells",
     "ExpertMemory",
+    "cells_by_use",
     "cells_bytes",
     "expert_sets",
     "fewest_cells",
@@ -77,11 +80,49 @@ def filled_cells(
     return ExpertCells(own=tuple(own), shared=0 if whole else cells.shared)
 
 
-def expert_sets(layers: Sequence[PlannedLayer], cells: ExpertCells) -> tuple[ExpertSet, ...]:
+def cells_by_use(
+    sources: Sequence[ExpertSource], cells: ExpertCells, usage: Mapping[str, ExpertUsage]
+) -> ExpertCells:
+    """``cells`` in all, where they are expected to bring the most hits.
+
+    Cells are not tied to layers: this is about where least recently used experts of all layers are found. From as many for
+    each layer as a token needs, or an equal part, cells go a few at a time to whoever hits the most more with them.
+    """
+    known = [usage.get(source.module) for source in sources]
+    if not all(known) or len({source.cell_bytes for source in sources}) != 1:
+        return cells
+    equal = sum(cells.own) // len(sources)
+    own = [min(equal, max(source.per_token, 1), source.experts) for source in sources]
+    step = max(1, max(source.experts for source in sources) // 32)
+    left = sum(cells.own) - sum(own)
+
+    def gain(index: int) -> tuple[float, int]:
+        """Hits for one more cell, as a sort key: the largest first."""
+        found = known[index]
+        more = min(step, left, sources[index].experts - own[index])
+        if found is None or more <= 0:
+            return 1.0, index
+        shares = found.hit_shares
+        return -(shares[own[index] + more] - shares[own[index]]) / more, index
+
+    gains = [gain(index) for index in range(len(sources))]
+    heapq.heapify(gains)
+    while left > 0:
+        _, index = heapq.heappop(gains)
+        more = min(step, left, sources[index].experts - own[index])
+        own[index] += more
+        left -= more
+        heapq.heappush(gains, gain(index))
+    return ExpertCells(own=tuple(own), shared=cells.shared)
+
+
+def expert_sets(
+    layers: Sequence[PlannedLayer], cells: ExpertCells, usage: Mapping[str, ExpertUsage]
+) -> tuple[ExpertSet, ...]:
     """The experts of ``layers`` with their places in files and cells."""
     found = [(layer.name, source) for layer in layers for source in layer.experts]
     return tuple(
-        lay_out_experts(source, layer=name, cells=count)
+        lay_out_experts(source, layer=name, cells=count, usage=usage.get(source.module))
         for (name, source), count in zip(found, cells.own, strict=True)
     )
 
@@ -93,6 +134,8 @@ class ExpertMemory:
     layers: Sequence[PlannedLayer]
     given: ExpertCells | None
     """Those of a running pipeline, which cannot change."""
+    usage: Mapping[str, ExpertUsage]
+    """How tokens choose experts, by the paths of modules; of others, evenly is assumed."""
     request_bytes: int
     """The most that is read at once."""
     reads_in_flight: int
@@ -113,9 +156,8 @@ class ExpertMemory:
 
     def filled(self, fewest: ExpertCells, *, free_bytes: int) -> ExpertCells:
         """``fewest`` and what fits into ``free_bytes``."""
-        if self.given is not None:
-            return self.given
-        return filled_cells(self.sources, fewest, free_bytes=max(0, free_bytes))
+        cells = self.given or filled_cells(self.sources, fewest, free_bytes=max(0, free_bytes))
+        return cells_by_use(self.sources, cells, self.usage) if self.sources else cells
 
     def nbytes(self, cells: ExpertCells) -> int:
         """Bytes of the store with ``cells``, and of the buffers that experts are read into."""
@@ -128,6 +170,6 @@ class ExpertMemory:
     def sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
         """The experts of each layer, by its name."""
         found: dict[str, list[ExpertSet]] = {}
-        for experts in expert_sets(self.layers, cells):
+        for experts in expert_sets(self.layers, cells, self.usage):
             found.setdefault(experts.layer, []).append(experts)
         return found

@@ -198,7 +198,7 @@ class Plan:
 
     @property
     def expert_bytes_per_step(self) -> float:
-        """Bytes of experts that a decoding step of the workload reads if routing is even, once cells are filled."""
+        """Bytes of experts that a decoding step of the workload reads once cells are filled."""
         sequences = 1 if self.workload is None else self.workload.batch_size
         return sum(each.missed_bytes(sequences) for each in self.experts)
 

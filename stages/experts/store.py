@@ -91,9 +91,12 @@ class ExpertStore:
                 raise ClosedError(_CLOSED)
             region, quota = self._cells.of_set[set_index], self._cells.quotas[set_index]
             ordered = list(experts)
-            if len(ordered) > quota and not in_order:
-                # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
-                ordered.sort(key=lambda expert: ExpertKey(set_index, expert) not in region)
+            if len(ordered) > quota:
+                # The rest is passing, in cells of which every layer's quota counts a part.
+                quota = self.sets[set_index].cells
+                if not in_order:
+                    # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
+                    ordered.sort(key=lambda expert: ExpertKey(set_index, expert) not in region)
         kept, passing = (ordered[:quota], sorted(ordered[quota:])) if quota else ([], ordered)
         passing.sort()
         return [

@@ -1,12 +1,11 @@
 """Which experts tokens were routed to: recorded one by one on demand, and in curves that say what more cells would have hit."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["ExpertDemand", "ExpertRoute", "ExpertUsage", "UsageCounter"]
+__all__ = ["STEP_TOKENS", "ExpertDemand", "ExpertRoute", "ExpertUsage", "UsageCounter"]
 
 # Passes of at most so many tokens count as decoding: longer ones do not go through the cells of a layer alone.
 STEP_TOKENS = 8
@@ -127,8 +126,3 @@ class UsageCounter:
             distinct=tuple(experts for _, experts in means),
             hit_shares=self.hit_shares(),
         )
-
-
-def usages(counters: Sequence[UsageCounter]) -> tuple[ExpertUsage | None, ...]:
-    """What all layers' counters know."""
-    return tuple(counter.usage() for counter in counters)
