@@ -36,17 +36,11 @@ class ExpertCells:
     """How many more there are of each size, so that experts of a long prompt can pass through."""
 
 
-def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
-    """The fewest cells: enough for the experts of a token, or without ``whole_token``, to compute one by one in shared cells."""
+def fewest_cells(sources: Sequence[ExpertSource]) -> ExpertCells:
+    """The fewest cells: enough to compute with experts one by one."""
     if not sources:
         return ExpertCells()
-    return ExpertCells(
-        own=tuple(
-            min(source.experts, max(source.per_token, 1)) if whole_token else 0
-            for source in sources
-        ),
-        shared=_SHARED_CELLS if whole_token else _FEWEST_SHARED_CELLS,
-    )
+    return ExpertCells(own=(0,) * len(sources), shared=_FEWEST_SHARED_CELLS)
 
 
 def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
@@ -58,7 +52,19 @@ def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
 def filled_cells(
     sources: Sequence[ExpertSource], cells: ExpertCells, *, free_bytes: int
 ) -> ExpertCells:
-    """``cells`` and as many more as fit into ``free_bytes``: as many of each layer, for all are as likely to be needed."""
+    """``cells`` and as many more as fit into ``free_bytes``: first for what is passing, which prompts are faster with.
+
+    Then as many of each layer, for all are as likely to be needed. More memory never means fewer of anything.
+    """
+    whole = ExpertCells(own=tuple(source.experts for source in sources))
+    if cells_bytes(sources, whole) <= cells_bytes(sources, cells) + free_bytes:
+        return whole
+    each_size = sum({source.cell_bytes for source in sources})
+    more = min(_SHARED_CELLS - cells.shared, free_bytes // each_size)
+    free_bytes -= more * each_size
+    cells = ExpertCells(own=cells.own, shared=cells.shared + more)
+    if cells.shared < _SHARED_CELLS:
+        return cells
     own = list(cells.own)
     growing = [i for i, source in enumerate(sources) if own[i] < source.experts]
     while growing:
@@ -76,8 +82,7 @@ def filled_cells(
         if free_bytes < 0:  # no smaller one instead: more memory shall never mean fewer cells
             break
         own[i] += 1
-    whole = all(n == source.experts for n, source in zip(own, sources, strict=True))
-    return ExpertCells(own=tuple(own), shared=0 if whole else cells.shared)
+    return ExpertCells(own=tuple(own), shared=cells.shared)
 
 
 def cells_by_use(
@@ -146,18 +151,16 @@ class ExpertMemory:
         return tuple(source for layer in self.layers for source in layer.experts)
 
     @property
-    def fewest(self) -> tuple[ExpertCells, ...]:
-        """The least cells to try, in this order: enough for all experts of a token, else to compute with one by one."""
-        if self.given is not None:
-            return (self.given,)
-        if not self.sources:
-            return (ExpertCells(),)
-        return tuple(fewest_cells(self.sources, whole_token=whole) for whole in (True, False))
+    def fewest(self) -> ExpertCells:
+        """The least cells that a plan needs."""
+        return self.given or fewest_cells(self.sources)
 
-    def filled(self, fewest: ExpertCells, *, free_bytes: int) -> ExpertCells:
-        """``fewest`` and what fits into ``free_bytes``."""
-        cells = self.given or filled_cells(self.sources, fewest, free_bytes=max(0, free_bytes))
-        return cells_by_use(self.sources, cells, self.usage) if self.sources else cells
+    def filled(self, *, free_bytes: int) -> ExpertCells:
+        """The fewest, and what fits into ``free_bytes``."""
+        if not self.sources:
+            return ExpertCells()
+        cells = self.given or filled_cells(self.sources, self.fewest, free_bytes=max(0, free_bytes))
+        return cells_by_use(self.sources, cells, self.usage)
 
     def nbytes(self, cells: ExpertCells) -> int:
         """Bytes of the store with ``cells``, and of the buffers that experts are read into."""

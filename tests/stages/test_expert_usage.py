@@ -125,3 +125,24 @@ def test_it_reads_no_more_than_the_better_of_one_list_and_one_for_each_layer(
     assert counts.wanted == known.wanted
     assert counts.wanted - counts.hits <= 1.03 * best
     assert counts.hits <= known.optimal_hits
+
+
+@pytest.mark.parametrize("cells", [4, 8])
+def test_eight_passes_together_read_what_their_union_needs_once(tmp_path: Path, cells: int) -> None:
+    """In each sweep, as long as the cells of all layers hold what one layer's passes need."""
+    experts = RandomExperts(tmp_path, layers=3, experts=16, sizes=(64, 64))
+    draw, union = random.Random(0), 0
+    with experts.store(cells=cells, shared=2) as store:
+        for _ in range(30):
+            for layer in range(3):
+                wanted = [
+                    sorted(
+                        {draw.choices(range(16), [1.3**-e for e in range(16)])[0] for _ in "123"}
+                    )
+                    for _ in range(8)
+                ]
+                union += len({expert for each in wanted for expert in each})
+                for each in wanted:
+                    experts.fetch(store, layer, each)
+        counts = store.counts()
+    assert counts.wanted - counts.hits <= 1.05 * union
