@@ -207,9 +207,8 @@ class StreamedModel:
     ) -> AsyncIterator[int]:
         """Generate one sequence, and yield the id of each new token as soon as it is made.
 
-        Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer does
-        not slow generation down: ids are queued for it, at most ``max_new_tokens`` of them. ``on_begin`` is called when
-        it has its memory and begins.
+        Closing the generator, or cancelling the task that waits for it, ends the generation. A slow consumer slows
+        nothing down: ids are queued for it. ``on_begin`` is called when the request has its memory and begins.
 
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
@@ -236,7 +235,7 @@ class StreamedModel:
             ClosedError: The model is not open.
         """
         running = self._runtime()
-        hardware = learn(self.hardware, self.plan, self.timings())
+        hardware = learn(self.hardware, self.plan, self.timings(), running.stream.expert_usage())
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         # The plan's is in bytes: what is not touched yet seems free.

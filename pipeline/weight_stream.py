@@ -11,6 +11,7 @@ from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.compute import Batch
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.experts.usage import ExpertUsage
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.threads import finish_in_thread
 
@@ -72,6 +73,10 @@ class WeightStream:
         put_buffers(self._module, binding.bind(batch.tensors))
         # Passes may compute on other streams, which do not wait for this thread's.
         self._device.record().synchronize()
+
+    def expert_usage(self) -> dict[str, ExpertUsage]:
+        """How tokens have chosen experts so far, by the paths of modules."""
+        return {} if self.pipeline.experts is None else self.pipeline.experts.usage()
 
     async def reopen(self) -> None:
         """Close the pipeline, and open another one for its plan. Nothing may be using it; may be called again if it fails.

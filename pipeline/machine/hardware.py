@@ -16,6 +16,7 @@ from layerstream.pipeline.machine.probe_disk import cached_bytes
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError, PlanError
+from layerstream.stages.experts.usage import ExpertUsage
 from layerstream.stages.process.headroom import address_space_left, host_available_bytes
 from layerstream.stages.process.libraries import LibraryMemory, limit_library_memory
 from layerstream.stages.threads import finish_in_thread
@@ -74,6 +75,8 @@ class Hardware:
     """Processor time of page faults in mapped files."""
     overhead_seconds_per_batch: float | None = None
     """Passing a layer batch through the stages."""
+    expert_usage: Mapping[str, ExpertUsage] = field(default_factory=dict, hash=False)
+    """How tokens choose experts, by the paths of the modules of a model that has run here; of others, evenly is assumed."""
     figures: Mapping[str, Figure] = field(default_factory=dict, hash=False)
     """The origin of each rate, by the field's name; a rate without one was given by the caller."""
 

@@ -29,8 +29,6 @@ class Bank:
     experts: Sequence[int]
     places: Sequence[int]
     """For each of them, its index in the first dimension of ``tensors``."""
-    count: int
-    """The size of that dimension."""
     tensors: Mapping[str, torch.Tensor]
     """By the names of the module's parameters."""
 
@@ -71,7 +69,6 @@ class StoredBanks:
         yield Bank(
             experts=lease.group.experts,
             places=lease.cells,
-            count=lease.region.count,
             tensors=tensors,
         )
 
@@ -125,7 +122,6 @@ class PackedBanks:
             yield Bank(
                 experts=[expert for expert, _ in members],
                 places=range(len(members)),
-                count=len(members),
                 tensors=tensors,
             )
 

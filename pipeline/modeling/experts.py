@@ -25,8 +25,9 @@ from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
 from layerstream.stages.experts.store import ExpertStore
+from layerstream.stages.experts.usage import ExpertDemand
 
-__all__ = ["stream_experts"]
+__all__ = ["expert_store", "stream_experts"]
 
 _EAGER = {None, "eager"}
 
@@ -63,6 +64,12 @@ def stream_experts(
         module.__class__ = _streamed(kind)
 
 
+def expert_store(root: nn.Module) -> ExpertStore | None:
+    """The store that modules of ``root`` compute from; None if none of them reads experts on demand."""
+    module = next((each for each in root.modules() if isinstance(each, _StreamedExperts)), None)
+    return None if module is None else module.layerstream_experts.store
+
+
 class _Access:
     """How one module gets at its experts; shared by all clones of the module."""
 
@@ -83,19 +90,6 @@ class _Access:
         self.banks = banks
         names = {view.name.partition(":")[0] for view in experts.tensors}
         self.parameters = {name: getattr(module, name) for name in names}
-
-    def groups(self, experts: Sequence[int], *, in_order: bool) -> list[ExpertGroup]:
-        """What to compute with together; ``in_order``: only ascending experts from group to group."""
-        if not in_order:
-            return self.store.groups(self.index, experts)
-        streamed = not self.set.cells
-        size = self.store.shared_group if streamed else self.set.cells
-        return [
-            ExpertGroup(
-                set_index=self.index, experts=tuple(experts[at : at + size]), streamed=streamed
-            )
-            for at in range(0, len(experts), size)
-        ]
 
     def leases(self, groups: Sequence[ExpertGroup]) -> Generator[Lease]:
         """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
@@ -140,7 +134,7 @@ class _InTurn:
 
     def __init__(self, access: _Access, experts: Sequence[int]) -> None:
         self._access = access
-        self._leases = access.leases(access.groups(experts, in_order=True))
+        self._leases = access.leases(access.store.groups(access.index, experts, in_order=True))
         self._lease: Lease | None = None
         self._expert = -1
         self._banks: Generator[Bank] | None = None
@@ -193,6 +187,7 @@ class _StreamedExperts(nn.Module):
         refuse_replaced(self, access.parameters, access.set.module)
         if not experts:  # no tokens
             return torch.zeros_like(hidden)
+        access.store.count(ExpertDemand(access.index, len(index), tuple(experts)))
         name = getattr(self.config, "_experts_implementation", None)
         if name in _EAGER:
             return self._one_by_one(experts, hidden, index, weights)
@@ -201,7 +196,7 @@ class _StreamedExperts(nn.Module):
                 f"{access.set.module} reads its experts on demand, which gives equal results with the implementations "
                 f"grouped_mm and eager, not with {name}; open the model with experts_implementation={name!r}"
             )
-        return self._in_groups(access.groups(experts, in_order=False), hidden, index, weights)
+        return self._in_groups(access.store.groups(access.index, experts), hidden, index, weights)
 
     def _in_groups(
         self, groups: Sequence[ExpertGroup], hidden: Any, index: Any, weights: Any
@@ -248,17 +243,22 @@ class _StreamedExperts(nn.Module):
             rows: Which of the rows of a computation with all experts these are.
             total: How many rows that has.
         """
-        from transformers.integrations.moe import _grouped_linear
-
         module: Any = self
-        counts = torch.bincount(places, minlength=bank.count)
-        offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        found: Any = torch.unique_consecutive(places, return_counts=True)
+        used, counts = (each.tolist() for each in found)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            bias = bank.tensors[f"{name}_bias"][places] if module.has_bias else None
-            result: torch.Tensor = _grouped_linear(
-                rows, bank.tensors[name], offsets, bias=bias, is_transposed=module.is_transposed
-            )
+            # What torch's grouped product does on a CPU, which however spends time on each expert without tokens, and most
+            # cells belong to other layers.
+            matrices = bank.tensors[name]
+            if not module.is_transposed:
+                matrices = matrices.transpose(-2, -1)
+            result = rows.new_empty(len(rows), matrices.shape[-1])
+            parts = zip(used, torch.split(rows, counts), torch.split(result, counts), strict=True)
+            for place, part, out in parts:
+                torch.mm(part, matrices[place], out=out)
+            if module.has_bias:
+                result.add_(bank.tensors[f"{name}_bias"][places])
             return result
 
         inner = (

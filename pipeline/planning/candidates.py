@@ -8,7 +8,7 @@ from functools import partial
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.cost_model import CostModel, Placement
-from layerstream.pipeline.planning.expert_cells import ExpertCells, ExpertMemory
+from layerstream.pipeline.planning.expert_cells import ExpertMemory
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
@@ -58,6 +58,7 @@ class _Search:
         self._experts = ExpertMemory(
             layers=problem.layers,
             given=problem.expert_cells,
+            usage=problem.hardware.expert_usage,
             request_bytes=READ_REQUEST_BYTES,
             reads_in_flight=READS_IN_FLIGHT,
         )
@@ -86,17 +87,12 @@ class _Search:
 
     def _fitting(self) -> list[PricedCandidate]:
         # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
-        # The same with cells for all experts of a token, instead of one.
-        for kv_on_host, cells, with_overhead in itertools.product(
-            self._kv_places(), self._experts.fewest, (True, False)
-        ):
+        for kv_on_host, with_overhead in itertools.product(self._kv_places(), (True, False)):
             found = [
                 candidate
                 for reader in self._readers()
                 for candidate in self._candidates(
-                    self._placer(reader, kv_on_host=kv_on_host, cells=cells),
-                    cells,
-                    with_overhead=with_overhead,
+                    self._placer(reader, kv_on_host=kv_on_host), with_overhead=with_overhead
                 )
             ]
             if found:
@@ -125,7 +121,7 @@ class _Search:
             return (False,)
         return (False, True) if problem.kv_on_host is None else (problem.kv_on_host,)
 
-    def _placer(self, reader: ReaderKind, *, kv_on_host: bool, cells: ExpertCells) -> Placer:
+    def _placer(self, reader: ReaderKind, *, kv_on_host: bool) -> Placer:
         problem = self._problem
         kv = problem.memory.kv_bytes if kv_on_host and problem.memory is not None else 0
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in problem.layers)
@@ -146,14 +142,12 @@ class _Search:
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
             overhead_bytes=problem.overhead_bytes,
-            expert_bytes=self._experts.nbytes(cells),
+            expert_bytes=self._experts.nbytes(self._experts.fewest),
         )
 
-    def _candidates(
-        self, placer: Placer, cells: ExpertCells, *, with_overhead: bool
-    ) -> Iterator[PricedCandidate]:
+    def _candidates(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:
         problem = self._problem
-        priced = partial(self._priced, placer, self._cost_model(), cells)
+        priced = partial(self._priced, placer, self._cost_model())
         spare = MemoryBytes(-problem.request_overhead_bytes if with_overhead else 0, 0)
         for size in self._sizes():
             batches = placer.batches(size, arenas=problem.arenas)
@@ -198,7 +192,6 @@ class _Search:
         self,
         placer: Placer,
         cost_model: CostModel,
-        fewest: ExpertCells,
         batches: Sequence[LayerBatch],
         *,
         size: int,
@@ -209,7 +202,7 @@ class _Search:
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
         free = placer.host_budget_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
-        cells = self._experts.filled(fewest, free_bytes=free)
+        cells = self._experts.filled(free_bytes=free)
         expert_bytes = self._experts.nbytes(cells)
         spare = self._decode_spare()
         spare = spare._replace(host=spare.host - (expert_bytes - placer.expert_bytes))
@@ -270,7 +263,7 @@ class _Search:
     def _refusal(self) -> str:
         """The message if nothing fits, for the choices that need the least."""
         placers = [
-            self._placer(reader, kv_on_host=kv_on_host, cells=self._experts.fewest[-1])
+            self._placer(reader, kv_on_host=kv_on_host)
             for reader in self._readers()
             for kv_on_host in self._kv_places()
         ]
@@ -283,8 +276,13 @@ class _Search:
             if need.host > placer.host_budget_bytes
             else ("VRAM", need.vram, placer.vram_budget_bytes or 0, placer.vram_reserved_bytes)
         )
+        experts = (
+            f" and {self._experts.fewest.shared} experts, which take {format_bytes(placer.expert_bytes)} with their buffers"
+            if placer.expert_bytes
+            else ""
+        )
         return (
-            f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time: at least "
+            f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time{experts}: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
             f"{format_bytes(reserved)} are reserved for the workload); raise the budget, or ask for fewer tokens "
             "at a time"

@@ -1,24 +1,27 @@
 """How many experts of each layer stay in memory, and what a pass then reads. Pure."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
+from layerstream.stages.experts.usage import ExpertUsage
 
 __all__ = [
     "ExpertCells",
     "ExpertMemory",
+    "cells_by_use",
     "cells_bytes",
     "expert_sets",
     "fewest_cells",
     "filled_cells",
 ]
 
-# Cells that all layers share while a prompt needs more experts than a layer keeps: one half is read while the other one is
-# computed with. As many as a few requests in flight fill; more bring nothing.
+# What a prompt that needs more experts than a layer keeps passes through: one half is read while the other one is computed
+# with. As many as a few requests in flight fill; more bring nothing.
 _SHARED_CELLS = 16
 _FEWEST_SHARED_CELLS = 2
 
@@ -28,35 +31,40 @@ class ExpertCells:
     """The cells of the expert store."""
 
     own: tuple[int, ...] = ()
-    """For each source, how many of its experts are kept."""
+    """For each source, its share of the cells of that size."""
     shared: int = 0
-    """How many pass through cells of all layers."""
+    """How many more there are of each size, so that experts of a long prompt can pass through."""
 
 
-def fewest_cells(sources: Sequence[ExpertSource], *, whole_token: bool) -> ExpertCells:
-    """The fewest cells: enough for the experts of a token, or without ``whole_token``, to compute one by one in shared cells."""
+def fewest_cells(sources: Sequence[ExpertSource]) -> ExpertCells:
+    """The fewest cells: enough to compute with experts one by one."""
     if not sources:
         return ExpertCells()
-    return ExpertCells(
-        own=tuple(
-            min(source.experts, max(source.per_token, 1)) if whole_token else 0
-            for source in sources
-        ),
-        shared=_SHARED_CELLS if whole_token else _FEWEST_SHARED_CELLS,
-    )
+    return ExpertCells(own=(0,) * len(sources), shared=_FEWEST_SHARED_CELLS)
 
 
 def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
     """Bytes of the store with so many cells."""
-    largest = max((source.cell_bytes for source in sources), default=0)
     own = sum(n * source.cell_bytes for n, source in zip(cells.own, sources, strict=True))
-    return own + cells.shared * largest
+    return own + cells.shared * sum({source.cell_bytes for source in sources})
 
 
 def filled_cells(
     sources: Sequence[ExpertSource], cells: ExpertCells, *, free_bytes: int
 ) -> ExpertCells:
-    """``cells`` and as many more as fit into ``free_bytes``: as many of each layer, for all are as likely to be needed."""
+    """``cells`` and as many more as fit into ``free_bytes``: first for what is passing, which prompts are faster with.
+
+    Then as many of each layer, for all are as likely to be needed. More memory never means fewer of anything.
+    """
+    whole = ExpertCells(own=tuple(source.experts for source in sources))
+    if cells_bytes(sources, whole) <= cells_bytes(sources, cells) + free_bytes:
+        return whole
+    each_size = sum({source.cell_bytes for source in sources})
+    more = min(_SHARED_CELLS - cells.shared, free_bytes // each_size)
+    free_bytes -= more * each_size
+    cells = ExpertCells(own=cells.own, shared=cells.shared + more)
+    if cells.shared < _SHARED_CELLS:
+        return cells
     own = list(cells.own)
     growing = [i for i, source in enumerate(sources) if own[i] < source.experts]
     while growing:
@@ -74,15 +82,52 @@ def filled_cells(
         if free_bytes < 0:  # no smaller one instead: more memory shall never mean fewer cells
             break
         own[i] += 1
-    whole = all(n == source.experts for n, source in zip(own, sources, strict=True))
-    return ExpertCells(own=tuple(own), shared=0 if whole else cells.shared)
+    return ExpertCells(own=tuple(own), shared=cells.shared)
 
 
-def expert_sets(layers: Sequence[PlannedLayer], cells: ExpertCells) -> tuple[ExpertSet, ...]:
+def cells_by_use(
+    sources: Sequence[ExpertSource], cells: ExpertCells, usage: Mapping[str, ExpertUsage]
+) -> ExpertCells:
+    """``cells`` in all, where they are expected to bring the most hits.
+
+    Cells are not tied to layers: this is about where least recently used experts of all layers are found. From as many for
+    each layer as a token needs, or an equal part, cells go a few at a time to whoever hits the most more with them.
+    """
+    known = [usage.get(source.module) for source in sources]
+    if not all(known) or len({source.cell_bytes for source in sources}) != 1:
+        return cells
+    equal = sum(cells.own) // len(sources)
+    own = [min(equal, max(source.per_token, 1), source.experts) for source in sources]
+    step = max(1, max(source.experts for source in sources) // 32)
+    left = sum(cells.own) - sum(own)
+
+    def gain(index: int) -> tuple[float, int]:
+        """Hits for one more cell, as a sort key: the largest first."""
+        found = known[index]
+        more = min(step, left, sources[index].experts - own[index])
+        if found is None or more <= 0:
+            return 1.0, index
+        shares = found.hit_shares
+        return -(shares[own[index] + more] - shares[own[index]]) / more, index
+
+    gains = [gain(index) for index in range(len(sources))]
+    heapq.heapify(gains)
+    while left > 0:
+        _, index = heapq.heappop(gains)
+        more = min(step, left, sources[index].experts - own[index])
+        own[index] += more
+        left -= more
+        heapq.heappush(gains, gain(index))
+    return ExpertCells(own=tuple(own), shared=cells.shared)
+
+
+def expert_sets(
+    layers: Sequence[PlannedLayer], cells: ExpertCells, usage: Mapping[str, ExpertUsage]
+) -> tuple[ExpertSet, ...]:
     """The experts of ``layers`` with their places in files and cells."""
     found = [(layer.name, source) for layer in layers for source in layer.experts]
     return tuple(
-        lay_out_experts(source, layer=name, cells=count)
+        lay_out_experts(source, layer=name, cells=count, usage=usage.get(source.module))
         for (name, source), count in zip(found, cells.own, strict=True)
     )
 
@@ -94,6 +139,8 @@ class ExpertMemory:
     layers: Sequence[PlannedLayer]
     given: ExpertCells | None
     """Those of a running pipeline, which cannot change."""
+    usage: Mapping[str, ExpertUsage]
+    """How tokens choose experts, by the paths of modules; of others, evenly is assumed."""
     request_bytes: int
     """The most that is read at once."""
     reads_in_flight: int
@@ -104,19 +151,16 @@ class ExpertMemory:
         return tuple(source for layer in self.layers for source in layer.experts)
 
     @property
-    def fewest(self) -> tuple[ExpertCells, ...]:
-        """The least cells to try, in this order: enough for all experts of a token, else to compute with one by one."""
-        if self.given is not None:
-            return (self.given,)
-        if not self.sources:
-            return (ExpertCells(),)
-        return tuple(fewest_cells(self.sources, whole_token=whole) for whole in (True, False))
+    def fewest(self) -> ExpertCells:
+        """The least cells that a plan needs."""
+        return self.given or fewest_cells(self.sources)
 
-    def filled(self, fewest: ExpertCells, *, free_bytes: int) -> ExpertCells:
-        """``fewest`` and what fits into ``free_bytes``."""
-        if self.given is not None:
-            return self.given
-        return filled_cells(self.sources, fewest, free_bytes=max(0, free_bytes))
+    def filled(self, *, free_bytes: int) -> ExpertCells:
+        """The fewest, and what fits into ``free_bytes``."""
+        if not self.sources:
+            return ExpertCells()
+        cells = self.given or filled_cells(self.sources, self.fewest, free_bytes=max(0, free_bytes))
+        return cells_by_use(self.sources, cells, self.usage)
 
     def nbytes(self, cells: ExpertCells) -> int:
         """Bytes of the store with ``cells``, and of the buffers that experts are read into."""
@@ -129,6 +173,6 @@ class ExpertMemory:
     def sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
         """The experts of each layer, by its name."""
         found: dict[str, list[ExpertSet]] = {}
-        for experts in expert_sets(self.layers, cells):
+        for experts in expert_sets(self.layers, cells, self.usage):
             found.setdefault(experts.layer, []).append(experts)
         return found

@@ -7,6 +7,7 @@ from functools import cached_property
 from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.stages.batch import Extent, Place, TensorView
 from layerstream.stages.experts.expert_set import ExpertPiece, ExpertSet
+from layerstream.stages.experts.usage import ExpertUsage
 
 __all__ = ["ExpertSource", "ExpertTensor", "lay_out_experts"]
 
@@ -94,9 +95,11 @@ class ExpertSource:
         )
 
 
-def lay_out_experts(source: ExpertSource, *, layer: str, cells: int) -> ExpertSet:
+def lay_out_experts(
+    source: ExpertSource, *, layer: str, cells: int, usage: ExpertUsage | None = None
+) -> ExpertSet:
     """The experts of ``source`` with their places in a cell, ``cells`` of which the store keeps for the layer."""
-    return replace(source.without_cells, layer=layer, cells=cells)
+    return replace(source.without_cells, layer=layer, cells=cells, usage=usage)
 
 
 def _pieces(extents: tuple[tuple[Extent, ...], ...], begin: int) -> Iterable[ExpertPiece]:

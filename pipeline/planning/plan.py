@@ -167,7 +167,7 @@ class Plan:
     experts: tuple[ExpertSet, ...] = ()
     """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
     shared_expert_cells: int = 0
-    """Cells that all layers share, for experts of a long prompt on their way through."""
+    """Further cells of each size, so that experts of a long prompt can pass through."""
     unpacked_once_bytes: int = 0
     """Memory for packed weights that are unpacked once for several passes; of the reserved memory."""
     fused_tokens: int = 0
@@ -198,7 +198,7 @@ class Plan:
 
     @property
     def expert_bytes_per_step(self) -> float:
-        """Bytes of experts that a decoding step of the workload reads if routing is even, once cells are filled."""
+        """Bytes of experts that a decoding step of the workload reads once cells are filled."""
         sequences = 1 if self.workload is None else self.workload.batch_size
         return sum(each.missed_bytes(sequences) for each in self.experts)
 

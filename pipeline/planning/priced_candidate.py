@@ -49,4 +49,10 @@ class PricedCandidate:
         # Mapped batches take no memory, so few large ones save hand-offs.
         hand_offs = len(self.placement.batches) if self.placement.maps else 0
         read_bytes = sum(batch.read_bytes for batch in self.placement.batches if batch.streamed)
+        # Of one token; experts that stay are not read.
+        read_bytes += sum(
+            round(experts.missed_bytes(1))
+            for found in self.placement.expert_sets.values()
+            for experts in found
+        )
         return bool(self.name), slots, mapped, hand_offs, read_bytes, sum(self.need)

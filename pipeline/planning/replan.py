@@ -2,14 +2,16 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin, UnpackingRate
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
+from layerstream.stages.experts.usage import ExpertUsage
 from layerstream.stages.telemetry.spans import StageTimings, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
@@ -26,7 +28,12 @@ _STEP_RATES = (
 _LEAST_WORK_SHARE = 0.2
 
 
-def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
+def learn(
+    hardware: Hardware,
+    plan: Plan,
+    timings: Timings,
+    expert_usage: Mapping[str, ExpertUsage] = MappingProxyType({}),
+) -> Hardware:
     """``hardware`` with the rates that the stages reached in ``timings``, marked as learnt.
 
     The rate of the disk is learnt from direct reads, and that of the link from copies to a GPU. The rates of
@@ -37,8 +44,11 @@ def learn(hardware: Hardware, plan: Plan, timings: Timings) -> Hardware:
         hardware: The hardware that ``plan`` was made with.
         plan: The plan that was run.
         timings: Those of the pipeline that ran it.
+        expert_usage: How its tokens have chosen experts, by the paths of modules.
     """
     fields: dict[str, Any] = {}
+    if expert_usage:
+        fields["expert_usage"] = {**hardware.expert_usage, **expert_usage}
     if plan.reader is ReaderKind.DIRECT and (rate := _reached_rate(timings, stage=0)):
         fields["disk_bytes_per_second"] = rate
     if plan.device_memory is not None and (rate := _reached_rate(timings, stage=1)):
@@ -106,8 +116,10 @@ def _speed_factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> 
             continue
         predicted = _predicted_seconds(plan, sweep.tokens)
         stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
-        if stage.bytes >= _LEAST_BYTES and predicted > 0:
-            found[sweep.tokens].append(predicted / _compute_seconds(stage, overhead_seconds))
+        # Of a mixture whose experts come on demand, the stage counts the bytes of the rest only.
+        if (stage.bytes >= _LEAST_BYTES or plan.experts) and predicted > 0:
+            seconds = _compute_seconds(stage, overhead_seconds, sweep.expert_wait_seconds)
+            found[sweep.tokens].append(predicted / seconds)
     return {tokens: statistics.median(factors) for tokens, factors in found.items()}
 
 
@@ -125,10 +137,12 @@ def _predicted_seconds(plan: Plan, tokens: int) -> float:
     return step + (prompt - step) * (tokens - step_tokens) / (prompt_tokens - step_tokens)
 
 
-def _compute_seconds(stage: StageTimings, overhead_seconds: float) -> float:
-    """The busy time of the compute stage without hand-offs."""
-    hand_offs = stage.items * overhead_seconds
-    return max(stage.busy_seconds - hand_offs, _LEAST_WORK_SHARE * stage.busy_seconds)
+def _compute_seconds(
+    stage: StageTimings, overhead_seconds: float, expert_wait_seconds: float
+) -> float:
+    """The busy time of the compute stage without hand-offs, and without waiting for experts."""
+    busy = max(stage.busy_seconds - expert_wait_seconds, 0.0) or stage.busy_seconds
+    return max(busy - stage.items * overhead_seconds, _LEAST_WORK_SHARE * busy)
 
 
 def _scaled(

@@ -151,9 +151,11 @@ def _experts(plan: Plan) -> str:
     cells = sum(each.cells for each in plan.experts)
     experts = sum(each.experts for each in plan.experts)
     step = format_bytes(plan.expert_bytes_per_step)
+    learnt = all(each.usage is not None for each in plan.experts)
+    why = "as past sweeps have shown" if learnt else "if routing is even (ASSUMED)"
     return (
         f"read on demand: {cells} of {experts} in {len(plan.experts)} layers stay in host RAM; a decoding step reads "
-        f"{step} of them if routing is even (ASSUMED)"
+        f"{step} of them, {why}"
     )
 
 

@@ -256,7 +256,7 @@ class Pipeline:
     def _ended(self, sweep: Sweep) -> None:
         self._current = None
         if sweep.complete:
-            self._sweep_log.count(sweep, self.plan.prediction)
+            self._sweep_log.count(sweep, self.plan.prediction, self.experts)
         else:
             # The next sweep most likely begins at the first batch, so drop the rest of this one.
             self._route.restart()

@@ -85,7 +85,7 @@ class Resources:
         if plan.experts:
             self.experts = ExpertStore(
                 plan.experts,
-                shared_cells=plan.shared_expert_cells,
+                passing_cells=plan.shared_expert_cells,
                 reader=self.reader,
                 file_bytes=[file.nbytes for file in plan.files],
                 threads=plan.reads_in_flight,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from layerstream.pipeline.planning.prediction import Prediction
 from layerstream.stages.compute import Sweep
+from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.forecast import PredictionChecker, SweepPrediction
 from layerstream.stages.telemetry.spans import ExpertCounts, Occupancy, SweepSpan
@@ -30,12 +31,14 @@ class SweepLog:
     def __init__(self, *, on_gpu: bool) -> None:
         self.loading = False
         self._completed = 0
+        self._expert_wait_seconds = 0.0
         self._predictions = PredictionChecker(on_gpu=on_gpu)
         self._latest: deque[SweepSpan] = deque(maxlen=_SWEEPS_KEPT)
 
-    def count(self, sweep: Sweep, prediction: Prediction) -> None:
+    def count(self, sweep: Sweep, prediction: Prediction, experts: ExpertStore | None) -> None:
         """Count ``sweep``, which is complete."""
         now = time.perf_counter()
+        waited = 0.0 if experts is None else experts.counts().wait_seconds
         predicted = self._prediction_of(prediction, prompt=sweep.prompt)
         self._predictions.count(predicted, now - sweep.began_seconds)
         self._latest.append(
@@ -44,8 +47,10 @@ class SweepLog:
                 stop_seconds=now,
                 tokens=sweep.tokens,
                 steady=self._completed > 0 and not self.loading,
+                expert_wait_seconds=waited - self._expert_wait_seconds,
             )
         )
+        self._expert_wait_seconds = waited
         self._completed += 1
 
     def _prediction_of(self, prediction: Prediction, *, prompt: bool) -> SweepPrediction:

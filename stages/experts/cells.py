@@ -1,12 +1,13 @@
-"""Cells of equal size, least recently used first to be used again. Not thread-safe: the store locks."""
+"""Cells of equal size, each of which holds one expert. Not thread-safe: the store locks."""
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import chain
 
 import torch
 
 from layerstream.stages.batch import TensorView
+from layerstream.stages.experts.eviction import Eviction, ExpertKey
 from layerstream.stages.memory import strides_of
 
 __all__ = ["Cell", "CellRegion"]
@@ -29,7 +30,7 @@ class Cell:
     def __init__(self, number: int, tensor: torch.Tensor) -> None:
         self.number = number
         self.tensor = tensor
-        self.key: Hashable | None = None
+        self.key: ExpertKey | None = None
         self.users = 0
         self.read_ahead = False
         self.loaded: Future[None] = Future()
@@ -41,24 +42,27 @@ class CellRegion:
     Args:
         memory: uint8 ``[count * cell_bytes]``.
         cell_bytes: Of one cell.
+        eviction: Decides which experts make way.
     """
 
-    def __init__(self, memory: torch.Tensor, cell_bytes: int) -> None:
+    def __init__(self, memory: torch.Tensor, cell_bytes: int, eviction: Eviction) -> None:
         self.memory = memory
         self.cell_bytes = cell_bytes
         self.count = memory.numel() // cell_bytes if cell_bytes else 0
+        self._eviction = eviction
         self._free = [
             Cell(number, memory.narrow(0, number * cell_bytes, cell_bytes))
             for number in reversed(range(self.count))
         ]
-        self._cells: OrderedDict[Hashable, Cell] = OrderedDict()  # least recently used first
+        self._cells: dict[ExpertKey, Cell] = {}
+        self._idle = 0  # of those in ``_cells``, how many nobody holds
 
     @property
     def free_count(self) -> int:
         """How many cells hold nothing."""
         return len(self._free)
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: ExpertKey) -> bool:
         return key in self._cells
 
     def strided(self, view: TensorView) -> torch.Tensor:
@@ -72,30 +76,38 @@ class CellRegion:
             (self.cell_bytes // dtype.itemsize, *strides_of(view.shape)),
         )
 
-    def take(self, keys: Sequence[Hashable]) -> tuple[list[Cell], list[Cell]] | None:
+    def take(
+        self, keys: Sequence[ExpertKey], *, passing: bool
+    ) -> tuple[list[Cell], list[Cell]] | None:
         """Cells for ``keys``, held for the caller: all of them, or None if not all can be had now.
+
+        Args:
+            keys: Experts of one layer.
+            passing: They are not likely to be needed again soon, and make way for others first.
 
         Returns:
             The cells in the order of ``keys``, and those among them that have to be loaded, which are held for that too: the
             caller may give up while reads still write into them.
         """
+        there = [cell for key in keys if (cell := self._cells.get(key)) is not None]
         missing = [key for key in keys if key not in self._cells]
-        if len(missing) > len(self._free):
-            wanted = set(keys)
-            idle = sum(not cell.users for key, cell in self._cells.items() if key not in wanted)
-            if len(missing) > len(self._free) + idle:
-                return None
+        if len(missing) > len(self._free) + self._idle - sum(not cell.users for cell in there):
+            return None
         # Those that are there first: a cell that this very call needs must not be taken for another one.
-        for key in keys:
-            if (cell := self._cells.get(key)) is not None:
-                cell.users += 1
-                self._cells.move_to_end(key)
+        for cell in there:
+            self._idle -= not cell.users
+            cell.users += 1
+        if not passing:
+            self._eviction.use(keys, in_memory=self._cells)
+        self._make_room(len(missing))
         new = []
         for key in missing:
-            cell = self._free.pop() if self._free else self._evict()
+            cell = self._free.pop()
             cell.key, cell.users, cell.loaded = key, 2, Future()
             cell.read_ahead = False
             self._cells[key] = cell
+            if passing:
+                self._eviction.passes(key)
             new.append(cell)
         return [self._cells[key] for key in keys], new
 
@@ -104,12 +116,32 @@ class CellRegion:
         cell.users -= 1
         if not cell.users and cell.key is None:
             self._free.append(cell)
+        elif not cell.users:
+            self._idle += 1
 
     def forget(self, cell: Cell) -> None:
         """Loading ``cell`` has failed: nobody finds it any more; its last ``release`` frees it."""
+        assert cell.key is not None  # noqa: S101
         del self._cells[cell.key]
+        self._eviction.gone(cell.key)
         cell.key = None
 
-    def _evict(self) -> Cell:
-        key = next(key for key, cell in self._cells.items() if not cell.users)
-        return self._cells.pop(key)
+    def _make_room(self, count: int) -> None:
+        """Free cells that nobody holds until ``count`` are free."""
+        wanted = count - len(self._free)
+        if wanted <= 0:
+            return
+        idle = (
+            key
+            for key in chain(self._eviction.candidates(), self._cells)
+            if (cell := self._cells.get(key)) is not None and not cell.users
+        )
+        victims: dict[ExpertKey, None] = {}
+        while len(victims) < wanted:
+            victims[next(idle)] = None
+        for key in victims:
+            cell = self._cells.pop(key)
+            self._eviction.gone(key)
+            self._idle -= 1
+            cell.key = None
+            self._free.append(cell)

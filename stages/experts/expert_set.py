@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from layerstream.stages.batch import Extent, TensorView
+from layerstream.stages.experts.usage import STEP_TOKENS, ExpertUsage
 from layerstream.stages.readers.coalescing import coalesce, requests_of
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
@@ -57,11 +58,13 @@ class ExpertSet:
     per_token: int
     """How many experts a token is routed to; 0 if unknown."""
     cells: int
-    """How many of them the store keeps for this layer."""
+    """This layer's share of the store's cells; layers with experts of equal size use them together."""
     cell_bytes: int
     tensors: tuple[TensorView, ...]
     """The tensors of one expert and their places in a cell, by the names of the module's parameters."""
     pieces: tuple[ExpertPiece, ...]
+    usage: ExpertUsage | None = None
+    """How tokens choose them, as sweeps have shown; None: evenly, which is assumed."""
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -69,14 +72,19 @@ class ExpertSet:
         return sum(piece.nbytes for piece in self.pieces)
 
     def distinct(self, tokens: int) -> float:
-        """How many experts ``tokens`` are routed to if routing is even: E (1 - (1 - k/E)^T)."""
+        """How many experts ``tokens`` are routed to; if routing is even, E (1 - (1 - k/E)^T)."""
+        if self.usage is not None:
+            return self.usage.distinct_of(tokens, experts=self.experts)
         if not self.per_token:
             return float(self.experts)
         return self.experts * (1 - (1 - min(self.per_token / self.experts, 1.0)) ** tokens)
 
     def missed_bytes(self, tokens: int) -> float:
-        """Bytes that a pass of ``tokens`` reads if routing is even and all cells hold something."""
-        return self.distinct(tokens) * (1 - self.cells / self.experts) * self.expert_bytes
+        """Bytes that a pass of ``tokens`` reads when all cells hold something."""
+        hit_share = self.cells / self.experts
+        if self.usage is not None and tokens <= STEP_TOKENS:
+            hit_share = self.usage.hit_shares[self.cells]
+        return self.distinct(tokens) * (1 - hit_share) * self.expert_bytes
 
     def reads(
         self, expert: int, *, request_bytes: int, file_bytes: tuple[int, ...]

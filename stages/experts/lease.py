@@ -21,8 +21,8 @@ class ExpertGroup:
 
     set_index: int
     experts: tuple[int, ...]
-    streamed: bool
-    """They take cells that all layers share, since they are more than the layer's own."""
+    passing: bool
+    """They are more than the layer's quota, so their cells are the first to be used again."""
 
 
 class Lease:

@@ -1,18 +1,19 @@
 """The expert store: cells for the experts of all layers, filled on demand. Its methods may be called from any thread."""
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from itertools import accumulate
 
 import numpy as np
-import torch
 
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
+from layerstream.stages.experts.eviction import ExpertKey
 from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
+from layerstream.stages.experts.regions import CellRegions
+from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, ExpertUsage, UsageCounter
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.protocol import Reader
@@ -28,15 +29,14 @@ _CERTAIN = 0.9
 
 
 class ExpertStore:
-    """Cells for experts: a quota for each layer, and a few that all layers share for what is only passing through.
+    """Cells for experts, which layers with experts of equal size share.
 
-    A demand that fits the layer's quota is served from it, least recently used experts making way. Of a larger one (a long
-    prompt), what the quota does not hold goes through the shared cells group by group, so that it neither takes a whole
-    layer's memory nor displaces what is kept.
+    A demand of up to the layer's quota is computed with at once. Of a larger one (a long prompt), what the quota does not hold
+    goes through a few cells group by group, so that it neither takes a whole layer's memory nor displaces what is kept.
 
     Args:
-        sets: The experts of each layer.
-        shared_cells: How many cells all layers share.
+        sets: The experts of each layer, with the layer's quota of cells.
+        passing_cells: How many more there are of each size, for what is only passing through; otherwise used like all others.
         reader: The files.
         file_bytes: The size of each file.
         threads: How many requests are in flight.
@@ -47,7 +47,7 @@ class ExpertStore:
         self,
         sets: Sequence[ExpertSet],
         *,
-        shared_cells: int,
+        passing_cells: int,
         reader: Reader,
         file_bytes: Sequence[int],
         threads: int,
@@ -62,53 +62,66 @@ class ExpertStore:
         self._closed = False
         self._wanted = self._hits = self._read_bytes = 0
         self._wait_seconds = 0.0
+        # Half of what is passing is computed with while the other half is read.
+        self._group_size = max(passing_cells // 2, 1)
+        self._counters = [UsageCounter(each.experts) for each in sets]
+        self._recorded: ExpertRoute | None = None
         self._resources = ExitStack()
-        largest = max((each.cell_bytes for each in sets), default=0)
-        sizes = [each.cells * each.cell_bytes for each in sets]
-        self._memory = HostMemory(sum(sizes) + shared_cells * largest)
-        self._resources.callback(self._memory.close)
-        starts = accumulate(sizes, initial=0)
-        self._own = [
-            CellRegion(self._memory.tensor.narrow(0, start, size), each.cell_bytes)
-            for each, start, size in zip(sets, starts, sizes, strict=False)
-        ]
-        rest = self._memory.tensor.narrow(0, sum(sizes), shared_cells * largest)
-        self._shared = CellRegion(rest, largest)
+        self._cells = CellRegions(self.sets, passing_cells)
+        self._resources.callback(self._cells.close)
         self._staging = threading.local()
         self._threads = Threads("experts", threads)
         self._resources.callback(self._threads.close)
 
-    @property
-    def shared_group(self) -> int:
-        """How many experts are computed with together in shared cells: one half, while the other one is read into."""
-        return max(self._shared.count // 2, 1)
+    def groups(
+        self, set_index: int, experts: Sequence[int], *, in_order: bool = False
+    ) -> list[ExpertGroup]:
+        """Which of ``experts``, ascending, are computed with together: first as many as the layer's quota.
 
-    # -- demand ----------------------------------------------------------------------------------
+        Half of the cells for what is passing make a group, so that the next one is read while one is computed with.
 
-    def groups(self, set_index: int, experts: Sequence[int]) -> list[ExpertGroup]:
-        """Which of ``experts``, ascending, are computed with together: first what the layer's own cells take.
-
-        Half of the shared cells make a group, so that the next one is read while one is computed with.
+        Args:
+            set_index: The layer.
+            experts: What its tokens were routed to.
+            in_order: Only ascending experts from group to group.
         """
         with self._lock:
             if self._closed:
                 raise ClosedError(_CLOSED)
-            own, shared = self._own[set_index], self._shared
-            if len(experts) <= own.count or not shared.count:
-                kept, rest = list(experts), []
-            else:
-                # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
-                kept = sorted(experts, key=lambda expert: expert not in own)[: own.count]
-                rest = sorted(set(experts) - set(kept))
-                rest.sort(key=lambda expert: (set_index, expert) not in shared)
-        parts = ((kept, max(own.count, 1), False), (rest, self.shared_group, True))
+            region, quota = self._cells.of_set[set_index], self._cells.quotas[set_index]
+            ordered = list(experts)
+            if len(ordered) > quota:
+                # The rest is passing, in cells of which every layer's quota counts a part.
+                quota = self.sets[set_index].cells
+                if not in_order:
+                    # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
+                    ordered.sort(key=lambda expert: ExpertKey(set_index, expert) not in region)
+        kept, passing = (ordered[:quota], sorted(ordered[quota:])) if quota else ([], ordered)
+        passing.sort()
         return [
-            ExpertGroup(
-                set_index=set_index, experts=tuple(sorted(each[at : at + size])), streamed=streamed
-            )
-            for each, size, streamed in parts
+            ExpertGroup(set_index=set_index, experts=tuple(sorted(each[at : at + size])), passing=p)
+            for each, size, p in ((kept, max(quota, 1), False), (passing, self._group_size, True))
             for at in range(0, len(each), size)
         ]
+
+    def count(self, demand: ExpertDemand) -> None:
+        """A pass needs these experts: for ``usage``, and for whoever records the route."""
+        with self._lock:
+            self._counters[demand.set_index].count(demand)
+            if self._recorded is not None:
+                self._recorded.add(demand)
+
+    def record(self, route: ExpertRoute | None) -> None:
+        """From now on add each demand to ``route``, or to none."""
+        with self._lock:
+            self._recorded = route
+
+    def usage(self) -> dict[str, ExpertUsage]:
+        """How tokens have chosen experts so far, by the paths of modules; without those that had too few passes to tell."""
+        with self._lock:
+            usages = [counter.usage() for counter in self._counters]
+        each = zip(self.sets, usages, strict=True)
+        return {experts.module: usage for experts, usage in each if usage is not None}
 
     def take(
         self, group: ExpertGroup, *, wait_for: WaitFor | None = Future.exception
@@ -128,7 +141,7 @@ class ExpertStore:
                 if self._closed:
                     raise ClosedError(_CLOSED)
                 region, keys = self._region(group)
-                if (taken := region.take(keys)) is not None:
+                if (taken := region.take(keys, passing=group.passing)) is not None:
                     cells = self._taken(group, region, *taken)
                     break
                 changed: Future[None] = Future()
@@ -175,16 +188,17 @@ class ExpertStore:
         experts = self.sets[set_index]
         if experts.distinct(tokens) < _CERTAIN * experts.experts:
             return
-        own, size = self._own[set_index], self.shared_group
+        region, size = self._cells.of_set[set_index], self._group_size
         with self._lock:
-            missing = [expert for expert in range(experts.experts) if expert not in own]
-            streamed = not own.free_count
-            at_most = size if streamed else min(own.free_count, size)
-            group = ExpertGroup(
-                set_index=set_index, experts=tuple(missing[:at_most]), streamed=streamed
-            )
+            passing = not region.free_count
+            missing = [
+                expert
+                for expert in range(experts.experts)
+                if ExpertKey(set_index, expert) not in region
+            ][: size if passing else min(region.free_count, size)]
+            group = ExpertGroup(set_index=set_index, experts=tuple(missing), passing=passing)
             region, keys = self._region(group)
-            taken = None if self._closed or not keys else region.take(keys)
+            taken = None if self._closed or not keys else region.take(keys, passing=passing)
             if taken is not None:
                 cells, new = taken
                 self._load_new(group, region, cells, new)
@@ -215,12 +229,9 @@ class ExpertStore:
                 wait_seconds=self._wait_seconds,
             )
 
-    def _region(self, group: ExpertGroup) -> tuple[CellRegion, list[Hashable]]:
-        if group.streamed:
-            return self._shared, [(group.set_index, expert) for expert in group.experts]
-        return self._own[group.set_index], list(group.experts)
-
-    # -- loading ---------------------------------------------------------------------------------
+    def _region(self, group: ExpertGroup) -> tuple[CellRegion, list[ExpertKey]]:
+        keys = [ExpertKey(group.set_index, expert) for expert in group.experts]
+        return self._cells.of_set[group.set_index], keys
 
     def _load(self, region: CellRegion, cell: Cell, experts: ExpertSet, expert: int) -> None:
         """Queue the reads of ``expert`` into ``cell``. The lock is held."""
@@ -286,6 +297,4 @@ class ExpertStore:
             self._closed = True
             self._notify()
         self._threads.close()
-        # Modules may outlive this, and refer to it.
-        self._own, self._shared = [], CellRegion(torch.empty(0, dtype=torch.uint8), 0)
         self._resources.close()

@@ -101,6 +101,8 @@ class SweepSpan:
     """Of the forward pass in it; None if there were several, or if it is unknown."""
     steady: bool
     """It was not the first and loaded no residents."""
+    expert_wait_seconds: float = 0.0
+    """How long its passes have waited for experts, in sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

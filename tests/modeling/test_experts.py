@@ -48,7 +48,7 @@ def reference(folder: Path, case: str, **options: Any) -> Any:
 def all_home(model: StreamedModel) -> bool:
     """Whether nobody holds a cell."""
     store = model._running.stream.pipeline.experts
-    regions = [*store._own, store._shared]
+    regions = store._cells.regions
     return not any(cell.users for region in regions for cell in region._cells.values())
 
 
@@ -200,7 +200,7 @@ class Streamed:
         sets = [lay_out_experts(source, layer="", cells=cells)]
         self.store = ExpertStore(
             sets,
-            shared_cells=4,
+            passing_cells=4,
             reader=self._reader,
             file_bytes=[len(contents)],
             threads=2,
@@ -242,7 +242,7 @@ class Streamed:
         return self.all_home()
 
     def all_home(self) -> bool:
-        regions = [*self.store._own, self.store._shared]
+        regions = self.store._cells.regions
         return not any(cell.users for each in regions for cell in each._cells.values())
 
 

@@ -50,13 +50,10 @@ def sources(draw: st.DrawFn) -> ExpertSource:
 
 @given(
     st.lists(sources(), min_size=1, max_size=6),
-    st.booleans(),
     st.lists(st.integers(0, 400_000), min_size=2, max_size=6).map(sorted),
 )
-def test_cells_take_what_is_free_and_never_more(
-    drawn: list[ExpertSource], whole_token: bool, free: list[int]
-) -> None:
-    fewest = fewest_cells(drawn, whole_token=whole_token)
+def test_cells_take_what_is_free_and_never_more(drawn: list[ExpertSource], free: list[int]) -> None:
+    fewest = fewest_cells(drawn)
     filled = [filled_cells(drawn, fewest, free_bytes=each) for each in free]
     for each, cells in zip(free, filled, strict=True):
         assert cells_bytes(drawn, cells) <= cells_bytes(drawn, fewest) + each
@@ -74,7 +71,7 @@ def test_cells_take_what_is_free_and_never_more(
 
 
 def test_no_experts_take_no_cells() -> None:
-    assert fewest_cells([], whole_token=True) == ExpertCells()
+    assert fewest_cells([]) == ExpertCells()
     assert cells_bytes([], ExpertCells()) == 0
 
 
@@ -115,6 +112,11 @@ def fewest_bytes(folder: Path) -> int:
     return low
 
 
+def bytes_per_token(plan: Plan) -> float:
+    trunk = sum(batch.read_bytes for batch in plan.while_decoding().batches if batch.streamed)
+    return trunk + plan.expert_bytes_per_step
+
+
 def kept(plan: Plan) -> int:
     return sum(each.cells for each in plan.experts)
 
@@ -140,6 +142,23 @@ def test_a_plan_keeps_to_its_budget_and_to_its_text(model: Path, data: st.DataOb
         assert less is not None
         assert more is not None
         assert kept(less) <= kept(more)
+        assert bytes_per_token(more) <= bytes_per_token(less)
+
+
+def test_a_budget_below_two_experts_is_refused_with_need_and_remedy(model: Path) -> None:
+    checkpoint, layers = opened(model)
+    least = fewest_bytes(model)
+    with pytest.raises(
+        PlanError, match=r"and 2 experts, which take .* are needed .* raise the budget"
+    ):
+        make_plan(
+            checkpoint,
+            CPU,
+            budget=Budget(host=least - 1),
+            workload=SMALL,
+            layers=layers,
+            reader="direct",
+        )
 
 
 def test_a_plan_from_names_alone_has_the_same_experts(model: Path) -> None:

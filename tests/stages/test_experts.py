@@ -33,12 +33,17 @@ def experts(tmp_path: Path) -> RandomExperts:
     return RandomExperts(tmp_path)
 
 
-def group(*experts: int, layer: int = 0, streamed: bool = False) -> ExpertGroup:
-    return ExpertGroup(set_index=layer, experts=experts, streamed=streamed)
+@pytest.fixture
+def one_layer(tmp_path: Path) -> RandomExperts:
+    return RandomExperts(tmp_path, layers=1)
 
 
-def take(store: ExpertStore, *experts: int, layer: int = 0, streamed: bool = False) -> Lease:
-    lease = store.take(group(*experts, layer=layer, streamed=streamed), wait_for=None)
+def group(*experts: int, layer: int = 0, passing: bool = False) -> ExpertGroup:
+    return ExpertGroup(set_index=layer, experts=experts, passing=passing)
+
+
+def take(store: ExpertStore, *experts: int, layer: int = 0, passing: bool = False) -> Lease:
+    lease = store.take(group(*experts, layer=layer, passing=passing), wait_for=None)
     assert lease is not None
     return lease
 
@@ -52,14 +57,14 @@ def first_reads(experts: RandomExperts, expert: int) -> list[tuple[int, int]]:
 
 
 def assert_all_home(store: ExpertStore) -> None:
-    for region in [*store._own, store._shared]:
+    for region in store._cells.regions:
         assert idle_cells(region) == region.count
 
 
 def until_home(store: ExpertStore) -> None:
     """Wait for the reads that nobody waits for."""
     deadline = time.monotonic() + SECONDS
-    regions = [*store._own, store._shared]
+    regions = store._cells.regions
     while any(idle_cells(each) < each.count for each in regions) and time.monotonic() < deadline:
         time.sleep(0.001)
     assert_all_home(store)
@@ -68,14 +73,16 @@ def until_home(store: ExpertStore) -> None:
 # -- which cells ---------------------------------------------------------------------------------
 
 
-def test_the_least_recently_used_expert_of_the_layer_makes_way(experts: RandomExperts) -> None:
-    with experts.store(cells=3) as store:
-        experts.fetch(store, 1, [0, 1, 2])  # another layer's, which keeps its cells
-        for expert in (0, 1, 2, 0, 3):
+def test_the_least_recently_used_expert_makes_way(experts: RandomExperts) -> None:
+    with experts.store(cells=3, shared=0) as store:
+        experts.fetch(store, 1, [0, 1, 2])
+        for expert in (0, 1, 2, 0):
             experts.fetch(store, 0, [expert])
+        experts.fetch(store, 1, [0, 1, 2])  # used since, so the other layer's 1 makes way for 3
+        experts.fetch(store, 0, [3])
         before = store.counts()
-        assert (before.wanted, before.hits) == (8, 1)
-        experts.fetch(store, 0, [0, 2, 3])  # 1 made way for 3
+        assert (before.wanted, before.hits) == (11, 4)
+        experts.fetch(store, 0, [0, 2, 3])
         experts.fetch(store, 1, [0, 1, 2])
         assert store.counts().hits == before.hits + 6
         assert store.counts().read_bytes == before.read_bytes
@@ -85,20 +92,45 @@ def test_the_least_recently_used_expert_of_the_layer_makes_way(experts: RandomEx
 
 
 def test_a_held_cell_never_makes_way(experts: RandomExperts) -> None:
-    with experts.store(cells=3) as store:
+    with experts.store(cells=3, shared=0) as store:
         held = take(store, 0, 1)
         held.wait()
-        assert store.take(group(2, 3), wait_for=None) is None
+        assert store.take(group(2, 3, 4, 5, 0, layer=1), wait_for=None) is None
         for expert in (2, 3, 4, 5):
             experts.fetch(store, 0, [expert])
+            experts.fetch(store, 1, [expert])
             experts.check(held)
         # Of a demand, what is there is held before anything makes way: 0 and 1 are the least recently used.
         held.release()
         hits = store.counts().hits
-        experts.fetch(store, 0, [0, 1, 4])
-        assert store.counts().hits == hits + 2
+        experts.fetch(store, 0, [0, 1, 2])
+        assert store.counts().hits >= hits + 2
         held.release()  # again
         assert_all_home(store)
+
+
+def test_what_is_passing_makes_way_first(experts: RandomExperts) -> None:
+    with experts.store(
+        cells=2, shared=2
+    ) as store:  # 6 cells, of which the first layer's quota is 3
+        experts.fetch(store, 1, [0, 1, 2])
+        experts.fetch(store, 0, range(6))  # a long prompt
+        hits = store.counts().hits
+        experts.fetch(
+            store, 1, [1, 2]
+        )  # only the first of three that passed took another one's cell
+        assert store.counts().hits == hits + 2
+        assert_all_home(store)
+
+
+def test_with_fewer_cells_than_a_token_needs_each_layer_keeps_what_it_has(
+    experts: RandomExperts,
+) -> None:
+    with experts.store(cells=1, shared=2) as store:
+        for _ in range(5):
+            for layer in (0, 1):
+                experts.fetch(store, layer, [0, 1, 2])
+        assert store.counts().hits == 2 * 4
 
 
 def test_an_expert_that_two_passes_want_is_read_once(experts: RandomExperts) -> None:
@@ -142,7 +174,7 @@ def test_a_demand_above_the_cells_comes_in_groups(experts: RandomExperts, shared
         assert sorted(e for each in groups for e in each.experts) == list(range(6))
         for each in groups:
             assert list(each.experts) == sorted(each.experts)
-            assert len(each.experts) <= (max(shared // 2, 1) if each.streamed else 2)
+            assert len(each.experts) <= (max(shared // 2, 1) if each.passing else 2)
         experts.fetch(store, 0, range(6))
         if shared:  # what is kept is used, and stays
             assert groups[0].experts == (4, 5)
@@ -200,17 +232,17 @@ def test_a_failed_read_reaches_everybody_who_waits_and_the_cell_is_used_again(
 
 
 def test_a_cell_is_not_used_again_while_a_read_still_writes_into_it(
-    experts: RandomExperts,
+    one_layer: RandomExperts,
 ) -> None:
-    reader = FailingReader(experts.paths)
-    slow = first_reads(experts, 0)[-1]
-    with Gate() as gate, experts.store(cells=1, reader=reader) as store:
+    reader = FailingReader(one_layer.paths)
+    slow = first_reads(one_layer, 0)[-1]
+    with Gate() as gate, one_layer.store(cells=1, shared=0, reader=reader) as store:
         reader.before = lambda at: gate() if (at.file, at.offset) == slow else None
         take(store, 0).release()  # its pass was cancelled
         assert gate.reached.wait(SECONDS)
         assert store.take(group(1), wait_for=None) is None
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(experts.fetch, store, 0, [1])
+            waiting = pool.submit(one_layer.fetch, store, 0, [1])
             gate.open()
             waiting.result(SECONDS)
         assert_all_home(store)
@@ -218,18 +250,18 @@ def test_a_cell_is_not_used_again_while_a_read_still_writes_into_it(
 
 @pytest.mark.parametrize("early", [True, False], ids=["given up before", "given up after"])
 def test_a_read_that_fails_when_nobody_waits_any_more_gives_its_cell_back(
-    experts: RandomExperts, *, early: bool
+    one_layer: RandomExperts, *, early: bool
 ) -> None:
-    reader = FailingReader(experts.paths)
-    reader.fail_at[first_reads(experts, 0)[0]] = ReadError("broken")
-    with Gate() as gate, experts.store(cells=1, reader=reader) as store:
+    reader = FailingReader(one_layer.paths)
+    reader.fail_at[first_reads(one_layer, 0)[0]] = ReadError("broken")
+    with Gate() as gate, one_layer.store(cells=1, shared=0, reader=reader) as store:
         reader.before = lambda _: gate()
         lease = take(store, 0)
         if early:
             lease.release()
         gate.open()
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(experts.fetch, store, 0, [1])  # which waits for the cell
+            waiting = pool.submit(one_layer.fetch, store, 0, [1])  # which waits for the cell
             if not early:
                 with pytest.raises(ReadError):
                     lease.wait()
@@ -238,9 +270,9 @@ def test_a_read_that_fails_when_nobody_waits_any_more_gives_its_cell_back(
         assert_all_home(store)
 
 
-def test_closing_fails_whoever_waits(experts: RandomExperts) -> None:
-    reader = FailingReader(experts.paths)
-    with Gate() as gate, experts.store(cells=1, reader=reader, threads=1) as store:
+def test_closing_fails_whoever_waits(one_layer: RandomExperts) -> None:
+    reader = FailingReader(one_layer.paths)
+    with Gate() as gate, one_layer.store(cells=1, shared=0, reader=reader, threads=1) as store:
         reader.before = lambda _: gate()
         lease = take(store, 0)
         with ThreadPoolExecutor(3) as pool:

@@ -95,7 +95,7 @@ class RandomExperts:
         reader = reader or DirectReader(self.paths)
         store = ExpertStore(
             self.sets(cells),
-            shared_cells=shared,
+            passing_cells=shared,
             reader=reader,
             file_bytes=[len(each) for each in self._contents],
             threads=threads,
@@ -132,7 +132,7 @@ class RandomExperts:
             lease.wait()
             self.check(lease)
             lease.release()
-        return [group.streamed for group in groups]
+        return [group.passing for group in groups]
 
 
 class FailingReader:

@@ -99,6 +99,7 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
         no_ceiling=True,
         prompt_tokens=3,
         sweeps=2,
+        experts=None,
     )
     profile = asyncio.run(profile_model(save_model(tmp_path / "t5", "t5"), args=args))
     assert len(profile.sweep_seconds) == 2
@@ -216,3 +217,39 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
     assert main(["profile", str(model), "--plot", str(tmp_path / "stages.png")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "layerstream[plot]" in line
+
+
+def test_it_shows_what_other_ways_to_keep_experts_would_have_hit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = save_model(tmp_path / "mixture", "qwen3-moe", num_experts=8)
+    options = ("--experts", "20", "--sweeps", "1", "--host", "50MiB", "--device", "cpu")
+    options += ("--reader", "direct", "--no-ceiling")
+    assert main(["profile", str(mixture), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["experts_on_demand"]
+    assert found["decoded_tokens"] == 20
+    assert found["dropped_demands"] == 0
+    assert 0 < found["expert_hits"] <= found["experts_wanted"]
+    for each in (found["with_the_plans_cells"], *found["by_cells"]):
+        assert each["wanted"] >= 19 * 2  # two experts a token, in each layer
+        assert each["optimal_hits"] >= max(each["quota_lru_hits"], each["global_lru_hits"])
+    sizes = [each["cells"] for each in found["by_cells"]]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == found["experts"]
+    assert found["with_the_plans_cells"]["cells"] == found["expert_cells"]
+
+    assert main(["profile", str(mixture), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "best possible" in printed
+    assert "20 tokens wanted" in printed
+
+
+def test_experts_are_refused_where_none_are_read_on_demand(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, reason in (
+        (("--no-compute",), "--experts needs computation"),
+        ((), "this plan has none"),
+    ):
+        assert main(["profile", str(model), "--experts", "2", "--sweeps", "1", *options]) == 1
+        assert reason in capsys.readouterr().err

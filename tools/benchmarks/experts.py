@@ -1,8 +1,10 @@
-"""Experts on demand compared with streaming whole layers: ``python -m layerstream.tools.benchmarks.experts PATH``.
+"""Experts on demand, measured: ``python -m layerstream.tools.benchmarks.experts PATH``.
 
-The same model and budget, opened in turn with experts on demand and with whole layers (which an experts implementation that does
-not allow reading on demand brings about). Text is sampled, so that it does not go round in a circle of a few
-experts. Bytes are counted by /proc/self/io; weights are dropped from the page cache before each turn, where that is allowed.
+By default with experts on demand and with whole layers in turn (which an experts implementation that does not allow reading on
+demand brings about), with the same model and budget. With ``--budgets N`` in so many budgets from the smallest one to 1.2 times
+the model, and after the first round with what was learnt in it. Text is sampled, so that it does not go round in a circle
+of a few experts. Bytes are counted by /proc/self/io; weights are dropped from the page cache before each turn, where that is
+allowed. Results and how they were measured: experts.md.
 """
 
 import argparse
@@ -17,16 +19,21 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline import Budget, Checkpoint, StreamedModel, Workload
+from layerstream.pipeline import Budget, Checkpoint, Hardware, PlanError, StreamedModel, Workload
+from layerstream.pipeline.modeling.experts import expert_store
+from layerstream.pipeline.planning.expert_replay import replay
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.replan import learn
+from layerstream.stages.experts.usage import ExpertRoute
 from layerstream.tools.benchmarks.streaming import bytes_read
 from layerstream.tools.compare.page_cache import drop_from_cache
 from layerstream.tools.console.arguments import budget_size, byte_rate, positive_int
 
 __all__ = ["main"]
 
-_WAYS = {"experts on demand": {}, "whole layers": {"experts_implementation": "batched_mm"}}
-# The first steps still fill the cells.
-_SKIPPED_STEPS = 4
+_ON_DEMAND, _WHOLE = "experts on demand", "whole layers"
+_MOST_DEMANDS = 1_000_000
+_LARGEST_SHARE = 1.2
 
 
 def main() -> int:
@@ -34,58 +41,142 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a mixture of experts")
     parser.add_argument("--host", type=budget_size, default="25%", help="host budget")
+    parser.add_argument("--budgets", type=positive_int, metavar="N", help="several, on demand")
     parser.add_argument("--throttle", type=byte_rate, help="rate of a throttled reader")
     parser.add_argument("--prompt-tokens", type=positive_int, default=16)
     parser.add_argument("--new-tokens", type=positive_int, default=32)
+    parser.add_argument("--skipped-tokens", type=positive_int, default=4, help="while cells fill")
     parser.add_argument("--whole-tokens", type=positive_int, default=8, help="with whole layers")
     parser.add_argument("--rounds", type=positive_int, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    rounds = [{way: asyncio.run(_turn(args, way)) for way in _WAYS} for _ in range(args.rounds)]
+    measured = _budgets(args) if args.budgets else _ways(args)
     if args.json:
-        print(json.dumps(rounds, indent=2))
+        print(json.dumps(measured, indent=2))
         return 0
-    for number, ways in enumerate(rounds, start=1):
-        for way, result in ways.items():
-            print(f"round {number}, {way}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    for number, turns in enumerate(measured, start=1):
+        for name, result in turns.items():
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in result.items())
+            print(f"round {number}, {name}: {shown}")
     return 0
 
 
-async def _turn(args: argparse.Namespace, way: str) -> dict[str, float]:
-    checkpoint = Checkpoint.open(args.path)
-    drop_from_cache([file.path for file in checkpoint.files])
-    tokens = args.new_tokens if way == "experts on demand" else args.whole_tokens
-    options: dict[str, Any] = dict(_WAYS[way])
+def _ways(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
+    """Each round's results on demand and with whole layers."""
+    rounds = []
+    for _ in range(args.rounds):
+        on_demand, _ = asyncio.run(_turn(args, host=args.host))
+        whole, _ = asyncio.run(_turn(args, host=args.host, way=_WHOLE))
+        rounds.append({_ON_DEMAND: on_demand, _WHOLE: whole})
+    return rounds
+
+
+def _budgets(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
+    """Each round's results in several budgets; all budgets of a round before the next one."""
+    least = asyncio.run(_least_budget(args))
+    largest = _LARGEST_SHARE * Checkpoint.open(args.path).total_bytes
+    # Evenly in their logarithms: half of them are small ones, where they matter.
+    sizes = [
+        round(least * (largest / least) ** (step / max(args.budgets - 1, 1)))
+        for step in range(args.budgets)
+    ]
+    rounds: list[dict[str, dict[str, float]]] = []
+    learnt: Hardware | None = None
+    for _ in range(args.rounds):
+        turns = {}
+        known = learnt
+        for size in sizes:
+            turns[f"{size / 1e6:.0f} MB"], hardware = asyncio.run(
+                _turn(args, host=size, hardware=known)
+            )
+            if known is None and size == sizes[len(sizes) // 2]:
+                learnt = hardware
+        rounds.append(turns)
+    return rounds
+
+
+async def _least_budget(args: argparse.Namespace) -> int:
+    size = 32 << 20
+    while True:
+        try:
+            async with _opened(args, host=size):
+                return size
+        except PlanError:
+            size += size // 16
+
+
+def _opened(
+    args: argparse.Namespace, *, host: Any, way: str = _ON_DEMAND, hardware: Hardware | None = None
+) -> StreamedModel:
+    options: dict[str, Any] = {"experts_implementation": "batched_mm"} if way == _WHOLE else {}
     options |= (
         {"throttle_bytes_per_second": args.throttle} if args.throttle else {"reader": "direct"}
     )
-    torch.manual_seed(0)
-    ids = torch.randint(3, 200, (1, args.prompt_tokens))
-    async with StreamedModel.open(
+    return StreamedModel.open(
         args.path,
         device="cpu",
-        budget=Budget(host=args.host),
+        budget=Budget(host=host),
         workload=Workload(prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens),
         measure=False,
+        hardware=hardware,
         **options,
-    ) as model:
+    )
+
+
+async def _turn(
+    args: argparse.Namespace, *, host: Any, way: str = _ON_DEMAND, hardware: Hardware | None = None
+) -> tuple[dict[str, float], Hardware]:
+    drop_from_cache([file.path for file in Checkpoint.open(args.path).files])
+    tokens = args.new_tokens if way == _ON_DEMAND else args.whole_tokens
+    torch.manual_seed(0)
+    ids = torch.randint(3, 200, (1, args.prompt_tokens))
+    async with _opened(args, host=host, way=way, hardware=hardware) as model:
+        store, route = expert_store(model.module), ExpertRoute(most=_MOST_DEMANDS)
+        if store is not None:
+            store.record(route)
         began = time.perf_counter()
         times, read = [began], [bytes_read()]
         async for _ in model.stream(input_ids=ids, max_new_tokens=tokens, do_sample=True, top_k=50):
             times.append(time.perf_counter())
             read.append(bytes_read())
-        skipped = min(_SKIPPED_STEPS, tokens - 2)
+        skipped = min(args.skipped_tokens, tokens - 2)
         steps = [b - a for a, b in itertools.pairwise(times[1:])][skipped:]
-        counts = model.timings().experts
-        return {
+        counts, plan = model.timings().experts, model.plan
+        read_bytes = (read[-1] - read[1 + skipped]) / len(steps)
+        result = {
             "first_token_seconds": times[1] - began,
             "median_step_seconds": statistics.median(steps),
             "mean_step_seconds": statistics.mean(steps),
-            "read_bytes_per_token": (read[-1] - read[1 + skipped]) / len(steps),
+            "read_bytes_per_token": read_bytes,
             "hit_share": 0.0 if counts is None else counts.hit_share,
-            "predicted_step_seconds": model.plan.prediction.decode.seconds,
-            "planned_host_bytes": model.plan.host_memory.used_bytes,
+            "predicted_step_seconds": plan.prediction.decode.seconds,
+            "predicted_expert_bytes_per_token": plan.expert_bytes_per_step,
+            "planned_host_bytes": plan.host_memory.used_bytes,
+            "cells": sum(each.cells for each in plan.experts) + plan.shared_expert_cells,
         }
+        if plan.experts:
+            result["bytes_over_better_lru"] = read_bytes / _lru_bytes(plan, route, skipped)
+        known = learn(model.hardware, plan, model.timings(), store.usage() if store else {})
+        return result, known
+
+
+def _lru_bytes(plan: Plan, route: ExpertRoute, skipped: int) -> float:
+    """What a token reads after the skipped ones: the streamed trunk, and misses of the better of two replayed lists."""
+    layers = len(plan.experts)
+    cells = sum(each.cells for each in plan.experts) + plan.shared_expert_cells
+    # Passes are not told apart; each asks every layer once, the prompt's first.
+    passes = [route.demands[at : at + layers] for at in range(0, len(route.demands), layers)]
+    before = replay([d for each in passes[: 1 + skipped] for d in each], cells=cells)
+    whole = replay([d for each in passes for d in each], cells=cells)
+    wanted = whole.wanted - before.wanted
+    hits = max(
+        whole.quota_lru_hits - before.quota_lru_hits,
+        whole.global_lru_hits - before.global_lru_hits,
+    )
+    decoding = plan.while_decoding()
+    trunk = sum(batch.read_bytes for batch in decoding.batches if batch.streamed)
+    steps = max(len(passes) - 1 - skipped, 1)
+    return max(trunk + (wanted - hits) / steps * plan.experts[0].expert_bytes, 1.0)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ _COLUMNS = (
     "of the link",
 )
 
+# Hits of the two usual ways to use a number of cells, and of the best one.
+_EXPERT_COLUMNS = ("cells", "of all", "LRU per layer", "one LRU", "best possible")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
@@ -58,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-compute", action="store_true", help="stream the weights past no computation"
+    )
+    parser.add_argument(
+        "--experts",
+        type=positive_int,
+        nargs="?",
+        const=64,
+        metavar="N",
+        help="then decode so many tokens of a mixture of experts (default: %(const)s), and show what other numbers of cells, "
+        "and the best possible choice of experts to keep, would have hit",
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -119,6 +131,9 @@ def _print_report(profile: Profile) -> None:
     print()
     for line in _summary_lines(profile):
         print(line)
+    if profile.experts is not None:
+        print()
+        print_table(f"Experts: {profile.experts.sentence}", _EXPERT_COLUMNS, profile.experts.rows())
 
 
 def _row(profile: Profile, stage: StageTimings) -> tuple[str, ...]:

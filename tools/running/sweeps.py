@@ -20,6 +20,7 @@ from layerstream.stages.telemetry.forecast import (
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.console.progress import late_progress, waiting
+from layerstream.tools.running.expert_profile import ExpertProfile, profile_experts
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Hardware, Plan
@@ -52,6 +53,8 @@ class Profile:
     """The disk's bandwidth; None if unknown."""
     link_ceiling_bytes_per_second: float | None
     """Bandwidth of the link to the device, as probed before the run; None without a link, or if unknown."""
+    experts: ExpertProfile | None = None
+    """Which experts were needed by tokens that were decoded after the sweeps; None if that was not asked for."""
 
     @property
     def steady_seconds(self) -> tuple[float, ...]:
@@ -112,6 +115,7 @@ class Profile:
             "measured_sweeps": steady.pop("sweeps"),
             **steady,
             "forecast": self.forecast.to_dict(),
+            "experts_on_demand": None if self.experts is None else self.experts.to_json(),
         }
 
 
@@ -124,11 +128,16 @@ class _Streamed:
     prompt_tokens: int | None
     timings: Callable[[], Timings]
     sweep: Callable[[], Awaitable[object]]
+    experts: Callable[[], Awaitable[ExpertProfile]] | None = None
 
 
 async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
     """Open the model at ``path`` and measure ``args.sweeps`` sweeps."""
     open_as = _open_model if _can_compute(path, args) else _open_weights
+    if args.experts is not None and open_as is _open_weights:
+        raise ModelError(
+            "--experts needs computation: leave out --no-compute, and install layerstream[hf]"
+        )
     times: list[tuple[float, float]] = []
     async with AsyncExitStack() as stack:
         with waiting("opening the model"):
@@ -139,6 +148,10 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
                 await opened.sweep()
                 times.append((began, time.perf_counter()))
         timings = opened.timings()
+        experts = None
+        if args.experts is not None and opened.experts is not None:
+            with waiting("recording experts"):
+                experts = await opened.experts()
     plan = opened.plan
     return Profile(
         plan=plan,
@@ -149,6 +162,7 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
         disk_ceiling_bytes_per_second=plan.throttle_bytes_per_second
         or (None if args.no_ceiling else await asyncio.to_thread(_disk_ceiling, plan)),
         link_ceiling_bytes_per_second=opened.hardware.h2d_bytes_per_second,
+        experts=experts,
     )
 
 
@@ -208,7 +222,9 @@ async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_St
         path,
         device=args.device,
         budget=Budget(vram=args.vram, host=args.host),
-        workload=Workload(batch_size=1, prompt_tokens=args.prompt_tokens, new_tokens=1),
+        workload=Workload(
+            batch_size=1, prompt_tokens=args.prompt_tokens, new_tokens=1 + (args.experts or 0)
+        ),
         reader=args.reader,
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
@@ -227,6 +243,7 @@ async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_St
             prompt_tokens=args.prompt_tokens,
             timings=model.timings,
             sweep=sweep,
+            experts=lambda: profile_experts(model, prompt=inputs["input_ids"], tokens=args.experts),
         )
 
 
