@@ -86,7 +86,7 @@ def test_logits_to_keep_as_a_tensor_are_priced_by_their_number(tmp_path: Path) -
     folder = save_model(tmp_path / "model", "llama")
     ids = torch.ones((1, 4000), dtype=torch.long)
     with load_streamed(folder, **OPTIONS) as model:
-        estimate = vars(model)["_layerstream_close"].model._open_engine()._estimator.forward
+        estimate = vars(model)["_layerstream_close"].model.engine._estimator.forward
         two, also_two = (
             estimate((ids,), {"logits_to_keep": kept}).nbytes for kept in (2, torch.tensor([5, 9]))
         )

@@ -93,7 +93,7 @@ def test_a_prompt_is_read_in_pieces_only_where_the_model_can(case: str, tmp_path
     folder = save_model(tmp_path / "model", case)
     generator = torch.Generator().manual_seed(1)
     with load_streamed(folder, **OPTIONS) as model:
-        estimate = vars(model)["_layerstream_close"].model._open_engine()._estimator.generation
+        estimate = vars(model)["_layerstream_close"].model.engine._estimator.generation
         tokens = 256
         try:
             while estimate((IDS.new_ones(1, tokens),), GREEDY).chunk_tokens is None:
