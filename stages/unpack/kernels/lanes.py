@@ -21,8 +21,10 @@ from layerstream.stages.unpack.kernels.vectors import (
 )
 
 __all__ = [
+    "chosen",
     "float_of",
     "floats",
+    "half_bits_to_floats",
     "interleaved_high",
     "interleaved_low",
     "iq4_levels",
@@ -94,7 +96,7 @@ def _conversion(convert: Callable[[Any, Any], Any], result: Any = FloatsType) ->
     return generated(of)
 
 
-def _of_half(builder: Any, bits: Any, factor: float) -> Any:
+def half_bits_to_floats(builder: Any, bits: Any, factor: float) -> Any:
     """Return the IEEE halves ``bits`` (16 bits each) times a power of two.
 
     Formats of 8 and 4 bits have the fields of a half, but narrower ones and another bias. Converting from half is exact and
@@ -109,7 +111,7 @@ def _of_half(builder: Any, bits: Any, factor: float) -> Any:
 _BYTE_SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
 
 
-def _chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
+def chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
     """Return, for each byte of 0 to 15, that one of 16 levels."""
     if platform.machine() in {"x86_64", "AMD64"} and value.type.count == 16:
         # Every processor that converts halves has this instruction of SSSE3.
@@ -135,19 +137,21 @@ def _fp8_e4m3(builder: Any, value: Any) -> Any:
     # All ones are NaN in e4m3, which has no infinities.
     ones = builder.or_(value, same(value, 0x80, 8))
     is_nan = builder.icmp_unsigned("==", ones, same(value, 0xFF, 8))
-    return _of_half(builder, builder.select(is_nan, same(value, 0x7E00, 16), half), 2.0**8)
+    return half_bits_to_floats(
+        builder, builder.select(is_nan, same(value, 0x7E00, 16), half), 2.0**8
+    )
 
 
 def _fp8_e5m2(builder: Any, value: Any) -> Any:
     wide = builder.zext(value, vector_of(_I16, value.type.count))
-    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
+    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
 
 
 def _fp4(builder: Any, value: Any, factor: float) -> Any:
     # The sign, two bits of exponent and one of mantissa are all in the upper byte of a half.
-    upper = _chosen(builder, value, [(bits & 8) << 4 | (bits & 7) << 1 for bits in range(16)])
+    upper = chosen(builder, value, [(bits & 8) << 4 | (bits & 7) << 1 for bits in range(16)])
     wide = builder.zext(upper, vector_of(_I16, value.type.count))
-    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), factor)
+    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)), factor)
 
 
 def _signed(builder: Any, value: Any) -> Any:
@@ -281,7 +285,7 @@ six_bits = _conversion(_six_bits, BytesType)
 
 def _levels(levels: tuple[int, ...]) -> Any:
     """Return an intrinsic that takes bytes of 0 to 15, and returns the ``levels`` that they stand for, as signed bytes."""
-    return _conversion(lambda builder, value: _chosen(builder, value, levels), BytesType)
+    return _conversion(lambda builder, value: chosen(builder, value, levels), BytesType)
 
 
 iq4_levels = _levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))

@@ -20,7 +20,7 @@ from layerstream.stages.unpack.kernels.vectors import (
     vector_of,
 )
 
-__all__ = ["put", "rounded", "total"]
+__all__ = ["lane_sum", "put", "rounded", "total"]
 
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
@@ -128,12 +128,17 @@ def total(typing_context: Any, sums: Any, token: Any) -> Any:
             where = address(context, builder, sums, array, offset, kind)
             chains.append(builder.load(where, align=1))
         added = builder.fadd(builder.fadd(*chains[:2]), builder.fadd(*chains[2:]))
-        for half in (8, 4, 2, 1):
-            parts = [
-                ir.Constant(vector_of(_I32, half), list(range(start, start + half)))
-                for start in (0, half)
-            ]
-            added = builder.fadd(*(builder.shuffle_vector(added, added, part) for part in parts))
-        return builder.extract_element(added, _I32(0))
+        return lane_sum(builder, added)
 
     return types.float32(sums, types.int64), generate
+
+
+def lane_sum(builder: Any, value: Any) -> Any:
+    """Add up the 16 lanes of a vector of float32."""
+    for half in (8, 4, 2, 1):
+        parts = [
+            ir.Constant(vector_of(_I32, half), list(range(start, start + half)))
+            for start in (0, half)
+        ]
+        value = builder.fadd(*(builder.shuffle_vector(value, value, part) for part in parts))
+    return builder.extract_element(value, _I32(0))

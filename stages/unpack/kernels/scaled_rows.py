@@ -18,11 +18,11 @@ from layerstream.stages.unpack.kernels.lanes import (
 from layerstream.stages.unpack.kernels.outputs import put, rounded
 from layerstream.stages.unpack.kernels.vectors import byte_at, bytes1_at, bytes16_at, scale_at
 
-__all__ = ["scaled_bytes", "scaled_nibbles"]
+__all__ = ["scaled_bytes", "scaled_nibbles", "zero_point"]
 
 
 @register_jitable
-def _zero_point(
+def zero_point(
     zeros: Any, bits: int, index: int, row: int, rows: int, group: int, groups: int
 ) -> Any:
     """Return the zero point of a block: none, a signed byte beside each scale, or packed along the rows of each matrix."""
@@ -56,7 +56,7 @@ def scaled_bytes(
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
-            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
             while column + 64 <= end:
                 for chain in range(4):
@@ -94,7 +94,7 @@ def scaled_nibbles(
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
-            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
             while column & 1 == 0 and column + 64 <= end:
                 for half in range(2):
