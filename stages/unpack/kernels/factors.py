@@ -48,12 +48,12 @@ def _levels(builder: Any, value: Any) -> Any:
 def _fp8_e4m3(builder: Any, value: Any) -> Any:
     """2^-8 times the number; NaN is 480, and has to be looked for: see ``has_nan``."""
     wide = builder.shl(builder.sext(value, vector_of(_I16, 16)), same(value, 7, 16))
-    return half_bits_to_floats(builder, builder.and_(wide, same(value, 0xBF80, 16)), 1.0)
+    return half_bits_to_floats(builder, builder.and_(wide, same(value, 0xBF80, 16)))
 
 
 def _fp8_e5m2(builder: Any, value: Any) -> Any:
     wide = builder.zext(value, vector_of(_I16, 16))
-    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
+    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)))
 
 
 # What bytes mean, by the type of an array: see ``scaled_rows.NUMBERS``.
