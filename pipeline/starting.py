@@ -58,7 +58,7 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     pipeline = await resources.enter_async_context(
-        Pipeline(residency.first, device=device, guard=guard)
+        Pipeline(residency.first, device=device, guard=guard, unpacking=assembly.unpacking_times)
     )
     always_bound = _always_bound(assembly, plan)
     await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
