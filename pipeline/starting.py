@@ -90,6 +90,7 @@ async def start_model(
         module=module,
         device=device,
         guard=guard,
+        unpacking=assembly.unpacking_times,
     )
     resources.push_async_callback(stream.aclose)
     await stream.open()

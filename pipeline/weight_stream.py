@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
@@ -13,6 +13,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.usage import ExpertUsage
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["WeightStream"]
@@ -28,6 +29,7 @@ class WeightStream:
         module: The module tree.
         device: Where computation runs.
         guard: Watches over the reads.
+        unpacking: How much was unpacked so far, for the pipeline's timings.
 
     Attributes:
         pipeline: The current one.
@@ -44,16 +46,21 @@ class WeightStream:
         module: Any,
         device: Device,
         guard: ReadGuard,
+        unpacking: Callable[[], StageTimings | None] = lambda: None,
     ) -> None:
         self._bindings = bindings
         self._always_bound = tuple(always_bound)
         self._module = module
         self._device = device
         self._guard = guard
+        self._unpacking = unpacking
         self._bound: list[Binding] = []
         self._changing = asyncio.Lock()
         self._closed = False
-        self.pipeline = Pipeline(plan, device=device, guard=guard)
+        self.pipeline = self._pipeline(plan)
+
+    def _pipeline(self, plan: Plan) -> Pipeline:
+        return Pipeline(plan, device=self._device, guard=self._guard, unpacking=self._unpacking)
 
     async def open(self) -> None:
         """Open the pipeline, and bind what stays bound. Whatever comes of it, it has to be closed."""
@@ -88,7 +95,7 @@ class WeightStream:
             if not self._closed:
                 await self._close_pipeline()
                 self._guard.resume()
-                self.pipeline = Pipeline(self.pipeline.plan, device=self._device, guard=self._guard)
+                self.pipeline = self._pipeline(self.pipeline.plan)
                 await self.open()
             if self._closed:
                 raise ClosedError("the model was closed while it was being reopened")

@@ -24,7 +24,8 @@ from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
 from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
-from layerstream.pipeline.modeling.packed_weight import Tiles, tile_bytes, tiles_are_exact
+from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.packed_weight import tile_bytes, tiles_are_exact
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
 from layerstream.pipeline.modeling.weight_sources import (
@@ -40,6 +41,7 @@ from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
+from layerstream.stages.telemetry.spans import StageTimings
 
 __all__ = ["Assembly", "move_buffers"]
 
@@ -208,6 +210,10 @@ class Assembly:
             threads=torch.get_num_threads(),
             once_bytes=once_bytes,
         )
+
+    def unpacking_times(self) -> StageTimings | None:
+        """The time that unpacking takes; None without packed weights, or before they are bound."""
+        return None if self.tiles is None else self.tiles.times()
 
     @property
     def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:

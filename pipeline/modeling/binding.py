@@ -12,7 +12,8 @@ from torch import nn
 from layerstream.pipeline.modeling.absent import Absent
 from layerstream.pipeline.modeling.edits import Edits, LoadedWeight, Place, streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
-from layerstream.pipeline.modeling.packed_weight import PackedWeight, Tiles
+from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.compute import Batch

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
-from layerstream.pipeline.modeling.packed_weight import Tiles
+from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.stages.batch import TensorView
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.lease import Lease
@@ -156,7 +156,9 @@ class PackedBanks:
                     rows[number, piece.at + first : piece.at + last],
                 )
 
-        self._tiles.share(len(work), run, least=1)
+        nbytes = sum(each.nbytes for each in parts.values()) // lease.region.count * len(cells)
+        with self._tiles.unpacking(nbytes):
+            self._tiles.share(len(work), run, least=1)
         if parameter.transposed:
             out.copy_(rows.transpose(1, 2))
 

@@ -19,7 +19,7 @@ from layerstream.pipeline.modeling.edits import refuse_replaced
 from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
-from layerstream.pipeline.modeling.packed_weight import Tiles
+from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.expert_set import ExpertSet

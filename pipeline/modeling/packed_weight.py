@@ -6,11 +6,7 @@ over one row of the weight, so tiles give equal bits, as far as the kernels do; 
 """
 
 import functools
-import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -19,90 +15,15 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
-from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
+from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 from layerstream.pipeline.planning.tiles import tile_rows
 
-__all__ = ["PackedWeight", "Tiles", "tile_bytes", "tiles_are_exact"]
+__all__ = ["PackedWeight", "tile_bytes", "tiles_are_exact"]
 
 # Rows; waking a thread takes some ten microseconds.
 _WORTH_A_THREAD = 64
 _aten = torch.ops.aten
-
-
-class Tiles:
-    """Memory for tiles, and threads that unpack into it, for all packed weights of a model.
-
-    Args:
-        nbytes: Of the largest tile.
-        count: How many computations run at once, each with a tile of its own; a further one waits.
-        threads: How many threads unpack a tile together, the computing one included.
-        once_bytes: Memory for weights that are unpacked once for several passes.
-    """
-
-    def __init__(self, *, nbytes: int, count: int, threads: int, once_bytes: int = 0) -> None:
-        self.nbytes = nbytes
-        self.once = UnpackedOnce(once_bytes)
-        self._free: list[torch.Tensor] = []
-        self._left = count
-        self._changed = threading.Condition()
-        self._held = threading.local()
-        self._threads = threads
-        self._executor = (
-            ThreadPoolExecutor(threads - 1, "layerstream-unpack") if threads > 1 else None
-        )
-
-    @contextmanager
-    def tile(self) -> Iterator[torch.Tensor]:
-        """A tile, uint8 ``[nbytes]``; the memory is made when it is first needed, and kept.
-
-        A thread that has one and asks for another gets it for the occasion: waiting, it might wait for itself.
-        """
-        if getattr(self._held, "one", False):
-            yield torch.empty(self.nbytes, dtype=torch.uint8)
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._left)
-            if self._free:
-                memory = self._free.pop()
-            else:
-                self._left -= 1
-                memory = torch.empty(self.nbytes, dtype=torch.uint8)
-        self._held.one = True
-        try:
-            yield memory
-        finally:
-            self._held.one = False
-            with self._changed:
-                self._free.append(memory)
-                self._changed.notify()
-
-    def share(self, count: int, work: Callable[[int, int], None], *, least: int) -> None:
-        """Run ``work(begin, end)`` for equal parts of ``count`` items in all threads; returns when all are done.
-
-        ``least``: How many items are worth another thread.
-        """
-        parts = min(self._threads, max(1, count // least))
-        cuts = [count * part // parts for part in range(parts + 1)]
-        others = []
-        try:
-            if self._executor is not None:
-                others = [
-                    self._executor.submit(work, begin, end)
-                    for begin, end in itertools.pairwise(cuts[1:])
-                ]
-            work(cuts[0], cuts[1])
-        finally:
-            wait(others)  # they write into the tile
-        for each in others:
-            each.result()
-
-    def close(self) -> None:
-        """End the threads, and free the memory that no computation has."""
-        if self._executor is not None:
-            self._executor.shutdown()
-        with self._changed:
-            self._free.clear()
 
 
 class PackedWeight(Streams, nn.Parameter):
@@ -172,8 +93,19 @@ class PackedWeight(Streams, nn.Parameter):
         scratch = None
         if rows.order is not None:
             scratch = torch.empty((rows.tile_rows, rows.columns), dtype=rows.dtype)
-        self._unpack_all(plain.view(rows.rows, rows.columns), scratch)
+        plain_rows = plain.view(rows.rows, rows.columns)
+        if self._tiles is None:
+            self._unpack_all(plain_rows, scratch)
+        else:
+            with self._tiles.unpacking(self._packed_bytes(rows.rows)):
+                self._unpack_all(plain_rows, scratch)
         return plain
+
+    def _packed_bytes(self, count: int) -> int:
+        """What ``count`` rows take packed, on average."""
+        names = {name for matrix in self._rows.matrices for name in matrix.parts}
+        stored = sum(matrix.rows for matrix in self._rows.matrices)
+        return sum(self._parts[name].nbytes for name in names) * count // stored
 
     def _unpack_all(self, plain: torch.Tensor, scratch: torch.Tensor | None) -> None:
         """Write all rows into ``plain``; with scattered ones, ``scratch`` has room for a tile."""
@@ -188,15 +120,16 @@ class PackedWeight(Streams, nn.Parameter):
         assert tiles is not None  # noqa: S101
         nbytes = count * rows.columns * rows.dtype.itemsize
         plain = memory[:nbytes].view(rows.dtype).view(count, rows.columns)
-        if rows.order is not None:
-            scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
-            rows.unpack(self._parts, first, plain, scratch=scratch)
-            return plain
-        tiles.share(
-            count,
-            lambda begin, end: rows.unpack(self._parts, first + begin, plain[begin:end]),
-            least=_WORTH_A_THREAD,
-        )
+        with tiles.unpacking(self._packed_bytes(count)):
+            if rows.order is not None:
+                scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
+                rows.unpack(self._parts, first, plain, scratch=scratch)
+                return plain
+            tiles.share(
+                count,
+                lambda begin, end: rows.unpack(self._parts, first + begin, plain[begin:end]),
+                least=_WORTH_A_THREAD,
+            )
         return plain
 
     def _unpacked_once(self) -> torch.Tensor | None:
@@ -208,15 +141,16 @@ class PackedWeight(Streams, nn.Parameter):
         def unpack(memory: torch.Tensor) -> None:
             plain = memory.view(rows.dtype).view(form)
             if rows.order is not None:
-                with tiles.tile() as tile:
+                with tiles.tile() as tile, tiles.unpacking(self._packed_bytes(rows.rows)):
                     scratch = tile[: tile_bytes(rows) // 2].view(rows.dtype)
                     self._unpack_all(plain, scratch.view(-1, rows.columns))
                 return
-            tiles.share(
-                rows.rows,
-                lambda begin, end: rows.unpack(self._parts, begin, plain[begin:end]),
-                least=_WORTH_A_THREAD,
-            )
+            with tiles.unpacking(self._packed_bytes(rows.rows)):
+                tiles.share(
+                    rows.rows,
+                    lambda begin, end: rows.unpack(self._parts, begin, plain[begin:end]),
+                    least=_WORTH_A_THREAD,
+                )
 
         memory = tiles.once.get(id(self), rows.nbytes, unpack)
         return None if memory is None else memory.view(rows.dtype).view(form)

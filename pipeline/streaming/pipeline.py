@@ -28,6 +28,7 @@ from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
@@ -40,15 +41,15 @@ T = TypeVar("T")
 class Pipeline:
     """Streams the layer batches of a plan past a computation, sweep after sweep.
 
-    Reading, copying and computing overlap. At the end of a sweep the first batches of the next one are already
-    being read; if no sweep is requested, the queues fill and the stages wait. An error in any stage ends the pipeline:
-    the sweep under way raises it, and so does every later one.
+    Reading, copying and computing overlap. At the end of a sweep the first batches of the next one are already being read; if
+    no sweep is requested, the queues fill and the stages wait. An error in any stage ends it: all sweeps raise it from then on.
 
     Args:
         plan: What to stream, and how.
         device: Used instead of the one that the plan names (for tests).
         reader: Used instead of the one that the plan names (for tests). The pipeline closes it.
         guard: Watches over the reads, and reports those that hang; by default one of the pipeline's own.
+        unpacking: Returns the time that unpacking weights takes while computing.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Pipeline:
         device: Device | None = None,
         reader: Reader | None = None,
         guard: ReadGuard | None = None,
+        unpacking: Callable[[], StageTimings | None] = lambda: None,
     ) -> None:
-        self.plan = plan
+        self.plan, self._unpacking = plan, unpacking
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
         self._current: Handover | None = None  # of the sweep under way
@@ -76,8 +78,6 @@ class Pipeline:
             closes=self._close,
         )
         self._opened_at = time.perf_counter()
-
-    # -- opening and closing ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -186,10 +186,7 @@ class Pipeline:
     async def run(
         self, compute: Callable[[Batch, T], T], state: T, *, route: Sequence[int] | None = None
     ) -> T:
-        """Fold ``compute(batch, state) -> state`` over one sweep, in the compute thread.
-
-        If the waiting task is cancelled, the computation with the current batch is finished first.
-        """
+        """Fold ``compute(batch, state) -> state`` over one sweep, in the compute thread; cancelled, it finishes a batch first."""
         after: list[Event] = []
 
         def step(batch: Batch, state: T) -> T:
@@ -251,6 +248,7 @@ class Pipeline:
             labels=tuple(batch.label for batch in self.plan.batches),
             occupancy=self._resources.occupancy(),
             experts=self.experts.counts() if self.experts is not None else None,
+            unpacking=self._unpacking(),
         )
 
     def _ended(self, sweep: Sweep) -> None:

@@ -9,7 +9,7 @@ from layerstream.stages.compute import Sweep
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.forecast import PredictionChecker, SweepPrediction
-from layerstream.stages.telemetry.spans import ExpertCounts, Occupancy, SweepSpan
+from layerstream.stages.telemetry.spans import ExpertCounts, Occupancy, StageTimings, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["SweepLog"]
@@ -68,6 +68,7 @@ class SweepLog:
         labels: tuple[str, ...],
         occupancy: tuple[Occupancy, ...],
         experts: ExpertCounts | None,
+        unpacking: StageTimings | None,
     ) -> Timings:
         """What the stages of ``clocks`` did in these sweeps, since ``opened_seconds``."""
         stages = tuple(clock.sums() for clock in clocks)
@@ -83,4 +84,5 @@ class SweepLog:
             labels=labels,
             occupancy=occupancy,
             experts=experts,
+            unpacking=unpacking,
         )

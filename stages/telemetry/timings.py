@@ -41,6 +41,8 @@ class Timings:
     """The latest sweeps, oldest first."""
     experts: ExpertCounts | None = None
     """Of experts that are read on demand, in the whole run; None if there are none."""
+    unpacking: StageTimings | None = None
+    """Of packed weights, while the compute stage was busy: an item for each tile; None if there are no tiles."""
     forecast: PredictionCheck | None = None
     """The plan's predictions for the same sweeps; None for a part of a run."""
 
@@ -52,7 +54,8 @@ class Timings:
     @property
     def complete_since_seconds(self) -> float:
         """When the oldest span begins that is kept of every stage: of a long run only the latest are."""
-        full = [stage.spans[0] for stage in self.stages if len(stage.spans) >= SPANS_KEPT]
+        kept = [*self.stages, *([self.unpacking] if self.unpacking else [])]
+        full = [stage.spans[0] for stage in kept if len(stage.spans) >= SPANS_KEPT]
         return max((span.start_seconds for span in full), default=self.start_seconds)
 
     def between(self, start_seconds: float, stop_seconds: float, *, sweeps: int) -> "Timings":
@@ -67,6 +70,7 @@ class Timings:
             start_seconds=start_seconds,
             wall_seconds=stop_seconds - start_seconds,
             stages=tuple(stage.between(start_seconds, stop_seconds) for stage in self.stages),
+            unpacking=self.unpacking and self.unpacking.between(start_seconds, stop_seconds),
         )
 
     def bottleneck(self) -> Bottleneck:
@@ -77,6 +81,11 @@ class Timings:
         """In words: a line for each stage, how well they overlap, how full the slots were, and the bottleneck."""
         lines = [f"{self.sweeps} sweeps in {self.wall_seconds:.2f} s"]
         lines += [_stage_line(stage) for stage in self.stages]
+        if self.unpacking is not None and self.unpacking.items:
+            lines.append(
+                f"unpacking, while computing: busy {self.unpacking.busy_seconds:.2f} s, "
+                f"{format_bytes(self.unpacking.bytes)} of packed weights"
+            )
         lines += [
             f"{each.name}: {format_bytes(each.mean_bytes)} of {format_bytes(each.capacity_bytes)} "
             f"in use on average, {format_bytes(each.peak_bytes)} at most"
@@ -101,19 +110,24 @@ class Timings:
         tracks = [(stage.name, stage.spans) for stage in self.stages]
         for ring in self.occupancy:
             tracks += [(f"{ring.name} {n}", lane) for n, lane in enumerate(lanes(ring.spans), 1)]
+        if self.unpacking is not None:
+            spans = self.unpacking.spans
+            tracks += [(f"unpack {n}", lane) for n, lane in enumerate(lanes(spans), 1)]
         write_trace(path, tracks, labels=self.labels, start_seconds=self.start_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """The sums as plain data for JSON; each key names its unit. The spans are for ``write_trace``."""
         stages = [asdict(replace(stage, spans=())) for stage in self.stages]
         occupancy = [asdict(replace(ring, spans=())) for ring in self.occupancy]
-        for each in (*stages, *occupancy):
+        unpacking = [asdict(replace(self.unpacking, spans=()))] if self.unpacking else []
+        for each in (*stages, *occupancy, *unpacking):
             del each["spans"]
         return {
             "sweeps": self.sweeps,
             "wall_seconds": self.wall_seconds,
             "overlap_efficiency": self.overlap_efficiency,
             "stages": stages,
+            "unpacking": unpacking[0] if unpacking else None,
             "occupancy": occupancy,
             "experts": asdict(self.experts) if self.experts is not None else None,
             "forecast": self.forecast.to_dict() if self.forecast is not None else None,

@@ -15,7 +15,12 @@ from layerstream.stages.unpack.packing import (
     storage_array,
 )
 from layerstream.stages.unpack.plain.gguf_blocks import BLOCK_VALUES
-from layerstream.stages.unpack.products import check_product, multiply_plainly, multiply_tokens
+from layerstream.stages.unpack.products import (
+    check_product,
+    memory_for_sums,
+    multiply_plainly,
+    multiply_tokens,
+)
 
 __all__ = ["GGUF_BLOCKS", "GgufBlock", "GgufPacking"]
 
@@ -123,7 +128,8 @@ class GgufPacking:
             multiply_plainly(lambda row, tile: self.unpack(parts, row, tile), first, inputs, out)
             return
         blocks = self.columns // block.columns
-        arguments = (byte_array(packed), first, out.shape[1], blocks, self.columns)
+        sums = memory_for_sums()
+        arguments = (byte_array(packed), first, out.shape[1], blocks, self.columns, sums)
         multiply_tokens(kernel, arguments, inputs, out)
 
     def _checked(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:

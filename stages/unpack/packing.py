@@ -37,8 +37,16 @@ class Packing(Protocol):
         ``unpack`` writes to a float32 output, the output is ``sum(w * x)`` in floating point. Each of 64 partial sums takes
         every 64th product, so that a product is rounded once, goes through at most columns / 64 + 1 additions, and through six
         more when the partial sums are added. Every rounding has a relative error of at most u = 2^-24, so that, without
-        underflow, ``|error| <= g * sum(|w| * |x|)`` with g = k u / (1 - k u) and k = columns / 64 + 8. (Where a scale belongs
-        to a number of columns that is no multiple of 32, and where torch multiplies for want of numba, k = columns.)
+        underflow and overflow, ``|error| <= g * sum(|w| * |x|)`` with g = k u / (1 - k u) and k = columns / 64 + 8.
+
+        A scale of n * 64 columns is applied to their sums instead, of which there are m in a row: a product goes through n
+        roundings in its partial sum, two when four of these are added, one each when the scale is applied and the sum added to
+        those of the m - 1 next scales, and four when 16 lanes are added. With that of w itself, which is left out, these are
+        n + m + 7, and no more than k, since columns = 64 n m.
+
+        Where ``unpack`` rounds w to bfloat16 or float16 on the way to float32, kernels leave that out: with a precision of
+        p bits (8, 11), the error may be greater by ``v * sum(|w| * |x|)`` with v = 2^-p / (1 - 2^-p). Where scales are of other
+        numbers of columns than 32 or multiples of 64, and where torch multiplies for want of numba, k = columns.
 
         Args:
             parts: As for ``unpack``.

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["check_product", "multiply_plainly", "multiply_tokens"]
+__all__ = ["check_product", "memory_for_sums", "multiply_plainly", "multiply_tokens"]
 
-# A kernel unpacks a row once for so many tokens. Its sums are 64 numbers for each.
-_TOKENS, _SUMS = 4, 64
+# A kernel unpacks a row once for so many tokens.
+_TOKENS = 4
 # Numbers that are unpacked at a time where there are no kernels: they stay in the processor's caches.
 _PLAIN_NUMBERS = 1 << 18
 
@@ -32,16 +32,20 @@ def check_product(encoding: str, *, columns: int, inputs: torch.Tensor, out: tor
 def multiply_tokens(
     kernel: Callable[..., None], arguments: tuple[Any, ...], inputs: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Run a kernel of ``kernels/products.py`` for all tokens, some at a time."""
-    sums = np.empty(_TOKENS * _SUMS, np.float32)
+    """Run a kernel for all tokens, some at a time; ``arguments`` come before inputs, a tuple of tokens, and outputs."""
     first = 0
     while first < len(inputs):
         # Kernels are compiled for one, two and four tokens.
         count = next(number for number in (_TOKENS, 2, 1) if first + number <= len(inputs))
         chosen = slice(first, first + count)
         flat = inputs[chosen].reshape(-1).numpy(), out[chosen].reshape(-1).numpy()
-        kernel(*arguments, flat[0], sums, (0,) * count, flat[1])
+        kernel(*arguments, flat[0], (0,) * count, flat[1])
         first += count
+
+
+def memory_for_sums() -> Any:
+    """An array that kernels of ``kernels/products.py`` add products up in: 64 numbers for each token."""
+    return np.empty(_TOKENS * 64, np.float32)
 
 
 def multiply_plainly(

@@ -32,6 +32,9 @@ __all__ = [
 
 # Of torch's operations at a time: their intermediate results take some MiB, whatever the matrix.
 _PLAIN_NUMBERS = 1 << 16
+_BYTE = 8
+# Columns that the kernel of products takes at a time; they have one scale, or two.
+_CHUNK = 64
 
 
 class NumberFormat(NamedTuple):
@@ -90,23 +93,26 @@ class ScaledRows:
         """Write rows from ``first`` on into ``out``."""
         columns = self.geometry.columns
         check_window(self.encoding, rows=self.rows, columns=columns, first=first, out=out)
-        kernel = compiled("scaled_rows", self._kernel)
+        name = "scaled_bytes" if self.numbers.bits == _BYTE else "scaled_nibbles"
+        kernel = compiled("scaled_rows", name)
         if kernel is None:
             self._unpack_plainly(first, out)
             return
         # What is rounded to the output's dtype anyway needs no rounding before.
         rounding = torch.float32 if self.rounding == out.dtype else self.rounding
-        kernel(*self._arguments(rounding), first, len(out), storage_array(out))
+        geometry = tuple(self.geometry)
+        kernel(*self._arguments(), LIKE[rounding], geometry, first, len(out), storage_array(out))
 
     def multiply(self, first: int, inputs: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply inputs with rows from ``first`` on."""
         check_product(self.encoding, columns=self.geometry.columns, inputs=inputs, out=out)
         check_rows(self.encoding, rows=self.rows, first=first, count=out.shape[1])
-        kernel = compiled("products", self._kernel)
-        if kernel is None:
+        kernel = compiled("scaled_products", "scaled_product")
+        columns, width = self.geometry.columns, self.geometry.width
+        if kernel is None or columns % _CHUNK or (width % _CHUNK and width != _CHUNK // 2):
             multiply_plainly(self.unpack, first, inputs, out)
             return
-        arguments = (*self._arguments(self.rounding), first, out.shape[1])
+        arguments = (*self._arguments(), tuple(self.geometry), first, out.shape[1])
         multiply_tokens(kernel, arguments, inputs, out)
 
     @property
@@ -114,19 +120,13 @@ class ScaledRows:
         """Rows of all matrices together."""
         return self.packed.nbytes // self.geometry.row_bytes
 
-    @property
-    def _kernel(self) -> str:
-        return "scaled_bytes" if self.numbers.bits == 8 else "scaled_nibbles"
-
-    def _arguments(self, rounding: torch.dtype) -> tuple[Any, ...]:
+    def _arguments(self) -> tuple[Any, ...]:
         return (
             byte_array(self.packed),
             byte_array(self.scales),
             _NO_ZEROS if self.zeros is None else byte_array(self.zeros),
             self.numbers.like,
             self.scale.like,
-            LIKE[rounding],
-            tuple(self.geometry),
         )
 
     def _unpack_plainly(self, first: int, out: torch.Tensor) -> None:

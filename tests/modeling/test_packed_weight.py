@@ -1,6 +1,7 @@
 """Tiles are shared by computations, and packed weights fail as plain ones do."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from support.loop import run
 from support.quantized import save_quantised
 
 from layerstream.pipeline import StreamedModel
-from layerstream.pipeline.modeling.packed_weight import Tiles
+from layerstream.pipeline.modeling.packed_tiles import Tiles
 
 
 def test_as_many_computations_as_there_are_tiles_run_at_once_and_others_wait() -> None:
@@ -81,3 +82,15 @@ def test_inputs_that_do_not_fit_are_refused_as_by_a_plain_weight(
 
     run(main())
     assert len(seen) == 2
+
+
+def test_the_time_of_unpacking_is_counted_tile_by_tile() -> None:
+    tiles = Tiles(nbytes=64, count=1, threads=1)
+    began = time.perf_counter()
+    for nbytes in (7, 9):
+        with tiles.unpacking(nbytes):
+            pass
+    times = tiles.times()
+    assert (times.items, times.bytes) == (2, 16)
+    assert began <= times.spans[0].start_seconds <= times.spans[1].stop_seconds
+    tiles.close()

@@ -93,6 +93,7 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
         host=None,
         reader=None,
         kernels="exact",
+        dtype="auto",
         throttle=None,
         layer_batch_size=1,
         no_compute=False,

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerstream.stages.errors import LayerstreamError, ModelError, PlanError
-from layerstream.tools.console.arguments import add_model_arguments, byte_count, positive_int
+from layerstream.tools.console.arguments import (
+    add_dtype_argument,
+    add_model_arguments,
+    byte_count,
+    positive_int,
+)
 from layerstream.tools.console.progress import progress
 from layerstream.tools.console.token_text import load_tokenizer
 
@@ -61,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read at most this many bytes per second",
     )
     add_model_arguments(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="log what happens")
 
 
@@ -152,6 +158,7 @@ async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.
         budget=budget,
         workload=choices.workload,
         reader=args.reader,
+        dtype=args.dtype,
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         max_requests=at_once,

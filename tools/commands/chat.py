@@ -13,6 +13,7 @@ from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
     MODEL_HELP,
+    add_dtype_argument,
     add_generation_arguments,
     add_model_arguments,
     positive_int,
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(parser, max_new_tokens=512, greedy=False)
     add_speculation_argument(parser)
     add_model_arguments(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="log what happens to stderr")
 
 

@@ -14,6 +14,7 @@ from layerstream.stages.readers.readahead import fits_page_cache
 from layerstream.stages.text import format_bytes
 from layerstream.tools.commands.make_checkpoint import make_with_progress
 from layerstream.tools.console.arguments import (
+    add_dtype_argument,
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_generation_arguments(parser, max_new_tokens=32)
     add_model_arguments(parser)
+    add_dtype_argument(parser)
     add_output_arguments(parser)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from layerstream.stages.errors import ModelError
 from layerstream.tools.console.arguments import (
     MODEL_HELP,
+    add_dtype_argument,
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(parser, max_new_tokens=64)
     add_speculation_argument(parser)
     add_model_arguments(parser)
+    add_dtype_argument(parser)
     add_output_arguments(parser)
 
 

@@ -11,6 +11,7 @@ from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.text import format_bytes, format_seconds
 from layerstream.tools.console.arguments import (
     MODEL_HELP,
+    add_dtype_argument,
     add_model_arguments,
     add_output_arguments,
     byte_count,
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of each forward pass (default: %(default)s)",
     )
-    parser.add_argument(
+    without = parser.add_mutually_exclusive_group()
+    without.add_argument(
         "--no-compute", action="store_true", help="stream the weights past no computation"
     )
     parser.add_argument(
@@ -71,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then decode so many tokens of a mixture of experts (default: %(const)s), and show what other numbers of cells, "
         "and the best possible choice of experts to keep, would have hit",
     )
+    add_dtype_argument(without)
     add_model_arguments(parser)
     parser.add_argument(
         "--throttle", type=byte_count, metavar="SIZE", help="read at this many bytes per second"
@@ -127,7 +130,11 @@ def _print_report(profile: Profile) -> None:
     )
     swept = "the only sweep" if len(profile.sweep_seconds) == 1 else f"{steady.sweeps} sweeps"
     title = f"{swept} in {format_seconds(steady.wall_seconds)}:"
-    print_table(title, _COLUMNS, [_row(profile, stage) for stage in steady.stages])
+    rows = [_row(profile, stage) for stage in steady.stages]
+    if (unpacking := steady.unpacking) is not None and unpacking.items:
+        name, _, *rest = _row(profile, unpacking)
+        rows.append((f"  {name}", "-", *rest))
+    print_table(title, _COLUMNS, rows)
     print()
     for line in _summary_lines(profile):
         print(line)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.tools.console.arguments import (
     MODEL_HELP,
+    add_dtype_argument,
     add_model_arguments,
     byte_count,
     non_negative_int,
@@ -93,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_speculation_argument(parser)
     _add_limits(parser)
     add_model_arguments(parser)
+    add_dtype_argument(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
     parser.add_argument("--verbose", action="store_true", help="log more of what happens")
 
@@ -223,6 +225,7 @@ async def _serve(
             new_tokens=args.new_tokens,
         ),
         reader=args.reader,
+        dtype=args.dtype,
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         reopened_within_seconds=_REOPENED_WITHIN_SECONDS,

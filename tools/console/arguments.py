@@ -7,6 +7,7 @@ from layerstream.stages.text import parse_bytes, parse_rate, parse_size
 
 __all__ = [
     "MODEL_HELP",
+    "add_dtype_argument",
     "add_generation_arguments",
     "add_model_arguments",
     "add_output_arguments",
@@ -139,6 +140,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="for packed weights on a CPU: exact gives the bits of transformers, fused is faster for a few tokens and sums in "
         "another order, auto (the default) takes what the plan finds faster",
+    )
+
+
+def add_dtype_argument(parser: argparse._ActionsContainer) -> None:
+    """Add what the model computes in."""
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="what weights are loaded as and computed in; auto (the default) is what transformers takes: the checkpoint's own, and "
+        "for GGUF float32",
     )
 
 

@@ -181,6 +181,7 @@ def opened_for_chat(path: Path, args: argparse.Namespace) -> ChatModel:
             prompt_tokens=min(args.prompt_tokens, prompt_tokens), new_tokens=new_tokens
         ),
         reader=args.reader,
+        dtype=args.dtype,
         kernels=args.kernels,
         max_requests=1,
     )

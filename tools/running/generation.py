@@ -152,6 +152,7 @@ def _open_model(
             batch_size=1, prompt_tokens=prompt_tokens, new_tokens=args.max_new_tokens
         ),
         reader=args.reader,
+        dtype=args.dtype,
         kernels=args.kernels,
         # Measuring would delay the first token; what `layerstream plan` has measured is used.
         measure=False,

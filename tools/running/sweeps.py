@@ -226,6 +226,7 @@ async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_St
             batch_size=1, prompt_tokens=args.prompt_tokens, new_tokens=1 + (args.experts or 0)
         ),
         reader=args.reader,
+        dtype=args.dtype,
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         layer_batch_size=args.layer_batch_size,

@@ -1,7 +1,7 @@
 """GGUF's blocks of 32 numbers with one scale, and IQ4_XS, which has eight of them.
 
 Each kernel takes the packed bytes, the first row, the number of rows and of blocks in a row, the output, and an array of the
-type that intermediate results are rounded to. What is stored is rounded by ``put``.
+type that intermediate results are rounded to. What is stored is rounded by ``put_both``.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from layerstream.stages.unpack.kernels.lanes import (
     mxfp4_levels,
     signed_floats,
 )
-from layerstream.stages.unpack.kernels.outputs import put, rounded
+from layerstream.stages.unpack.kernels.outputs import put_both, rounded
 from layerstream.stages.unpack.kernels.vectors import (
     byte_at,
     bytes16_at,
@@ -31,8 +31,13 @@ def q8_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
     for start in range(0, rows * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
-        put(out, start, signed_floats(bytes16_at(packed, at + 2)) * scale, chain)
-        put(out, start + 16, signed_floats(bytes16_at(packed, at + 18)) * scale, chain + 1)
+        put_both(
+            out,
+            start,
+            signed_floats(bytes16_at(packed, at + 2)) * scale,
+            signed_floats(bytes16_at(packed, at + 18)) * scale,
+            chain,
+        )
         at += 34
 
 
@@ -43,8 +48,13 @@ def q4_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put(out, start, signed_floats((quants & 15) - 8) * scale, chain)
-        put(out, start + 16, signed_floats((quants >> 4) - 8) * scale, chain + 1)
+        put_both(
+            out,
+            start,
+            signed_floats((quants & 15) - 8) * scale,
+            signed_floats((quants >> 4) - 8) * scale,
+            chain,
+        )
         at += 18
 
 
@@ -56,8 +66,13 @@ def q4_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
         quants = bytes16_at(packed, at + 4)
-        put(out, start, rounded(like, signed_floats(quants & 15) * scale) + minimum, chain)
-        put(out, start + 16, rounded(like, signed_floats(quants >> 4) * scale) + minimum, chain + 1)
+        put_both(
+            out,
+            start,
+            rounded(like, signed_floats(quants & 15) * scale) + minimum,
+            rounded(like, signed_floats(quants >> 4) * scale) + minimum,
+            chain,
+        )
         at += 20
 
 
@@ -70,8 +85,9 @@ def q5_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         quants = bytes16_at(packed, at + 6)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 2)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
-        put(out, start, signed_floats(low - 16) * scale, chain)
-        put(out, start + 16, signed_floats(high - 16) * scale, chain + 1)
+        put_both(
+            out, start, signed_floats(low - 16) * scale, signed_floats(high - 16) * scale, chain
+        )
         at += 22
 
 
@@ -85,8 +101,13 @@ def q5_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         quants = bytes16_at(packed, at + 8)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 6)) << 4)
-        put(out, start, rounded(like, signed_floats(low) * scale) + minimum, chain)
-        put(out, start + 16, rounded(like, signed_floats(high) * scale) + minimum, chain + 1)
+        put_both(
+            out,
+            start,
+            rounded(like, signed_floats(low) * scale) + minimum,
+            rounded(like, signed_floats(high) * scale) + minimum,
+            chain,
+        )
         at += 24
 
 
@@ -97,8 +118,13 @@ def iq4_nl(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put(out, start, signed_floats(iq4_levels(quants & 15)) * scale, chain)
-        put(out, start + 16, signed_floats(iq4_levels(quants >> 4)) * scale, chain + 1)
+        put_both(
+            out,
+            start,
+            signed_floats(iq4_levels(quants & 15)) * scale,
+            signed_floats(iq4_levels(quants >> 4)) * scale,
+            chain,
+        )
         at += 18
 
 
@@ -114,8 +140,13 @@ def iq4_xs(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
             part = rounded(like, scale * float_of(factor - 32))
             quants = bytes16_at(packed, at + 8 + 16 * group)
             place = start + 32 * group
-            put(out, place, signed_floats(iq4_levels(quants & 15)) * part, (group & 1) * 2)
-            put(out, place + 16, signed_floats(iq4_levels(quants >> 4)) * part, (group & 1) * 2 + 1)
+            put_both(
+                out,
+                place,
+                signed_floats(iq4_levels(quants & 15)) * part,
+                signed_floats(iq4_levels(quants >> 4)) * part,
+                (group & 1) * 2,
+            )
         at += 136
 
 
@@ -126,6 +157,11 @@ def mxfp4(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) 
         chain = start >> 4 & 2
         scale = halved_exponent_at(packed, at)
         quants = bytes16_at(packed, at + 1)
-        put(out, start, signed_floats(mxfp4_levels(quants & 15)) * scale, chain)
-        put(out, start + 16, signed_floats(mxfp4_levels(quants >> 4)) * scale, chain + 1)
+        put_both(
+            out,
+            start,
+            signed_floats(mxfp4_levels(quants & 15)) * scale,
+            signed_floats(mxfp4_levels(quants >> 4)) * scale,
+            chain,
+        )
         at += 17

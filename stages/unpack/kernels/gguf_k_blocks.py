@@ -5,14 +5,9 @@ The kernels' arguments are those of ``gguf_blocks``.
 
 from typing import Any
 
-from layerstream.stages.unpack.kernels.lanes import (
-    floats,
-    q3_scales,
-    signed_floats,
-    six_bits,
-    spread,
-)
-from layerstream.stages.unpack.kernels.outputs import put, rounded
+from layerstream.stages.unpack.kernels.k_scales import q3_scales, six_bits
+from layerstream.stages.unpack.kernels.lanes import floats, signed_floats, spread
+from layerstream.stages.unpack.kernels.outputs import put, put_both, rounded
 from layerstream.stages.unpack.kernels.vectors import bytes16_at, half_at
 
 __all__ = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -68,13 +63,19 @@ def q4_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         least = rounded(like, factors * half_at(packed, at + 2))
         # 32 bytes hold 64 numbers: the lower four bits of each byte, then the upper four.
         for pair in range(4):
-            for lane in range(0, 32, 16):
-                quants = bytes16_at(packed, at + 16 + 32 * pair + lane)
-                place, group = start + 64 * pair + lane, 2 * pair
-                number = rounded(like, floats(quants & 15) * spread(parts, group))
-                put(out, place, number - spread(least, group + 8), lane // 16)
-                number = rounded(like, floats(quants >> 4) * spread(parts, group + 1))
-                put(out, place + 32, number - spread(least, group + 9), lane // 16 + 2)
+            quants = (
+                bytes16_at(packed, at + 16 + 32 * pair),
+                bytes16_at(packed, at + 32 + 32 * pair),
+            )
+            place, group = start + 64 * pair, 2 * pair
+            part, minimum = spread(parts, group), spread(least, group + 8)
+            one = rounded(like, floats(quants[0] & 15) * part) - minimum
+            two = rounded(like, floats(quants[1] & 15) * part) - minimum
+            put_both(out, place, one, two, 0)
+            part, minimum = spread(parts, group + 1), spread(least, group + 9)
+            one = rounded(like, floats(quants[0] >> 4) * part) - minimum
+            two = rounded(like, floats(quants[1] >> 4) * part) - minimum
+            put_both(out, place + 32, one, two, 2)
         at += 144
 
 
@@ -86,15 +87,21 @@ def q5_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         parts = rounded(like, factors * half_at(packed, at))
         least = rounded(like, factors * half_at(packed, at + 2))
         for pair in range(4):
-            for lane in range(0, 32, 16):
-                quants = bytes16_at(packed, at + 48 + 32 * pair + lane)
-                fifths = bytes16_at(packed, at + 16 + lane) >> (2 * pair)
-                low, high = (quants & 15) | (fifths & 1) << 4, (quants >> 4) | (fifths & 2) << 3
-                place, group = start + 64 * pair + lane, 2 * pair
-                number = rounded(like, floats(low) * spread(parts, group))
-                put(out, place, number - spread(least, group + 8), lane // 16)
-                number = rounded(like, floats(high) * spread(parts, group + 1))
-                put(out, place + 32, number - spread(least, group + 9), lane // 16 + 2)
+            quants = (
+                bytes16_at(packed, at + 48 + 32 * pair),
+                bytes16_at(packed, at + 64 + 32 * pair),
+            )
+            fifths = bytes16_at(packed, at + 16), bytes16_at(packed, at + 32)
+            fifths = fifths[0] >> (2 * pair), fifths[1] >> (2 * pair)
+            place, group = start + 64 * pair, 2 * pair
+            part, minimum = spread(parts, group), spread(least, group + 8)
+            one = rounded(like, floats((quants[0] & 15) | (fifths[0] & 1) << 4) * part) - minimum
+            two = rounded(like, floats((quants[1] & 15) | (fifths[1] & 1) << 4) * part) - minimum
+            put_both(out, place, one, two, 0)
+            part, minimum = spread(parts, group + 1), spread(least, group + 9)
+            one = rounded(like, floats((quants[0] >> 4) | (fifths[0] & 2) << 3) * part) - minimum
+            two = rounded(like, floats((quants[1] >> 4) | (fifths[1] & 2) << 3) * part) - minimum
+            put_both(out, place + 32, one, two, 2)
         at += 176
 
 

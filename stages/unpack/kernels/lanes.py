@@ -21,8 +21,12 @@ from layerstream.stages.unpack.kernels.vectors import (
 )
 
 __all__ = [
+    "bare_numbers",
+    "chosen",
+    "conversion",
     "float_of",
     "floats",
+    "half_bits_to_floats",
     "interleaved_high",
     "interleaved_low",
     "iq4_levels",
@@ -30,10 +34,9 @@ __all__ = [
     "less",
     "mxfp4_levels",
     "numbers",
-    "q3_scales",
     "signed_floats",
-    "six_bits",
     "spread",
+    "unit_of",
 ]
 
 _I1, _I8, _I16, _I32 = (ir.IntType(bits) for bits in (1, 8, 16, 32))
@@ -82,7 +85,7 @@ for _function, _instruction in (
     _operator(_function, FloatsType, types.float32, _instruction)
 
 
-def _conversion(convert: Callable[[Any, Any], Any], result: Any = FloatsType) -> Any:
+def conversion(convert: Callable[[Any, Any], Any], result: Any = FloatsType) -> Any:
     """Return an intrinsic that turns ``Bytes`` into as many numbers of ``result``."""
 
     def of(typing_context: Any, data: Any) -> Any:
@@ -94,22 +97,20 @@ def _conversion(convert: Callable[[Any, Any], Any], result: Any = FloatsType) ->
     return generated(of)
 
 
-def _of_half(builder: Any, bits: Any, factor: float) -> Any:
-    """Return the IEEE halves ``bits`` (16 bits each) times a power of two.
+def half_bits_to_floats(builder: Any, bits: Any) -> Any:
+    """Return the IEEE halves ``bits`` (16 bits each) as float32.
 
     Formats of 8 and 4 bits have the fields of a half, but narrower ones and another bias. Converting from half is exact and
     as fast for subnormal numbers as for others; the same by way of float32 is slow on some processors.
     """
     lanes = bits.type.count
-    value = builder.fpext(builder.bitcast(bits, vector_of(_HALF, lanes)), vector_of(_FLOAT, lanes))
-    scale = ir.Constant(vector_of(_FLOAT, lanes), [factor] * lanes)
-    return value if factor == 1.0 else builder.fmul(value, scale)
+    return builder.fpext(builder.bitcast(bits, vector_of(_HALF, lanes)), vector_of(_FLOAT, lanes))
 
 
 _BYTE_SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
 
 
-def _chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
+def chosen(builder: Any, value: Any, levels: Sequence[int]) -> Any:
     """Return, for each byte of 0 to 15, that one of 16 levels."""
     if platform.machine() in {"x86_64", "AMD64"} and value.type.count == 16:
         # Every processor that converts halves has this instruction of SSSE3.
@@ -135,19 +136,23 @@ def _fp8_e4m3(builder: Any, value: Any) -> Any:
     # All ones are NaN in e4m3, which has no infinities.
     ones = builder.or_(value, same(value, 0x80, 8))
     is_nan = builder.icmp_unsigned("==", ones, same(value, 0xFF, 8))
-    return _of_half(builder, builder.select(is_nan, same(value, 0x7E00, 16), half), 2.0**8)
+    return half_bits_to_floats(builder, builder.select(is_nan, same(value, 0x7E00, 16), half))
 
 
 def _fp8_e5m2(builder: Any, value: Any) -> Any:
     wide = builder.zext(value, vector_of(_I16, value.type.count))
-    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), 1.0)
+    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)))
 
 
-def _fp4(builder: Any, value: Any, factor: float) -> Any:
-    # The sign, two bits of exponent and one of mantissa are all in the upper byte of a half.
-    upper = _chosen(builder, value, [(bits & 8) << 4 | (bits & 7) << 1 for bits in range(16)])
+def _fp4(builder: Any, value: Any, halves: Sequence[int]) -> Any:
+    """Numbers whose IEEE halves have an upper byte only: those of eight magnitudes, and with the sign."""
+    upper = chosen(builder, value, [*halves, *(half | 0x80 for half in halves)])
     wide = builder.zext(upper, vector_of(_I16, value.type.count))
-    return _of_half(builder, builder.shl(wide, same(wide, 8, 16)), factor)
+    return half_bits_to_floats(builder, builder.shl(wide, same(wide, 8, 16)))
+
+
+_E2M1 = (0x00, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46)
+_DOUBLED_E2M1 = (0x00, 0x3C, 0x40, 0x42, 0x44, 0x46, 0x48, 0x4A)
 
 
 def _signed(builder: Any, value: Any) -> Any:
@@ -158,22 +163,42 @@ def _shifted(builder: Any, value: Any, zero: int) -> Any:
     return _signed(builder, builder.sub(value, same(value, zero, 8)))
 
 
-floats = _conversion(
+floats = conversion(
     lambda builder, value: builder.uitofp(value, vector_of(_FLOAT, value.type.count))
 )
-signed_floats = _conversion(_signed)
+signed_floats = conversion(_signed)
 
-# What bytes mean, by the type of an array.
-_NUMBERS: dict[Any, Callable[[Any, Any], Any]] = {
-    types.uint8: _fp8_e4m3,
-    types.uint16: _fp8_e5m2,
-    types.int8: _signed,
-    types.uint32: lambda builder, value: _shifted(builder, value, 128),
-    types.int16: lambda builder, value: _shifted(builder, value, 8),
-    types.int32: lambda builder, value: _fp4(builder, value, 2.0**14),
+# What bytes mean, by the type of an array: the conversion, and what has to be multiplied with afterwards.
+_NUMBERS: dict[Any, tuple[Callable[[Any, Any], Any], float]] = {
+    types.uint8: (_fp8_e4m3, 2.0**8),
+    types.uint16: (_fp8_e5m2, 1.0),
+    types.int8: (_signed, 1.0),
+    types.uint32: (lambda builder, value: _shifted(builder, value, 128), 1.0),
+    types.int16: (lambda builder, value: _shifted(builder, value, 8), 1.0),
+    types.int32: (lambda builder, value: _fp4(builder, value, _E2M1), 1.0),
     # Twice the number, which is an integer, for half the scale, which is finite.
-    types.int64: lambda builder, value: _fp4(builder, value, 2.0**15),
+    types.int64: (lambda builder, value: _fp4(builder, value, _DOUBLED_E2M1), 1.0),
 }
+
+
+@generated
+def bare_numbers(typing_context: Any, like: Any, data: Any) -> Any:
+    """As ``numbers``, divided by ``unit_of``: a multiplication less."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return _NUMBERS[like.dtype][0](builder, arguments[1])
+
+    return FloatsType(data.lanes)(like, data), generate
+
+
+@generated
+def unit_of(typing_context: Any, like: Any) -> Any:
+    """The power of two that ``bare_numbers`` leave out."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return ir.Constant(_FLOAT, _NUMBERS[like.dtype][1])
+
+    return types.float32(like), generate
 
 
 @generated
@@ -181,7 +206,10 @@ def numbers(typing_context: Any, like: Any, data: Any) -> Any:
     """Turn bytes into float32. The type of ``like`` tells what they mean: see ``scaled_rows.NUMBERS``."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return _NUMBERS[like.dtype](builder, arguments[1])
+        convert, unit = _NUMBERS[like.dtype]
+        value = convert(builder, arguments[1])
+        factor = ir.Constant(value.type, [unit] * data.lanes)
+        return value if unit == 1.0 else builder.fmul(value, factor)
 
     return FloatsType(data.lanes)(like, data), generate
 
@@ -246,42 +274,9 @@ interleaved_low, interleaved_high = _interleaved(0), _interleaved(8)
 """The first, and the second, 16 of ``low[0], high[0], low[1], high[1], ...``."""
 
 
-def _shuffled(builder: Any, value: Any, lanes: Sequence[int]) -> Any:
-    return builder.shuffle_vector(value, value, ir.Constant(vector_of(_I32, 16), list(lanes)))
-
-
-def _q3_scales(builder: Any, value: Any) -> Any:
-    lower = _shuffled(builder, value, [*range(2, 10)] * 2)
-    lower = builder.lshr(lower, ir.Constant(value.type, [0] * 8 + [4] * 8))
-    upper = _shuffled(builder, value, [*range(10, 14)] * 4)
-    upper = builder.lshr(upper, ir.Constant(value.type, [lane // 4 * 2 for lane in range(16)]))
-    lower = builder.and_(lower, same(value, 15, 8))
-    upper = builder.shl(builder.and_(upper, same(value, 3, 8)), same(value, 4, 8))
-    return builder.sub(builder.or_(lower, upper), same(value, 32, 8))
-
-
-q3_scales = _conversion(_q3_scales, BytesType)
-"""The 16 scales of a block of Q3_K, as signed bytes, from 16 bytes whose third is the first of the scales."""
-
-
-def _six_bits(builder: Any, value: Any) -> Any:
-    # In each half: four numbers in the lower six bits of a byte, then four in a half byte and the two bits left over.
-    first = _shuffled(builder, value, [4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2)
-    rest = _shuffled(builder, value, [12, 13, 14, 15] * 4)
-    rest = builder.lshr(rest, ir.Constant(value.type, [0] * 8 + [4] * 8))
-    upper = builder.shl(builder.lshr(first, same(value, 6, 8)), same(value, 4, 8))
-    rest = builder.or_(builder.and_(rest, same(value, 15, 8)), upper)
-    is_first = ir.Constant(vector_of(_I1, 16), ([1] * 4 + [0] * 4) * 2)
-    return builder.select(is_first, builder.and_(first, same(value, 63, 8)), rest)
-
-
-six_bits = _conversion(_six_bits, BytesType)
-"""The eight scales and eight minima of a block of Q4_K or Q5_K, from its first 16 bytes (ggml's ``get_scale_min_k4``)."""
-
-
 def _levels(levels: tuple[int, ...]) -> Any:
     """Return an intrinsic that takes bytes of 0 to 15, and returns the ``levels`` that they stand for, as signed bytes."""
-    return _conversion(lambda builder, value: _chosen(builder, value, levels), BytesType)
+    return conversion(lambda builder, value: chosen(builder, value, levels), BytesType)
 
 
 iq4_levels = _levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))

@@ -20,7 +20,7 @@ from layerstream.stages.unpack.kernels.vectors import (
     vector_of,
 )
 
-__all__ = ["put", "rounded", "total"]
+__all__ = ["lane_sum", "put", "put_both", "rounded", "total"]
 
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
@@ -32,6 +32,20 @@ def _rounded_bfloat_bits(builder: Any, value: Any) -> Any:
     bits = builder.bitcast(value, vector_of(_I32, value.type.count))
     odd = builder.and_(builder.lshr(bits, same(value, 16)), same(value, 1))
     return builder.add(builder.add(bits, same(value, 0x7FFF)), odd)
+
+
+def _rounded_bfloats(builder: Any, vectors: Any) -> Any:
+    """Round two vectors to the nearest bfloat16, ties to even, as 32 integers of 16 bits."""
+    kind = vector_of(_I16, 32)
+    halves = [builder.bitcast(each, kind) for each in vectors]
+    lower, upper = (
+        builder.shuffle_vector(*halves, ir.Constant(vector_of(_I32, 32), list(range(at, 64, 2))))
+        for at in (0, 1)
+    )
+    # More than half of the last place is left over, or just half of it beside an odd number.
+    half = builder.sub(same(upper, 0x8000, 16), builder.and_(upper, same(upper, 1, 16)))
+    is_more = builder.icmp_unsigned(">", lower, half)
+    return builder.add(upper, builder.zext(is_more, kind))
 
 
 def _as_held(builder: Any, value: Any, element: Any) -> Any:
@@ -59,8 +73,7 @@ def rounded(typing_context: Any, like: Any, value: Any) -> Any:
     return kind(like, kind), generate
 
 
-@generated
-def put(typing_context: Any, out: Any, place: Any, value: Any, chain: Any) -> Any:
+def _put(typing_context: Any, out: Any, place: Any, value: Any, chain: Any) -> Any:
     """Round the vector ``value`` to the type of ``out``, and store it from index ``place`` on; or add to sums of products.
 
     Sums are a tuple (sums, inputs, columns, tokens): see ``products``. ``place`` is then a column, and ``chain`` one of four sums: the next
@@ -84,6 +97,30 @@ def put(typing_context: Any, out: Any, place: Any, value: Any, chain: Any) -> An
         return context.get_dummy_value()
 
     return types.none(out, types.intp, value, types.intp), generate
+
+
+put = generated(_put)
+
+
+@generated
+def put_both(typing_context: Any, out: Any, place: Any, first: Any, second: Any, chain: Any) -> Any:
+    """As ``put`` for two vectors of 16, one behind the other: narrowing both at once takes fewer instructions."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        memory, index, *vectors, number = arguments
+        if not isinstance(out, types.BaseTuple) and out.dtype == types.uint16:
+            stored = _rounded_bfloats(builder, vectors)
+            offset = builder.mul(index, _I64(2))
+            _store(builder, stored, address(context, builder, out, memory, offset, stored.type))
+            return context.get_dummy_value()
+        signature, store = _put(typing_context, out, place, first, chain)
+        for step, vector in enumerate(vectors):
+            at = builder.add(index, _I64(16 * step))
+            chain_of = builder.add(number, _I64(step))
+            store(context, builder, signature, (memory, at, vector, chain_of))
+        return context.get_dummy_value()
+
+    return types.none(out, types.intp, first, second, types.intp), generate
 
 
 def _store(builder: Any, value: Any, where: Any) -> None:
@@ -128,12 +165,17 @@ def total(typing_context: Any, sums: Any, token: Any) -> Any:
             where = address(context, builder, sums, array, offset, kind)
             chains.append(builder.load(where, align=1))
         added = builder.fadd(builder.fadd(*chains[:2]), builder.fadd(*chains[2:]))
-        for half in (8, 4, 2, 1):
-            parts = [
-                ir.Constant(vector_of(_I32, half), list(range(start, start + half)))
-                for start in (0, half)
-            ]
-            added = builder.fadd(*(builder.shuffle_vector(added, added, part) for part in parts))
-        return builder.extract_element(added, _I32(0))
+        return lane_sum(builder, added)
 
     return types.float32(sums, types.int64), generate
+
+
+def lane_sum(builder: Any, value: Any) -> Any:
+    """Add up the 16 lanes of a vector of float32."""
+    for half in (8, 4, 2, 1):
+        parts = [
+            ir.Constant(vector_of(_I32, half), list(range(start, start + half)))
+            for start in (0, half)
+        ]
+        value = builder.fadd(*(builder.shuffle_vector(value, value, part) for part in parts))
+    return builder.extract_element(value, _I32(0))

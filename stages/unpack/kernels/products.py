@@ -1,7 +1,7 @@
 """Products of packed matrices with a few inputs: what ``put`` would store is multiplied and summed instead.
 
-Each product unpacks a row once for up to four tokens. Its arguments are those of the kernel that unpacks, with a matrix of
-inputs (tokens, columns), an array for the sums, a tuple with one element for each token, and the output (tokens, rows).
+Each product unpacks a row once for up to four tokens. Its arguments are those of the kernel that unpacks, with an array for
+the sums, a matrix of inputs (tokens, columns), a tuple with one element for each token, and the output (tokens, rows).
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 from numba.extending import register_jitable
 
-from layerstream.stages.unpack.kernels import gguf_blocks, gguf_k_blocks, scaled_rows
+from layerstream.stages.unpack.kernels import gguf_blocks, gguf_k_blocks
 from layerstream.stages.unpack.kernels.outputs import total
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "q5_k",
     "q6_k",
     "q8_0",
-    "scaled_bytes",
-    "scaled_nibbles",
 ]
 
 
@@ -40,44 +38,14 @@ def _of_blocks(unpack: Callable[..., None]) -> Callable[..., None]:
         rows: int,
         blocks: int,
         columns: int,
-        inputs: Any,
         sums: Any,
+        inputs: Any,
         tokens: Any,
         out: Any,
     ) -> None:
         for row in range(rows):
             sums[:] = 0
             rows_of(packed, first + row, 1, blocks, (sums, inputs, columns, tokens), sums)
-            for token in range(len(tokens)):
-                out[token * rows + row] = total(sums, token)
-
-    product.__name__ = f"product_{unpack.__name__}"
-    return product
-
-
-def _of_scaled(unpack: Callable[..., None]) -> Callable[..., None]:
-    rows_of = register_jitable(unpack)
-
-    def product(
-        packed: Any,
-        scales: Any,
-        zeros: Any,
-        number_like: Any,
-        scale_like: Any,
-        like: Any,
-        geometry: Any,
-        first: int,
-        rows: int,
-        inputs: Any,
-        sums: Any,
-        tokens: Any,
-        out: Any,
-    ) -> None:
-        likes = (number_like, scale_like, like)
-        for row in range(rows):
-            sums[:] = 0
-            state = (sums, inputs, geometry[0], tokens)
-            rows_of(packed, scales, zeros, *likes, geometry, first + row, 1, state)
             for token in range(len(tokens)):
                 out[token * rows + row] = total(sums, token)
 
@@ -98,5 +66,3 @@ q3_k = _of_blocks(gguf_k_blocks.q3_k)
 q4_k = _of_blocks(gguf_k_blocks.q4_k)
 q5_k = _of_blocks(gguf_k_blocks.q5_k)
 q6_k = _of_blocks(gguf_k_blocks.q6_k)
-scaled_bytes = _of_scaled(scaled_rows.scaled_bytes)
-scaled_nibbles = _of_scaled(scaled_rows.scaled_nibbles)

@@ -6,23 +6,29 @@ numbers and scales and what to round products to, the geometry (``scaled_rows.Ge
 
 from typing import Any
 
+import numpy as np
 from numba.extending import register_jitable
 
 from layerstream.stages.unpack.kernels.lanes import (
+    bare_numbers,
     float_of,
     interleaved_high,
     interleaved_low,
     less,
     numbers,
+    unit_of,
 )
-from layerstream.stages.unpack.kernels.outputs import put, rounded
+from layerstream.stages.unpack.kernels.outputs import put, put_both, rounded
 from layerstream.stages.unpack.kernels.vectors import byte_at, bytes1_at, bytes16_at, scale_at
 
-__all__ = ["scaled_bytes", "scaled_nibbles"]
+__all__ = ["scaled_bytes", "scaled_nibbles", "zero_point"]
+
+# No unit is larger than 2^8.
+_LARGE_SCALE = np.float32(2.0**119)
 
 
 @register_jitable
-def _zero_point(
+def zero_point(
     zeros: Any, bits: int, index: int, row: int, rows: int, group: int, groups: int
 ) -> Any:
     """Return the zero point of a block: none, a signed byte beside each scale, or packed along the rows of each matrix."""
@@ -56,17 +62,29 @@ def scaled_bytes(
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
-            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
-            while column + 64 <= end:
-                for chain in range(4):
+            # The unit is multiplied with the scale, once, unless that might not be finite.
+            whole = scale * unit_of(number_like)
+            most = end if abs(scale) < _LARGE_SCALE else column
+            while column + 64 <= most:
+                for chain in range(0, 4, 2):
                     place = column + 16 * chain
-                    number = less(numbers(number_like, bytes16_at(packed, at + place)), zeros, zero)
-                    put(out, start + place, rounded(like, number * scale), chain)
+                    one = less(
+                        bare_numbers(number_like, bytes16_at(packed, at + place)), zeros, zero
+                    )
+                    place += 16
+                    two = less(
+                        bare_numbers(number_like, bytes16_at(packed, at + place)), zeros, zero
+                    )
+                    one, two = rounded(like, one * whole), rounded(like, two * whole)
+                    put_both(out, start + place - 16, one, two, chain)
                 column += 64
-            while column + 16 <= end:
-                number = less(numbers(number_like, bytes16_at(packed, at + column)), zeros, zero)
-                put(out, start + column, rounded(like, number * scale), column >> 4 & 3)
+            while column + 16 <= most:
+                number = less(
+                    bare_numbers(number_like, bytes16_at(packed, at + column)), zeros, zero
+                )
+                put(out, start + column, rounded(like, number * whole), column >> 4 & 3)
                 column += 16
             while column < end:
                 number = less(numbers(number_like, bytes1_at(packed, at + column)), zeros, zero)
@@ -94,7 +112,7 @@ def scaled_nibbles(
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
-            zero = float_of(_zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
+            zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, end = group * width, min(columns, (group + 1) * width)
             while column & 1 == 0 and column + 64 <= end:
                 for half in range(2):
@@ -102,10 +120,10 @@ def scaled_nibbles(
                     both = bytes16_at(packed, at + (place >> 1))
                     low, high = both & 15, both >> 4
                     first16, second16 = interleaved_low(low, high), interleaved_high(low, high)
-                    number = less(numbers(number_like, first16), zeros, zero)
-                    put(out, start + place, rounded(like, number * scale), 2 * half)
-                    number = less(numbers(number_like, second16), zeros, zero)
-                    put(out, start + place + 16, rounded(like, number * scale), 2 * half + 1)
+                    one = less(numbers(number_like, first16), zeros, zero)
+                    two = less(numbers(number_like, second16), zeros, zero)
+                    one, two = rounded(like, one * scale), rounded(like, two * scale)
+                    put_both(out, start + place, one, two, 2 * half)
                 column += 64
             while column < end:
                 if column & 1 == 0 and column + 32 <= end:
@@ -113,10 +131,10 @@ def scaled_nibbles(
                     both = bytes16_at(packed, at + (column >> 1))
                     low, high = both & 15, both >> 4
                     first16, second16 = interleaved_low(low, high), interleaved_high(low, high)
-                    number = less(numbers(number_like, first16), zeros, zero)
-                    put(out, start + column, rounded(like, number * scale), chain)
-                    number = less(numbers(number_like, second16), zeros, zero)
-                    put(out, start + column + 16, rounded(like, number * scale), chain + 1)
+                    one = less(numbers(number_like, first16), zeros, zero)
+                    two = less(numbers(number_like, second16), zeros, zero)
+                    one, two = rounded(like, one * scale), rounded(like, two * scale)
+                    put_both(out, start + column, one, two, chain)
                     column += 32
                 else:
                     one = (bytes1_at(packed, at + (column >> 1)) >> ((column & 1) << 2)) & 15

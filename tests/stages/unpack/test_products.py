@@ -39,6 +39,7 @@ def others():
     nibbles, words = blocks.flatten(1), random_bytes(rng, ROWS, COLUMNS)
     zeros = torch.from_numpy(rng.integers(-8, 8, normal.shape, dtype=np.int8))
     whole = normal[:, :1].contiguous().half()
+    odd = normal.repeat(1, 2).bfloat16()
     return {
         "fp8": (Fp8Packing(), [fp8, normal]),
         "fp8 in bfloat16": (Fp8Packing(arithmetic="scale"), [fp8, normal.bfloat16()]),
@@ -47,27 +48,58 @@ def others():
         "int4": (IntPacking(bits=4, columns=COLUMNS), [nibbles.view(torch.int32), normal, zeros]),
         "int8": (IntPacking(bits=8, columns=COLUMNS), [words.view(torch.int32), normal]),
         "int8 in half": (IntPacking(bits=8, columns=COLUMNS), [words.view(torch.int8), whole]),
+        "fp8 in blocks": (Fp8Packing(), [fp8[:36], normal[:12, ::4].contiguous()]),
+        "int8 in groups of 16": (
+            IntPacking(bits=8, columns=COLUMNS),
+            [words.view(torch.int8), odd],
+        ),
     }
 
 
 CASES = {name: gguf(name) for name in GGUF_BLOCKS} | others()
 
 
+# Of numbers that are rounded to this dtype when they are unpacked, but not in a product.
+PRECISION = {torch.bfloat16: 8, torch.float16: 11}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_products_are_as_near_to_the_exact_ones_as_stated(case, way):
     packing, parts = CASES[case]
-    weights = torch.empty(ROWS, COLUMNS)
-    packing.unpack(parts, 0, weights)
     inputs = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(2))
-    exact = inputs.double() @ weights.double().T
-    roundings = (COLUMNS / 64 + 8 if way == "compiled" else COLUMNS) * 2.0**-24
-    bound = roundings / (1 - roundings) * (inputs.double().abs() @ weights.double().abs().T)
-    # Seven tokens are four, two and one; rows 5 to 36 are neither the first nor the last.
-    for tokens, first, last in ((7, 0, ROWS), (1, 5, 36), (2, 36, 37)):
-        out = torch.full((tokens, last - first), 77.0)
-        packing.multiply(parts, first, inputs[:tokens], out)
-        error = (out.double() - exact[:tokens, first:last]).abs()
-        assert (error <= bound[:tokens, first:last]).all()
+    kernel = way == "compiled" and case != "int8 in groups of 16"
+    roundings = (COLUMNS / 64 + 8 if kernel else COLUMNS) * 2.0**-24
+    stated = roundings / (1 - roundings)
+    bits = PRECISION.get(parts[1].dtype) if len(parts) > 1 else None
+    # With scales of float32, numbers are not rounded further.
+    references = [(parts, stated + (2.0**-bits / (1 - 2.0**-bits) if bits else 0.0))]
+    if bits and kernel:
+        references.append(([parts[0], parts[1].float(), *parts[2:]], stated))
+    rows = len(parts[0])
+    for reference, most in references:
+        weights = torch.empty(rows, COLUMNS)
+        packing.unpack(reference, 0, weights)
+        exact = inputs.double() @ weights.double().T
+        bound = most * (inputs.double().abs() @ weights.double().abs().T)
+        # Seven tokens are four, two and one; rows 5 to 36 are neither the first nor the last.
+        for tokens, first, last in ((7, 0, rows), (1, 5, 36), (2, rows - 1, rows)):
+            out = torch.full((tokens, last - first), 77.0)
+            packing.multiply(parts, first, inputs[:tokens], out)
+            error = (out.double() - exact[:tokens, first:last]).abs()
+            assert (error <= bound[:tokens, first:last]).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("dtype", "byte"), [("float8_e4m3fn", 0xFF), ("float8_e5m2", 0x7E)])
+@pytest.mark.parametrize("width", [32, 128])
+def test_a_row_of_fp8_with_a_missing_number_has_no_product(dtype, byte, width):
+    weights = torch.full((5, COLUMNS), 0x7B, dtype=torch.uint8)
+    weights[2, -1] = byte
+    parts = [weights.view(getattr(torch, dtype)), torch.ones(5, COLUMNS // width)]
+    parts[1][4, 1] = np.nan
+    out = torch.zeros(2, 5)
+    Fp8Packing().multiply(parts, 0, torch.ones(2, COLUMNS), out)
+    assert out.isnan().tolist() == [[False, False, True, False, True]] * 2
 
 
 @pytest.mark.usefixtures("way")
