@@ -133,6 +133,17 @@ CASES = {
         "FalconConfig",
         {**SHORT, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
+    "falcon-new": Case(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**SHORT, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+        | {"new_decoder_architecture": True},
+    ),
+    "mpt": Case(
+        "MptForCausalLM",
+        "MptConfig",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 100, "max_seq_len": 128},
+    ),
     "bloom": Case("BloomForCausalLM", "BloomConfig", {**SHORT, "n_layer": 2, "n_head": 4}),
     "opt": Case(
         "OPTForCausalLM",
