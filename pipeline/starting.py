@@ -159,7 +159,7 @@ async def _prepare(
         bindings = assembly.bind(plan, device.torch_device)
         if assembly.tiles is not None:
             resources.callback(assembly.tiles.close)
-        for table in assembly.gather(opening.checkpoint, device.torch_device, guard, reads):
+        if table := assembly.gather(opening.checkpoint, device.torch_device, guard, reads):
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)

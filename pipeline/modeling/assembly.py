@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,24 +16,22 @@ from layerstream.pipeline.modeling.edits import Edits
 from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
-from layerstream.pipeline.modeling.gathered_table import (
-    GatheredTable,
-    TableSource,
-)
+from layerstream.pipeline.modeling.gathered_table import GatheredTable
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
 from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.packed_weight import tile_bytes, tiles_are_exact
+from layerstream.pipeline.modeling.table_source import TableSource
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
 from layerstream.pipeline.modeling.weight_sources import (
-    extents_of,
     make_fetch,
     sources_of,
+    table_extents,
+    table_source,
     unpacking_bytes,
-    whole_extent,
 )
 from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
@@ -233,42 +231,35 @@ class Assembly:
         device: torch.device,
         guard: ReadGuard,
         reads: InterruptibleReads,
-    ) -> list[TableSource]:
-        """Put tables that read rows from the files into the embeddings; returns the open files."""
-        files: dict[int, TableSource] = {}
-        with ExitStack() as opened:
-            for name, places in self._gathered.items():
-                recipe = self.traced.recipes[name]
-                rows = self._packed.get(name)
-                extent = (
-                    extents_of(recipe, checkpoint)[0]
-                    if rows is None
-                    else whole_extent(checkpoint, rows.matrices[0].parts[0])
-                )
-                if extent.file not in files:
-                    path = checkpoint.files[extent.file].path
-                    files[extent.file] = opened.enter_context(
-                        TableSource(path, guard=guard, reads=reads)
-                    )
-                table = GatheredTable(
-                    files[extent.file],
-                    offset=extent.offset,
-                    shape=recipe.shape,
-                    dtype=getattr(torch, recipe.dtype),
-                    device=device,
-                    packing=None if rows is None else rows.matrices[0].packing,
-                    row_bytes=None if rows is None else extent.nbytes // rows.rows,
-                )
-                owners = [self.traced.module.get_submodule(place.module) for place in places]
-                tables = [
-                    (owner._parameters, place.name)  # noqa: SLF001
-                    for owner, place in zip(owners, places, strict=True)
-                ]
-                self.edits.register(name, tables, table)
-                for parameters, leaf in tables:
-                    parameters[leaf] = table
-            opened.pop_all()  # the caller closes them from here on
-        return list(files.values())
+    ) -> TableSource | None:
+        """Put tables that read rows from the files into the embeddings; returns what has the files open, if anything."""
+        extents = {
+            name: table_extents(self.traced.recipes[name], self._packed.get(name), checkpoint)
+            for name in self._gathered
+        }
+        if not extents:
+            return None
+        source = table_source(checkpoint, chain.from_iterable(extents.values()), guard, reads)
+        for name, places in self._gathered.items():
+            recipe, rows = self.traced.recipes[name], self._packed.get(name)
+            table = GatheredTable(
+                source,
+                extents=extents[name],
+                shape=recipe.shape,
+                dtype=getattr(torch, recipe.dtype),
+                device=device,
+                packing=None if rows is None else rows.matrices[0].packing,
+                is_copied=recipe.scratch_bytes > 0,
+            )
+            owners = [self.traced.module.get_submodule(place.module) for place in places]
+            tables = [
+                (owner._parameters, place.name)  # noqa: SLF001
+                for owner, place in zip(owners, places, strict=True)
+            ]
+            self.edits.register(name, tables, table)
+            for parameters, leaf in tables:
+                parameters[leaf] = table
+        return source
 
     def batch_of_module(self, plan: Plan) -> dict[str, int]:
         """The index of the layer batch that each module needs, by its path; without batches that are always bound."""

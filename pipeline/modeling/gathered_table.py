@@ -1,27 +1,25 @@
-"""Embedding tables whose rows are read from the file when they are looked up.
+"""Embedding tables whose rows are read from the files when they are looked up.
 
 A token needs one row of a table that may have a quarter of a million. Streaming the whole table for it would cost more
 than a decoder block; reading the row costs a few KiB, and common rows are in the page cache.
 """
 
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
+from layerstream.pipeline.modeling.table_source import FileSpan, TableSource
+from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ModelError
-from layerstream.stages.readers.files import WeightFiles
-from layerstream.stages.readers.guard import ReadGuard
-from layerstream.stages.readers.interruptible import InterruptibleReads
 from layerstream.stages.unpack.packing import Packing
 
-__all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
+__all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "empty_congruent"]
 
 # Buffer for rows between the file and the result: enough for common prompts in one piece, and small compared with
 # any slot.
@@ -36,78 +34,8 @@ _VECTOR_BYTES = 64
 _aten = torch.ops.aten
 
 
-class TableSource:
-    """A weight file that rows are read from, by any number of threads; owns its descriptor.
-
-    Reads go through the page cache, unlike those of the layers: rows are far smaller than the blocks of O_DIRECT, and
-    the same ones are read again and again.
-
-    Args:
-        path: The file.
-        guard: Watches over the reads; by default one of its own.
-        reads: Makes the reads; by default the threads that look rows up do so.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        guard: ReadGuard | None = None,
-        reads: InterruptibleReads | None = None,
-    ) -> None:
-        self._path = Path(path)
-        self._files = WeightFiles([self._path])
-        self._guard = guard or ReadGuard()
-        self._owns_guard = guard is None
-        self._reads = reads
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._path
-
-    def read_into(self, spans: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each buffer with the bytes at its offset in the file.
-
-        Raises:
-            ReadError: The file is too short, or cannot be read.
-            ClosedError: The source has been closed.
-        """
-        if self._reads is None:
-            self._read(spans)
-        else:
-            self._reads.run(lambda: self._read(spans))
-
-    def _read(self, spans: Sequence[tuple[int, memoryview]]) -> None:
-        with self._files.in_use(0) as descriptor:
-            # All spans are requested at once, so that the disk works on them in parallel.
-            for offset, buffer in spans:
-                with self._guard.watching(self._path, offset):
-                    os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
-            for offset, buffer in spans:
-                self._files.read(0, offset, buffer, self._guard)
-            self._files.refuse_change(0)
-
-    def close(self) -> None:
-        """Refuse further reads. The descriptor is closed when the last read in progress ends."""
-        self._files.close()
-        if self._owns_guard:
-            self._guard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 class GatheredTable(Streams, torch.nn.Parameter):
-    """An embedding's weight that stays in its file.
+    """An embedding's weight that stays in its files.
 
     To torch it is a parameter of the table's shape (rows, width), dtype and device. Looking rows up gives the same
     bits as a table in memory, on the device of the indices. Any other computation reads the whole table if it is
@@ -115,10 +43,13 @@ class GatheredTable(Streams, torch.nn.Parameter):
     """
 
     _source: TableSource
-    _offset: int
+    _extents: tuple[Extent, ...]
+    _first_rows: list[int]
+    """Of each extent, and behind them the number of all rows."""
     _packing: Packing | None
     _row_bytes: int
-    """In the file."""
+    """In the files."""
+    _is_copied: bool
 
     # torch's functions run unchanged, down to the operations that __torch_dispatch__ gets. So metadata is torch's own,
     # and every computation with the table arrives there.
@@ -129,17 +60,17 @@ class GatheredTable(Streams, torch.nn.Parameter):
         cls: type[Self],
         source: TableSource,
         *,
-        offset: int,
+        extents: Sequence[Extent],
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
         packing: Packing | None = None,
-        row_bytes: int | None = None,
+        is_copied: bool = False,
     ) -> Self:
-        """Make a table whose rows are contiguous in the source, from byte ``offset`` on.
+        """Make a table of the rows in ``extents`` of the source's files, one behind the other.
 
-        ``shape`` and ``dtype`` are those of the unpacked table; with a ``packing``, ``row_bytes`` is what a row takes in
-        the file.
+        Each extent holds whole rows, which are ``packing`` rows if there is one; ``shape`` and ``dtype`` are those of the
+        unpacked table. ``is_copied``: transformers copies the rows from the mapped file, since loading does more than that.
         """
         if len(shape) != 2:  # noqa: PLR2004 - rows and width
             raise ModelError(
@@ -148,15 +79,17 @@ class GatheredTable(Streams, torch.nn.Parameter):
         table: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
         )
-        table._source, table._offset = source, offset
-        table._packing = packing
-        table._row_bytes = row_bytes or shape[1] * dtype.itemsize
+        table._source, table._extents = source, tuple(extents)
+        table._packing, table._is_copied = packing, is_copied
+        table._row_bytes = sum(extent.nbytes for extent in extents) // max(1, shape[0])
+        counts = (extent.nbytes // max(1, table._row_bytes) for extent in extents)
+        table._first_rows = list(accumulate(counts, initial=0))
         return table
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
-            f"GatheredTable({self._source.path}, offset={self._offset}, shape={tuple(self.shape)}, "
-            f"dtype={self.dtype}, device={str(self.device)!r})"
+            f"GatheredTable({self._source.path(self._extents[0].file)}, offset={self._extents[0].offset}, "
+            f"extents={len(self._extents)}, shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
         )
 
     @classmethod
@@ -175,9 +108,10 @@ class GatheredTable(Streams, torch.nn.Parameter):
             is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
             if leaf.nbytes > SMALL_WEIGHT_BYTES or is_written:
                 raise _refusal(str(func))
-            # transformers computes with the bytes in the mapped file, and some kernels give other bits at other
+            # Mostly transformers computes with the bytes in the mapped file, and some kernels give other bits at other
             # addresses modulo the widest vectors.
-            table = empty_congruent(leaf.shape, leaf.dtype, leaf._offset)  # noqa: SLF001
+            offset = 0 if leaf._is_copied else leaf._extents[0].offset  # noqa: SLF001
+            table = empty_congruent(leaf.shape, leaf.dtype, offset)
             return leaf._read(list(range(leaf.shape[0])), table).to(leaf.device)  # noqa: SLF001
 
         return func(*pytree.tree_map(read_whole, args), **pytree.tree_map(read_whole, kwargs or {}))
@@ -223,17 +157,31 @@ class GatheredTable(Streams, torch.nn.Parameter):
             stored = torch.empty((len(rows), stride), dtype=torch.uint8)
         raw_bytes: Any = stored.numpy()
         buffer = memoryview(raw_bytes).cast("B")
-        spans: list[tuple[int, memoryview]] = []
-        begin = 0
-        for end in range(1, len(rows) + 1):
-            if end == len(rows) or rows[end] != rows[end - 1] + 1:
-                span = buffer[begin * stride : end * stride]
-                spans.append((self._offset + rows[begin] * stride, span))
-                begin = end
-        self._source.read_into(spans)
+        self._source.read_into(
+            [
+                FileSpan(file, offset, buffer[begin * stride : end * stride])
+                for file, offset, begin, end in self._places(rows)
+            ]
+        )
         if self._packing is not None:
             self._packing.unpack([stored], 0, result)
         return result
+
+    def _places(self, rows: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+        """File and offset of rows, in ascending order, that follow one another there, and which of ``rows`` they are."""
+        begin = 0
+        while begin < len(rows):
+            part = bisect_right(self._first_rows, rows[begin]) - 1
+            end = begin + 1
+            while (
+                end < len(rows)
+                and rows[end] == rows[end - 1] + 1
+                and rows[end] < self._first_rows[part + 1]
+            ):
+                end += 1
+            extent, skipped = self._extents[part], rows[begin] - self._first_rows[part]
+            yield extent.file, extent.offset + skipped * self._row_bytes, begin, end
+            begin = end
 
 
 def empty_congruent(shape: Sequence[int], dtype: torch.dtype, offset: int) -> torch.Tensor:

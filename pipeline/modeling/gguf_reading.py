@@ -6,23 +6,19 @@ files is one that transformers does not know: it reads the first.
 
 import importlib.util
 import struct
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.replacing import for_this_thread
 from layerstream.stages.errors import ModelError
 
-__all__ = ["for_this_thread", "load_gguf_tokenizer", "quick_headers", "require_gguf_packages"]
-
-# Replacing a function of a module is undone in the reverse order only, so one thread at a time does it.
-_LOCK = threading.RLock()
+__all__ = ["load_gguf_tokenizer", "quick_headers", "require_gguf_packages"]
 
 # Shorter arrays hold values per layer, which configs are made from; longer ones are vocabularies, of which configs
 # only have the length.
@@ -41,20 +37,6 @@ def require_gguf_packages(path: Path) -> None:
             f"{path} is a GGUF model, for which transformers needs {' and '.join(missing)}: "
             "pip install 'layerstream[hf]'."
         )
-
-
-@contextmanager
-def for_this_thread(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[Any]:
-    """Replace the function ``name`` of a module or class for calls of this thread; yields the original."""
-    original = getattr(owner, name)
-    thread = threading.get_ident()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        chosen = replacement if threading.get_ident() == thread else original
-        return chosen(*args, **kwargs)
-
-    with _LOCK, patch.object(owner, name, call):
-        yield original
 
 
 @contextmanager

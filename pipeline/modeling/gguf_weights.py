@@ -15,11 +15,8 @@ from typing import Any, Literal
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
-from layerstream.pipeline.modeling.gguf_reading import (
-    for_this_thread,
-    quick_headers,
-    require_gguf_packages,
-)
+from layerstream.pipeline.modeling.gguf_reading import quick_headers, require_gguf_packages
+from layerstream.pipeline.modeling.replacing import for_this_thread
 from layerstream.pipeline.modeling.traced_array import TracedArray
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.pipeline.modeling.unpacking import unpacked

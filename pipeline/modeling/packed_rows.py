@@ -85,9 +85,11 @@ class PackedRows:
 
     @property
     def is_table(self) -> bool:
-        """Whether each row is in one piece in one checkpoint tensor, in the order of the parameter."""
-        single = len(self.matrices) == 1 and len(self.matrices[0].parts) == 1
-        return single and not self.transposed and self.runs == (RowRun(0, 0, self.rows),)
+        """Whether rows are whole in the files: those of one matrix after another, each in one checkpoint tensor."""
+        whole = tuple(RowRun(number, 0, each.rows) for number, each in enumerate(self.matrices))
+        single = all(len(matrix.parts) == 1 for matrix in self.matrices)
+        alike = len({matrix.packing for matrix in self.matrices}) == 1
+        return single and alike and not self.transposed and self.runs == whole
 
     def unpack(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.pipeline.modeling.building import building_alone
 from layerstream.pipeline.modeling.checkpoint_mismatch import refuse_mismatch
 from layerstream.pipeline.modeling.config import (
     config_of,
@@ -31,8 +32,8 @@ from layerstream.stages.errors import ModelError
 
 __all__ = ["TracedModel", "config_of", "load_config", "resolve_model_class", "trace_model"]
 
-# While it builds a model, from_pretrained replaces functions of transformers and torch's default dtype. Two calls
-# at once might leave each other's replacements in place for good.
+# While it loads a model, from_pretrained replaces functions of torch and transformers. Two calls at once might leave
+# each other's replacements in place for good.
 _LOADING_LOCK = threading.Lock()
 
 
@@ -113,7 +114,7 @@ def _load_tracers(
     **kwargs: Any,
 ) -> Any:
     """Let transformers load a model whose parameters are tracers; ``finish`` gets it."""
-    with _LOADING_LOCK, _without_progress_bar():
+    with _LOADING_LOCK, _without_progress_bar(), building_alone():
         loader = _loader_class(model_class, checkpoint, initialize_missing=initialize_missing)
         try:
             if checkpoint.format == "GGUF":

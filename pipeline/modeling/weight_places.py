@@ -10,6 +10,7 @@ from torch import nn
 from layerstream.pipeline.modeling.execution_trace import ExecutionTrace
 from layerstream.pipeline.modeling.gathered_table import SMALL_WEIGHT_BYTES
 from layerstream.pipeline.modeling.packed_rows import PackedRows
+from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import TracedModel
 
 __all__ = ["WeightPlace", "gathered_places", "places_of"]
@@ -54,7 +55,7 @@ def gathered_places(
     traces: Sequence[ExecutionTrace],
     packed: Mapping[str, PackedRows],
 ) -> dict[str, list[WeightPlace]]:
-    """Embedding tables whose rows are stored in a file, each with the embeddings that look rows up in it.
+    """Embedding tables whose rows are stored in files, each with the embeddings that look rows up in it.
 
     ``packed``: The parameters that are packed, by the names of their recipes.
     """
@@ -62,9 +63,10 @@ def gathered_places(
     gathered = {}
     for name, places_of_table in places.items():
         recipe = traced.recipes[name]
-        plain = recipe.pieces is not None and len(recipe.pieces) == 1
         rows = packed.get(name)
-        if len(recipe.shape) != 2 or not (plain or (rows is not None and rows.is_table)):  # noqa: PLR2004
+        if len(recipe.shape) != 2 or not (  # noqa: PLR2004
+            _has_whole_rows(recipe) if rows is None else rows.is_table
+        ):
             continue
         nbytes = torch.Size(recipe.shape).numel() * getattr(torch, recipe.dtype).itemsize
         lookups = [
@@ -76,6 +78,13 @@ def gathered_places(
         if lookups:
             gathered[name] = lookups
     return gathered
+
+
+def _has_whole_rows(recipe: Recipe) -> bool:
+    """Whether no row of a table is cut: it may be in many parts, but not in columns."""
+    row_bytes = recipe.shape[1] * getattr(torch, recipe.dtype).itemsize
+    pieces = recipe.pieces or ()
+    return bool(pieces) and not any(piece.nbytes % row_bytes for piece in pieces)
 
 
 def _looks_rows_up(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """What is read from the files for each parameter: the extents of its bytes, packed or plain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,15 +10,26 @@ from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.pipeline.modeling.binding import source_name
 from layerstream.pipeline.modeling.gathered_table import (
     SMALL_WEIGHT_BYTES,
-    TableSource,
     empty_congruent,
 )
+from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.table_source import FileSpan, TableSource
 from layerstream.pipeline.modeling.unpacking import Unpack
 from layerstream.pipeline.planning.layout import TensorSource
 from layerstream.stages.batch import Extent
+from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.interruptible import InterruptibleReads
 
-__all__ = ["extents_of", "make_fetch", "sources_of", "unpacking_bytes", "whole_extent"]
+__all__ = [
+    "extents_of",
+    "make_fetch",
+    "sources_of",
+    "table_extents",
+    "table_source",
+    "unpacking_bytes",
+    "whole_extent",
+]
 
 
 def extents_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Extent, ...]:
@@ -44,14 +55,37 @@ def make_fetch(
         tensor = empty_congruent(recipe.shape, getattr(torch, recipe.dtype), offset)
         raw_bytes: Any = tensor.view(-1).view(torch.uint8).numpy()
         buffer = memoryview(raw_bytes).cast("B")
-        begin = 0
+        spans, begin = [], 0
         for extent in extents:
-            with TableSource(checkpoint.files[extent.file].path) as source:
-                source.read_into([(extent.offset, buffer[begin : begin + extent.nbytes])])
+            spans.append(
+                FileSpan(extent.file, extent.offset, buffer[begin : begin + extent.nbytes])
+            )
             begin += extent.nbytes
+        with table_source(checkpoint, extents) as source:
+            source.read_into(spans)
         return tensor.to(device)
 
     return fetch
+
+
+def table_source(
+    checkpoint: Checkpoint,
+    extents: Iterable[Extent],
+    guard: ReadGuard | None = None,
+    reads: InterruptibleReads | None = None,
+) -> TableSource:
+    """What reads ``extents``, with the files open that they are in."""
+    files = {extent.file: checkpoint.files[extent.file] for extent in extents}
+    return TableSource(files, guard=guard, reads=reads)
+
+
+def table_extents(
+    recipe: Recipe, rows: PackedRows | None, checkpoint: Checkpoint
+) -> tuple[Extent, ...]:
+    """The parts of files that a gathered table's rows are in; ``rows`` if they are packed."""
+    if rows is None:
+        return extents_of(recipe, checkpoint)
+    return tuple(whole_extent(checkpoint, matrix.parts[0]) for matrix in rows.matrices)
 
 
 def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> list[TensorSource]:

@@ -8,7 +8,7 @@ from typing import Any
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.layout import PlannedLayer
-from layerstream.pipeline.planning.model_shape import with_text_config
+from layerstream.pipeline.planning.model_shape import shape_of, with_text_config
 
 __all__ = ["ComputeCost", "PassShape", "packed_bytes"]
 
@@ -46,19 +46,19 @@ class ComputeCost:
     def __init__(
         self, config: Mapping[str, Any] | None, rates: Rates, *, fused_tokens: int = 0
     ) -> None:
-        text = with_text_config(config or {})
+        shape = shape_of(config)
         self._rates = rates
         self._fused_tokens = fused_tokens
         self._weights: dict[str, _Weights] = {}  # by layer name
-        self._encodes_once = bool(text.get("is_encoder_decoder"))
-        experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
-        per_token = _first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
-        self._expert_share = min(1.0, per_token / experts) if experts and per_token else 1.0
-        heads = _first(text, "num_attention_heads", "n_head", "num_heads") or 0
-        hidden = _first(text, "hidden_size", "n_embd", "d_model") or 0
-        head = _first(text, "head_dim", "d_kv") or (hidden // heads if heads else 0)
-        self._attention_width = heads * head
-        self._kv_width = 2 * (_first(text, "num_key_value_heads") or heads) * head
+        self._encodes_once = bool(with_text_config(config or {}).get("is_encoder_decoder"))
+        self._expert_share = 1.0
+        self._attention_width = self._kv_width = 0
+        if shape is not None:
+            if shape.experts and shape.experts_per_token:
+                self._expert_share = min(1.0, shape.experts_per_token / shape.experts)
+            # Keys are multiplied with queries, and values with what comes of that.
+            self._attention_width = shape.heads * (shape.key + shape.value) // 2
+            self._kv_width = sum(shape.cached)
 
     def visits(self, layer: PlannedLayer, shape: PassShape) -> bool:
         """Whether the pass needs ``layer``: an encoder runs for the prompt only."""
@@ -173,8 +173,3 @@ def packed_bytes(layers: Iterable[PlannedLayer]) -> dict[str, tuple[int, int]]:
                     before[1] + tensor.packed.plain_bytes,
                 )
     return found
-
-
-def _first(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of ``names`` that is a positive number in ``config``."""
-    return next((config[n] for n in names if type(config.get(n)) is int and config[n] > 0), None)

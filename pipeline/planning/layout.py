@@ -1,6 +1,5 @@
 """One layer batch -> coalesced reads and places in its two images. Pure: no I/O."""
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,23 +8,18 @@ from typing import NamedTuple
 
 import torch
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
-from layerstream.pipeline.checkpoint.packed_form import PackedForm, packed_form
-from layerstream.pipeline.planning.expert_names import split_experts
+from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.pipeline.planning.expert_source import ExpertSource
-from layerstream.pipeline.planning.tiles import tile_bytes, tile_count
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
-__all__ = ["PlannedLayer", "TensorSource", "layout_batch", "planned_layers"]
+__all__ = ["PlannedLayer", "TensorSource", "layout_batch"]
 
 # A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
 _COPY_GAP_BYTES = 16 << 10
 
-# Names of embedding tables, whose rows are looked up.
-_TABLE = re.compile("emb|wte|wpe|shared")
 _MATRIX_DIMENSIONS = 2
 
 # Matrices begin at multiples of this in a GPU's images: cuBLASLt chooses kernels by the alignment of its operands, up
@@ -89,65 +83,6 @@ class PlannedLayer:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-
-def planned_layers(
-    checkpoint: Checkpoint,
-    layers: Sequence[Layer],
-    *,
-    gathers_tables: bool = False,
-    experts_on_demand: bool = False,
-    sequences: int = 1,
-) -> tuple[PlannedLayer, ...]:
-    """``layers`` with the files, offsets, dtypes and shapes of their tensors.
-
-    Args:
-        checkpoint: Where the tensors are.
-        layers: In execution order.
-        gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
-            looked up. A table that is also the head's matrix stays in the head.
-        experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` on a CPU does.
-        sequences: How many requests compute at the same time.
-    """
-
-    def is_streamed(layer: Layer, name: str) -> bool:
-        if not gathers_tables or layer.kind is not LayerKind.EMBEDDING:
-            return True
-        is_matrix = len(checkpoint.tensors[name].shape) == _MATRIX_DIMENSIONS
-        return not (is_matrix and _TABLE.search(name))
-
-    def source(name: str) -> TensorSource:
-        info = checkpoint.tensors[name]
-        extent = Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)
-        return TensorSource(
-            name=name,
-            dtype=info.dtype,
-            shape=info.shape,
-            extents=(extent,),
-            packed=packed_form(checkpoint, info),
-        )
-
-    planned = []
-    for layer in layers:
-        names: Sequence[str] = [name for name in layer.tensors if is_streamed(layer, name)]
-        experts: tuple[ExpertSource, ...] = ()
-        if experts_on_demand:
-            names, experts = split_experts(checkpoint, names)
-        tensors = tuple(map(source, names))
-        planned.append(
-            PlannedLayer(
-                name=layer.name,
-                kind=layer.kind,
-                tensors=tensors,
-                tile_bytes=tile_count(sequences)
-                * max(
-                    (tile_bytes(t.shape[0], t.packed.plain_bytes) for t in tensors if t.packed),
-                    default=0,
-                ),
-                experts=experts,
-            )
-        )
-    return tuple(layer for layer in planned if layer.tensors)
 
 
 class _Piece(NamedTuple):

@@ -114,7 +114,9 @@ def _head_widths(config: Config, hidden: int, heads: int) -> tuple[int, int, tup
         key = _number(config, "qk_nope_head_dim") + rotated
         return key, _number(config, "v_head_dim"), (latent, rotated)
     kv_heads = _number(config, "num_key_value_heads", "num_kv_heads") or heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+    if config.get("new_decoder_architecture"):  # cached after they were repeated for all heads
+        kv_heads = heads
+    elif config.get("multi_query"):
         kv_heads = 1
     return head, head, (kv_heads * head, kv_heads * head)
 

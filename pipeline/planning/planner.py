@@ -17,13 +17,18 @@ from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
 from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
-from layerstream.pipeline.planning.layout import PlannedLayer, planned_layers
+from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
+from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.prediction import Candidate, Objective
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
-from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
+from layerstream.pipeline.planning.workload_memory import (
+    WorkloadMemory,
+    estimate_memory,
+    has_sinks,
+)
 from layerstream.stages.errors import PlanError
 from layerstream.stages.text import format_seconds
 
@@ -180,7 +185,7 @@ def _memory(
 ) -> WorkloadMemory | None:
     if workload is None or measured is not None:
         return measured
-    return estimate_memory(checkpoint.config, workload)
+    return estimate_memory(checkpoint.config, workload, sinks=has_sinks(checkpoint.tensors))
 
 
 def _reader_note(candidates: Sequence[PricedCandidate]) -> str | None:

@@ -1,11 +1,12 @@
 """The memory of a workload besides the weights, estimated from a model's shape. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_of
 from layerstream.pipeline.planning.plan import Workload
 
-__all__ = ["WorkloadMemory", "estimate_memory", "kv_bytes", "workload_bytes"]
+__all__ = ["WorkloadMemory", "estimate_memory", "has_sinks", "kv_bytes", "workload_bytes"]
 
 _FLOAT32_BYTES = 4
 
@@ -62,11 +63,23 @@ class WorkloadMemory:
         )
 
 
-def estimate_memory(config: Config | None, workload: Workload) -> WorkloadMemory | None:
+def has_sinks(names: Iterable[str]) -> bool:
+    """Whether attention has sinks, by the names of a model's weights: no config says it."""
+    return any(name.rpartition(".")[2] == "sinks" for name in names)
+
+
+def estimate_memory(
+    config: Config | None, workload: Workload, *, sinks: bool = False
+) -> WorkloadMemory | None:
     """Estimate the memory of ``workload`` in the model that ``config`` (a config.json) describes.
 
     The cache is exact for attention that transformers caches by heads: grouped, sliding, latent. Activations are an
     estimate: those of the largest step of a block, with attention scores only if no fused kernel supports the heads.
+
+    Args:
+        config: The model's.
+        workload: What it is asked for.
+        sinks: Whether its attention has sinks, for which transformers computes all scores.
 
     Returns:
         None if ``config`` lacks shape.
@@ -80,13 +93,13 @@ def estimate_memory(config: Config | None, workload: Workload) -> WorkloadMemory
     # While a layer's keys grow by concatenation, they exist twice.
     growth = batch * tokens * max(shape.cached) * shape.item_bytes if shape.windows else 0
     logits = batch * shape.vocabulary * (shape.item_bytes + _SAMPLING_BYTES)
-    prefill = max(_activation_bytes(shape, batch, prompt, prompt), logits)
+    prefill = max(_activation_bytes(shape, batch, prompt, prompt, sinks=sinks), logits)
     # A sliding window keeps all of the prompt until the next token.
     prefill += max(0, _cached_bytes(shape, batch, prompt, slides=False) - cached)
     return WorkloadMemory(
         kv_bytes=cached,
         prefill_bytes=prefill,
-        decode_bytes=growth + max(_activation_bytes(shape, batch, 1, tokens), logits),
+        decode_bytes=growth + max(_activation_bytes(shape, batch, 1, tokens, sinks=sinks), logits),
         measured=False,
     )
 
@@ -121,11 +134,13 @@ def _cached_bytes(shape: ModelShape, batch: int, tokens: int, *, slides: bool = 
     return batch * (kept_tokens * sum(shape.cached) + shape.recurrent_state) * shape.item_bytes
 
 
-def _activation_bytes(shape: ModelShape, batch: int, tokens: int, context: int) -> int:
+def _activation_bytes(
+    shape: ModelShape, batch: int, tokens: int, context: int, *, sinks: bool
+) -> int:
     """The most that is alive while a block computes ``tokens`` new ones of ``context`` tokens per sequence."""
     padded = -(-tokens // shape.chunk_tokens) * shape.chunk_tokens if tokens > 1 else tokens
     attention = max(
-        batch * _score_bytes(shape, tokens, context),
+        batch * _score_bytes(shape, tokens, context, sinks=sinks),
         batch * _mask_bytes(shape, batch, tokens, context),
         _bias_bytes(shape, batch, tokens, context),
     )
@@ -148,8 +163,12 @@ def _token_bytes(shape: ModelShape) -> int:
     return max(norm, attention, mlp, scan)
 
 
-def _score_bytes(shape: ModelShape, tokens: int, context: int) -> int:
+def _score_bytes(shape: ModelShape, tokens: int, context: int, *, sinks: bool) -> int:
     """Of a sequence's attention scores, where they are computed without a fused kernel."""
+    if sinks:
+        # Scores, those with the sinks beside them, and their softmax; and the keys and values for all heads.
+        pairs = 3 * shape.heads * tokens * context
+        return (pairs + shape.heads * context * (shape.key + shape.value)) * shape.item_bytes
     if shape.key == shape.value:
         return 0
     # No fused CPU kernel supports these: scores and weights in float32, keys and values for all heads.

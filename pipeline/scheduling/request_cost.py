@@ -23,7 +23,7 @@ from layerstream.pipeline.modeling.call_arguments import (
 from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
-from layerstream.pipeline.planning.workload_memory import estimate_memory, workload_bytes
+from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks, workload_bytes
 from layerstream.pipeline.scheduling.request_memory import Parts, RequestMemory
 
 __all__ = ["Estimator", "RequestCost"]
@@ -79,6 +79,7 @@ class Estimator:
         self._config = config
         self._workload = workload
         self._memory = memory
+        self._sinks = has_sinks(name for name, _ in module.named_parameters())
         self._scales = (1.0, 1.0)
         if plan is not None:
             own = workload.batch_size * own_buffer_bytes
@@ -233,7 +234,7 @@ class Estimator:
 
     def _estimated(self, workload: Workload) -> Parts:
         """KV cache and activations of ``workload``."""
-        memory = estimate_memory(self._config, workload)
+        memory = estimate_memory(self._config, workload, sinks=self._sinks)
         if memory is None:
             return Parts(0, 0)
         cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes

@@ -10,7 +10,9 @@ import transformers
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling import gathered_table
-from layerstream.pipeline.modeling.gathered_table import GatheredTable, TableSource
+from layerstream.pipeline.modeling.gathered_table import GatheredTable
+from layerstream.pipeline.modeling.table_source import TableSource
+from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ModelError
 
 TINY = {
@@ -49,7 +51,7 @@ def test_models_compute_the_same_with_gathered_tables(
     inputs = torch.tensor([[5, 9, 3, 3, 99, 0]])
     with torch.no_grad():
         expected = model(input_ids=inputs)[0]
-    with TableSource(checkpoint.files[0].path) as source:
+    with TableSource(dict(enumerate(checkpoint.files))) as source:
         tables = [
             (name, module)
             for name, module in model.named_modules()
@@ -58,7 +60,11 @@ def test_models_compute_the_same_with_gathered_tables(
         for name, module in tables:
             info = checkpoint.tensors[f"{name}.weight"]
             module.weight = GatheredTable(
-                source, offset=info.offset, shape=info.shape, dtype=dtype, device=model.device
+                source,
+                extents=[Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)],
+                shape=info.shape,
+                dtype=dtype,
+                device=model.device,
             )
         with torch.no_grad():
             assert torch.equal(model(input_ids=inputs)[0], expected)
@@ -72,10 +78,10 @@ def test_a_large_tied_head_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     info = checkpoint.tensors["model.embed_tokens.weight"]
-    with TableSource(checkpoint.files[info.file].path) as source:
+    with TableSource(dict(enumerate(checkpoint.files))) as source:
         weight = GatheredTable(
             source,
-            offset=info.offset,
+            extents=[Extent(file=info.file, offset=info.offset, nbytes=info.nbytes)],
             shape=info.shape,
             dtype=torch.float32,
             device=torch.device("cpu"),

@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerstream.pipeline.checkpoint.formats.format import WeightFile
 from layerstream.pipeline.modeling import gathered_table
-from layerstream.pipeline.modeling.gathered_table import GatheredTable, TableSource
+from layerstream.pipeline.modeling.gathered_table import GatheredTable
+from layerstream.pipeline.modeling.table_source import FileSpan, TableSource
+from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ClosedError, ModelError, ReadError
 
 ROWS, WIDTH, OFFSET = 50, 16, 13  # the offset has no alignment, as in real files
@@ -27,11 +30,28 @@ def write_table(path: Path, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     return table
 
 
+def source_of(*paths: Path) -> TableSource:
+    return TableSource(
+        {
+            number: WeightFile(name=path.name, path=path, size_bytes=path.stat().st_size)
+            for number, path in enumerate(paths)
+        }
+    )
+
+
+def whole(dtype: torch.dtype = torch.bfloat16, offset: int = OFFSET) -> tuple[Extent, ...]:
+    return (Extent(file=0, offset=offset, nbytes=ROWS * WIDTH * dtype.itemsize),)
+
+
 def gathered(
     source: TableSource, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> GatheredTable:
     return GatheredTable(
-        source, offset=OFFSET, shape=(ROWS, WIDTH), dtype=dtype, device=torch.device(device)
+        source,
+        extents=whole(dtype),
+        shape=(ROWS, WIDTH),
+        dtype=dtype,
+        device=torch.device(device),
     )
 
 
@@ -42,14 +62,14 @@ def table(tmp_path: Path) -> torch.Tensor:
 
 @pytest.fixture
 def source(tmp_path: Path, table: torch.Tensor) -> Iterator[TableSource]:  # noqa: ARG001
-    with TableSource(tmp_path / "table") as source:
+    with source_of(tmp_path / "table") as source:
         yield source
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_gathered_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     table = write_table(tmp_path / "table", dtype)
-    with TableSource(tmp_path / "table") as source:
+    with source_of(tmp_path / "table") as source:
         indices = torch.tensor([[0, 49, 3], [3, 4, 5]])
         found = torch.nn.functional.embedding(indices, gathered(source, dtype))
     assert found.dtype == dtype
@@ -63,7 +83,7 @@ def test_any_indices_in_any_order_are_found_with_any_scratch(
     path = tmp_path_factory.mktemp("table") / "table"
     table = write_table(path)
     indices = torch.tensor(wanted, dtype=torch.int64)
-    with pytest.MonkeyPatch.context() as patch, TableSource(path) as source:
+    with pytest.MonkeyPatch.context() as patch, source_of(path) as source:
         patch.setattr(gathered_table, "_SCRATCH_BYTES", scratch_bytes)
         found = torch.nn.functional.embedding(indices, gathered(source))
     assert torch.equal(found, table[indices])
@@ -106,8 +126,8 @@ def test_adjacent_rows_are_read_at_once(
     spans: list[tuple[int, int]] = []
     read_into = source.read_into
 
-    def read(requested: list[tuple[int, memoryview]]) -> None:
-        spans.extend((offset, len(buffer)) for offset, buffer in requested)
+    def read(requested: list[FileSpan]) -> None:
+        spans.extend((span.offset, len(span.buffer)) for span in requested)
         read_into(requested)
 
     monkeypatch.setattr(source, "read_into", read)
@@ -169,32 +189,40 @@ def test_a_small_table_may_be_read_whole_but_not_written(
         torch.nn.init.zeros_(small)
 
 
-def test_a_table_read_whole_lies_in_memory_as_in_the_mapped_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_table_read_whole_lies_in_memory_as_with_transformers(
+    tmp_path: Path, *, is_copied: bool
+) -> None:
     table = write_table(tmp_path / "table", torch.float32)
     (tmp_path / "table").write_bytes(bytes(20) + table.numpy().tobytes())
-    with TableSource(tmp_path / "table") as source:
+    with source_of(tmp_path / "table") as source:
         small = GatheredTable(
-            source, offset=20, shape=(ROWS, WIDTH), dtype=torch.float32, device=torch.device("cpu")
+            source,
+            extents=whole(torch.float32, offset=20),
+            shape=(ROWS, WIDTH),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            is_copied=is_copied,
         )
-        assert small.t().data_ptr() % 64 == 20
+        assert small.t().data_ptr() % 64 == (0 if is_copied else 20)
 
 
 def test_a_table_has_two_dimensions(source: TableSource) -> None:
     with pytest.raises(ModelError, match=r"not the shape \(3,\)"):
         GatheredTable(
-            source, offset=0, shape=(3,), dtype=torch.bfloat16, device=torch.device("cpu")
+            source, extents=whole(), shape=(3,), dtype=torch.bfloat16, device=torch.device("cpu")
         )
 
 
 def test_a_file_that_shrinks_is_an_error_not_zeros(source: TableSource) -> None:
-    os.truncate(source.path, OFFSET + 9 * WIDTH * 2 + 1)
+    os.truncate(source.path(0), OFFSET + 9 * WIDTH * 2 + 1)
     for row in (8, 9):  # before the end, and behind it
         with pytest.raises(ReadError, match=r"table.* 302 bytes"):
             torch.nn.functional.embedding(torch.tensor([row]), gathered(source))
 
 
 def test_a_file_that_was_written_to_is_an_error(source: TableSource) -> None:
-    with source.path.open("r+b") as stream:
+    with source.path(0).open("r+b") as stream:
         stream.write(b"\1")
     with pytest.raises(ReadError, match="table: was written to"):
         torch.nn.functional.embedding(torch.tensor([8]), gathered(source))
@@ -214,8 +242,9 @@ def test_short_reads_are_continued(
 def test_a_missing_file_and_a_failing_disk_are_read_errors(
     tmp_path: Path, source: TableSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    nowhere = WeightFile(name="nowhere", path=tmp_path / "nowhere", size_bytes=1)
     with pytest.raises(ReadError, match=r"nowhere: cannot be opened: No such file"):
-        TableSource(tmp_path / "nowhere")
+        TableSource({0: nowhere})
 
     def fail(*_: Any) -> int:
         raise OSError(5, "Input/output error")

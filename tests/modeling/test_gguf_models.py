@@ -15,7 +15,7 @@ from support.streaming import bits_equal
 
 from layerstream.pipeline import Checkpoint, ModelError, StreamedModel
 from layerstream.pipeline.modeling import gguf_reading
-from layerstream.pipeline.modeling.gguf_reading import for_this_thread
+from layerstream.pipeline.modeling.replacing import for_this_thread
 from layerstream.pipeline.modeling.tracing import config_of, resolve_model_class, trace_model
 
 IDS = torch.arange(9)[None] + 1

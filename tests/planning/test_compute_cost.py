@@ -77,3 +77,40 @@ def test_operations_per_element_take_a_share_of_multiplying_and_none_of_reading_
     assert seconds(10**9, tokens=1) - 0.1 - 2 / 5000 < multiplication
     long = seconds(10**9, tokens=640) - 2 / 5000
     assert 1.1 < long / 1.0 < 1.4
+
+
+STEP = PassShape(sequences=1, tokens=1, context=4096, prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "cached"),
+    [
+        ({"d_model": 1024, "n_heads": 8, "n_layers": 1}, 1024, 2048),  # MPT
+        (
+            {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 1}
+            | {"multi_query": True},
+            1024,
+            256,
+        ),  # Falcon, with one head of keys and values
+        (
+            {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 1}
+            | {
+                "kv_lora_rank": 64,
+                "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 48,
+                "v_head_dim": 32,
+            },
+            8 * (64 + 32) // 2,
+            80,
+        ),  # latent attention caches a vector for all heads
+    ],
+    ids=["mpt", "falcon", "latent"],
+)
+def test_attention_and_cache_are_priced_by_the_shape_that_memory_is_estimated_by(
+    config, attention, cached
+):
+    rates = rates_of(dataclasses.replace(CPU, **KNOWN))
+    found = ComputeCost(config, rates).seconds(block(256), STEP)
+    nothing = ComputeCost(config, rates).seconds(block(256), dataclasses.replace(STEP, context=0))
+    expected = 4 * 4096 * attention / 5e9 + 2 * 4096 * cached / 4e9
+    assert found - nothing == pytest.approx(expected)

@@ -21,7 +21,7 @@ from layerstream.pipeline.planning.expert_cells import (
     filled_cells,
 )
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
-from layerstream.pipeline.planning.layout import planned_layers
+from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.stages.batch import Extent
 
 

@@ -12,8 +12,8 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin, UnpackingRate
-from layerstream.pipeline.planning.layout import planned_layers
 from layerstream.pipeline.planning.plan import Budget, Plan, Workload
+from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.report.plan_report import report_plan
 

@@ -267,6 +267,12 @@ def test_inputs_that_are_not_tokens_count_as_a_workload_and_are_never_refused(
         assert cost.nbytes == reserved
 
 
+def test_attention_with_sinks_reserves_all_scores(tmp_path: Path) -> None:
+    estimator, config = estimator_for(save_model(tmp_path / "model", "gpt-oss"))
+    cost = estimator.forward((torch.ones((1, 512)).long(),), {})
+    assert cost.nbytes > 3 * config["num_attention_heads"] * 512 * 512 * 4
+
+
 # -- long prompts --------------------------------------------------------------------------------
 
 

@@ -67,6 +67,19 @@ LINEAR = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+NGRAMS = {
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "ple_layer_ids": [2],
+    "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 8,
+    "eos_token_id": 99,
+}
 LISTENING = {
     "conv_dim": (32, 32),
     "conv_stride": (5, 2),
@@ -119,6 +132,17 @@ CASES = {
         "FalconForCausalLM",
         "FalconConfig",
         {**SHORT, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "falcon-new": Case(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**SHORT, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+        | {"new_decoder_architecture": True},
+    ),
+    "mpt": Case(
+        "MptForCausalLM",
+        "MptConfig",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 100, "max_seq_len": 128},
     ),
     "bloom": Case("BloomForCausalLM", "BloomConfig", {**SHORT, "n_layer": 2, "n_head": 4}),
     "opt": Case(
@@ -198,6 +222,12 @@ CASES = {
     ),
     # It adds weights to activations in place.
     "convbert": Case("ConvBertForMaskedLM", "ConvBertConfig", {**TEXT, "embedding_size": 32}),
+    # Its n-gram table is in eight tensors.
+    "qwen4-exp": Case(
+        "Qwen4ExpForCausalLM",
+        "Qwen4ExpTextConfig",
+        {**GROUPED, **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, **NGRAMS},
+    ),
     # Sinusoidal positions are parameters that no checkpoint stores.
     "marian": Case(
         "MarianMTModel",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
-from layerstream.pipeline.planning.layout import planned_layers
+from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.tools.cli import main
 from layerstream.tools.commands.make_checkpoint import BUSIEST_TENTH
 from layerstream.tools.synthetic.families import FAMILIES

@@ -17,7 +17,7 @@ from support.models import save_model
 from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan, PlanError, StreamedModel
 from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
-from layerstream.pipeline.planning.layout import planned_layers
+from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.what_if import WhatIf
 from layerstream.tools.cli import main
 

@@ -130,7 +130,7 @@ def _plan(
 ) -> "Plan":
     from layerstream.pipeline import Workload, make_plan
     from layerstream.pipeline.checkpoint.layers import group_layers
-    from layerstream.pipeline.planning.layout import planned_layers
+    from layerstream.pipeline.planning.planned_layers import planned_layers
 
     groups = group_layers(checkpoint)
     on_cpu = hardware.device == "cpu"
