@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # How long the beginning of a response waits for the first token: an error that comes at once has a status of its own.
 _EARLY_ERROR_SECONDS = 0.2
+# Those of more tokens are converted in a thread: they are of a prompt, and may be megabytes.
+_MANY_LOGPROBS = 8
 # OpenAI's default for text completions.
 _COMPLETION_TOKENS = 16
 # Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
@@ -122,7 +124,7 @@ class Answers:
         async def complete() -> dict[str, Any]:
             generating = self._generate(request, response, progress, _discard)
             await self._run_while_connected(generating, receive)
-            return response.complete()
+            return await asyncio.to_thread(response.complete)
 
         async def stream(emit: Emit) -> None:
             generating = self._generate(request, response, progress, emit)
@@ -227,7 +229,10 @@ class Answers:
                     if piece.tokens:
                         timeline.token()
                     progress.count(choice.index, piece.tokens)
-                    await emit(response.add(piece))
+                    if len(piece.logprobs) <= _MANY_LOGPROBS:
+                        await emit(response.add(piece))
+                    else:
+                        await emit(await asyncio.to_thread(response.add, piece), large=True)
 
         with self._counted_as_open(request.answers, progress):
             prompts = await self._prompts.token_ids(request)
@@ -287,6 +292,7 @@ class Answers:
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
                 new_parser=self._parser(request, prompt),
+                single_call=isinstance(request, ChatRequest) and not request.parallel_tool_calls,
                 # A seed promises the tokens that transformers would draw, one after the other.
                 speculation=self._speculation
                 if request.speculate and request.seed is None and request.logprob_count is None
@@ -335,7 +341,7 @@ class Answers:
         return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
 
 
-async def _discard(_: Sequence[dict[str, Any]]) -> None:
+async def _discard(_: Sequence[dict[str, Any]], /, *, large: bool = False) -> None:
     """Discard chunks: the answer is sent when it is complete."""
 
 
