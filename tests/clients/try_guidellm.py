@@ -17,7 +17,8 @@ def _benchmark(path: str, prompt: str) -> Any:
     data, scenario, report = (
         Path(name).resolve() for name in ("data.jsonl", "scenario.json", "report.json")
     )
-    data.write_text(json.dumps({"prompt": prompt, "output_tokens_count": 16}) + "\n")
+    row = json.dumps({"prompt": prompt, "output_tokens_count": 16})
+    data.write_text(f"{row}\n" * COUNT)
     spec = {
         "backend": {
             "kind": "openai_http",

@@ -207,6 +207,7 @@ async def _serve(
 ) -> None:
     from layerstream.pipeline import Budget, StreamedModel, Workload
     from layerstream.tools.serving.app import make_app
+    from layerstream.tools.serving.loop_lag import prompt_loop
     from layerstream.tools.serving.server import Server
 
     opening = StreamedModel.open(
@@ -233,7 +234,8 @@ async def _serve(
             # blocks the event loop for some hundred milliseconds each time.
             gc.collect()
             gc.freeze()
-            await Server(app, listener, args).serve(sockets=[listener])
+            with prompt_loop():
+                await Server(app, listener, args).serve(sockets=[listener])
 
 
 def _json(path: Path | None) -> Any:

@@ -155,12 +155,14 @@ class Answers:
         made: dict[str, Any] = {}
 
         async def compute() -> None:
-            with self._counted_as_open(request.answers, progress):
+            at_once = min(request.answers, self._max_answers)
+            with self._counted_as_open(at_once, progress):
                 prompts = await self._prompts.token_ids(request)
                 for prompt in prompts:
                     self._limits.new_tokens(len(prompt), asked=0, param="input")
                 try:
-                    made.update(await embed(self._model, request, prompts, pooling))
+                    vectors = embed(self._model, request, prompts, pooling, at_once=at_once)
+                    made.update(await vectors)
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
 

@@ -104,9 +104,11 @@ async def embed(
     request: EmbeddingRequest,
     prompts: Sequence[Sequence[int]],
     pooling: Pooling,
+    *,
+    at_once: int,
 ) -> dict[str, Any]:
-    """The response to ``request``, whose texts have the token ids ``prompts``."""
-    places = asyncio.Semaphore(_AT_ONCE)
+    """The response to ``request``, whose texts have the token ids ``prompts``; ``at_once`` of them share sweeps."""
+    places = asyncio.Semaphore(at_once)
 
     async def vector_of(prompt: Sequence[int]) -> Any:
         async with places:
