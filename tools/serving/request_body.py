@@ -108,9 +108,11 @@ def parse_request(
 def _unknown_fields(raw: Any, parsed: Any, path: str = "") -> Iterator[str]:
     """The paths of fields in ``raw`` that ``parsed``, made from it, does not have, or that have no effect."""
     if isinstance(parsed, RequestModel) and isinstance(raw, dict):
-        yield from (f"{path}.{name}" for name in parsed.without_effect())
+        without_effect = frozenset(parsed.without_effect())
         for name, value in raw.items():
             inner = f"{path}.{name}" if path else name
+            if name in without_effect:
+                yield inner
             if name in type(parsed).model_fields:
                 yield from _unknown_fields(value, getattr(parsed, name), inner)
             elif value is not None:
