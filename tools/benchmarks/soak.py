@@ -32,6 +32,7 @@ from layerstream.tools.benchmarks.soak_requests import (
     TEMPLATE,
     lag_at,
     mixed_request,
+    starved_seconds,
 )
 from layerstream.tools.console.arguments import byte_count, positive_int
 
@@ -187,7 +188,7 @@ async def _soak(
                 )
 
         watcher = asyncio.create_task(_watch_memory(pid, observed))
-        starved = _starved_seconds(pid)
+        starved = starved_seconds(pid)
         began = time.monotonic()
         half = args.requests // 2
         await asyncio.gather(*map(run_request, range(half)))
@@ -199,7 +200,7 @@ async def _soak(
         sweeps = await _metric(http, "layerstream_sweeps_total")
         tokens = await _metric(http, "layerstream_generated_tokens_total")
         metrics = (await http.get("/metrics")).text
-        starved = _starved_seconds(pid) - starved
+        starved = starved_seconds(pid) - starved
     return {
         "requests": args.requests,
         "at_once": args.at_once,
@@ -333,11 +334,6 @@ async def _usage_when_idle(http: httpx2.AsyncClient, pid: int) -> tuple[int, int
 
 def _threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208
-
-
-def _starved_seconds(pid: int) -> float:
-    """Time for which the process's main thread, which runs the event loop, could run and had no processor."""
-    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def _metric(http: httpx2.AsyncClient, name: str) -> float:

@@ -2,9 +2,10 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "MAX_ANSWERS", "TEMPLATE", "lag_at", "mixed_request"]
+__all__ = ["KINDS", "MAX_ANSWERS", "TEMPLATE", "lag_at", "mixed_request", "starved_seconds"]
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 """A chat template, for models that have none."""
@@ -67,3 +68,8 @@ def lag_at(metrics: str, share: float) -> float:
     ]
     total = buckets[-1][1]
     return next(bound for bound, count in buckets if count >= share * total)
+
+
+def starved_seconds(pid: int) -> float:
+    """Time for which the process's main thread, which runs the event loop, could run and had no processor."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9

@@ -24,7 +24,14 @@ from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.answer_parser import AnswerParser
 from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
-from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
+from layerstream.tools.serving.event_stream import (
+    Emit,
+    EventStream,
+    KeepAlive,
+    LateJson,
+    client_left,
+    discard,
+)
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
 from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.messages_api import MessagesBuilder
@@ -122,7 +129,7 @@ class Answers:
         keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
         async def complete() -> dict[str, Any]:
-            generating = self._generate(request, response, progress, _discard)
+            generating = self._generate(request, response, progress, discard)
             await self._run_while_connected(generating, receive)
             return await asyncio.to_thread(response.complete)
 
@@ -140,7 +147,7 @@ class Answers:
     async def complete(self, request: ApiRequest) -> dict[str, Any]:
         """The answer to a request that came without a connection."""
         response = ResponseBuilder(request)
-        await self._generate(request, response, Progress(self._model), _discard)
+        await self._generate(request, response, Progress(self._model), discard)
         return response.complete()
 
     async def embed(
@@ -178,7 +185,7 @@ class Answers:
     ) -> None:
         """Run ``generating`` to its end, or until the client leaves or the server stops."""
         task = asyncio.create_task(generating)
-        disconnect = asyncio.create_task(_client_left(receive))
+        disconnect = asyncio.create_task(client_left(receive))
         self._tasks.add(task)
         try:
             await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
@@ -341,12 +348,3 @@ class Answers:
         if isinstance(given, str):
             return given
         return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
-
-
-async def _discard(_: Sequence[dict[str, Any]], /, *, large: bool = False) -> None:
-    """Discard chunks: the answer is sent when it is complete."""
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from layerstream.tools.serving.errors import ApiError
 from layerstream.tools.serving.json_text import json_in_thread, json_text
 
-__all__ = ["Emit", "EventStream", "KeepAlive", "LateJson"]
+__all__ = ["Emit", "EventStream", "KeepAlive", "LateJson", "client_left", "discard"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,3 +182,13 @@ def _event(content: Any, text: str) -> str:
     """The event of ``content``, whose JSON is ``text``. Those of APIs that have several types carry theirs as a name, too."""
     name = f"event: {content['type']}\n" if "type" in content else ""
     return f"{name}data: {text}\n\n"
+
+
+async def client_left(receive: types.Receive) -> None:
+    """Return when the client closes the connection; its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def discard(_: Sequence[Any], /, *, large: bool = False) -> None:
+    """Discard chunks: the answer is sent when it is complete."""
