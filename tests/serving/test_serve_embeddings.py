@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.service import PROMPTS, Reference
+from support.service import MAX_ANSWERS, PROMPTS, Reference
 
 from layerstream.stages.errors import ModelError
 
@@ -90,3 +90,10 @@ def test_a_pooling_of_another_kind_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(ModelError, match="not supported"):
         read_pooling(save_modules(tmp_path, pooling, *names))
+
+
+def test_more_texts_than_the_service_takes_answers_are_computed_in_turn(client: Any) -> None:
+    single = client.embeddings.create(model="tiny", input=["text 19"]).data[0].embedding
+    done = client.embeddings.create(model="tiny", input=[f"text {n}" for n in range(20)])
+    assert len(done.data) == 20 > MAX_ANSWERS
+    assert done.data[19].embedding == single

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -181,4 +182,41 @@ def test_a_message_that_is_refused_gets_anthropics_error(http: Any) -> None:
 def test_a_wrong_key_of_anthropics_kind_is_refused(server: Server) -> None:
     body = {"model": "tiny", "messages": MESSAGES[1:], "max_tokens": 4}
     with httpx.Client(base_url=server.url, headers={"x-api-key": "wrong"}) as http:
-        assert http.post("/v1/messages", json=body).status_code == 401
+        answer = http.post("/v1/messages", json=body)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_the_tokens_of_a_message_are_counted_without_an_answer(
+    http: Any, reference: Reference
+) -> None:
+    body = {"model": "tiny", "system": "Be brief.", "messages": MESSAGES[1:]}
+    answer = http.post("/v1/messages/count_tokens", json=body)
+    assert answer.json() == {"input_tokens": len(reference.chat(MESSAGES))}
+    for wrong in ({"messages": []}, {"model": "another"}, {"tool_choice": {"type": "any"}}):
+        answer = http.post("/v1/messages/count_tokens", json=body | wrong)
+        assert answer.status_code in {400, 404}
+        assert answer.json()["type"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/messages/batches", "not_found_error"), ("/v1/responses/resp_1", None)]
+)
+def test_paths_that_are_not_there_are_told_in_the_form_of_their_api(
+    path: str, kind: str | None, http: Any
+) -> None:
+    answer = http.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "unknown_url"
+    assert kind is None or (answer.json()["type"], answer.json()["error"]["type"]) == (
+        "error",
+        kind,
+    )
+
+
+def test_models_are_listed_for_anthropics_client_too(http: Any) -> None:
+    listed = http.get("/v1/models").json()
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("tiny", "tiny", False)
+    (model,) = listed["data"]
+    assert (model["type"], model["display_name"]) == ("model", "tiny")
+    assert datetime.fromisoformat(model["created_at"]).timestamp() == model["created"]

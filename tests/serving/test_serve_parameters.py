@@ -54,7 +54,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "json_schema"}, {"type": "text", "strict": True}),
     "service_tier": ("flex", "priority"),
     "store": (True, 0),
-    "tool_choice": ("required", {"type": "function"}),
     "verbosity": ("high",),
 }
 

@@ -209,17 +209,6 @@ BAD: dict[str, tuple[str, Any, int, str | None, str | None]] = {
         "tools",
         "unsupported_parameter",
     ),
-    "no parallel calls": (
-        CHAT,
-        {
-            **CHAT_BODY,
-            "parallel_tool_calls": False,
-            "tools": [{"type": "function", "function": {"name": "look"}}],
-        },
-        400,
-        "parallel_tool_calls",
-        "unsupported_parameter",
-    ),
     "JSON mode": (
         CHAT,
         {**CHAT_BODY, "response_format": {"type": "json_object"}},

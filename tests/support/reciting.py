@@ -17,11 +17,13 @@ def recited(count: int, *, begin: int = 0) -> torch.Tensor:
     return (torch.arange(begin, begin + count) % CIRCLE)[None]
 
 
-def save_reciting_model(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+def save_reciting_model(
+    folder: Path, *, seed: int = 0, circle: int = CIRCLE, **settings: Any
+) -> Path:
     """Save a llama with random weights in all layers, whose head finds the successor of the last token's embedding.
 
     Its layers add little to the embedding, so that it generates no other text; but they are computed, and their
-    weights read, as in any other model.
+    weights read, as in any other model. ``circle`` is the number of tokens in the cycle.
     """
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -40,6 +42,6 @@ def save_reciting_model(folder: Path, *, seed: int = 0, **settings: Any) -> Path
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         table = model.model.embed_tokens.weight.normal_()
-        model.lm_head.weight[:CIRCLE] = table[:CIRCLE].roll(1, dims=0)
+        model.lm_head.weight[:circle] = table[:circle].roll(1, dims=0)
     model.save_pretrained(folder)
     return folder

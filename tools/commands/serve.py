@@ -213,6 +213,7 @@ async def _serve(
     from layerstream.pipeline import Budget, StreamedModel, Workload
     from layerstream.tools.serving.app import make_app
     from layerstream.tools.serving.recovery import Recovery
+    from layerstream.tools.serving.loop_lag import prompt_loop
     from layerstream.tools.serving.server import Server
 
     opening = StreamedModel.open(
@@ -241,8 +242,9 @@ async def _serve(
             # blocks the event loop for some hundred milliseconds each time.
             gc.collect()
             gc.freeze()
-            async with Recovery(model, app.state.answers):
-                await Server(app, listener, args).serve(sockets=[listener])
+            with prompt_loop():
+                async with Recovery(model, app.state.answers):
+                    await Server(app, listener, args).serve(sockets=[listener])
 
 
 def _json(path: Path | None) -> Any:

@@ -5,13 +5,14 @@ What marks them in a model's text is in its response template, which comes with 
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from layerstream.stages.errors import ModelError
 
-__all__ = ["AnswerParser", "MadeCall", "Parsed", "find_response_template"]
+__all__ = ["AnswerParser", "MadeCall", "Parsed", "call_opening", "find_response_template"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,36 @@ def find_response_template(tokenizer: Any, module: Any, given: dict[str, Any] | 
         return load_response_template(template)
     except (ValueError, TypeError) as error:
         raise ModelError(f"The model's response template is invalid: {error}") from error
+
+
+def call_opening(template: Any, prefix: str) -> str | None:
+    """The text to add to ``prefix``, a prompt, so that its answer is a call; None if ``template`` does not tell."""
+    from transformers.utils.chat_parsing import ResponseParser
+
+    field = template.fields.get("tool_calls")
+    opening = "" if field is None else _first_literal(field.open_literals, field.open_re)
+    open_name = None
+    for event in ResponseParser(template, prefix=prefix).initial_events:
+        if event["type"] != "region_chunk":
+            open_name = event["field"] if event["type"] == "region_open" else None
+    if open_name is None or open_name == template.implicit:
+        return opening or None
+    # The chat template has begun something else, as reasoning, which has to end before.
+    begun = template.fields[open_name]
+    closing = _first_literal(begun.close_literals, begun.close_re)
+    return closing + opening if opening and closing else None
+
+
+def _first_literal(literals: Sequence[str] | None, pattern: Any) -> str:
+    """A mark that opens or closes a part of an answer: the first of ``literals``, or what ``pattern`` begins with."""
+    if literals:
+        return literals[0]
+    if pattern is None:
+        return ""
+    # Blanks before and within a mark are optional; a name that is captured is for the model to write.
+    source = str(pattern.pattern).replace(r"\s*", "")
+    found = re.match(r"(?:\\[^\w\s]|[^\\\[\](){}.*+?^$|](?![*+?{]))*", source)
+    return re.sub(r"\\(.)", r"\1", found[0]) if found else ""
 
 
 class AnswerParser:

@@ -24,7 +24,14 @@ from layerstream.tools.running.speculation import Speculation
 from layerstream.tools.serving.answer_parser import AnswerParser
 from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
-from layerstream.tools.serving.event_stream import Emit, EventStream, KeepAlive, LateJson
+from layerstream.tools.serving.event_stream import (
+    Emit,
+    EventStream,
+    KeepAlive,
+    LateJson,
+    client_left,
+    discard,
+)
 from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
 from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.messages_api import MessagesBuilder
@@ -42,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 # How long the beginning of a response waits for the first token: an error that comes at once has a status of its own.
 _EARLY_ERROR_SECONDS = 0.2
+# Those of more tokens are converted in a thread: they are of a prompt, and may be megabytes.
+_MANY_LOGPROBS = 8
 # OpenAI's default for text completions.
 _COMPLETION_TOKENS = 16
 # Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
@@ -125,9 +134,9 @@ class Answers:
         keep_alive = KeepAlive(seconds=self._keep_alive_seconds, describe=progress.describe)
 
         async def complete() -> dict[str, Any]:
-            generating = self._generate(request, response, progress, _discard)
+            generating = self._generate(request, response, progress, discard)
             await self._run_while_connected(generating, receive)
-            return response.complete()
+            return await asyncio.to_thread(response.complete)
 
         async def stream(emit: Emit) -> None:
             generating = self._generate(request, response, progress, emit)
@@ -143,7 +152,7 @@ class Answers:
     async def complete(self, request: ApiRequest) -> dict[str, Any]:
         """The answer to a request that came without a connection."""
         response = ResponseBuilder(request)
-        await self._generate(request, response, Progress(self._model), _discard)
+        await self._generate(request, response, Progress(self._model), discard)
         return response.complete()
 
     async def embed(
@@ -158,12 +167,14 @@ class Answers:
         made: dict[str, Any] = {}
 
         async def compute() -> None:
-            with self._counted_as_open(request.answers, progress):
+            at_once = min(request.answers, self._max_answers)
+            with self._counted_as_open(at_once, progress):
                 prompts = await self._prompts.token_ids(request)
                 for prompt in prompts:
                     self._limits.new_tokens(len(prompt), asked=0, param="input")
                 try:
-                    made.update(await embed(self._model, request, prompts, pooling))
+                    vectors = embed(self._model, request, prompts, pooling, at_once=at_once)
+                    made.update(await vectors)
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
 
@@ -179,7 +190,7 @@ class Answers:
     ) -> None:
         """Run ``generating`` to its end, or until the client leaves or the server stops."""
         task = asyncio.create_task(generating)
-        disconnect = asyncio.create_task(_client_left(receive))
+        disconnect = asyncio.create_task(client_left(receive))
         self._tasks.add(task)
         try:
             await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
@@ -230,7 +241,10 @@ class Answers:
                     if piece.tokens:
                         timeline.token()
                     progress.count(choice.index, piece.tokens)
-                    await emit(response.add(piece))
+                    if len(piece.logprobs) <= _MANY_LOGPROBS:
+                        await emit(response.add(piece))
+                    else:
+                        await emit(await asyncio.to_thread(response.add, piece), large=True)
 
         with self._counted_as_open(request.answers, progress):
             prompts = await self._prompts.token_ids(request)
@@ -290,6 +304,7 @@ class Answers:
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
                 new_parser=self._parser(request, prompt),
+                single_call=isinstance(request, ChatRequest) and not request.parallel_tool_calls,
                 # A seed promises the tokens that transformers would draw, one after the other.
                 speculation=self._speculation
                 if request.speculate and request.seed is None and request.logprob_count is None
@@ -336,12 +351,3 @@ class Answers:
         if isinstance(given, str):
             return given
         return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
-
-
-async def _discard(_: Sequence[dict[str, Any]]) -> None:
-    """Discard chunks: the answer is sent when it is complete."""
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -8,6 +8,7 @@ import hmac
 import logging
 import re
 import time
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import prometheus_client
@@ -24,7 +25,7 @@ from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.machine_state import MachineState
-from layerstream.tools.serving.messages_api import MessagesBuilder, MessagesRequest
+from layerstream.tools.serving.messages_api import CountRequest, MessagesBuilder, MessagesRequest
 from layerstream.tools.serving.monitoring import Traced
 from layerstream.tools.serving.prompts import Prompts
 from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
@@ -101,6 +102,8 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     api.add_api_route("/embeddings", routes.embed, methods=["POST"], response_model=None)
     api.add_api_route("/responses", routes.respond, methods=["POST"], response_model=None)
     api.add_api_route("/messages", routes.message, methods=["POST"], response_model=None)
+    counting = "/messages/count_tokens"
+    api.add_api_route(counting, routes.count, methods=["POST"], response_model=None)
     app.include_router(api)
     app.add_api_route("/health", routes.health, **read_only)
     app.add_api_route("/metrics", routes.metrics, **read_only)
@@ -123,21 +126,24 @@ _AnyRequest = TypeVar(
     "_AnyRequest",
     ChatRequest,
     CompletionRequest,
+    CountRequest,
     EmbeddingRequest,
     MessagesRequest,
     ResponsesRequest,
 )
 
 
-def _as_chat(request: MessagesRequest | ResponsesRequest) -> ChatRequest:
+def _as_chat(request: CountRequest | ResponsesRequest) -> ChatRequest:
     try:
-        return request.as_chat()
+        chat = request.as_chat()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = ".".join(map(str, first["loc"]))
         raise ApiError(
             400, f"Invalid value for '{path}': {first['msg']}.", param=path, code="invalid_value"
         ) from None
+    chat.check()
+    return chat
 
 
 def _builder(request: MessagesRequest | ResponsesRequest) -> MessagesBuilder | ResponsesBuilder:
@@ -193,7 +199,10 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """List the only model."""
-        return {"object": "list", "data": [await self.model(self._settings.model_name)]}
+        name = self._settings.model_name
+        # The last ones are for Anthropic's clients.
+        more = {"has_more": False, "first_id": name, "last_id": name}
+        return {"object": "list", "data": [await self.model(name)], **more}
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe the model called ``name``."""
@@ -211,6 +220,10 @@ class Routes:
             "owned_by": "layerstream",
             "context_length": self._limits.context,
             "max_model_len": self._limits.context,
+            # For Anthropic's clients.
+            "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(self._created, UTC).isoformat(),
         }
 
     async def chat(self, request: Request) -> Response:
@@ -228,6 +241,10 @@ class Routes:
     async def message(self, request: Request) -> Response:
         """Continue a conversation, by Anthropic's API."""
         return await self._answer(request, MessagesRequest)
+
+    async def count(self, request: Request) -> Response:
+        """Count the tokens of a conversation, by Anthropic's API."""
+        return await self._answer(request, CountRequest)
 
     async def embed(self, request: Request) -> Response:
         """Make vectors of texts."""
@@ -248,9 +265,12 @@ class Routes:
         elif isinstance(api_request, EmbeddingRequest):
             pooling = self._settings.pooling
             response = await self._answers.embed(api_request, request.receive, pooling)
-        else:
+        elif isinstance(api_request, MessagesRequest | ResponsesRequest):
             chat = _as_chat(api_request)
             response = await self._answers.answer(chat, request.receive, _builder(api_request))
+        else:
+            (prompt,) = await self._prompts.token_ids(_as_chat(api_request))
+            response = JSONResponse({"input_tokens": len(prompt)})
         if ignored:
             response.headers["X-Ignored-Fields"] = self._ignored_names(ignored)
         return response

@@ -104,9 +104,11 @@ async def embed(
     request: EmbeddingRequest,
     prompts: Sequence[Sequence[int]],
     pooling: Pooling,
+    *,
+    at_once: int,
 ) -> dict[str, Any]:
-    """The response to ``request``, whose texts have the token ids ``prompts``."""
-    places = asyncio.Semaphore(_AT_ONCE)
+    """The response to ``request``, whose texts have the token ids ``prompts``; ``at_once`` of them share sweeps."""
+    places = asyncio.Semaphore(at_once)
 
     async def vector_of(prompt: Sequence[int]) -> Any:
         async with places:
@@ -116,10 +118,9 @@ async def embed(
                 use_cache=False,
                 logits_to_keep=1,
             )
-        values = _pooled(output.hidden_states[-1][0], pooling)
-        if request.encoding_format == "float":
-            return values
-        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+        states = output.hidden_states[-1][0]
+        del output
+        return await asyncio.to_thread(_vector, states, pooling, request.encoding_format)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(vector_of(prompt)) for prompt in prompts]
@@ -135,11 +136,13 @@ async def embed(
     }
 
 
-def _pooled(states: torch.Tensor, pooling: Pooling) -> list[float]:
-    """The vector of a text whose tokens have ``states``, one row each."""
+def _vector(states: torch.Tensor, pooling: Pooling, encoding: str) -> list[float] | str:
+    """The vector of a text whose tokens have ``states``, one row each; as numbers, or their bytes in base64."""
     states = states.float()
     vector = {"last": states[-1], "first": states[0], "mean": states.mean(0)}[pooling.mode]
     if pooling.normalize:
         vector = torch.nn.functional.normalize(vector, dim=0)
     values: list[float] = vector.tolist()
-    return values
+    if encoding == "float":
+        return values
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

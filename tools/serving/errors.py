@@ -15,6 +15,16 @@ STOPPED = "The server is shutting down."
 _QUOTED_CHARACTERS = 1000
 
 
+# Anthropic's names for errors, by status; others are errors of the request, or of the server.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
 class ApiError(Exception):
     """Raised when a request is answered with an error.
 
@@ -44,6 +54,13 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The response in the form of Anthropic's API, with what OpenAI's tells besides."""
+        otherwise = "invalid_request_error" if self.status < 500 else "api_error"  # noqa: PLR2004
+        kind = {"type": _ANTHROPIC_TYPES.get(self.status, otherwise)}
+        return {"type": "error", "error": self.body["error"] | kind}
 
 
 def _shortened(text: str) -> str:
@@ -78,10 +95,9 @@ async def error_response(request: Request, error: Exception) -> Response:
         response = ApiError(status, f"Not allowed: {where}", code="method_not_supported")
     else:
         response = api_error(error)
-    # Anthropic's API has a type outside, too.
-    body = {"type": "error"} if request.url.path == "/v1/messages" else {}
+    is_anthropic = request.url.path.startswith("/v1/messages")
     return JSONResponse(
-        body | response.body,
+        response.anthropic_body if is_anthropic else response.body,
         response.status,
         {**(getattr(error, "headers", None) or {}), **response.headers},
     )

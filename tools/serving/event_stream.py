@@ -4,26 +4,30 @@ With weights from disk a token may take minutes, and clients, like proxies betwe
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette import types
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from layerstream.tools.serving.errors import ApiError
+from layerstream.tools.serving.json_text import json_in_thread, json_text
 
-__all__ = ["Emit", "EventStream", "KeepAlive", "LateJson"]
+__all__ = ["Emit", "EventStream", "KeepAlive", "LateJson", "client_left", "discard"]
 
 logger = logging.getLogger(__name__)
 
 _LAST_EVENT_SECONDS = 1
 
-Emit = Callable[[Sequence[Any]], Awaitable[None]]
-"""Sends chunks of an answer; without any, it only tells that the answer begins."""
+
+class Emit(Protocol):
+    """Sends chunks of an answer; without any, it only tells that the answer begins."""
+
+    def __call__(self, chunks: Sequence[Any], /, *, large: bool = False) -> Awaitable[None]:
+        """Send ``chunks``, each of which may be megabytes if they are ``large``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +118,11 @@ class EventStream(Response):
         del scope, receive
         body = _Body(self, send)
 
-        async def emit(chunks: Sequence[Any]) -> None:
+        async def emit(chunks: Sequence[Any], *, large: bool = False) -> None:
             await body.start()
             for chunk in chunks:
-                await body.send(_event(chunk))
+                text = await json_in_thread(chunk) if large else json_text(chunk)
+                await body.send(_event(chunk, text))
 
         def comment() -> str:
             # Not before the first chunk: until then, an error has a status of its own.
@@ -132,7 +137,8 @@ class EventStream(Response):
                 raise
             with suppress(TimeoutError):  # a client that does not read must not block
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
-                    await body.send(_event(self._failed(error)), more=False)
+                    failed = self._failed(error)
+                    await body.send(_event(failed, json_text(failed)), more=False)
         else:
             await body.send(self._ending, more=False)
 
@@ -159,24 +165,30 @@ class LateJson(Response):
         try:
             # Not as early as a stream: an error that comes soon has a status of its own.
             async with body.kept_alive(lambda: " ", seconds=seconds, first=1.5 * seconds):
-                content = await self._produce()
+                text = await json_in_thread(await self._produce())
         except ApiError as error:
             if not body.started:
                 raise
             logger.info("an answer that had begun was broken off: %s", error)
             return
         if body.started:
-            await body.send(_json(content), more=False)
+            await body.send(text, more=False)
         else:
-            del self.headers["content-type"]
-            await JSONResponse(content, headers=dict(self.headers))(scope, receive, send)
+            response = Response(text, headers=dict(self.headers), media_type=self.media_type)
+            await response(scope, receive, send)
 
 
-def _event(content: Any) -> str:
-    """One event. Those of APIs that have several types carry theirs as a name, too."""
+def _event(content: Any, text: str) -> str:
+    """The event of ``content``, whose JSON is ``text``. Those of APIs that have several types carry theirs as a name, too."""
     name = f"event: {content['type']}\n" if "type" in content else ""
-    return f"{name}data: {_json(content)}\n\n"
+    return f"{name}data: {text}\n\n"
 
 
-def _json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+async def client_left(receive: types.Receive) -> None:
+    """Return when the client closes the connection; its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def discard(_: Sequence[Any], /, *, large: bool = False) -> None:
+    """Discard chunks: the answer is sent when it is complete."""

@@ -44,6 +44,8 @@ class Choice:
     """The text of the prompt if it comes first."""
     speculation: Speculation | None = None
     """How tokens are guessed; None for one token in each pass."""
+    single_call: bool = False
+    """Whether the answer ends with its first call of a tool."""
     new_parser: Callable[[], AnswerParser] | None = None
     """Makes what divides the text into content, reasoning and tool calls; None if all is content."""
 
@@ -142,16 +144,18 @@ async def generate_text(
             if token is None:
                 yield _piece(choice, Parsed(text=choice.echo or ""), tokens=0, logprobs=logprobs)
                 continue
-            if stops.found:  # a step may make several tokens
+            if stops.found or steps.ended:  # a step may make several tokens
                 continue
             ended = token in choice.ends
             # The token that ends the answer is no part of it, even if it has text.
             piece = piece_of("" if ended else stops.add(text.add(token)), 1, logprobs=logprobs)
             called, tokens = called or bool(piece.calls), tokens + 1
             yield piece
-            if ended:
+            steps.ended = called and choice.single_call
+            if ended or steps.ended:
                 finish_reason = "stop"
-    tail = piece_of("" if stops.found else stops.add(text.finish()) + stops.finish(), 0)
+    is_cut = stops.found or steps.ended
+    tail = piece_of("" if is_cut else stops.add(text.finish()) + stops.finish(), 0)
     rest = Parsed() if parser is None else parser.finish()
     if stops.found:
         finish_reason = "stop"
@@ -232,14 +236,15 @@ async def _prompt_and_new_tokens(
 
 
 class _StepCounter(StoppingCriteria):
-    """Counts the passes that make tokens, and stops nothing."""
+    """Counts the passes that make tokens, until ``ended`` is set."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.ended = False
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.count += 1
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), self.ended, device=input_ids.device)
 
 
 class _EndAtStop(StoppingCriteria):

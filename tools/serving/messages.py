@@ -1,7 +1,7 @@
 """The messages of a chat, as clients send them and as chat templates take them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +19,10 @@ class RequestModel(BaseModel):
 
     def check(self) -> None:
         """Raise an ApiError if parameters contradict each other."""
+
+    def without_effect(self) -> Iterable[str]:
+        """The names of fields whose values are taken, since clients send them always, but change nothing."""
+        return ()
 
 
 class TextPart(RequestModel):

@@ -1,4 +1,4 @@
-"""``POST /v1/messages``: Anthropic's API, as a thin layer over chats."""
+"""``POST /v1/messages`` and ``/v1/messages/count_tokens``: Anthropic's API, as a thin layer over chats."""
 
 import json
 import uuid
@@ -12,9 +12,10 @@ from layerstream.tools.serving.errors import ApiError
 from layerstream.tools.serving.messages import RequestModel
 from layerstream.tools.serving.protocol import ChatRequest
 
-__all__ = ["MessagesBuilder", "MessagesRequest"]
+__all__ = ["CountRequest", "MessagesBuilder", "MessagesRequest"]
 
 _MAX_ITEMS = 2048
+_TOOL_CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 Content = str | list[dict[str, Any]]
@@ -37,8 +38,8 @@ class AnthropicMessage(RequestModel):
     content: Content
 
 
-class MessagesRequest(RequestModel):
-    """``POST /v1/messages``. Errors quote a field's description."""
+class CountRequest(RequestModel):
+    """``POST /v1/messages/count_tokens``: what a model is told. Errors quote a field's description."""
 
     model: str = Field(description="the name of a model")
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, max_length=_MAX_ITEMS)] = (
@@ -48,24 +49,19 @@ class MessagesRequest(RequestModel):
         )
     )
     system: Content = Field("", description="a string, or a list of blocks of type text")
-    max_tokens: int = Field(ge=1, description="a whole number from 1")
-    stop_sequences: list[str] = Field([], description="a list of strings")
-    stream: bool = Field(default=False, description="true or false")
-    temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
-    top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
-    top_k: int | None = Field(None, ge=0, description="a whole number from 0")
     tools: list[AnthropicTool] = Field([], description="a list of tools with an input_schema")
     tool_choice: dict[str, Any] = Field(
         {"type": "auto"}, description='an object such as {"type": "auto"}'
     )
-    metadata: dict[str, Any] | None = Field(None, description="an object")
 
     def check(self) -> None:
-        """Raise an ApiError if a tool would have to be forced."""
-        if self.tool_choice.get("type") not in ("auto", "none"):
-            raise _unsupported("tool_choice", "must be of type auto or none: no call is forced.")
-        if self.tools and self.tool_choice.get("disable_parallel_tool_use"):
-            raise _unsupported("tool_choice", "cannot disable parallel use of tools.")
+        """Raise an ApiError if there is no such choice of tools."""
+        if self.tool_choice.get("type") not in _TOOL_CHOICES and not self._chosen_tool:
+            raise _unsupported("tool_choice", "must be of type auto, none, any or tool.")
+
+    @property
+    def _chosen_tool(self) -> str | None:
+        return str(self.tool_choice.get("name")) if self.tool_choice.get("type") == "tool" else None
 
     def as_chat(self) -> ChatRequest:
         """The same request as OpenAI's API has it."""
@@ -74,29 +70,53 @@ class MessagesRequest(RequestModel):
             messages.append({"role": "system", "content": system})
         for index, message in enumerate(self.messages):
             messages += _as_chat(message, f"messages[{index}].content")
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
+        tools = [
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.input_schema,
+                },
+            }
+            for tool in self.tools
+        ]
+        fields = {"model": self.model, "messages": messages, "tools": tools}
+        return ChatRequest.model_validate(fields | self._choice_of_tools() | self._options())
+
+    def _choice_of_tools(self) -> dict[str, Any]:
+        parallel = not self.tool_choice.get("disable_parallel_tool_use")
+        if (name := self._chosen_tool) is not None:
+            choice: Any = {"type": "function", "function": {"name": name}}
+        else:
+            choice = _TOOL_CHOICES[self.tool_choice["type"]]
+        return {"tool_choice": choice, "parallel_tool_calls": parallel}
+
+    def _options(self) -> dict[str, Any]:
+        """How the answer is generated, as OpenAI's API has it."""
+        return {}
+
+
+class MessagesRequest(CountRequest):
+    """``POST /v1/messages``."""
+
+    max_tokens: int = Field(ge=1, description="a whole number from 1")
+    stop_sequences: list[str] = Field([], description="a list of strings")
+    stream: bool = Field(default=False, description="true or false")
+    temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
+    top_k: int | None = Field(None, ge=0, description="a whole number from 0")
+    metadata: dict[str, Any] | None = Field(None, description="an object")
+
+    def _options(self) -> dict[str, Any]:
+        return {
             "max_tokens": self.max_tokens,
             "stop": list(self.stop_sequences),
             "stream": self.stream,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
-            "tools": [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": tool.name,
-                        "description": tool.description,
-                        "parameters": tool.input_schema,
-                    },
-                }
-                for tool in self.tools
-            ],
-            "tool_choice": self.tool_choice["type"],
         }
-        return ChatRequest.model_validate(fields)
 
 
 def _unsupported(name: str, why: str) -> ApiError:
@@ -159,7 +179,7 @@ class MessagesBuilder(BlockBuilder):
     @staticmethod
     def error(error: ApiError) -> dict[str, Any]:
         """The last event of a stream that fails."""
-        return {"type": "error", **error.body}
+        return error.anthropic_body
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """The chunks before the first block."""

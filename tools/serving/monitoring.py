@@ -3,7 +3,7 @@
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import prometheus_client
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,10 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from layerstream.pipeline import StreamedModel
 from layerstream.tools.metrics import StatsCollector
+from layerstream.tools.serving.loop_lag import LoopLag
 
 __all__ = ["Metrics", "Movement", "Timeline", "Traced"]
 
 # Weights in memory make a token in milliseconds, those of the largest models on a slow disk in an hour.
+_LAGS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -61,14 +63,18 @@ class Metrics:
             gauge = prometheus_client.Gauge(f"layerstream_{name}", meaning, registry=registry)
             gauge.set_function(function)
 
-        def histogram(name: str, meaning: str) -> prometheus_client.Histogram:
+        def histogram(
+            name: str, meaning: str, buckets: Sequence[float] = _BUCKETS
+        ) -> prometheus_client.Histogram:
             return prometheus_client.Histogram(
-                f"layerstream_{name}_seconds", meaning, buckets=_BUCKETS, registry=registry
+                f"layerstream_{name}_seconds", meaning, buckets=buckets, registry=registry
             )
 
         self.queue = histogram("queue", "From an answer's request to the start of its first pass")
         self.first_token = histogram("first_token", "From an answer's request to its first token")
         self.token = histogram("token", "Between two tokens of an answer")
+        lag = histogram("loop_lag", "How late the event loop was, while it had requests", _LAGS)
+        self.loop_lag = LoopLag(lag.observe)
         self.responses = prometheus_client.Counter(
             "layerstream_responses",
             "Responses by path and status; refusals are those of 400 and above",
@@ -106,6 +112,8 @@ class Timeline:
 class Traced:
     """Middleware that gives each response the id of its request, the client's own or a new one, and counts it.
 
+    As long as there are requests, it measures the loop's lag.
+
     Args:
         app: The app.
         metrics: Count responses.
@@ -131,4 +139,5 @@ class Traced:
                 self._metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with self._metrics.loop_lag.measured():
+            await self._app(scope, receive, send_with_id)

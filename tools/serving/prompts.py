@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from jinja2 import TemplateSyntaxError
 
 from layerstream.stages.errors import ModelError
+from layerstream.tools.serving.answer_parser import call_opening
 from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import STOPPED, ApiError
 from layerstream.tools.serving.messages import template_message
@@ -143,18 +144,7 @@ class Prompts:
                 "--chat-template FILE.",
                 param="messages",
             )
-        reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters
-        for name in request.chat_template_kwargs.keys() & reserved.keys():
-            raise ApiError(
-                400,
-                f"'{name}' is not an argument that a chat template takes from a request.",
-                param=f"chat_template_kwargs.{name}",
-            )
-        more = dict(request.chat_template_kwargs)
-        if request.reasoning_effort is not None and self._template_takes("reasoning_effort"):
-            more["reasoning_effort"] = request.reasoning_effort
-        elif request.reasoning_effort not in (None, "none"):
-            raise _not_supported("reasoning_effort", "is not known to this model's chat template.")
+        more = self._template_arguments(request)
         if tools := request.offered_tools:
             if not self._template_takes("tools", tools):
                 raise _not_supported("tools", "are not known to this model's chat template.")
@@ -177,7 +167,31 @@ class Prompts:
             raise ApiError(
                 400, f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        if request.must_call:
+            opening = call_opening(self._response_template, text)
+            if opening is None:
+                raise _not_supported(
+                    "tool_choice",
+                    "can be auto or none: the response template tells no mark of a call.",
+                )
+            text += opening
         return self._ids(text, special=False)  # the template has added them
+
+    def _template_arguments(self, request: ChatRequest) -> dict[str, Any]:
+        """What a request has for the chat template besides messages and tools."""
+        reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        for name in request.chat_template_kwargs.keys() & reserved.keys():
+            raise ApiError(
+                400,
+                f"'{name}' is not an argument that a chat template takes from a request.",
+                param=f"chat_template_kwargs.{name}",
+            )
+        more = dict(request.chat_template_kwargs)
+        if request.reasoning_effort is not None and self._template_takes("reasoning_effort"):
+            more["reasoning_effort"] = request.reasoning_effort
+        elif request.reasoning_effort not in (None, "none"):
+            raise _not_supported("reasoning_effort", "is not known to this model's chat template.")
+        return more
 
     def _template_takes(self, name: str, tools: Any = None) -> bool:
         """Whether the chat template uses variable ``name``."""

@@ -1,6 +1,6 @@
 """The parameters of requests to generate text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -39,7 +39,11 @@ class ToolFunction(RequestModel):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
+
+    def without_effect(self) -> Iterable[str]:
+        """Arguments follow the schema as far as the model does; agents ask for more by default."""
+        return ["strict"] if self.strict else []
 
 
 class Tool(RequestModel):
@@ -53,6 +57,19 @@ class Tool(RequestModel):
         parameters = self.function.parameters or {"type": "object", "properties": {}}
         function = {"name": self.function.name, "description": self.function.description or ""}
         return {"type": self.type, "function": function | {"parameters": parameters}}
+
+
+class ToolName(RequestModel):
+    """The name of a function."""
+
+    name: str
+
+
+class ChosenTool(RequestModel):
+    """The only tool that a model may call, and has to."""
+
+    type: Literal["function"]
+    function: ToolName
 
 
 class StreamOptions(RequestModel):
@@ -183,7 +200,9 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=_MAX_TOOLS)] = Field(
         [], description=f"a list of up to {_MAX_TOOLS} functions with names"
     )
-    tool_choice: str | dict[str, Any] = Field("auto", description='"auto" or "none"')
+    tool_choice: Literal["auto", "none", "required"] | ChosenTool = Field(
+        "auto", description='"auto", "none", "required", or an object that names a function'
+    )
     parallel_tool_calls: bool = Field(default=True, description="true or false")
     reasoning_effort: str | None = Field(None, description="a string")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -203,7 +222,17 @@ class ChatRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         """The tools that the model is told of, as chat templates take them."""
-        return [tool.for_template() for tool in self.tools] if self.tool_choice == "auto" else []
+        if self.tool_choice == "none":
+            return []
+        chosen = (
+            self.tool_choice.function.name if isinstance(self.tool_choice, ChosenTool) else None
+        )
+        return [tool.for_template() for tool in self.tools if chosen in (None, tool.function.name)]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to begin with a call of a tool."""
+        return self.tool_choice not in ("auto", "none")
 
     def check(self) -> None:
         """Raise an ApiError if parameters contradict each other."""
@@ -215,19 +244,12 @@ class ChatRequest(GenerationRequest):
                 param="max_completion_tokens",
                 code="invalid_value",
             )
-        if self.tool_choice not in ("none", "auto"):
+        if self.must_call and not self.offered_tools:
             raise ApiError(
                 400,
-                '\'tool_choice\' must be "auto" or "none": this server does not force a model to call a tool.',
+                "'tool_choice' asks for a call of a tool that is not in 'tools'.",
                 param="tool_choice",
-                code="unsupported_parameter",
-            )
-        if self.tools and not self.parallel_tool_calls:
-            raise ApiError(
-                400,
-                "With tools, 'parallel_tool_calls' must be true: the model decides how many calls it makes.",
-                param="parallel_tool_calls",
-                code="unsupported_parameter",
+                code="invalid_value",
             )
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")

@@ -9,6 +9,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from layerstream.tools.serving.errors import ApiError
+from layerstream.tools.serving.messages import RequestModel
 from layerstream.tools.serving.protocol import AnyRequest
 from layerstream.tools.serving.unsupported import UNSUPPORTED
 
@@ -105,10 +106,13 @@ def parse_request(
 
 
 def _unknown_fields(raw: Any, parsed: Any, path: str = "") -> Iterator[str]:
-    """The paths of fields in ``raw`` that ``parsed``, made from it, does not have."""
-    if isinstance(parsed, BaseModel) and isinstance(raw, dict):
+    """The paths of fields in ``raw`` that ``parsed``, made from it, does not have, or that have no effect."""
+    if isinstance(parsed, RequestModel) and isinstance(raw, dict):
+        without_effect = frozenset(parsed.without_effect())
         for name, value in raw.items():
             inner = f"{path}.{name}" if path else name
+            if name in without_effect:
+                yield inner
             if name in type(parsed).model_fields:
                 yield from _unknown_fields(value, getattr(parsed, name), inner)
             elif value is not None:

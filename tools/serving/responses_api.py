@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -42,6 +42,12 @@ class ResponseTool(RequestModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def without_effect(self) -> Iterable[str]:
+        """What only OpenAI's service can do: agents offer its tools beside their own, and ask for strict arguments."""
+        if self.type != "function":
+            return ["type"]
+        return ["strict"] if self.strict else []
+
 
 class ResponsesRequest(RequestModel):
     """``POST /v1/responses``. Errors quote a field's description."""
@@ -56,7 +62,9 @@ class ResponsesRequest(RequestModel):
     top_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
     stream: bool = Field(default=False, description="true or false")
     tools: list[ResponseTool] = Field([], description="a list of functions with names")
-    tool_choice: str | dict[str, Any] = Field("auto", description='"auto" or "none"')
+    tool_choice: str | dict[str, Any] = Field(
+        "auto", description='"auto", "none", "required", or an object that names a function'
+    )
     parallel_tool_calls: bool = Field(default=True, description="true or false")
     reasoning: ReasoningOptions | None = Field(None, description="an object")
     text: TextOptions | None = Field(None, description='an object with {"type": "text"} as format')
@@ -78,9 +86,10 @@ class ResponsesRequest(RequestModel):
             raise _unsupported("truncation", "must be disabled: no input is left out.")
         if self.text is not None and (self.text.format or _PLAIN_TEXT) != _PLAIN_TEXT:
             raise _unsupported("text.format", "must be of type text: no form is forced.")
-        for index, tool in enumerate(self.tools):
-            if tool.type != "function":
-                raise _unsupported(f"tools[{index}].type", "must be function.")
+        if self.tools and not any(tool.type == "function" for tool in self.tools):
+            raise _unsupported(
+                "tools[0].type", "must be function: nothing else can be called here."
+            )
 
     def as_chat(self) -> ChatRequest:
         """The same request for the older API."""
@@ -99,7 +108,7 @@ class ResponsesRequest(RequestModel):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": self.stream,
-            "tool_choice": self.tool_choice,
+            "tool_choice": _tool_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "tools": [
@@ -112,11 +121,17 @@ class ResponsesRequest(RequestModel):
                     },
                 }
                 for tool in self.tools
+                if tool.type == "function"
             ],
         }
-        request = ChatRequest.model_validate(fields)
-        request.check()
-        return request
+        return ChatRequest.model_validate(fields)
+
+
+def _tool_choice(choice: str | dict[str, Any]) -> Any:
+    """As the older API has it, where a function's name is further inside."""
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
 
 
 def _unsupported(name: str, why: str) -> ApiError:
