@@ -1,4 +1,5 @@
 // The conversation: sends, streams, stops.
+import { Markdown } from "/page/markdown.js";
 import { duration, events, request } from "/page/service.js";
 
 const element = (id) => document.getElementById(id);
@@ -13,8 +14,9 @@ function show(role, content) {
   article.className = role;
   const title = document.createElement("h2");
   title.textContent = role === "user" ? "You" : "Model";
-  const body = document.createElement("p");
-  body.textContent = content;
+  const body = document.createElement("div");
+  body.className = "said";
+  if (content) body.append(Object.assign(document.createElement("p"), { textContent: content }));
   article.append(title, body);
   log.append(article);
   log.scrollTop = log.scrollHeight;
@@ -61,6 +63,7 @@ async function knownModel() {
 async function answer(article, body, signal) {
   await knownModel();
   const began = performance.now();
+  const shown = new Markdown(body);
   let said = "", first = null, usage = null;
   const follow = () => log.scrollHeight - log.scrollTop - log.clientHeight < 80;
   const times = () => {
@@ -82,7 +85,7 @@ async function answer(article, body, signal) {
       const following = follow();
       if (delta.reasoning_content) addReasoning(article, body, delta.reasoning_content);
       said += delta.content ?? "";
-      body.textContent = said;
+      shown.show(said);
       if (following) log.scrollTop = log.scrollHeight;
     }
     status.textContent = "The answer is complete.";
