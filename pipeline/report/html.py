@@ -20,6 +20,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 _LAYOUT = """
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; } h2 { margin-top: 2rem; }
+dl { grid-template-columns: minmax(8.5rem, auto) 1fr; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .35rem; } }
 pre, .wide { overflow-x: auto; }
 """
 
@@ -88,8 +90,11 @@ def _map(cells: Sequence[tuple[str, str]], legend: Mapping[str, str]) -> Iterato
     label = escape(", ".join(text for _, text in counts))
     yield f'<div class="map" role="img" aria-label="{label}">'
     yield "".join(f'<i class="{kind}" title="{escape(title)}"></i>' for kind, title in cells)
-    keys = "".join(f'<span class="key {kind}"></span>{escape(text)}' for kind, text in counts)
-    yield f'</div>\n<p class="legend">One box for each layer batch:{keys}</p>'
+    keys = " ".join(
+        f'<span class="entry"><span class="key {kind}"></span>{escape(text)}</span>'
+        for kind, text in counts
+    )
+    yield f'</div>\n<p class="legend">One box for each layer batch: {keys}</p>'
 
 
 def _bar(bar: Bar) -> str:

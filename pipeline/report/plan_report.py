@@ -95,6 +95,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "bottleneck": predicted.decode.bottleneck,
         "ceiling_ratio": predicted.decode.ceiling,
         "assumed": [each.name for each in plan.inputs if each.origin is Origin.ASSUMED],
+        "contended": [each.name for each in plan.inputs if each.origin is Origin.CONTENDED],
     }
 
 
@@ -249,13 +250,19 @@ def _time_row(name: str, sweep: SweepPrediction) -> Sequence[str]:
     return (name, *map(format_seconds, parts), sweep.bottleneck)
 
 
+def _busy(plan: Plan) -> str:
+    """A remark if the predictions depend on measurements of a busy machine."""
+    contended = any(each.origin is Origin.CONTENDED for each in plan.inputs)
+    return " (by measurements on a BUSY machine)" if contended else ""
+
+
 def _speed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     predicted, sweep = plan.prediction, plan.prediction.decode
     if plan.workload is not None:
         loading_counts = predicted.objective is Objective.LATENCY
         yield (
             "speed",
-            f"{predicted.tokens_per_second:.3g} tokens/s while decoding; "
+            f"{predicted.tokens_per_second:.3g} tokens/s while decoding{_busy(plan)}; "
             f"{format_seconds(predicted.request_seconds)} for a whole request"
             + (", loading included" if loading_counts else ""),
         )

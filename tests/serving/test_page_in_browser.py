@@ -1,5 +1,7 @@
 """The service's page in Chromium: where Debian's chromium and chromium-driver are installed."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ def answered(page: Browser, number: int) -> Any:
 def test_an_answer_streams_and_the_figures_are_those_of_the_metrics(
     page: Browser, http: Any
 ) -> None:
+    assert re.search(r"read again for each token, which takes about \d", page.text("#welcome"))
     page.run("document.getElementById('limit').value = 12")
     page.run("document.getElementById('temperature').value = 0")
     page.type("#text", "Hello\n")
@@ -69,6 +72,7 @@ def test_an_answer_streams_and_the_figures_are_those_of_the_metrics(
     assert page.text("article.assistant .said")
     assert "12 tokens, the first after" in page.text("article .note")
     assert page.text("#status") == "The answer is complete."
+    assert page.run("return document.getElementById('welcome').hidden")
     tokens = int(gauge(http, "layerstream_generated_tokens_total"))
     sweeps = int(gauge(http, "layerstream_sweeps_total"))
     page.wait(lambda: f"{tokens} in {sweeps} sweeps" in page.text("#figures"))
@@ -93,10 +97,49 @@ def test_an_answer_can_be_stopped_and_the_conversation_goes_on(
     page.wait(lambda: gauge(http, "layerstream_open_answers") == 0)
 
 
+def test_a_new_chat_in_mid_answer_has_nothing_of_the_old_one(page: Browser) -> None:
+    page.run(
+        "window.sent = []; const fetch = window.fetch;"
+        "window.fetch = (path, options) => { if (options?.body) window.sent.push(options.body); return fetch(path, options); };"
+        "document.getElementById('temperature').value = 0"
+    )
+    page.type("#text", "Old\n")
+    page.wait(lambda: page.text("article.assistant .said"))
+    page.click("#reset")
+    page.wait(lambda: page.text("#status") == "Stopped.")
+    page.run("document.getElementById('limit').value = 2")
+    page.type("#text", "New\n")
+    answered(page, 1)
+    old, new = (json.loads(body)["messages"] for body in page.run("return window.sent"))
+    assert (old, new) == (
+        [{"role": "user", "content": "Old"}],
+        [{"role": "user", "content": "New"}],
+    )
+    assert page.text("article.user .said") == "New"
+
+
+def test_the_keyboard_alone_sends_stops_and_sends_again(page: Browser) -> None:
+    focused = "return document.activeElement.id"
+    tab, space = "\ue004", " "
+    page.run("document.getElementById('temperature').value = 0")
+    page.type("#text", f"Hello{tab}")
+    assert page.run(focused) == "send"
+    page.type("#send", space)
+    page.wait(lambda: page.text("article.assistant .said"))
+    assert page.run(focused) == "stop"
+    page.type("#stop", space)
+    page.wait(lambda: page.text("#status") == "Stopped.")
+    assert page.run(focused) == "text"
+    page.run("document.getElementById('limit').value = 2")
+    page.type("#text", "Again\n")
+    answered(page, 2)
+
+
 def test_an_error_is_shown_in_the_services_own_words(page: Browser) -> None:
     page.run("document.getElementById('limit').value = 99999999")
     page.type("#text", "Hello\n")
     page.wait(lambda: "maximum context length" in page.text("article .failed"))
+    assert page.run("return document.getElementById('text').value") == "Hello"  # to be sent again
     assert all("400" in line for line in page.console())  # the browser's own line about the status
 
 

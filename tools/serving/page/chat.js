@@ -18,6 +18,7 @@ function show(role, content) {
   body.className = "said";
   if (content) body.append(Object.assign(document.createElement("p"), { textContent: content }));
   article.append(title, body);
+  element("welcome").hidden = true;
   log.append(article);
   log.scrollTop = log.scrollHeight;
   return { article, body };
@@ -60,7 +61,7 @@ async function knownModel() {
 }
 
 /** Ask for an answer and show it as it comes; returns its text. */
-async function answer(article, body, signal) {
+async function answer(article, body, asked, signal) {
   await knownModel();
   const began = performance.now();
   const shown = new Markdown(body);
@@ -95,32 +96,40 @@ async function answer(article, body, signal) {
     status.textContent = "Stopped.";
     note(article, "stopped");
   } finally {
-    if (said) messages.push({ role: "assistant", content: said });
+    if (said) asked.push({ role: "assistant", content: said });
   }
   return said;
 }
 
+/** As if it was not asked: the message can be changed and sent again. */
+function takeBack(asked, content) {
+  asked.pop();
+  if (asked === messages && !text.value) text.value = content;
+}
+
 async function ask(content) {
-  messages.push({ role: "user", content });
+  const asked = messages; // "New chat" begins others
+  asked.push({ role: "user", content });
   show("user", content);
   const { article, body } = show("assistant", "");
   running = new AbortController();
-  send.disabled = true;
   stop.disabled = false;
+  if (document.activeElement === send) stop.focus(); // a disabled button would lose the keyboard
+  send.disabled = true;
   article.setAttribute("aria-busy", "true"); // read aloud when it is complete, not word by word
   status.textContent = "Waiting for the first token …";
-  const asked = messages;
   let said = "";
   try {
-    said = await answer(article, body, running.signal);
+    said = await answer(article, body, asked, running.signal);
   } catch (error) {
     note(article, error.message, true);
     status.textContent = "That failed.";
   } finally {
-    if (!said && messages === asked) messages.pop(); // as if it was not asked
+    if (!said) takeBack(asked, content);
     running = null;
     article.removeAttribute("aria-busy");
     send.disabled = false;
+    if (document.activeElement === stop) send.focus();
     stop.disabled = true;
   }
 }

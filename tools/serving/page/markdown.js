@@ -18,7 +18,7 @@ export class Markdown {
   }
 
   show(text) {
-    const found = blocks(text.split("\n"), 0);
+    const found = blocks(text.trimStart().split("\n"), 0);
     found.forEach(({ source, build }, index) => {
       if (this.sources[index] === source) return;
       const old = this.element.children[index];
