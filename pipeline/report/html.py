@@ -86,7 +86,7 @@ def _row(cell: str, texts: Sequence[str], left: Collection[int]) -> str:
 
 def _map(cells: Sequence[tuple[str, str]], legend: Mapping[str, str]) -> Iterator[str]:
     kinds = [kind for kind, _ in cells]
-    counts = [(kind, f"{kinds.count(kind)} {legend[kind]}") for kind in legend if kind in kinds]
+    counts = [(kind, f"{kinds.count(kind)} x {legend[kind]}") for kind in legend if kind in kinds]
     label = escape(", ".join(text for _, text in counts))
     yield f'<div class="map" role="img" aria-label="{label}">'
     yield "".join(f'<i class="{kind}" title="{escape(title)}"></i>' for kind, title in cells)

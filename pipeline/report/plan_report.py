@@ -250,22 +250,18 @@ def _time_row(name: str, sweep: SweepPrediction) -> Sequence[str]:
     return (name, *map(format_seconds, parts), sweep.bottleneck)
 
 
-def _busy(plan: Plan) -> str:
-    """A remark if the predictions depend on measurements of a busy machine."""
-    contended = any(each.origin is Origin.CONTENDED for each in plan.inputs)
-    return " (by measurements on a BUSY machine)" if contended else ""
-
-
 def _speed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     predicted, sweep = plan.prediction, plan.prediction.decode
     if plan.workload is not None:
         loading_counts = predicted.objective is Objective.LATENCY
         yield (
             "speed",
-            f"{predicted.tokens_per_second:.3g} tokens/s while decoding{_busy(plan)}; "
+            f"{predicted.tokens_per_second:.3g} tokens/s while decoding; "
             f"{format_seconds(predicted.request_seconds)} for a whole request"
             + (", loading included" if loading_counts else ""),
         )
+    if any(each.origin is Origin.CONTENDED for each in plan.inputs):
+        yield "caution", "measured on a BUSY machine: it may be several times as fast or as slow"
     stage_seconds = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
     yield (
         "bottleneck",

@@ -72,7 +72,12 @@ class Browser:
     ) -> Iterator[None]:
         """During the block, have a screen of this size, also one narrower than a window may be, and light or dark pages."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        metrics = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": scale,
+            "mobile": width < 600,
+        }
         self._command("Emulation.setEmulatedMedia", features=features)
         self._command("Emulation.setDeviceMetricsOverride", **metrics)
         try:

@@ -1,6 +1,7 @@
 """Takes the pictures of README.md from a model that is really served: see the README's section on development.
 
-Usage: PYTHONPATH=tests python -m support.pictures MODEL QUESTION [OPTION ...], with options of `layerstream serve`.
+Usage: PYTHONPATH=tests python -m support.pictures MODEL QUESTION QUESTION [OPTION ...], with options of
+`layerstream serve`, each with a value.
 """
 
 import io
@@ -13,16 +14,17 @@ from support.browser import Browser, running_browser
 from support.server import running_server
 
 FOLDER = Path(__file__).parent.parent.parent / "tools" / "serving" / "pictures"
-_TOKENS = 60
+_TOKENS = 16  # of the first answer
+_CHARACTERS = 60  # of the second one when the pictures are taken
 _COLORS = 128  # which no eye misses, at a third of the size
 
 
-def take(model: str, question: str, options: list[str]) -> None:
-    """Ask the served model ``question``, and take the pictures while it answers."""
+def take(model: str, questions: list[str], options: list[str]) -> None:
+    """Ask the served model ``questions``, and take the pictures while it answers the second one."""
     FOLDER.mkdir(exist_ok=True)
     with running_browser() as browser, running_server(Path(model), *options) as server:
         with browser.screen(1280, 800, scale=1.5):
-            _ask(browser, server.url, question)
+            _ask(browser, server.url, *questions)
             _save(browser, "page.png")
         with browser.screen(390, 844, dark=True, scale=1.5):
             _save(browser, "phone.png")
@@ -36,17 +38,17 @@ def take(model: str, question: str, options: list[str]) -> None:
                 _save(browser, "plan.png")
 
 
-def _ask(browser: Browser, url: str, question: str) -> None:
+def _ask(browser: Browser, url: str, first: str, second: str) -> None:
     browser.open(url)
     browser.run(
         "document.getElementById('temperature').value = 0;"
         f"document.getElementById('limit').value = {_TOKENS}"
     )
-    browser.type("#text", f"{question}\n")
+    browser.type("#text", f"{first}\n")
     browser.wait(lambda: browser.text("article.assistant .note"))
-    browser.type("#text", "And at sunset?\n")
-    # The last seconds' timeline shows this answer alone once a third of it is there.
-    browser.wait(lambda: len(browser.text("article:last-child .said")) > 100)
+    browser.run("document.getElementById('limit').value = ''")
+    browser.type("#text", f"{second}\n")
+    browser.wait(lambda: len(browser.text("article:last-child .said")) > _CHARACTERS)
 
 
 def _planned(options: list[str]) -> list[str]:
@@ -67,4 +69,4 @@ def _save(browser: Browser, name: str) -> None:
 
 
 if __name__ == "__main__":
-    take(sys.argv[1], sys.argv[2], sys.argv[3:])
+    take(sys.argv[1], sys.argv[2:4], sys.argv[4:])

@@ -82,7 +82,7 @@ function showMap({ layers, legend, stages }) {
   });
   const counts = Object.entries(legend).map(([place, meaning]) => [place, meaning, layers.filter((layer) => layer.place === place).length]).filter(([, , count]) => count);
   map.setAttribute("aria-label", `${layers.length} layer batches: ` + counts.map(([, meaning, count]) => `${count} ${meaning}`).join(", "));
-  element("legend").replaceChildren(...legendOf(counts.map(([place, meaning, count]) => [place, `${count} ${meaning}`])).childNodes);
+  element("legend").replaceChildren(...legendOf(counts.map(([place, meaning, count]) => [place, `${count} x ${meaning}`])).childNodes);
 }
 
 function showMemory({ memory }) {
