@@ -158,6 +158,7 @@ const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], [
 /** Append ``text`` with its code, emphasis and escapes to ``element``. */
 function inline(element, text) {
   let plain = "";
+  const unclosed = new Set(); // marks that nothing further on closes: looking again each time would take for ever
   const add = (child) => { element.append(plain, child); plain = ""; };
   for (let at = 0; at < text.length;) {
     const character = text[at];
@@ -171,7 +172,9 @@ function inline(element, text) {
       continue;
     }
     const [mark, name] = MARKS.find(([each]) => text.startsWith(each, at)) ?? [];
-    const end = mark ? emphasisEnd(text, mark, at) : -1;
+    const opens = mark && !unclosed.has(mark) && opensEmphasis(text, mark, at);
+    const end = opens ? emphasisEnd(text, mark, at + mark.length) : -1;
+    if (opens && end < 0) unclosed.add(mark);
     if (end > 0) add(inline(make(name), text.slice(at + mark.length, end)));
     else plain += mark ?? character;
     at = end > 0 ? end + mark.length : at + (mark ?? character).length;
@@ -190,14 +193,15 @@ function closing(text, ticks, at) {
   return end;
 }
 
-/** Where the emphasis that begins ``at`` ends; -1 if it does not. 2 * 3 * 4 and snake_case_names have none. */
-function emphasisEnd(text, mark, at) {
-  const inWord = (index) => mark[0] === "_" && /[\p{L}\p{N}]/u.test(text[index] ?? " ");
-  const start = at + mark.length;
-  if (!/\S/.test(text[start] ?? " ") || inWord(at - 1)) return -1;
+// 2 * 3 * 4 and snake_case_names have no emphasis.
+const inWord = (text, mark, index) => mark[0] === "_" && /[\p{L}\p{N}]/u.test(text[index] ?? " ");
+const opensEmphasis = (text, mark, at) => /\S/.test(text[at + mark.length] ?? " ") && !inWord(text, mark, at - 1);
+
+/** Where the emphasis that begins at ``start`` ends; -1 if it does not. */
+function emphasisEnd(text, mark, start) {
   for (let end = text.indexOf(mark, start + 1); end > 0; end = text.indexOf(mark, end + 1)) {
     const longer = mark.length === 1 && (text[end + 1] === mark || text[end - 1] === mark);
-    if (!longer && /\S/.test(text[end - 1]) && !inWord(end + mark.length)) return end;
+    if (!longer && /\S/.test(text[end - 1]) && !inWord(text, mark, end + mark.length)) return end;
   }
   return -1;
 }
