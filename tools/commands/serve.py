@@ -172,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
     check_template(tokenizer, template)
     if not _on_loopback(args) and args.api_key is None:
         logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
+    if template is None and tokenizer.chat_template is None:
+        logger.warning("the model has no chat template, so chats are refused: see --chat-template")
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
     asyncio.run(_serve(path, tokenizer, _settings(path, template, args), args))
