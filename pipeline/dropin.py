@@ -6,11 +6,12 @@ import os
 import threading
 import weakref
 from collections.abc import Coroutine
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from layerstream.pipeline.model import StreamedModel
-from layerstream.stages.errors import DeviceError, ModelError
+from layerstream.stages.errors import ClosedError, DeviceError, ModelError
 
 __all__ = ["load_streamed"]
 
@@ -68,7 +69,9 @@ class _Closer:
     def __call__(self) -> None:
         # A process that was forked from ours has no loop to wait for, and nothing to close: it ends without either.
         if os.getpid() == self._process and self._lock.acquire(blocking=False):
-            self.model.abandon_pass()
+            with suppress(ClosedError):
+                if (runner := self.model.engine.passes.current()) is not None:
+                    runner.abandon()
             self._loop_thread.run(self.model.aclose())
             self._loop_thread.stop()
 
@@ -123,9 +126,9 @@ def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
 
     @functools.wraps(kind.generate)
     def generate(self: Any, *inputs: Any, **named: Any) -> Any:
-        if model.in_request():
+        if model.engine.passes.in_request():
             return kind.generate(self, *inputs, **named)
-        return model.generate_here(
+        return model.engine.generate_here(
             lambda clone: functools.partial(kind.generate, clone), inputs, named
         )
 

@@ -1,9 +1,9 @@
 """A transformers model whose weights stream."""
 
-import asyncio
+import functools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,11 +18,11 @@ from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
 from layerstream.pipeline.pretrained import Pretrained
 from layerstream.pipeline.scheduling.engine import Engine
-from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.stats import Stats
-from layerstream.pipeline.scheduling.tokens import token_streamer
-from layerstream.pipeline.starting import start_model
+from layerstream.pipeline.scheduling.tokens import stream_tokens
+from layerstream.pipeline.starting import Runtime, start_model
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
@@ -48,12 +48,13 @@ class StreamedModel:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._resources = AsyncExitStack()
-        self._engine: Engine | None = None
+        self._guard = ReadGuard(options.hanging_read_seconds)
+        self._running: Runtime | None = None
         self._lifetime = Lifetime(
             "the model",
             again="call StreamedModel.open again",
             opens=self._open,
-            closes=self._resources.aclose,
+            closes=self._close,
         )
 
     # Longer than 60 lines: it names, explains and hands on each option.
@@ -78,6 +79,7 @@ class StreamedModel:
         dtype: torch.dtype | str = "auto",
         revision: str | None = None,
         hanging_read_seconds: float = 30.0,
+        reopened_within_seconds: float = 0.0,
         **model_options: Any,
     ) -> Self:
         """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
@@ -99,7 +101,9 @@ class StreamedModel:
             model_class: The transformers class; by default the config's ``architectures[0]``.
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
-            hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
+            hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
+                with it, and closing does not wait for it.
+            reopened_within_seconds: After an I/O error, requests wait so long for ``reopen`` before they fail, too.
             model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
 
         Raises:
@@ -119,6 +123,7 @@ class StreamedModel:
             measure=measure,
             model_class=model_class,
             hanging_read_seconds=hanging_read_seconds,
+            reopened_within_seconds=reopened_within_seconds,
             pretrained=Pretrained.of(
                 source, model_options, device=device, dtype=dtype, revision=revision
             ),
@@ -141,12 +146,15 @@ class StreamedModel:
         return self
 
     async def _open(self) -> None:
-        self._opening = opening = await open_model(self._options, self._resources)
+        self._resources.callback(self._guard.close)
+        self._opening = opening = await open_model(self._options, self._resources, self._guard)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
         self._budget = opening.budget
-        running = await start_model(opening, self._options, self._resources)
-        self._pipeline, self._scheduler = running.pipeline, running.scheduler
-        self._engine = running.engine
+        self._running = await start_model(opening, self._options, self._resources, self._guard)
+
+    async def _close(self) -> None:
+        self._guard.stop()
+        await self._resources.aclose()
 
     async def __aexit__(
         self,
@@ -157,18 +165,12 @@ class StreamedModel:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Fail the requests under way, or end the opening, and free everything. May be called again, and by several tasks."""
+        """Fail the requests under way, or end the opening, and free all but what a read that hangs has. May be called again."""
         await self._lifetime.close()
 
     async def drain(self) -> None:
         """Refuse new requests, and wait for all others to end, so that ``aclose`` fails none."""
-        await self._open_engine().requests.drain()
-
-    def abandon_pass(self) -> None:
-        """End the pass of the calling thread if an interrupt has left it unfinished. For the drop-in."""
-        runner = self._engine.passes.current() if self._engine is not None else None
-        if runner is not None:
-            runner.abandon()
+        await self.engine.requests.drain()
 
     async def forward(self, *inputs: Any, **named: Any) -> Any:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
@@ -180,7 +182,7 @@ class StreamedModel:
             AdmissionError: It needs more memory than there is for requests.
             ClosedError: The model is not open, or is being closed.
         """
-        return await self._open_engine().forward(inputs, named)
+        return await self.engine.forward(inputs, named)
 
     async def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate with any strategy; takes and returns what the model's own ``generate`` does.
@@ -194,11 +196,11 @@ class StreamedModel:
             AdmissionError: It needs more memory than there is for requests.
             ClosedError: The model is not open, or is being closed.
         """
-        return await self._open_engine().generate(inputs, named)
+        return await self.engine.generate(inputs, named)
 
     def check(self, *inputs: Any, **named: Any) -> int:
         """Bytes that such a ``generate`` would reserve; raises what it would before it begins. May be called in any thread."""
-        return self._open_engine().check(inputs, named)
+        return self.engine.check(inputs, named)
 
     async def stream(
         self, *inputs: Any, on_begin: Callable[[], None] | None = None, **named: Any
@@ -212,19 +214,10 @@ class StreamedModel:
         Raises:
             AdmissionError, ClosedError: As for ``generate``.
         """
-        tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        streamer = token_streamer(asyncio.get_running_loop(), tokens, on_begin)
-        generating = asyncio.create_task(self.generate(*inputs, **named, streamer=streamer))
-        generating.add_done_callback(lambda _: tokens.put_nowait(None))
-        try:
-            while (token := await tokens.get()) is not None:
+        generate = functools.partial(self.generate, *inputs, **named)
+        async with aclosing(stream_tokens(generate, on_begin)) as tokens:
+            async for token in tokens:
                 yield token
-            await generating
-        finally:
-            generating.cancel()
-            await asyncio.wait([generating])
-            # Mark an error as retrieved: a caller that leaves early does not use it.
-            generating.cancelled() or generating.exception()
 
     async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
@@ -242,27 +235,38 @@ class StreamedModel:
             DeviceError: There is not enough memory; the old plan stays, and loads its residents again.
             ClosedError: The model is not open.
         """
-        engine = self._open_engine()
-        hardware = learn(self.hardware, self.plan, self._pipeline.timings())
+        running = self._runtime()
+        hardware = learn(self.hardware, self.plan, self.timings())
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         # The plan's is in bytes: what is not touched yet seems free.
         new = as_budget(budget, on_cpu=self.plan.device_memory is None) or self.plan.budget
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
 
-        async def adopt() -> None:
-            await self._pipeline.adopt(plan)
-            await finish_in_thread(self._scheduler.device.trim)  # for other processes
-            memory = request_memory_of(plan, self.module, self._opening.checkpoint.config)
-            self._scheduler.residency.replace(
-                plan, request_bytes=memory.shared_with_residents_bytes
-            )
-            engine.resize(memory)
-            self.plan, self.hardware = plan, hardware
-            self._budget = new
+        def adopted() -> None:
+            self.plan, self.hardware, self._budget = plan, hardware, new
 
-        await self._scheduler.between(adopt)
+        await running.adopt(plan, then=adopted)
         return plan
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that has ended streaming, until the model is reopened; None while it works."""
+        return self._runtime().scheduler.failure
+
+    async def reopen(self) -> None:
+        """Open the files again after streaming has failed, and go on with the same plan. May be called again if that fails.
+
+        Requests under way wait for it, if ``reopened_within_seconds`` allow, and go on where they were, with equal results: a pass
+        that waits for a layer batch holds no weights, and its KV cache lies elsewhere. Those whose own computation,
+        embedding rows or experts failed have failed. ``timings()`` begin anew. What a hung read may still write into stays taken until it returns.
+
+        Raises:
+            CheckpointError: The files cannot be opened, or have changed: then open another model.
+            DeviceError: The device does not work, or does not have the memory.
+            ClosedError: The model is not open.
+        """
+        await self._runtime().reopen()
 
     def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
         """The running plan as it would be on ``hardware``, with other residents and predictions.
@@ -274,27 +278,23 @@ class StreamedModel:
         Raises:
             PlanError: No plan fits that budget.
         """
-        self._open_engine()
+        self._runtime()
         return self._opening.make_plan(hardware, budget=budget or self._budget, running=self.plan)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""
-        self._open_engine()
-        return self._pipeline.timings()
+        return self._runtime().stream.pipeline.timings()
 
     def stats(self) -> Stats:
         """The current counters and gauges of requests, sweeps and stages."""
-        return self._open_engine().requests.stats(self._pipeline.timings())
+        return self.engine.requests.stats(self.timings())
 
-    def in_request(self) -> bool:
-        """Whether the calling thread runs a request, whose memory is reserved."""
-        return self._engine is not None and self._engine.passes.in_request()
+    @property
+    def engine(self) -> Engine:
+        """What runs requests. For the drop-in."""
+        return self._runtime().engine
 
-    def generate_here(self, call: Callable[[Any], Any], inputs: Sequence[Any], named: Any) -> Any:
-        """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
-        return self._open_engine().generate_here(call, inputs, named)
-
-    def _open_engine(self) -> Engine:
-        if self._engine is None or self._lifetime.closed:
+    def _runtime(self) -> Runtime:
+        if self._running is None or self._lifetime.closed:
             raise ClosedError("the model is not open; use it inside `async with`")
-        return self._engine
+        return self._running

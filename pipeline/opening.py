@@ -23,8 +23,10 @@ from layerstream.pipeline.options import Options, as_budget
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind
 from layerstream.pipeline.planning.planner import make_plan
+from layerstream.stages.errors import DeviceError
 from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.readahead import Readahead, fits_page_cache
 from layerstream.stages.threads import finish_in_thread
 from layerstream.stages.unpack.compiling import suggest_cache_folder
@@ -51,7 +53,7 @@ class Opening:
     """The planner for this model; takes hardware, budget, and the arguments that choose a plan."""
 
 
-async def open_model(options: Options, resources: AsyncExitStack) -> Opening:
+async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGuard) -> Opening:
     """Find the model, trace it, and plan it; ``resources`` stops what runs in the background."""
     initial_bytes = anonymous_bytes()
     on_cpu = await finish_in_thread(
@@ -63,9 +65,13 @@ async def open_model(options: Options, resources: AsyncExitStack) -> Opening:
     lookup = options.pretrained.lookup
     path = await resolve_model_path_async(options.pretrained.source, lookup)
     # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
-    checkpoint = await finish_in_thread(lambda: Checkpoint.open(path, lookup.weights))
+    checkpoint = await finish_in_thread(
+        lambda: Checkpoint.open(path, lookup.weights, guard=guard), guard=guard
+    )
     options.pretrained.refuse_remote_code(checkpoint)
-    readahead = await finish_in_thread(lambda: _read_ahead(checkpoint, options, on_cpu=on_cpu))
+    readahead = await finish_in_thread(
+        lambda: _read_ahead(checkpoint, options, guard, on_cpu=on_cpu)
+    )
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
     traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
     hardware = options.hardware or await Hardware.probe(
@@ -124,14 +130,16 @@ def _report(
         )
 
 
-def _read_ahead(checkpoint: Checkpoint, options: Options, *, on_cpu: bool) -> Readahead:
+def _read_ahead(
+    checkpoint: Checkpoint, options: Options, guard: ReadGuard, *, on_cpu: bool
+) -> Readahead:
     """Start reading ahead while the model is traced, if its files will probably be mapped."""
     mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
-    readahead = Readahead([file.path for file in checkpoint.files])
+    readahead = Readahead([file.path for file in checkpoint.files], guard)
     if mapped and on_cpu and fits_page_cache(checkpoint.total_bytes):
         try:
             readahead.start()
-        except RuntimeError as error:
+        except DeviceError as error:
             logger.debug("nothing is read ahead: %s", error)
     return readahead
 

@@ -36,6 +36,7 @@ class Options:
     measure: bool
     model_class: type[Any] | None
     hanging_read_seconds: float
+    reopened_within_seconds: float
     pretrained: Pretrained
     """What ``from_pretrained``'s arguments say."""
 

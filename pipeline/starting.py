@@ -1,13 +1,11 @@
 """Starts a planned model: from its plan to the pipeline, the scheduler and the engine that run it."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
-from layerstream.pipeline.modeling.binding import Binding, put_buffers
+from layerstream.pipeline.modeling.binding import Binding
 from layerstream.pipeline.modeling.edits import guard_conversions
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache
@@ -21,11 +19,11 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
-from layerstream.pipeline.streaming.pipeline import Pipeline
-from layerstream.stages.compute import Batch
+from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.interruptible import InterruptibleReads
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["Runtime", "start_model"]
@@ -35,12 +33,36 @@ __all__ = ["Runtime", "start_model"]
 class Runtime:
     """What runs an open model."""
 
-    pipeline: Pipeline
+    opening: Opening
+    stream: WeightStream
     scheduler: SweepScheduler
     engine: Engine
 
+    async def adopt(self, plan: Plan, *, then: Callable[[], None]) -> None:
+        """Switch to ``plan`` between two sweeps, and call ``then``."""
 
-async def start_model(opening: Opening, options: Options, resources: AsyncExitStack) -> Runtime:
+        async def adopt() -> None:
+            await self.stream.pipeline.adopt(plan)
+            await finish_in_thread(self.scheduler.device.trim)  # for other processes
+            opening = self.opening
+            memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
+            self.scheduler.residency.replace(plan, request_bytes=memory.shared_with_residents_bytes)
+            self.engine.resize(memory)
+            then()
+
+        await self.scheduler.between(adopt)
+
+    async def reopen(self) -> None:
+        """See ``StreamedModel.reopen``."""
+        if self.scheduler.failure is not None:
+            await self.stream.reopen()
+            self.scheduler.resume(self.stream.pipeline)
+
+
+# Longer than 60 lines: it makes each part of a running model, and names how they depend on one another.
+async def start_model(
+    opening: Opening, options: Options, resources: AsyncExitStack, guard: ReadGuard
+) -> Runtime:
     """Start what ``opening`` has planned; ``resources`` stops it again.
 
     Raises:
@@ -51,28 +73,35 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
-    guard = ReadGuard(options.hanging_read_seconds)
-    resources.callback(guard.close)
-    bindings = await _prepare(opening, device, resources, guard)
+    reads = InterruptibleReads(guard)
+    resources.push_async_callback(finish_in_thread, reads.close, without_thread=True)
+    bindings = await _prepare(opening, device, resources, guard, reads)
     config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
-    pipeline = await resources.enter_async_context(
-        Pipeline(residency.first, device=device, guard=guard)
-    )
     always_bound = _always_bound(assembly, plan)
-    await _load(always_bound, pipeline, bindings, module=module, device=device, resources=resources)
+    stream = WeightStream(
+        residency.first,
+        bindings,
+        always_bound=always_bound,
+        module=module,
+        device=device,
+        guard=guard,
+    )
+    resources.push_async_callback(stream.aclose)
+    await stream.open()
     scheduler = SweepScheduler(
-        pipeline, bindings, device=device, always_bound=always_bound, residency=residency
+        stream.pipeline,
+        bindings,
+        device=device,
+        always_bound=always_bound,
+        residency=residency,
+        reopened_within_seconds=options.reopened_within_seconds,
     )
     resources.push_async_callback(scheduler.aclose)
+    on_cpu = plan.device_memory is None
     estimator = Estimator(
-        module,
-        config,
-        workload=options.workload,
-        memory=memory,
-        on_cpu=plan.device_memory is None,
-        plan=plan,
+        module, config, workload=options.workload, memory=memory, on_cpu=on_cpu, plan=plan
     )
     engine = Engine(
         module,
@@ -84,11 +113,12 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         guard=guard,
         cache_on_host=plan.kv_cache_on_host,
     )
-    if pipeline.experts is not None:
+    reads.wait = engine.passes.wait
+    if stream.pipeline.experts is not None:
         stream_experts(
             module,
             plan.experts,
-            pipeline.experts,
+            stream.pipeline.experts,
             waiting=engine.passes.waiting,
             packed=assembly.packed_experts,
             tiles=assembly.tiles,
@@ -99,11 +129,15 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
-    return Runtime(pipeline=pipeline, scheduler=scheduler, engine=engine)
+    return Runtime(opening=opening, stream=stream, scheduler=scheduler, engine=engine)
 
 
 async def _prepare(
-    opening: Opening, device: Device, resources: AsyncExitStack, guard: ReadGuard
+    opening: Opening,
+    device: Device,
+    resources: AsyncExitStack,
+    guard: ReadGuard,
+    reads: InterruptibleReads,
 ) -> list[Binding]:
     """Put placeholders and tables into the module tree; returns what puts weights in their place."""
     assembly, plan = opening.assembly, opening.plan
@@ -112,7 +146,7 @@ async def _prepare(
         bindings = assembly.bind(plan, device.torch_device)
         if assembly.tiles is not None:
             resources.callback(assembly.tiles.close)
-        for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
+        for table in assembly.gather(opening.checkpoint, device.torch_device, guard, reads):
             resources.callback(table.close)
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
@@ -126,33 +160,3 @@ def _always_bound(assembly: Assembly, plan: Plan) -> list[int]:
     """Indices of the layer batches that have to be bound all the time."""
     always_resident = {layer.name for layer in assembly.layers if layer.always_resident}
     return [batch.index for batch in plan.batches if always_resident.intersection(batch.layers)]
-
-
-async def _load(
-    indices: Sequence[int],
-    pipeline: Pipeline,
-    bindings: Sequence[Binding],
-    *,
-    module: Any,
-    device: Device,
-    resources: AsyncExitStack,
-) -> None:
-    """Load the layer batches of these indices, and bind them until ``resources`` is closed."""
-    if not indices:
-        return
-
-    def unbind(binding: Binding) -> None:
-        binding.unbind()
-        put_buffers(module, binding.absent_buffers())
-
-    def bind(binding: Binding, batch: Batch) -> None:
-        put_buffers(module, binding.bind(batch.tensors))
-        # Passes may compute on other streams, which do not wait for this thread's.
-        device.record().synchronize()
-
-    async for batch in pipeline.sweep(indices):
-        binding = bindings[batch.index]
-        # A module that outlives its model must not keep the memory of all residents.
-        resources.callback(unbind, binding)
-        # Binding may compute: casts, transposes.
-        await finish_in_thread(functools.partial(bind, binding, batch))

@@ -1,13 +1,16 @@
-"""Blocking calls off the event loop, in threads of our own, which are never abandoned."""
+"""Blocking calls off the event loop, in threads of our own, of which only those are abandoned that a disk holds up."""
 
 import asyncio
+import functools
 import os
-import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError, DeviceError
+from layerstream.stages.process.thread_pool import ThreadPool
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["Lifetime", "Threads", "finish_in_thread", "refuse_fork", "wait_all"]
 
@@ -34,27 +37,25 @@ class Threads:
     The loop's default executor is shared with the service that embeds us, so each stage has its own. All threads are
     started at once: a call that is queued later runs, or is refused because the pool is closed.
 
+    Args:
+        name: Of what the threads do.
+        count: How many there are.
+
     Raises:
         DeviceError: The system starts no more threads.
     """
 
     def __init__(self, name: str, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"layerstream-{name}")
-        all_started = threading.Event()
         try:
-            for _ in range(count):  # each call takes a thread, since none of them returns
-                self._pool.submit(all_started.wait)
+            self._pool = ThreadPool(count, f"layerstream-{name}")
         except RuntimeError as error:
-            all_started.set()
-            self.close()
             raise DeviceError(
                 f"the system refuses a thread ({error}); raise the limit on processes (ulimit -u, pids.max), or end some"
             ) from error
-        all_started.set()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``call`` and return at once."""
-        return self._pool.submit(call, *args, **kwargs)
+        return self._pool.submit(functools.partial(call, *args, **kwargs))
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``call`` and wait until it ends, even if the waiting task is cancelled.
@@ -72,8 +73,16 @@ class Threads:
             del future  # its exception would refer to this frame, and so to itself
 
     def close(self) -> None:
-        """Drop the calls that have not begun and wait for those that have."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drop the calls that have not begun and wait for those that have, unless they were abandoned."""
+        self._pool.close()
+
+    def abandon(self, error: Callable[[], BaseException]) -> bool:
+        """Fail the calls in progress with an ``error`` each, and wait for none of them any more; whether there are any.
+
+        For reads of a disk that hangs. Memory that such a call may still write into must not be used again: see
+        ``ThreadPool``.
+        """
+        return self._pool.abandon(error)
 
 
 async def wait_all(
@@ -103,11 +112,15 @@ async def wait_all(
                 future.exception()  # marked as retrieved: callers take results from the calls themselves
 
 
-async def finish_in_thread(call: Callable[[], T], *, without_thread: bool = False) -> T:
+async def finish_in_thread(
+    call: Callable[[], T], *, without_thread: bool = False, guard: ReadGuard | None = None
+) -> T:
     """Run one long call in a thread of its own and wait until it ends, even if the waiting task is cancelled.
 
     Args:
         call: What to run.
+        guard: If a read that it watches over hangs, this raises its ReadError, and leaves the call and its result to
+            themselves: for calls that change nothing, and whose result has nothing to close.
         without_thread: If the system starts no more threads, run it on the event loop: to free something, late is better
             than never.
     """
@@ -118,7 +131,8 @@ async def finish_in_thread(call: Callable[[], T], *, without_thread: bool = Fals
             return call()
         raise
     try:
-        return await threads.run(call)
+        with nullcontext() if guard is None else guard.giving_up(threads):
+            return await threads.run(call)
     finally:
         threads.close()
 

@@ -113,7 +113,7 @@ def test_no_sweep_waits_for_a_pass_that_waits_for_its_turn(
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            with model._open_engine().passes.turn:  # as if another thread were in a long pass
+            with model.engine.passes.turn:  # as if another thread were in a long pass
                 calling = asyncio.create_task(asyncio.to_thread(model.module, IDS))
                 while not model.stats().requests_started:
                     await turns()
@@ -131,7 +131,7 @@ def test_a_request_of_a_thread_that_is_made_during_the_drain_is_refused_or_waite
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            engine = model._open_engine()
+            engine = model.engine
             estimate, gate = engine._estimator.forward, Gate()
 
             def estimate_slowly(*arguments: Any) -> Any:
@@ -161,7 +161,7 @@ def test_a_cache_that_the_caller_keeps_between_passes_counts_only_while_a_pass_r
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            estimate = model._open_engine()._estimator.forward
+            estimate = model.engine._estimator.forward
             ids, past = IDS, None
             for _ in range(8):
                 new = ids if past is None else ids[:, -1:]
@@ -186,7 +186,7 @@ def test_a_request_admitted_after_its_threads_are_closed_raises_that_the_model_w
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            model._open_engine().threads.close()
+            model.engine.threads.close()
             with pytest.raises(ClosedError, match="closed before this request's turn"):
                 await model.forward(IDS)
             assert model.stats().reserved_bytes == 0

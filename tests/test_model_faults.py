@@ -125,7 +125,7 @@ def test_a_device_that_fails_while_a_batch_is_released_does_not_block_the_next_r
 
     async def main() -> None:
         async with await open_streaming(folder) as model:
-            device, calls = model._engine._device, 0
+            device, calls = model.engine._device, 0
             record = device.record
 
             def failing(stream: object = None) -> Any:

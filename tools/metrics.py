@@ -27,6 +27,7 @@ _COUNTERS = (
     ("generated_tokens", "Tokens generated", "tokens_generated"),
     ("read_bytes", "Bytes of weights read", "bytes_read"),
     ("experts_wanted", "Experts that forward passes needed, in each layer", "experts_wanted"),
+    ("reopened", "Times that the model was reopened after streaming had failed", "reopened"),
     ("expert_hits", "Of those, the ones that were in memory", "expert_hits"),
 )
 _GAUGES = (
@@ -66,6 +67,11 @@ class StatsCollector(Collector):
             yield GaugeMetricFamily(
                 f"layerstream_{name}", meaning, value=float(getattr(stats, field))
             )
+        yield GaugeMetricFamily(
+            "layerstream_failed",
+            "Whether streaming has failed, so that nothing is answered until the model is reopened",
+            value=float(stats.failure is not None),
+        )
         yield GaugeMetricFamily(
             "layerstream_hanging_reads",
             "Reads of the weight files that have not returned for long",

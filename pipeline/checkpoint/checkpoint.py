@@ -6,7 +6,8 @@ in how they read; both use the same functions to interpret the bytes.
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -29,6 +30,7 @@ from layerstream.pipeline.checkpoint.formats.format import (
 from layerstream.pipeline.checkpoint.formats.registry import read_header
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
 
@@ -58,18 +60,32 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], choice: WeightChoice = ANY_WEIGHTS) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        choice: WeightChoice = ANY_WEIGHTS,
+        *,
+        guard: ReadGuard | None = None,
+    ) -> Self:
         """Read the headers of a folder of safetensors shards, or of one safetensors file.
 
-        ``choice`` says which weights are wanted, if the folder holds several.
+        Args:
+            path: The folder or the file.
+            choice: Which weights are wanted, if the folder holds several.
+            guard: Watches over the reads.
 
         Raises:
             CheckpointError: Files are missing, truncated, corrupt or contradict one another.
         """
-        listing = list_files(Path(path), choice)
-        documents = {path: _read_document(path) for path in listing.documents}
-        selection = select_files(listing, documents)
-        headers = [_read_header(file, number) for number, file in enumerate(selection.files)]
+        watching = _unwatched if guard is None else guard.watching
+        with watching(Path(path), 0):
+            listing = list_files(Path(path), choice)
+        documents = {path: _read_document(path, watching) for path in listing.documents}
+        with watching(listing.folder, 0):
+            selection = select_files(listing, documents)
+        headers = [
+            _read_header(file, number, watching) for number, file in enumerate(selection.files)
+        ]
         return cls._from_headers(selection, headers)
 
     @classmethod
@@ -146,8 +162,16 @@ def _check_weight_map(selection: Selection, tensors: Mapping[str, TensorInfo]) -
             )
 
 
-def _read_document(path: Path) -> bytes:
-    with translated_os_errors(path):
+# Watches over a read of a path at an offset.
+_Watching = Callable[[Path, int], AbstractContextManager[None]]
+
+
+def _unwatched(_path: Path, _offset: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _read_document(path: Path, watching: _Watching) -> bytes:
+    with translated_os_errors(path), watching(path, 0):
         return path.read_bytes()
 
 
@@ -157,13 +181,17 @@ async def _read_document_async(path: Path) -> bytes:
             return await stream.read()
 
 
-def _read_header(file: WeightFile, number: int) -> Header:
-    with translated_os_errors(file.path), file.path.open("rb") as stream:
+def _read_header(file: WeightFile, number: int, watching: _Watching) -> Header:
+    with translated_os_errors(file.path), ExitStack() as opened:
+        with watching(file.path, 0):
+            stream = opened.enter_context(file.path.open("rb"))
         reader = read_header(file, number)
         asked = _advance(reader, None)
         while isinstance(asked, ByteRange):
-            stream.seek(asked.offset)
-            asked = _advance(reader, stream.read(asked.length))
+            with watching(file.path, asked.offset):
+                stream.seek(asked.offset)
+                content = stream.read(asked.length)
+            asked = _advance(reader, content)
         return asked
 
 

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.pipeline.machine.volumes import data_ranges, windows
 from layerstream.stages.batch import Extent
+from layerstream.stages.errors import ReadError
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.process.headroom import address_space_left
 from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
@@ -32,6 +34,8 @@ _REQUESTS = 4
 _MAX_DIRECT_BYTES = 1 << 30
 _MAX_MAPPED_BYTES = 256 << 20
 _MAX_SECONDS = 0.4
+# Then a read is not waited for any longer: a disk that spins up takes ten seconds, a network path that fails over twenty.
+_HANGS_AFTER_SECONDS = 30.0
 # Files are read in windows of many requests; the windows are scattered, so that no single place decides.
 _WINDOW_BYTES = 64 << 20
 # With less data than this, latency would be measured instead of bandwidth.
@@ -260,6 +264,12 @@ def _read_concurrently(
     threads = Threads("probe", _REQUESTS)
     try:
         calls = [threads.submit(work, worker) for worker in range(_REQUESTS)]
+        if wait(calls, _MAX_SECONDS + _HANGS_AFTER_SECONDS).not_done:
+            threads.abandon(
+                lambda: ReadError(
+                    f"a read has not returned for {_HANGS_AFTER_SECONDS:.0f} s: the disk or its network hangs"
+                )
+            )
         done = sorted(each for call in calls for each in call.result())
     finally:
         threads.close()

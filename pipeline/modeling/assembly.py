@@ -38,6 +38,7 @@ from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.interruptible import InterruptibleReads
 
 __all__ = ["Assembly", "move_buffers"]
 
@@ -204,7 +205,11 @@ class Assembly:
         Binding(self.traced.module, device, recipes, lambda _: None, replaceable=False)
 
     def gather(
-        self, checkpoint: Checkpoint, device: torch.device, guard: ReadGuard
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        guard: ReadGuard,
+        reads: InterruptibleReads,
     ) -> list[TableSource]:
         """Put tables that read rows from the files into the embeddings; returns the open files."""
         files: dict[int, TableSource] = {}
@@ -219,7 +224,9 @@ class Assembly:
                 )
                 if extent.file not in files:
                     path = checkpoint.files[extent.file].path
-                    files[extent.file] = opened.enter_context(TableSource(path, guard))
+                    files[extent.file] = opened.enter_context(
+                        TableSource(path, guard=guard, reads=reads)
+                    )
                 table = GatheredTable(
                     files[extent.file],
                     offset=extent.offset,

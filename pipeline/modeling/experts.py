@@ -23,7 +23,7 @@ from layerstream.pipeline.modeling.packed_weight import Tiles
 from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.expert_set import ExpertSet
-from layerstream.stages.experts.lease import ExpertGroup, Lease
+from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
 from layerstream.stages.experts.store import ExpertStore
 
 __all__ = ["stream_experts"]
@@ -36,7 +36,7 @@ def stream_experts(
     sets: Sequence[ExpertSet],
     store: ExpertStore,
     *,
-    waiting: Callable[[], AbstractContextManager[None]],
+    waiting: Callable[[], AbstractContextManager[WaitFor]],
     packed: Mapping[str, Sequence[PackedParameter]] = MappingProxyType({}),
     tiles: Tiles | None = None,
 ) -> None:
@@ -46,7 +46,7 @@ def stream_experts(
         root: The module tree, which may be cloned afterwards.
         sets: Those of the plan, in the store's order.
         store: Open.
-        waiting: Entered by the calling thread while it waits for experts.
+        waiting: Entered by the calling thread while it waits for experts, with what it yields.
         packed: Parameters that are packed, by the paths of the modules.
         tiles: What those are unpacked into.
     """
@@ -73,7 +73,7 @@ class _Access:
         experts: ExpertSet,
         *,
         module: nn.Module,
-        waiting: Callable[[], AbstractContextManager[None]],
+        waiting: Callable[[], AbstractContextManager[WaitFor]],
         banks: Banks,
     ) -> None:
         self.store = store
@@ -101,25 +101,25 @@ class _Access:
         """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
         with ExitStack() as held:  # all of them; releasing one again does nothing
 
-            def hold(group: ExpertGroup, *, wait: bool) -> Lease | None:
-                if (lease := self.store.take(group, wait=wait)) is not None:
+            def hold(group: ExpertGroup, wait_for: WaitFor | None = None) -> Lease | None:
+                if (lease := self.store.take(group, wait_for=wait_for)) is not None:
                     held.callback(lease.release)
                 return lease
 
             upcoming: Lease | None = None
             for group, later in zip(groups, [*groups[1:], None], strict=True):
-                current = upcoming or hold(group, wait=False)
+                current = upcoming or hold(group)
                 if current is None:
-                    with self._waiting():  # which raises if the request was cancelled meanwhile
-                        current = hold(group, wait=True)
+                    with self._waiting() as wait_for:  # which raises if the request is cancelled
+                        current = hold(group, wait_for)
                 assert current is not None  # noqa: S101
                 # Not waited for: two passes that hold cells and wait for the other's would wait for ever.
-                upcoming = hold(later, wait=False) if later is not None else None
+                upcoming = hold(later) if later is not None else None
                 if current.ready:
                     current.wait()
                 else:
-                    with self._waiting():
-                        current.wait()
+                    with self._waiting() as wait_for:
+                        current.wait(wait_for)
                 yield current
                 current.release()
 

@@ -6,7 +6,6 @@ than a decoder block; reading the row costs a few KiB, and common rows are in th
 
 import math
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +15,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
-from layerstream.stages.errors import ClosedError, ModelError
+from layerstream.stages.errors import ModelError
 from layerstream.stages.readers.files import WeightFiles
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.interruptible import InterruptibleReads
 from layerstream.stages.unpack.packing import Packing
 
 __all__ = ["SMALL_WEIGHT_BYTES", "GatheredTable", "TableSource", "empty_congruent"]
@@ -41,16 +41,25 @@ class TableSource:
 
     Reads go through the page cache, unlike those of the layers: rows are far smaller than the blocks of O_DIRECT, and
     the same ones are read again and again.
+
+    Args:
+        path: The file.
+        guard: Watches over the reads; by default one of its own.
+        reads: Makes the reads; by default the threads that look rows up do so.
     """
 
-    def __init__(self, path: str | os.PathLike[str], guard: ReadGuard | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        guard: ReadGuard | None = None,
+        reads: InterruptibleReads | None = None,
+    ) -> None:
         self._path = Path(path)
         self._files = WeightFiles([self._path])
         self._guard = guard or ReadGuard()
         self._owns_guard = guard is None
-        self._lock = threading.Lock()
-        self._active_reads = 0
-        self._closed = False
+        self._reads = reads
 
     @property
     def path(self) -> Path:
@@ -64,35 +73,26 @@ class TableSource:
             ReadError: The file is too short, or cannot be read.
             ClosedError: The source has been closed.
         """
-        with self._lock:
-            if self._closed:
-                raise ClosedError(f"{self._path} was closed with its model; open the model again.")
-            self._active_reads += 1
-        try:
+        if self._reads is None:
+            self._read(spans)
+        else:
+            self._reads.run(lambda: self._read(spans))
+
+    def _read(self, spans: Sequence[tuple[int, memoryview]]) -> None:
+        with self._files.in_use(0) as descriptor:
             # All spans are requested at once, so that the disk works on them in parallel.
-            descriptor = self._files.descriptors[0]
             for offset, buffer in spans:
-                os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
+                with self._guard.watching(self._path, offset):
+                    os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for offset, buffer in spans:
                 self._files.read(0, offset, buffer, self._guard)
             self._files.refuse_change(0)
-        finally:
-            with self._lock:
-                self._active_reads -= 1
-                self._close_when_idle()
 
     def close(self) -> None:
         """Refuse further reads. The descriptor is closed when the last read in progress ends."""
-        with self._lock:
-            self._closed = True
-            self._close_when_idle()
-
-    def _close_when_idle(self) -> None:
-        # Closed during a read, the descriptor's number might already belong to another file.
-        if self._closed and not self._active_reads:
-            self._files.close()
-            if self._owns_guard:
-                self._guard.close()
+        self._files.close()
+        if self._owns_guard:
+            self._guard.close()
 
     def __enter__(self) -> Self:
         return self

@@ -180,8 +180,8 @@ class PassStates:
             self._between_passes.add(runner)
 
     def cancel(self, runner: PassRunner) -> None:
-        """Unwind the pass of ``runner``: at once if it waits, otherwise when it next wants a batch."""
-        runner.cancelled = True
+        """Unwind the pass of ``runner``: at once if it waits, for a batch or for bytes, otherwise when it next wants a batch."""
+        runner.cancel()
         self._between_passes.discard(runner)
         waiting = self._waiting.pop(runner, None)
         if waiting is not None:

@@ -1,5 +1,6 @@
 """The forward passes of one request: one at a time, over a clone of the module tree, each holding one layer batch."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -110,6 +111,7 @@ class PassRunner:
         self._entry = ""
         self._gradients = False
         self._visited: list[int] = []
+        self._wake: Callable[[], None] | None = None
         self.cancelled = False
         self.passes = 0
         self.tokens: int | None = None
@@ -226,6 +228,30 @@ class PassRunner:
             PassCancelled: It was.
         """
         if self.cancelled:
+            raise PassCancelled
+
+    def cancel(self) -> None:
+        """The request was cancelled. May be called in any thread."""
+        self.cancelled = True
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    def wait(self, future: Future[Any]) -> None:
+        """Block until ``future`` is done, and so bytes have arrived that this pass needs.
+
+        Raises:
+            PassCancelled: The request was cancelled first.
+        """
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        self._wake = woken.set  # first, since ``cancel`` sets first what is asked next
+        try:
+            if not self.cancelled:
+                woken.wait()
+        finally:
+            self._wake = None
+        if not future.done():
             raise PassCancelled
 
     def abandon(self) -> None:

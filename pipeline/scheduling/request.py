@@ -173,4 +173,6 @@ class Requests:
             reserved_bytes=self._admission.reserved_bytes,
             reservable_bytes=self._admission.memory_bytes,
             hanging_reads=self._guard.hanging(),
+            failure=self._scheduler.failure,
+            reopened=self._scheduler.reopened,
         )

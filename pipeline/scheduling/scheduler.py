@@ -41,8 +41,11 @@ class SweepScheduler(PassStates):
         device: Where computation runs.
         residency: Which layers are resident in a sweep.
         always_bound: Indices of batches that are always bound; sweeps leave them out.
+        reopened_within_seconds: How long passes wait after a failure, counted from the first one in a row.
 
     Attributes:
+        failure: The error that has ended sweeps until ``resume``.
+        reopened: How many times they were resumed.
         sweeps_begun: Sweeps begun so far.
     """
 
@@ -54,10 +57,11 @@ class SweepScheduler(PassStates):
         device: Device,
         always_bound: Sequence[int],
         residency: Residency,
+        reopened_within_seconds: float,
     ) -> None:
         super().__init__(
             (index for index in range(len(bindings)) if index not in set(always_bound)),
-            fits=lambda demands: self.residency.allows(pipeline.plan, demands),
+            fits=lambda demands: self.residency.allows(self._pipeline.plan, demands),
         )
         self.device = device
         self.residency = residency
@@ -68,6 +72,11 @@ class SweepScheduler(PassStates):
         self.sweeps_begun = 0
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._reopened_within_seconds = reopened_within_seconds
+        self._waiting_fails: asyncio.TimerHandle | None = None
+        self._failed_seconds: float | None = None  # since when no sweep was completed
+        self.failure: BaseException | None = None
+        self.reopened = 0
         self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     # -- from the threads of passes --------------------------------------------------------------
@@ -88,8 +97,9 @@ class SweepScheduler(PassStates):
 
     def check(self) -> None:
         """Raise the error that has ended all sweeps, if there was one. May be called in any thread."""
-        if self._error is not None:
-            raise echo_of(self._error)
+        error = self._error or self.failure
+        if error is not None:
+            raise echo_of(error)
 
     # -- on the event loop -----------------------------------------------------------------------
 
@@ -114,7 +124,39 @@ class SweepScheduler(PassStates):
             self._fail(ClosedError("the model was closed while it was computing"))
             raise
         except BaseException as error:  # noqa: BLE001 - every pass has to get it, none may hang
-            self._fail(error)
+            self._stop_sweeps(error)
+
+    def _stop_sweeps(self, error: BaseException) -> None:
+        """Make no more sweeps until ``resume``, for which passes wait for as long as they may."""
+        self.failure = copy_of(error)
+        self._between_sweeps.fail(self.failure)
+        now = self._loop.time()
+        if self._failed_seconds is None:
+            self._failed_seconds = now
+        left = self._failed_seconds + self._reopened_within_seconds - now
+        # A disk may work again. Files that have changed, or a device that has failed, will not.
+        if left > 0 and isinstance(error.__cause__, OSError):
+            self._waiting_fails = self._loop.call_later(left, self._fail_waiting, self.failure)
+        else:
+            self._fail_waiting(error)
+
+    def resume(self, pipeline: Pipeline) -> None:
+        """Go on with ``pipeline`` after ``failure``, with the passes that still wait.
+
+        Raises:
+            ClosedError: The scheduler is closed.
+        """
+        if self._waiting_fails is not None:
+            self._waiting_fails.cancel()
+        if self._closed:
+            raise ClosedError("the model was closed while it was being reopened")
+        self._pipeline = pipeline
+        self.failure = self._error = self._waiting_fails = None
+        self.reopened += 1
+        # No pass holds a batch between two sweeps; those that wait join the next one.
+        self._in_sweep.clear()
+        self._events.clear()
+        self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     async def _wait_for_late_passes(self) -> None:
         """Wait a little for requests between two passes."""
@@ -148,6 +190,7 @@ class SweepScheduler(PassStates):
             sweep.prompt = any(number == 1 for number, _ in passes)
             sweep.tokens = passes[0][1] if len(passes) == 1 else None
             if sweep.complete:
+                self._failed_seconds = None
                 self.residency.first_sweep_ended()
                 self._sweep_seconds = time.perf_counter() - started
 
@@ -192,6 +235,8 @@ class SweepScheduler(PassStates):
         """Stop. Passes under way get a ClosedError when they next want a batch."""
         self._fail(ClosedError("the model was closed while it was computing"))
         self._closed = True
+        if self._waiting_fails is not None:
+            self._waiting_fails.cancel()
         if not self._task.done():
             # Passes compute with the batches they hold, which must not be overwritten.
             await self._until(lambda: not self._holders)

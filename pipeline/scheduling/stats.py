@@ -65,6 +65,10 @@ class Stats:
     stages: tuple[StageUse, ...]
     hanging_reads: tuple[HangingRead, ...]
     """Reads of the weight files that have not returned for long (``hanging_read_seconds`` of ``open``)."""
+    failure: str | None
+    """Why nothing streams until the model is reopened; None while it does."""
+    reopened: int
+    """How many times the model was reopened."""
 
     @property
     def tokens_per_sweep(self) -> float:
@@ -120,6 +124,8 @@ class Counters:
         reserved_bytes: int,
         reservable_bytes: int,
         hanging_reads: tuple[HangingRead, ...],
+        failure: BaseException | None,
+        reopened: int,
     ) -> Stats:
         """The counters together with those kept elsewhere."""
         seconds = max(timings.wall_seconds, 1e-9)
@@ -148,6 +154,8 @@ class Counters:
                 for stage in timings.stages
             ),
             hanging_reads=hanging_reads,
+            failure=None if failure is None else str(failure),
+            reopened=reopened,
         )
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,16 +65,24 @@ class ThreadPasses:
             return None
         return getattr(self._local, "runner", None)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the calling thread's pass waits for experts, another one may compute in its place."""
+    def wait(self, future: Future[Any]) -> None:
+        """Block until ``future`` is done, or the request of the calling thread is cancelled, which raises PassCancelled."""
         runner = self.current()
         if runner is None:
-            yield
+            future.exception()
+        else:
+            runner.wait(future)
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[Future[Any]], None]]:
+        """While the calling thread's pass waits for experts, with what this yields, another one may compute in its place."""
+        runner = self.current()
+        if runner is None:
+            yield self.wait
             return
         self._scheduler.call_on_loop(self._scheduler.experts_awaited, runner)
         try:
-            yield
+            yield self.wait
         finally:
             self._scheduler.call_on_loop(self._scheduler.experts_arrived, runner)
         runner.check_cancelled()

@@ -1,7 +1,7 @@
 """The tokens of a generation as they are made: counted, and passed to the event loop."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from layerstream.pipeline.modeling.call_arguments import by_name, takes_criteria
 from layerstream.pipeline.scheduling.request import Request
 from layerstream.stages.errors import ModelError
 
-__all__ = ["token_streamer", "with_token_counter"]
+__all__ = ["stream_tokens", "with_token_counter"]
 
 
 def with_token_counter(
@@ -43,10 +43,29 @@ def with_token_counter(
     return {**named, "stopping_criteria": criteria}
 
 
-def token_streamer(
+async def stream_tokens(
+    generate: Callable[..., Coroutine[Any, Any, Any]], on_begin: Callable[[], None] | None
+) -> AsyncGenerator[int]:
+    """The tokens of one sequence, as ``generate(streamer=...)`` makes them; closing this ends the generation."""
+    tokens: asyncio.Queue[int | None] = asyncio.Queue()
+    streamer = _token_streamer(asyncio.get_running_loop(), tokens, on_begin)
+    generating = asyncio.create_task(generate(streamer=streamer))
+    generating.add_done_callback(lambda _: tokens.put_nowait(None))
+    try:
+        while (token := await tokens.get()) is not None:
+            yield token
+        await generating
+    finally:
+        generating.cancel()
+        await asyncio.wait([generating])
+        # Mark an error as retrieved: a caller that leaves early does not use it.
+        generating.cancelled() or generating.exception()
+
+
+def _token_streamer(
     loop: asyncio.AbstractEventLoop,
     tokens: asyncio.Queue[int | None],
-    on_begin: Callable[[], None] | None = None,
+    on_begin: Callable[[], None] | None,
 ) -> Any:
     """A streamer that puts the id of each new token of one sequence into ``tokens``, a queue of ``loop``.
 

@@ -17,31 +17,24 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from layerstream.pipeline.planning.plan import Plan
-from layerstream.pipeline.streaming.resources import Resources
-from layerstream.pipeline.streaming.supervision import run_stages
+from layerstream.pipeline.streaming.resources import Resources, open_reader
+from layerstream.pipeline.streaming.supervision import start_stages
 from layerstream.pipeline.streaming.sweep_log import SweepLog
 from layerstream.pipeline.streaming.switching import check_compatible, swap_residents
-from layerstream.stages.channel import Channel
 from layerstream.stages.compute import Batch, Handover, Sweep
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotated
 from layerstream.stages.experts.store import ExpertStore
-from layerstream.stages.read import read_stage
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
-from layerstream.stages.route import InFlight, Route
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
-from layerstream.stages.transfer import transfer_stage
 
 __all__ = ["Pipeline"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# One batch ready behind each stage absorbs jitter. The arenas bound how many are under way.
-_QUEUE_SIZE = 1
 
 
 class Pipeline:
@@ -72,9 +65,9 @@ class Pipeline:
         self._current: Handover | None = None  # of the sweep under way
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
-        self._acquire = functools.partial(
-            self._resources.acquire, plan, device=device, reader=reader, guard=guard
-        )
+        self._device, self._reader = device, reader
+        self._guard = guard or ReadGuard()
+        self._owns_guard = guard is None
         self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
         self._lifetime = Lifetime(
             "the pipeline",
@@ -110,55 +103,35 @@ class Pipeline:
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await finish_in_thread(self._acquire)  # page-locking memory takes seconds
-        self._start_stages()
+        reader = self._reader
+        if reader is None:
+            reader = await finish_in_thread(
+                lambda: open_reader(self.plan, self._guard), guard=self._guard
+            )
+        acquire = functools.partial(
+            self._resources.acquire,
+            self.plan,
+            device=self._device,
+            reader=reader,
+            guard=self._guard,
+        )
+        await finish_in_thread(acquire)  # page-locking memory takes seconds
+        *clocks, self._compute_clock = self._clocks
+        self._route, self._ready, self._stages = start_stages(self.plan, self._resources, *clocks)
         self._opened_at = time.perf_counter()
         if logger.isEnabledFor(logging.INFO):
             logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
 
-    def _start_stages(self) -> None:
-        resources = self._resources
-        host_arena, device_arena = resources.arenas
-        read_clock, transfer_clock, self._compute_clock = self._clocks
-        self._route = Route(self.plan.batches, resources.residents)
-        arrived: Channel[InFlight] = Channel(_QUEUE_SIZE)
-        self._ready: Channel[InFlight] = Channel(_QUEUE_SIZE)
-        reading = read_stage(
-            route=self._route,
-            reader=resources.reader,
-            mapped=resources.mapped,
-            arena=host_arena,
-            residents=resources.residents,
-            threads=resources.read_threads,
-            request_bytes=self.plan.read_request_bytes,
-            out=arrived,
-            clock=read_clock,
-        )
-        transferring = transfer_stage(
-            route=self._route,
-            source=arrived,
-            device=resources.device,
-            arena=device_arena,
-            residents=resources.residents,
-            threads=resources.transfer_threads,
-            out=self._ready,
-            clock=transfer_clock,
-        )
-        self._stages = asyncio.create_task(
-            run_stages(
-                reading, transferring, ready=self._ready, interrupt=resources.reader.interrupt
-            ),
-            name="layerstream-stages",
-        )
-
     async def aclose(self) -> None:
         """Stop the stages and free everything, after the calls that cannot be stopped have returned.
 
-        May be called again, by several tasks, and while the pipeline is being opened, which that ends.
+        A read that hangs (see ``ReadGuard``) is not waited for: it is logged, and its thread, its buffer and its file are
+        left to it until it returns. May be called again, by several tasks, and while the pipeline is being opened, which that ends.
         """
         await self._lifetime.close()
 
     async def _close(self) -> None:
+        self._guard.stop()
         try:
             if self._stages is not None:
                 self._resources.reader.interrupt()
@@ -170,6 +143,8 @@ class Pipeline:
                     await self._route.empty()
         finally:
             await finish_in_thread(self._resources.close, without_thread=True)
+            if self._owns_guard:
+                self._guard.close()
 
     def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.

@@ -19,7 +19,7 @@ from layerstream.stages.residents import Residents
 from layerstream.stages.telemetry.spans import Occupancy
 from layerstream.stages.threads import Threads
 
-__all__ = ["Resources"]
+__all__ = ["Resources", "open_reader"]
 
 
 class Resources:
@@ -54,26 +54,22 @@ class Resources:
         plan: Plan,
         *,
         device: Device | None,
-        reader: Reader | None,
-        guard: ReadGuard | None,
+        reader: Reader,
+        guard: ReadGuard,
     ) -> None:
         """Acquire what ``plan`` needs; what was acquired before an error is released by ``close``.
 
         Args:
             plan: Its sizes and files.
             device: Used instead of the one that the plan names.
-            reader: Used instead of the one that the plan names; closed with the rest.
-            guard: Watches over the plan's reader.
+            reader: The files, open; closed with the rest.
+            guard: Gives up reads that hang when it is stopped.
         """
         release = self._stack.callback
-        if reader is not None:
-            release(reader.close)  # whatever fails from here on
+        release(reader.close)  # whatever fails from here on
         self.device = device or open_device(plan.device)
         # First here, so last on release: it returns to other processes what closing the rest has freed.
         release(self.device.trim)
-        if reader is None:
-            reader = _open_reader(plan, guard)
-            release(reader.close)
         self.reader = reader
         self.mapped = None
         if isinstance(self.reader, MmapReader) and self.device.reads_host_images:
@@ -98,10 +94,12 @@ class Resources:
                 ),
             )
             release(self.experts.close)
+            guard.give_up_when_stopped(self.experts)
         # Work that is queued on the device may still read the memory above.
         release(self.device.drain)
         self.read_threads = Threads("read", plan.reads_in_flight)
         release(self.read_threads.close)
+        guard.give_up_when_stopped(self.read_threads)
         self.transfer_threads = Threads("transfer", 2)
         release(self.transfer_threads.close)
         self.compute_threads = Threads("compute", 1)
@@ -118,7 +116,7 @@ class Resources:
         self._stack.close()
 
 
-def _open_reader(plan: Plan, guard: ReadGuard | None) -> Reader:
+def open_reader(plan: Plan, guard: ReadGuard) -> Reader:
     """The reader that ``plan`` names, with the plan's files open.
 
     Raises:
@@ -127,7 +125,8 @@ def _open_reader(plan: Plan, guard: ReadGuard | None) -> Reader:
     paths = [Path(file.path) for file in plan.files]
     for path, file in zip(paths, plan.files, strict=True):
         try:
-            size = path.stat().st_size
+            with guard.watching(path):
+                size = path.stat().st_size
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened ({error.strerror}); restore it"

@@ -1,18 +1,63 @@
-"""Runs the stages as tasks, and passes the error of one of them to the caller."""
+"""Starts the stages, runs them as tasks, and passes the error of one of them to the caller."""
 
 import asyncio
 import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.streaming.resources import Resources
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import ClosedError
-from layerstream.stages.route import InFlight
+from layerstream.stages.read import read_stage
+from layerstream.stages.route import InFlight, Route
+from layerstream.stages.telemetry.clock import Clock
+from layerstream.stages.transfer import transfer_stage
 
-__all__ = ["run_stages"]
+__all__ = ["start_stages"]
+
+# One batch ready behind each stage absorbs jitter. The arenas bound how many are under way.
+_QUEUE_SIZE = 1
 
 
-async def run_stages(
+def start_stages(
+    plan: Plan, resources: Resources, read_clock: Clock, transfer_clock: Clock
+) -> tuple[Route, Channel[InFlight], asyncio.Task[None]]:
+    """Start reading and transferring the batches of ``plan``.
+
+    Returns:
+        What decides which batch is next, the channel from which computation gets them, and the task of the stages.
+    """
+    host_arena, device_arena = resources.arenas
+    route = Route(plan.batches, resources.residents)
+    arrived: Channel[InFlight] = Channel(_QUEUE_SIZE)
+    ready: Channel[InFlight] = Channel(_QUEUE_SIZE)
+    reading = read_stage(
+        route=route,
+        reader=resources.reader,
+        mapped=resources.mapped,
+        arena=host_arena,
+        residents=resources.residents,
+        threads=resources.read_threads,
+        request_bytes=plan.read_request_bytes,
+        out=arrived,
+        clock=read_clock,
+    )
+    transferring = transfer_stage(
+        route=route,
+        source=arrived,
+        device=resources.device,
+        arena=device_arena,
+        residents=resources.residents,
+        threads=resources.transfer_threads,
+        out=ready,
+        clock=transfer_clock,
+    )
+    stages = _run_stages(reading, transferring, ready=ready, interrupt=resources.reader.interrupt)
+    return route, ready, asyncio.create_task(stages, name="layerstream-stages")
+
+
+async def _run_stages(
     *stages: Coroutine[Any, Any, None],
     ready: Channel[InFlight],
     interrupt: Callable[[], None],

@@ -2,12 +2,17 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from layerstream.stages.errors import copy_of
 from layerstream.stages.experts.cells import Cell, CellRegion
 
-__all__ = ["ExpertGroup", "Lease"]
+__all__ = ["ExpertGroup", "Lease", "WaitFor"]
+
+WaitFor = Callable[[Future[Any]], object]
+"""Blocks until a future is done; may raise instead, for who leaves what it waits for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +61,11 @@ class Lease:
         """Whether all bytes are there."""
         return all(cell.loaded.done() for cell in self._cells)
 
-    def wait(self) -> None:
+    def wait(self, wait_for: WaitFor = Future.exception) -> None:
         """Block until all bytes are there.
+
+        Args:
+            wait_for: How.
 
         Raises:
             ReadError: A read has failed.
@@ -65,6 +73,7 @@ class Lease:
         """
         began = time.perf_counter()
         for cell in self._cells:
+            wait_for(cell.loaded)
             if (error := cell.loaded.exception()) is not None:
                 raise copy_of(error)
         self._on_wait(time.perf_counter() - began)

@@ -1,7 +1,7 @@
 """The expert store: cells for the experts of all layers, filled on demand. Its methods may be called from any thread."""
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import accumulate
@@ -12,7 +12,7 @@ import torch
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
 from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
-from layerstream.stages.experts.lease import ExpertGroup, Lease
+from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.protocol import Reader
@@ -57,7 +57,8 @@ class ExpertStore:
         self._reader = reader
         self._file_bytes = tuple(file_bytes)
         self._request_bytes = request_bytes
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: list[Future[None]] = []  # for cells
         self._closed = False
         self._wanted = self._hits = self._read_bytes = 0
         self._wait_seconds = 0.0
@@ -89,7 +90,7 @@ class ExpertStore:
 
         Half of the shared cells make a group, so that the next one is read while one is computed with.
         """
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise ClosedError(_CLOSED)
             own, shared = self._own[set_index], self._shared
@@ -109,34 +110,51 @@ class ExpertStore:
             for at in range(0, len(each), size)
         ]
 
-    def take(self, group: ExpertGroup, *, wait: bool = True) -> Lease | None:
+    def take(
+        self, group: ExpertGroup, *, wait_for: WaitFor | None = Future.exception
+    ) -> Lease | None:
         """Hold cells for ``group``, and begin to read what is not there.
 
         Args:
             group: At most as many experts as its region has cells.
-            wait: Until the cells can be had, which takes no longer than others compute with theirs: for who holds none.
-                Otherwise None where they cannot be had at once.
+            wait_for: How to wait until the cells can be had, which takes no longer than others compute with theirs: for who
+                holds none. If this is None, so is the result where they cannot be had at once.
 
         Raises:
             ClosedError: The store was closed.
         """
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
                 if self._closed:
                     raise ClosedError(_CLOSED)
                 region, keys = self._region(group)
                 if (taken := region.take(keys)) is not None:
+                    cells = self._taken(group, region, *taken)
                     break
-                if not wait:
-                    return None
-                self._changed.wait()
-            cells, new = taken
-            self._load_new(group, region, cells, new)
-            self._wanted += len(cells)
-            self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
-            for cell in cells:
-                cell.read_ahead = False
+                changed: Future[None] = Future()
+                if wait_for is not None:
+                    self._waiting.append(changed)
+            if wait_for is None:
+                return None
+            wait_for(changed)
         return Lease(group, region, cells, on_wait=self._count_wait, on_release=self._give_back)
+
+    def _taken(
+        self, group: ExpertGroup, region: CellRegion, cells: Sequence[Cell], new: Sequence[Cell]
+    ) -> Sequence[Cell]:
+        """Count and load ``cells``, which a pass has got. The lock is held."""
+        self._load_new(group, region, cells, new)
+        self._wanted += len(cells)
+        self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
+        for cell in cells:
+            cell.read_ahead = False
+        return cells
+
+    def _notify(self) -> None:
+        """Let those who wait for cells try again. The lock is held."""
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.set_result(None)
 
     def _load_new(
         self, group: ExpertGroup, region: CellRegion, cells: Sequence[Cell], new: Sequence[Cell]
@@ -158,7 +176,7 @@ class ExpertStore:
         if experts.distinct(tokens) < _CERTAIN * experts.experts:
             return
         own, size = self._own[set_index], self.shared_group
-        with self._changed:
+        with self._lock:
             missing = [expert for expert in range(experts.experts) if expert not in own]
             streamed = not own.free_count
             at_most = size if streamed else min(own.free_count, size)
@@ -177,19 +195,19 @@ class ExpertStore:
 
     def _give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
         """For ``Lease``."""
-        with self._changed:
+        with self._lock:
             for cell in cells:
                 region.release(cell)
-            self._changed.notify_all()
+            self._notify()
 
     def _count_wait(self, seconds: float) -> None:
         """For ``Lease``."""
-        with self._changed:
+        with self._lock:
             self._wait_seconds += seconds
 
     def counts(self) -> ExpertCounts:
         """What has been asked for so far."""
-        with self._changed:
+        with self._lock:
             return ExpertCounts(
                 wanted=self._wanted,
                 hits=self._hits,
@@ -216,7 +234,7 @@ class ExpertStore:
         def done(read: Future[None]) -> None:
             nonlocal left, failure
             error = ClosedError(_CLOSED) if read.cancelled() else read.exception()
-            with self._changed:
+            with self._lock:
                 left, failure = left - 1, failure or error
                 if left:  # also after an error: the others still write into the cell
                     return
@@ -226,7 +244,7 @@ class ExpertStore:
                     region.forget(cell)
                     loaded.set_exception(failure)
                 region.release(cell)
-                self._changed.notify_all()
+                self._notify()
 
         for each in reads:
             self._threads.submit(self._read, each, cell, experts, expert).add_done_callback(done)
@@ -243,7 +261,7 @@ class ExpertStore:
         into = cell.tensor.numpy()
         for offset, cell_offset, nbytes in read.copies:
             np.copyto(into[cell_offset : cell_offset + nbytes], staging[offset : offset + nbytes])
-        with self._changed:
+        with self._lock:
             self._read_bytes += read.extent.nbytes
 
     def _staging_buffer(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
@@ -253,16 +271,20 @@ class ExpertStore:
         )
         if known is None:
             memory = HostMemory(self._request_bytes)
-            with self._changed:
+            with self._lock:
                 self._resources.callback(memory.close)
             known = self._staging.buffer = memory.tensor.numpy()
         return known
 
+    def abandon(self, error: Callable[[], BaseException]) -> bool:
+        """Fail the reads in progress, and wait for none of them any more; whether there are any. See ``Threads``."""
+        return self._threads.abandon(error)
+
     def close(self) -> None:
-        """Fail who waits, wait for reads that have begun, free the memory."""
-        with self._changed:
+        """Fail who waits, wait for reads that have begun and were not abandoned, free the memory."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._notify()
         self._threads.close()
         # Modules may outlive this, and refer to it.
         self._own, self._shared = [], CellRegion(torch.empty(0, dtype=torch.uint8), 0)

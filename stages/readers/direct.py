@@ -4,10 +4,11 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from layerstream.stages.batch import Extent
-from layerstream.stages.errors import ReadError
+from layerstream.stages.errors import ClosedError, ReadError
 from layerstream.stages.readers.files import FileVersion, WeightFiles
 from layerstream.stages.readers.guard import ReadGuard
 
@@ -26,16 +27,13 @@ _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 class DirectReader:
     """O_DIRECT reads: past the page cache, straight into the slot, at almost no processor time.
 
-    Where a filesystem refuses O_DIRECT (tmpfs, some overlay and network filesystems), reads are buffered and
+    Where a filesystem refuses O_DIRECT (tmpfs, some overlay and network filesystems), reads of its files are buffered and
     the pages that they leave in the page cache are dropped at once.
 
     Args:
         paths: The weight files.
         expected: The versions that they have to be; by default any.
         guard: Watches over the reads; by default one of its own.
-
-    Attributes:
-        falls_back: Reads are buffered.
 
     Raises:
         ReadError: A file cannot be opened, or is of another version.
@@ -50,38 +48,65 @@ class DirectReader:
     ) -> None:
         self._guard = guard or ReadGuard()
         self._owns_guard = guard is None
-        self._buffered = WeightFiles(paths, expected=expected)
-        self._direct: WeightFiles | None = None
-        self.falls_back = not hasattr(os, "O_DIRECT")
-        if self.falls_back:
-            return
-        try:
-            self._direct = WeightFiles(paths, os.O_DIRECT, expected=expected)
-        except ReadError as error:
-            if getattr(error.__cause__, "errno", None) not in _REFUSED:
-                self._buffered.close()
-                raise
-            self._fall_back(error)
+        # For each file; None if it is among those whose filesystem refuses direct reads.
+        self._direct: list[WeightFiles | None] = [None] * len(paths)
+        self._refused = set() if hasattr(os, "O_DIRECT") else {*range(len(paths))}
+        with ExitStack() as undo:
+            self._buffered = WeightFiles(paths, expected=expected)
+            undo.callback(self.close)
+            for file in {*range(len(paths))} - self._refused:
+                self._open_directly(file, expected[file : file + 1])
+            undo.pop_all()
 
-    def _fall_back(self, error: BaseException) -> None:
-        self.falls_back = True
-        logger.warning(
-            "direct reads are refused here (%s); reading through the page cache and dropping it behind",
+    def _open_directly(self, file: int, expected: Sequence[FileVersion]) -> None:
+        path = self._buffered.paths[file]
+        try:
+            self._direct[file] = WeightFiles([path], os.O_DIRECT, expected=expected)
+        except ReadError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in _REFUSED:
+                raise
+            self.fall_back(file, cause)
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether reads of some file are buffered."""
+        return bool(self._refused)
+
+    def fall_back(self, file: int, why: OSError) -> None:
+        """From here on, have reads of ``file`` buffered."""
+        first = not self._refused
+        self._refused.add(file)
+        direct, self._direct[file] = self._direct[file], None
+        if direct is not None:
+            direct.close()
+        logger.log(
+            logging.WARNING if first else logging.DEBUG,
+            "%s: direct reads are refused here (%s); reading through the page cache and dropping it behind",
+            self._buffered.paths[file],
             # Not the error itself: its frames would keep the slot alive as long as the log record.
-            str(error),
+            why.strerror,
         )
 
     def read(self, extent: Extent, into: memoryview) -> None:
         """Read with ``preadv``, directly where the filesystem allows it."""
-        if self.falls_back or not self._read_direct(extent, into):
-            self._read_buffered(extent, into)
-        self._buffered.refuse_change(extent.file)
+        with self._buffered.in_use(extent.file):
+            direct = self._direct[extent.file]
+            if direct is None or not self._read_direct(direct, extent, into):
+                self._read_buffered(extent, into)
+            self._buffered.refuse_change(extent.file)
 
-    def _read_direct(self, extent: Extent, into: memoryview) -> bool:
+    def _read_direct(self, direct: WeightFiles, extent: Extent, into: memoryview) -> bool:
         """Whether ``extent`` could be read directly; if not, it has to be a buffered read."""
-        assert self._direct is not None  # noqa: S101
-        descriptor, done = self._direct.descriptors[extent.file], 0
-        path = self._direct.paths[extent.file]
+        (path,) = direct.paths
+        try:
+            with direct.in_use(0) as descriptor:
+                return self._read_blocks(descriptor, path, extent, into)
+        except ClosedError:  # another thread's read was refused meanwhile, or the reader is closed
+            return False
+
+    def _read_blocks(self, descriptor: int, path: Path, extent: Extent, into: memoryview) -> bool:
+        done = 0
 
         def read() -> int:
             return os.preadv(descriptor, [into[done:]], extent.offset + done)
@@ -92,7 +117,7 @@ class DirectReader:
             except OSError as error:
                 # Some filesystems refuse only at the first read, not when the file is opened.
                 if error.errno in _REFUSED and done == 0:
-                    self._fall_back(error)
+                    self.fall_back(extent.file, error)
                     return False
                 raise WeightFiles.error(path, extent.offset + done, error) from error
             if done + got >= extent.nbytes:
@@ -116,9 +141,10 @@ class DirectReader:
         self._guard.stop()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, those of reads in progress when these return."""
         self._buffered.close()
-        if self._direct is not None:
-            self._direct.close()
+        for direct in self._direct:
+            if direct is not None:
+                direct.close()
         if self._owns_guard:
             self._guard.close()

@@ -1,14 +1,15 @@
 """The weight files that a reader has open."""
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from layerstream.stages.errors import ReadError
+from layerstream.stages.errors import ClosedError, ReadError
 from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["FileVersion", "WeightFiles"]
@@ -65,21 +66,49 @@ class WeightFiles:
     ) -> None:
         self.paths = paths
         self.descriptors: list[int] = []
+        self._versions: list[FileVersion] = []
         with ExitStack() as opened:
             for path in paths:
                 try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+                    opened.callback(os.close, descriptor)
+                    self._versions.append(FileVersion.of(os.fstat(descriptor)))
                 except OSError as error:
                     raise ReadError(
                         f"{path}: cannot be opened: {error.strerror or error} (errno {error.errno}); check that it "
                         "is there and readable"
                     ) from error
-                opened.callback(os.close, descriptor)
                 self.descriptors.append(descriptor)
-            self._versions = [FileVersion.of(os.fstat(each)) for each in self.descriptors]
             for path, version, now in zip(paths, expected, self._versions, strict=False):
                 version.refuse_change(path, now)
-            self._opened = opened.pop_all()
+            opened.pop_all()
+        self._lock = threading.Lock()
+        self._uses = [0] * len(paths)
+        self._closed = False
+
+    @contextmanager
+    def in_use(self, file: int) -> Iterator[int]:
+        """The descriptor of ``file``; if the files are closed meanwhile, this one is when the block ends.
+
+        A read of a disk that hangs is not waited for. Closed during it, the number might already belong to another file when
+        it goes on.
+
+        Raises:
+            ClosedError: The files have been closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(
+                    f"{self.paths[file]} was closed with its model; open the model again"
+                )
+            self._uses[file] += 1
+        try:
+            yield self.descriptors[file]
+        finally:
+            with self._lock:
+                self._uses[file] -= 1
+                if self._closed and not self._uses[file]:
+                    os.close(self.descriptors[file])
 
     def refuse_change(self, file: int) -> None:
         """Refuse what was read of ``file`` if anything has been written to it since it was opened.
@@ -139,5 +168,15 @@ class WeightFiles:
         )
 
     def close(self) -> None:
-        """Close the files."""
-        self._opened.close()
+        """Close the files, except those in use, which are closed after that. May be called again."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for descriptor, uses in zip(self.descriptors, self._uses, strict=True):
+                    if not uses:
+                        os.close(descriptor)
+
+    def __del__(self) -> None:
+        # What opened them was left behind, or its event loop ended without closing them.
+        if hasattr(self, "_closed"):
+            self.close()

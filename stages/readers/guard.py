@@ -1,4 +1,4 @@
-"""Watches over single reads: repeats those that fail for a passing reason, and reports those that hang."""
+"""Watches over single reads: repeats those that fail for a passing reason, reports those that hang, and gives them up."""
 
 import errno
 import itertools
@@ -6,11 +6,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+from layerstream.stages.errors import ReadError
 
 __all__ = ["HangingRead", "ReadGuard"]
 
@@ -37,12 +40,19 @@ class HangingRead:
     seconds: float
 
 
+class _Calls(Protocol):
+    """Calls in threads, some of which read."""
+
+    def abandon(self, error: Callable[[], BaseException]) -> bool:
+        """Fail the calls in progress with an ``error`` each, and wait for none of them any more; whether there are any."""
+
+
 class ReadGuard:
     """Runs reads, from any number of threads. Close it after the last one.
 
     Args:
-        reported_after_seconds: A read that takes longer is logged, again whenever it has taken twice as long, and is
-            among ``hanging()``.
+        reported_after_seconds: A read that takes longer hangs: it is logged, again whenever it has taken twice as long, and is
+            among ``hanging()``. Whoever closes or opens something does not wait for it.
     """
 
     def __init__(self, reported_after_seconds: float = _REPORTED_AFTER_SECONDS) -> None:
@@ -50,10 +60,28 @@ class ReadGuard:
         self._numbers = itertools.count()
         # By number; written by single operations, which are atomic.
         self._reads: dict[int, tuple[Path, int, float]] = {}
+        self._given_up_when_stopped: weakref.WeakSet[_Calls] = weakref.WeakSet()
+        self._given_up_at_once: list[_Calls] = []
         self._stopping = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
+
+    def give_up_when_stopped(self, calls: _Calls) -> None:
+        """Abandon ``calls`` if a read hangs after ``stop``: those that fill the memory of a pipeline."""
+        with self._lock:
+            self._given_up_when_stopped.add(calls)
+
+    @contextmanager
+    def giving_up(self, calls: _Calls) -> Iterator[None]:
+        """While the block runs, abandon ``calls`` as soon as a read hangs: those that open something."""
+        with self._lock:
+            self._given_up_at_once.append(calls)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._given_up_at_once.remove(calls)
 
     def run(self, call: Callable[[], T], *, path: Path, offset: int) -> T:
         """Call ``call``, which reads ``path`` at ``offset``, up to four times.
@@ -61,8 +89,6 @@ class ReadGuard:
         Raises:
             OSError: What it raised last.
         """
-        if self._watcher is None:
-            self._watch()
         for attempt, pause in enumerate(_PAUSES_SECONDS, start=2):
             try:
                 return self._timed(call, path, offset)
@@ -82,10 +108,18 @@ class ReadGuard:
         return self._timed(call, path, offset)
 
     def _timed(self, call: Callable[[], T], path: Path, offset: int) -> T:
+        with self.watching(path, offset):
+            return call()
+
+    @contextmanager
+    def watching(self, path: Path, offset: int = 0) -> Iterator[None]:
+        """Watch over the block, which reads ``path`` at ``offset``, and repeat nothing."""
+        if self._watcher is None:
+            self._watch()
         number = next(self._numbers)
         self._reads[number] = path, offset, time.monotonic()
         try:
-            return call()
+            yield
         finally:
             del self._reads[number]
 
@@ -99,8 +133,12 @@ class ReadGuard:
         )
 
     def stop(self) -> None:
-        """Repeat nothing more, and end the pauses."""
+        """Repeat nothing more, end the pauses, and wait no longer for reads that hang: what they belong to is closed."""
         self._stopping.set()
+
+    def resume(self) -> None:
+        """Repeat and wait again: what was closed is opened again."""
+        self._stopping.clear()
 
     def close(self) -> None:
         """Stop watching. May be called again."""
@@ -136,3 +174,17 @@ class ReadGuard:
                         each.offset,
                         each.seconds,
                     )
+            if hanging:
+                self._give_up(hanging[0])
+
+    def _give_up(self, hanging: HangingRead) -> None:
+        with self._lock:
+            calls = [*self._given_up_at_once]
+            if self._stopping.is_set():
+                calls += self._given_up_when_stopped
+        message = (
+            f"{hanging.path}: a read at offset {hanging.offset} has not returned for {hanging.seconds:.0f} s and is not "
+            "waited for any longer: its disk or network hangs; its thread and buffer are left until it returns"
+        )
+        if any([each.abandon(lambda: ReadError(message)) for each in calls]):  # noqa: C419 - all of them
+            logger.warning("%s", message)

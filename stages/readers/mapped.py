@@ -7,6 +7,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -56,27 +57,28 @@ class MmapReader:
     ) -> None:
         self._guard = guard or ReadGuard()
         self._owns_guard = guard is None
-        self._files = WeightFiles(paths, expected=expected)
         self._maps: list[mmap.mmap] = []
-        try:
+        self._tensors: list[torch.Tensor] = []
+        self._faulted_in_at: dict[Extent, float] = {}
+        self._images: dict[int, Image] = {}
+        with ExitStack() as undo:
+            self._files = WeightFiles(paths, expected=expected)
+            undo.callback(self.close)
             for path, descriptor in zip(paths, self._files.descriptors, strict=True):
                 self._maps.append(self._map(path, descriptor))
-        except BaseException:
-            self._files.close()
-            raise
-        self._addresses = [address_of(mapping) for mapping in self._maps]
-        self._tensors = [tensor_over(mapping) for mapping in self._maps]
+            self._addresses = [address_of(mapping) for mapping in self._maps]
+            self._tensors += [tensor_over(mapping) for mapping in self._maps]
+            # Of files that this user neither owns nor may write, mincore claims that every page is in memory.
+            self._reports_residency = [
+                os.fstat(descriptor).st_uid == os.geteuid() or os.access(path, os.W_OK)
+                for path, descriptor in zip(paths, self._files.descriptors, strict=True)
+            ]
+            undo.pop_all()
         libc = ctypes.CDLL(None, use_errno=True)
         self._madvise = libc.madvise
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         self._mincore = libc.mincore
         self._mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        self._faulted_in_at: dict[Extent, float] = {}
-        self._images: dict[int, Image] = {}
-        # Of files that this user neither owns nor may write, mincore claims that every page is in memory.
-        self._reports_residency = [
-            path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths
-        ]
 
     @staticmethod
     def _map(path: Path, descriptor: int) -> mmap.mmap:
@@ -93,10 +95,12 @@ class MmapReader:
 
     def read(self, extent: Extent, into: memoryview) -> None:
         """Copy ``extent`` from the mapping."""
-        self._check(extent.file, extent.offset + extent.nbytes)
-        # Tensor.copy_ releases the GIL while it faults pages in; slicing the mapping would hold it.
-        source = self._tensors[extent.file].narrow(0, extent.offset, extent.nbytes)
-        torch.frombuffer(into, dtype=torch.uint8, count=extent.nbytes).copy_(source)
+        path = self._files.paths[extent.file]
+        with self._files.in_use(extent.file), self._guard.watching(path, extent.offset):
+            self._check(extent.file, extent.offset + extent.nbytes)
+            # Tensor.copy_ releases the GIL while it faults pages in; slicing the mapping would hold it.
+            source = self._tensors[extent.file].narrow(0, extent.offset, extent.nbytes)
+            torch.frombuffer(into, dtype=torch.uint8, count=extent.nbytes).copy_(source)
 
     def fault_in(self, extent: Extent) -> None:
         """Fault the pages of ``extent`` in ahead of their use, without the GIL.
@@ -104,6 +108,10 @@ class MmapReader:
         Raises:
             ReadError: The file is too short, or the disk reports an error.
         """
+        with self._files.in_use(extent.file):
+            self._fault_in(extent)
+
+    def _fault_in(self, extent: Extent) -> None:
         self._check(extent.file, extent.offset + extent.nbytes)
         if self.faulted_in_recently(extent):
             return
@@ -114,10 +122,13 @@ class MmapReader:
         if not first and self.resident_bytes(extent) == extent.nbytes:
             return
         path = self._files.paths[extent.file]
+        mapped = self._tensors[extent.file]  # while this refers to it, it stays mapped
         try:
             self._guard.run(lambda: self._populate(extent), path=path, offset=extent.offset)
         except OSError as error:
             raise WeightFiles.error(path, extent.offset, error) from error
+        finally:
+            del mapped
 
     def _populate(self, extent: Extent) -> None:
         address = self._addresses[extent.file] + extent.offset

@@ -1,5 +1,6 @@
 """The disk probe: what is read, how rates follow from it, and when there is none."""
 
+import errno
 import logging
 import os
 import threading
@@ -7,6 +8,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from support.faults import Gate
 from support.leaks import nothing_left_behind
 
 from layerstream.pipeline.machine import probe_disk, volumes
@@ -194,7 +196,7 @@ def test_a_refusal_of_direct_reads_is_logged_with_the_rate(files, monkeypatch, c
     class Buffered(DirectReader):
         def __init__(self, paths):
             super().__init__(paths)
-            self.falls_back = True
+            self.fall_back(1, OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
 
     monkeypatch.setattr(probe_disk, "DirectReader", Buffered)
     caplog.set_level(logging.INFO, logger="layerstream")
@@ -322,3 +324,18 @@ def test_the_page_cache_is_checked_in_full_for_small_files():
 def test_a_machine_too_busy_to_start_threads_in_time_still_shows_a_rate(files, monkeypatch):
     monkeypatch.setattr(probe_disk, "_MAX_SECONDS", 0.0)
     assert measure_direct(files, [0, 1])["disk_bytes_per_second"].samples >= 1
+
+
+def test_a_disk_that_hangs_is_not_measured_for_ever(files, monkeypatch):
+    with Gate() as gate:
+
+        class Hanging(DirectReader):
+            def read(self, extent, into):
+                if extent.nbytes > MIB:  # not the first one
+                    gate()
+                super().read(extent, into)
+
+        monkeypatch.setattr(probe_disk, "DirectReader", Hanging)
+        monkeypatch.setattr(probe_disk, "_HANGS_AFTER_SECONDS", 0.3)
+        with pytest.raises(ReadError, match="has not returned"):
+            measure_direct(files, [0, 1])

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
 from layerstream.stages.batch import Extent
 from layerstream.stages.experts.expert_set import request_bytes
-from layerstream.stages.experts.lease import Lease
+from layerstream.stages.experts.lease import Lease, WaitFor
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
 
@@ -46,7 +47,7 @@ def reference(folder: Path, case: str, **options: Any) -> Any:
 
 def all_home(model: StreamedModel) -> bool:
     """Whether nobody holds a cell."""
-    store = model._pipeline.experts
+    store = model._running.stream.pipeline.experts
     regions = [*store._own, store._shared]
     return not any(cell.users for region in regions for cell in region._cells.values())
 
@@ -163,7 +164,9 @@ class Streamed:
         dtype: torch.dtype = torch.float32,
         sizes: tuple[int, int] = (32, 24),
         cells: int = 2,
-        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        waiting: Callable[[], AbstractContextManager[WaitFor]] = lambda: nullcontext(
+            Future.exception
+        ),
     ) -> None:
         torch.manual_seed(0)
         gpt = kind is GptOssExperts
@@ -307,8 +310,8 @@ def test_a_pass_that_is_cancelled_while_it_waits_gives_its_cells_back(
     cancelled = itertools.count()
 
     @contextmanager
-    def waiting() -> Iterator[None]:
-        yield
+    def waiting() -> Iterator[WaitFor]:
+        yield Future.exception
         if next(cancelled) % 3:  # after each kind of wait, now and then
             raise Unwound
 

@@ -106,9 +106,9 @@ def test_a_prompt_gets_the_memory_back_before_it_is_processed(folder: Path) -> N
     async def scenario() -> None:
         async with model_with(folder, host=await smallest_host_bytes(folder)) as model:
             await model.generate(input_ids=PROMPT, max_new_tokens=6, **GREEDY)
-            assert model._pipeline.plan is not model.plan
+            assert model._running.stream.pipeline.plan is not model.plan
             await model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
-            assert model._pipeline.plan is model.plan
+            assert model._running.stream.pipeline.plan is model.plan
 
     run(scenario(), seconds=100)
 
@@ -121,7 +121,7 @@ def test_residents_that_the_system_refuses_are_asked_for_once_and_named(
             plan = model.plan
             assert plan.decode_residents
             assert not all(batch.streamed for batch in plan.batches)
-            device, refused = model._scheduler.device, []
+            device, refused = model._running.scheduler.device, []
 
             def refuse(nbytes: int) -> Any:
                 refused.append(nbytes)
@@ -145,19 +145,19 @@ def test_residents_that_the_system_refuses_are_asked_for_once_and_named(
 async def adoption_delayed(model: StreamedModel) -> AsyncIterator[None]:
     """The residents of ``model`` are about to change, and do so when the block ends."""
     begun, may_continue = asyncio.Event(), asyncio.Event()
-    adopt = model._pipeline.adopt
+    adopt = model._running.stream.pipeline.adopt
 
     async def adopting(plan: Plan) -> None:
         begun.set()
         await may_continue.wait()
         await adopt(plan)
 
-    model._pipeline.adopt = adopting  # type: ignore[method-assign]
+    model._running.stream.pipeline.adopt = adopting  # type: ignore[method-assign]
     try:
         await begun.wait()
         yield
     finally:
-        model._pipeline.adopt = adopt  # type: ignore[method-assign]
+        model._running.stream.pipeline.adopt = adopt  # type: ignore[method-assign]
         may_continue.set()
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_that_arrives_while_residents_take_its_memory_gets_it_back_befo
 
     async def scenario() -> None:
         async with model_with(folder, host=await smallest_host_bytes(folder)) as model:
-            scheduler, pipeline = model._scheduler, model._pipeline
+            scheduler, pipeline = model._running.scheduler, model._running.stream.pipeline
             sweep, allowed = pipeline.sweep, []
 
             def starting(route: Sequence[int]) -> Sweep:

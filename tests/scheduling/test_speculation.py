@@ -30,13 +30,13 @@ async def generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Stats, 
 def record_routes(model: StreamedModel) -> list[Any]:
     """A list to which the route of each sweep is appended from now on."""
     routes: list[Any] = []
-    sweep = model._pipeline.sweep
+    sweep = model._running.stream.pipeline.sweep
 
     def recorded_sweep(route: Any) -> Any:
         routes.append(route)
         return sweep(route)
 
-    model._pipeline.sweep = recorded_sweep  # type: ignore[method-assign]
+    model._running.stream.pipeline.sweep = recorded_sweep  # type: ignore[method-assign]
     return routes
 
 

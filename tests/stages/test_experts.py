@@ -38,7 +38,7 @@ def group(*experts: int, layer: int = 0, streamed: bool = False) -> ExpertGroup:
 
 
 def take(store: ExpertStore, *experts: int, layer: int = 0, streamed: bool = False) -> Lease:
-    lease = store.take(group(*experts, layer=layer, streamed=streamed), wait=False)
+    lease = store.take(group(*experts, layer=layer, streamed=streamed), wait_for=None)
     assert lease is not None
     return lease
 
@@ -88,7 +88,7 @@ def test_a_held_cell_never_makes_way(experts: RandomExperts) -> None:
     with experts.store(cells=3) as store:
         held = take(store, 0, 1)
         held.wait()
-        assert store.take(group(2, 3), wait=False) is None
+        assert store.take(group(2, 3), wait_for=None) is None
         for expert in (2, 3, 4, 5):
             experts.fetch(store, 0, [expert])
             experts.check(held)
@@ -208,7 +208,7 @@ def test_a_cell_is_not_used_again_while_a_read_still_writes_into_it(
         reader.before = lambda at: gate() if (at.file, at.offset) == slow else None
         take(store, 0).release()  # its pass was cancelled
         assert gate.reached.wait(SECONDS)
-        assert store.take(group(1), wait=False) is None
+        assert store.take(group(1), wait_for=None) is None
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(experts.fetch, store, 0, [1])
             gate.open()

@@ -27,7 +27,8 @@ PASSING = [errno.EIO, errno.ETIMEDOUT, errno.ENXIO, errno.EAGAIN]
 def buffered(paths):
     """A reader as it is where a filesystem refuses direct reads."""
     reader = DirectReader(paths)
-    reader.falls_back = True
+    for file in range(len(paths)):
+        reader.fall_back(file, OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
     return reader
 
 
@@ -124,7 +125,8 @@ def test_a_reader_that_is_interrupted_repeats_nothing(direct, monkeypatch):
 def test_an_intact_file_whose_reading_ends_early_is_not_said_to_have_shrunk(
     falls_back, direct, monkeypatch
 ):
-    direct.falls_back = falls_back
+    if falls_back:
+        direct.fall_back(0, OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
     preadv = os.preadv
 
     def end_early(descriptor, buffers, offset, *rest):

@@ -42,7 +42,7 @@ def test_what_is_read_ahead_is_in_the_page_cache_when_it_is_mapped(tmp_path: Pat
     drop(path)
     ahead = Readahead([tmp_path / "missing", path])
     ahead.start()
-    ahead._thread.join()
+    ahead._running.result()
     ahead.stop()
     reader = MmapReader([path])
     # Waits for reads that are in progress.
@@ -57,7 +57,7 @@ def test_stopping_leaves_no_thread_and_may_come_before_the_beginning(tmp_path: P
     Readahead([path]).stop()
     with Readahead([path] * 1000):
         pass
-    assert not [t for t in threading.enumerate() if t.name == "layerstream-readahead"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("layerstream-readahead")]
 
 
 def test_files_beyond_the_free_memory_are_not_read_ahead() -> None:

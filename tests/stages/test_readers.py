@@ -175,6 +175,46 @@ def test_a_missing_file_is_named_and_the_others_are_closed_again(kind, files, op
         open_reader(kind, [*files, files[0].with_name("gone.bin")])
 
 
+@pytest.mark.parametrize("call", [os.fstat, os.access, os.open], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("kind", ["direct", "mmap"])
+@pytest.mark.parametrize("at", range(4))
+def test_opening_that_fails_at_any_call_leaves_nothing(  # noqa: PLR0917
+    kind, call, at, files, open_reader, monkeypatch
+):
+    left = at
+
+    def fail(*given, **named):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call(*given, **named)
+
+    with nothing_left_behind():
+        monkeypatch.setattr(os, call.__name__, fail)
+        try:
+            open_reader(kind, files).close()
+        except (ReadError, OSError):
+            assert left < 0
+        monkeypatch.undo()
+    assert mappings_of(files[0].parent) == []
+
+
+def test_a_file_that_is_removed_as_soon_as_it_is_open_can_be_mapped(files, monkeypatch):
+    content, real_open = files[0].read_bytes(), os.open
+
+    def open_and_remove(path, *given):
+        descriptor = real_open(path, *given)
+        path.unlink()
+        return descriptor
+
+    with nothing_left_behind():
+        monkeypatch.setattr(os, "open", open_and_remove)
+        reader = MmapReader(files)
+        assert read(reader, 0, SIZE)[:SIZE] == content
+        reader.close()
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_closing_leaves_no_descriptor_and_no_mapping(kind, files, open_reader):
     with nothing_left_behind():
@@ -194,6 +234,39 @@ def test_where_direct_reads_are_refused_one_warning_is_logged_and_reads_go_on(
     assert reader.falls_back
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "direct reads are refused" in caplog.text
+
+
+@pytest.mark.parametrize("refused_at", ["open", "first read"])
+def test_only_files_whose_filesystem_refuses_direct_reads_are_read_through_the_page_cache(
+    refused_at, files, monkeypatch
+):
+    real_open, real_preadv, direct = os.open, os.preadv, {}
+
+    def open_(path, flags, *rest, **named):
+        if flags & os.O_DIRECT and path == files[0] and refused_at == "open":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        descriptor = real_open(path, flags, *rest, **named)
+        direct[descriptor] = path.name if flags & os.O_DIRECT else "buffered"
+        return descriptor
+
+    used = []
+
+    def preadv(descriptor, *given):
+        used.append(direct[descriptor])
+        if direct[descriptor] == files[0].name:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_preadv(descriptor, *given)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "preadv", preadv)
+    with nothing_left_behind():
+        reader = DirectReader(files)
+        for file in (0, 1, 0, 1):
+            assert read(reader, 0, SIZE, file)[:SIZE] == files[file].read_bytes()
+        assert reader.falls_back
+        reader.close()
+    assert set(used[-4:]) == {"buffered", files[1].name}
+    assert used.count(files[0].name) == (refused_at == "first read")
 
 
 @pytest.mark.parametrize("kind", WITH_PREADV)

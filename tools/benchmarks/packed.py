@@ -198,6 +198,8 @@ def _gguf(kind: str) -> Callable[[Path], Path]:
         import gguf
         import numpy as np
 
+        from layerstream.tools.benchmarks.gguf_files import describe_llama
+
         target = folder.with_name(f"{folder.name}-{kind}.gguf")
         if target.exists():
             return target
@@ -205,14 +207,7 @@ def _gguf(kind: str) -> Callable[[Path], Path]:
         config = json.loads((folder / "config.json").read_text())
         unfinished = target.with_suffix(".unfinished")
         writer = gguf.GGUFWriter(str(unfinished), "llama")
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_vocab_size(config["vocab_size"])
+        describe_llama(writer, config)
         for shard in sorted(folder.glob("*.safetensors")):
             with safe_open(shard, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no mapping

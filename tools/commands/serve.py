@@ -32,6 +32,9 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 logger = logging.getLogger(__name__)
 
+# A disk that fails over or is plugged in again takes less; clients that wait for longer are told.
+_REOPENED_WITHIN_SECONDS = 60.0
+
 HELP = "serve a model whose weights stream, over HTTP as OpenAI does"
 
 
@@ -209,6 +212,7 @@ async def _serve(
 ) -> None:
     from layerstream.pipeline import Budget, StreamedModel, Workload
     from layerstream.tools.serving.app import make_app
+    from layerstream.tools.serving.recovery import Recovery
     from layerstream.tools.serving.server import Server
 
     opening = StreamedModel.open(
@@ -223,6 +227,7 @@ async def _serve(
         reader=args.reader,
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
+        reopened_within_seconds=_REOPENED_WITHIN_SECONDS,
     )
     # Opening the model takes seconds, so an address in use is reported before; until the socket listens,
     # connections are refused.
@@ -235,7 +240,8 @@ async def _serve(
             # blocks the event loop for some hundred milliseconds each time.
             gc.collect()
             gc.freeze()
-            await Server(app, listener, args).serve(sockets=[listener])
+            async with Recovery(model, app.state.answers):
+                await Server(app, listener, args).serve(sockets=[listener])
 
 
 def _json(path: Path | None) -> Any:

@@ -1,4 +1,4 @@
-"""Runs llama.cpp through its own server: each request evaluates the prompt, the weights stay mapped."""
+"""Runs llama.cpp through its own server; the weights stay mapped."""
 
 import json
 import subprocess
@@ -6,12 +6,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["llama_server", "server_version"]
+from layerstream.tools.compare.cgroups import MemoryCgroup
+
+__all__ = ["LlamaServer", "llama_server", "server_version"]
 
 _POLL_SECONDS = 0.05
 
@@ -25,36 +28,64 @@ def server_version(server: str) -> str:
     return next((line for line in lines if line.startswith("version")), "unknown version")
 
 
-@contextmanager
-def llama_server(
-    server: str, *, weights: Path, prompt: Sequence[int], port: int
-) -> Iterator[tuple[Callable[[], float], int]]:
-    """Start the server; yields a function that evaluates ``prompt`` and returns the seconds, and the process id.
+@dataclass(frozen=True, slots=True)
+class LlamaServer:
+    """A server that runs."""
 
-    It runs with its defaults (mapped weights, its own number of threads), but without warm-up and prompt cache, and
-    with a context for one request of this length.
+    pid: int
+    url: str
 
-    Raises:
-        RuntimeError: The server ended, or did not evaluate every token.
-    """
-    context_tokens = str(-(-(len(prompt) + 1) // 256) * 256)
-    command = [server, "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--ctx-size", context_tokens, "--parallel", "1", "--no-warmup", "--cache-ram", "0"]
-    process = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr)  # noqa: S603 - the user's own server
-    url = f"http://127.0.0.1:{port}"
-    content = {"prompt": list(prompt), "n_predict": 0, "cache_prompt": False}
+    def prompt_seconds(self, prompt: Sequence[int]) -> float:
+        """Evaluate ``prompt``; returns the seconds that the server measured.
 
-    def evaluate() -> float:
-        timings = _request(f"{url}/completion", content)["timings"]
+        Raises:
+            RuntimeError: It did not evaluate every token.
+        """
+        content = {"prompt": list(prompt), "n_predict": 0, "cache_prompt": False}
+        with _request(f"{self.url}/completion", content) as reply:
+            timings = json.load(reply)["timings"]
         if timings["prompt_n"] != len(prompt):
             raise RuntimeError(
                 f"llama-server evaluated {timings['prompt_n']} of {len(prompt)} tokens"
             )
         return float(timings["prompt_ms"]) / 1000
 
+    def tokens(self, prompt: Sequence[int], count: int) -> Iterator[int]:
+        """The ``count`` greedy tokens after ``prompt``, as they come."""
+        content = {"prompt": list(prompt), "n_predict": count, "cache_prompt": False}
+        content |= {"temperature": 0, "ignore_eos": True, "stream": True, "return_tokens": True}
+        with _request(f"{self.url}/completion", content) as reply:
+            for line in reply:
+                if line.startswith(b"data: "):
+                    yield from json.loads(line.removeprefix(b"data: ")).get("tokens", [])
+
+
+@contextmanager
+def llama_server(
+    server: str,
+    *,
+    weights: Path,
+    context_tokens: int,
+    port: int,
+    group: MemoryCgroup | None = None,
+) -> Iterator[LlamaServer]:
+    """Start the server, in ``group``.
+
+    It runs with its defaults (mapped weights, its own number of threads), but without warm-up and prompt cache, and
+    with a context for one request of ``context_tokens``.
+
+    Raises:
+        RuntimeError: The server ended.
+    """
+    context = str(-(-(context_tokens + 1) // 256) * 256)
+    command = [server, "--model", str(weights), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--ctx-size", context, "--parallel", "1", "--no-warmup", "--cache-ram", "0"]
+    inside = group.inside(command) if group else command
+    process = subprocess.Popen(inside, stdout=sys.stderr, stderr=sys.stderr)  # noqa: S603 - the user's own server
+    url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(process, url)
-        yield evaluate, process.pid
+        yield LlamaServer(process.pid, url)
     finally:
         process.kill()
         process.wait()
@@ -65,7 +96,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
         if (code := process.poll()) is not None:
             raise RuntimeError(f"llama-server ended with code {code} before it was ready")
         try:
-            _request(f"{url}/health", None)
+            _request(f"{url}/health", None).close()
         except OSError:  # not yet listening, or still loading
             time.sleep(_POLL_SECONDS)
         else:
@@ -73,11 +104,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _request(url: str, content: Any) -> Any:
+    """The reply, to be read within a ``with``."""
     data = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
     try:
-        with urllib.request.urlopen(request) as reply:  # noqa: S310
-            return json.load(reply)
+        return urllib.request.urlopen(request)  # noqa: S310
     except urllib.error.HTTPError as error:
         if content is None:
             raise

@@ -148,12 +148,12 @@ def _llama_cpp(request: Mapping[str, Any]) -> Iterator[OpenedModel]:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     server = request["llama_server"]
-    with llama_server(server, weights=weights, prompt=prompt, port=port) as (evaluate, process):
+    with llama_server(server, weights=weights, context_tokens=len(prompt), port=port) as running:
         yield OpenedModel(
-            forward=evaluate,
+            forward=lambda: running.prompt_seconds(prompt),
             notes={"weights_bytes": weights.stat().st_size},
             versions={"llama.cpp": server_version(server)},
-            children=(process,),
+            children=(running.pid,),
         )
 
 

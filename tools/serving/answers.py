@@ -107,6 +107,11 @@ class Answers:
             task.cancel()
         self._prompts.close()
 
+    def streaming_failed(self, error: BaseException | None) -> None:
+        """Have /health report ``error``; None if tokens come, or can come again."""
+        if not self._stopped:
+            self.failure = None if error is None else f"Streaming has failed: {error}"
+
     async def answer(
         self, request: ApiRequest, receive: Receive, response: Builder | None = None
     ) -> Response:
@@ -198,9 +203,8 @@ class Answers:
             # The message of a LayerstreamError is sufficient; others are logged with a traceback.
             expected = isinstance(error, LayerstreamError)
             logger.error("a request failed: %s", error, exc_info=None if expected else error)
-        if not self._stopped and isinstance(error, ReadError | ClosedError | DeviceError):
-            # Usually permanent: a monitor of /health then restarts the server.
-            self.failure = f"Streaming has failed: {error}"
+        if isinstance(error, ReadError | ClosedError | DeviceError):
+            self.streaming_failed(error)
         return client_error
 
     async def _generate(
@@ -222,8 +226,7 @@ class Answers:
                 async for piece in pieces:
                     came.set()
                     await begun
-                    if not self._stopped:
-                        self.failure = None
+                    self.streaming_failed(None)
                     if piece.tokens:
                         timeline.token()
                     progress.count(choice.index, piece.tokens)

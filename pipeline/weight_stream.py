@@ -1,0 +1,102 @@
+"""The pipeline of a model, and what it brings once and for all; reopened in place after it has failed."""
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from layerstream.pipeline.modeling.binding import Binding, put_buffers
+from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.streaming.pipeline import Pipeline
+from layerstream.stages.compute import Batch
+from layerstream.stages.devices.protocol import Device
+from layerstream.stages.errors import ClosedError
+from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.threads import finish_in_thread
+
+__all__ = ["WeightStream"]
+
+
+class WeightStream:
+    """The pipeline of a model, with the layer batches that are bound all the time.
+
+    Args:
+        plan: What the first pipeline streams; later ones go on with the plan of the one before.
+        bindings: What each layer batch puts into the module tree.
+        always_bound: The indices of batches that stay bound as long as this is open.
+        module: The module tree.
+        device: Where computation runs.
+        guard: Watches over the reads.
+
+    Attributes:
+        pipeline: The current one.
+    """
+
+    pipeline: Pipeline
+
+    def __init__(
+        self,
+        plan: Plan,
+        bindings: Sequence[Binding],
+        *,
+        always_bound: Sequence[int],
+        module: Any,
+        device: Device,
+        guard: ReadGuard,
+    ) -> None:
+        self._bindings = bindings
+        self._always_bound = tuple(always_bound)
+        self._module = module
+        self._device = device
+        self._guard = guard
+        self._bound: list[Binding] = []
+        self._changing = asyncio.Lock()
+        self._closed = False
+        self.pipeline = Pipeline(plan, device=device, guard=guard)
+
+    async def open(self) -> None:
+        """Open the pipeline, and bind what stays bound. Whatever comes of it, it has to be closed."""
+        await self.pipeline.open()
+        if self._always_bound:
+            async for batch in self.pipeline.sweep(self._always_bound):
+                # A module that outlives its model must not keep the memory of all residents.
+                self._bound.append(binding := self._bindings[batch.index])
+                # Binding may compute: casts, transposes.
+                await finish_in_thread(functools.partial(self._bind, binding, batch))
+        for experts in self.pipeline.plan.experts:
+            access = vars(self._module.get_submodule(experts.module)).get("layerstream_experts")
+            if access is not None:  # reopened: shared with the clones of requests under way
+                access.store = self.pipeline.experts
+
+    def _bind(self, binding: Binding, batch: Batch) -> None:
+        put_buffers(self._module, binding.bind(batch.tensors))
+        # Passes may compute on other streams, which do not wait for this thread's.
+        self._device.record().synchronize()
+
+    async def reopen(self) -> None:
+        """Close the pipeline, and open another one for its plan. Nothing may be using it; may be called again if it fails.
+
+        Raises:
+            ClosedError: It was closed for good.
+        """
+        async with self._changing:
+            if not self._closed:
+                await self._close_pipeline()
+                self._guard.resume()
+                self.pipeline = Pipeline(self.pipeline.plan, device=self._device, guard=self._guard)
+                await self.open()
+            if self._closed:
+                raise ClosedError("the model was closed while it was being reopened")
+
+    async def aclose(self) -> None:
+        """Unbind what is bound, and close the pipeline, for good."""
+        self._closed = True
+        async with self._changing:
+            await self._close_pipeline()
+
+    async def _close_pipeline(self) -> None:
+        while self._bound:
+            binding = self._bound.pop()
+            binding.unbind()
+            put_buffers(self._module, binding.absent_buffers())
+        await self.pipeline.aclose()

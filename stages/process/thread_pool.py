@@ -1,0 +1,185 @@
+"""Threads that make the calls that are queued, and that can be left behind in a call that never returns."""
+
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any, ClassVar
+
+__all__ = ["ThreadPool"]
+
+# At the interpreter's exit, calls in progress may take so long: torch's must not be cut off in the middle.
+_EXIT_SECONDS = 10.0
+
+
+class ThreadPool:
+    """Like ``concurrent.futures.ThreadPoolExecutor``, whose calls all have to return: it waits for each, even at exit.
+
+    A read of a disk that hangs never returns, and cannot be stopped. ``abandon`` fails the futures of such calls, and
+    nobody waits for their threads any more. What such a call holds (a buffer, a descriptor) it has to refer to, and is freed
+    if it returns after all.
+
+    Args:
+        count: The number of threads, all of which are started at once.
+        name: What the names of the threads begin with.
+
+    Raises:
+        RuntimeError: The system starts no more threads.
+    """
+
+    _open: ClassVar["weakref.WeakSet[ThreadPool]"] = weakref.WeakSet()
+
+    def __init__(self, count: int, name: str) -> None:
+        self._process = os.getpid()
+        self._shared = _Shared()
+        threads = [
+            threading.Thread(
+                target=_work, args=(self._shared,), name=f"{name}_{number}", daemon=True
+            )
+            for number in range(count)
+        ]
+        self._started: list[threading.Thread] = []
+        # A pool that is dropped without being closed.
+        weakref.finalize(self, _dismiss, self._shared, count).atexit = False
+        _close_all_at_exit()
+        try:
+            for thread in threads:
+                thread.start()
+                self._started.append(thread)
+        except BaseException:
+            self.close()
+            raise
+        self._open.add(self)
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Queue ``call``.
+
+        Raises:
+            RuntimeError: The pool is closed.
+        """
+        future: Future[Any] = Future()
+        with self._shared.changed:
+            if self._shared.closed:
+                raise RuntimeError("the threads were closed")
+            self._shared.calls.put((future, call))
+        return future
+
+    def abandon(self, error: Callable[[], BaseException]) -> bool:
+        """Fail the calls in progress with an ``error`` each, and close without waiting for them; returns whether there are any."""
+        self._close_queue()
+        shared = self._shared
+        stuck = [
+            thread
+            for thread, future in tuple(shared.running.items())
+            if _settle(future.set_exception, error())
+        ]
+        with shared.changed:
+            shared.left.update(stuck)
+            shared.changed.notify_all()
+        return bool(stuck)
+
+    def close(self, *, at_most_seconds: float | None = None) -> None:
+        """Cancel the calls that have not begun, and wait for those that have, except abandoned ones. May be called again."""
+        if (
+            os.getpid() != self._process
+        ):  # a copy in a forked process, which has none of the threads
+            return
+        self._close_queue()
+        shared = self._shared
+        with shared.changed:
+            shared.changed.wait_for(
+                lambda: all(each in shared.ended | shared.left for each in self._started),
+                at_most_seconds,
+            )
+            ended = [*shared.ended]
+        for thread in ended:
+            thread.join()
+        self._open.discard(self)
+
+    def _close_queue(self) -> None:
+        with self._shared.changed:
+            if self._shared.closed:
+                return
+            self._shared.closed = True
+        with suppress(queue.Empty):
+            while (queued := self._shared.calls.get_nowait()) is not None:
+                queued[0].cancel()
+        _dismiss(self._shared, len(self._started))
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Close every pool of this process, at its exit."""
+        for pool in tuple(cls._open):
+            pool.close(at_most_seconds=_EXIT_SECONDS)
+
+
+class _Shared:
+    """What a pool and its threads share. The threads do not refer to the pool, so that it may be dropped.
+
+    Attributes:
+        calls: What is queued; None ends one thread.
+        running: The calls in progress.
+        ended: The threads that have ended, or are about to.
+        left: The threads that were abandoned.
+        closed: No more calls are taken.
+        changed: Notified of changes of the other three, with which it is held.
+    """
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self.running: dict[threading.Thread, Future[Any]] = {}
+        self.ended: set[threading.Thread] = set()
+        self.left: set[threading.Thread] = set()
+        self.closed = False
+        self.changed = threading.Condition()
+
+
+def _work(shared: _Shared) -> None:
+    """Make calls until None is queued."""
+    thread = threading.current_thread()
+    while (queued := shared.calls.get()) is not None:
+        future, call = queued
+        if future.set_running_or_notify_cancel():
+            shared.running[thread] = future
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+                del shared.running[thread]
+                _settle(future.set_exception, error)
+            else:
+                del shared.running[thread]
+                _settle(future.set_result, result)
+                del result
+        del queued, future, call  # while this waits for the next one, they would be kept
+    with shared.changed:
+        shared.ended.add(thread)
+        shared.changed.notify_all()
+
+
+def _settle(settle: Callable[[Any], None], outcome: Any) -> bool:
+    """Whether the future was still waited for, and not abandoned or done."""
+    try:
+        settle(outcome)
+    except InvalidStateError:
+        return False
+    finally:
+        del settle, outcome  # an error refers to this frame, which would refer to the error
+    return True
+
+
+def _dismiss(shared: _Shared, count: int) -> None:
+    """Let ``count`` threads end after the calls that are queued."""
+    for _ in range(count):
+        shared.calls.put(None)
+
+
+@functools.cache
+def _close_all_at_exit() -> None:
+    # Not atexit: other threads, which may need a pool to end, are waited for before that is called.
+    threading._register_atexit(ThreadPool.close_all)  # type: ignore[attr-defined]  # noqa: SLF001
