@@ -20,6 +20,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 _LAYOUT = """
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; } h2 { margin-top: 2rem; }
+dl { grid-template-columns: minmax(8.5rem, auto) 1fr; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .35rem; } }
 pre, .wide { overflow-x: auto; }
 """
 
@@ -84,12 +86,15 @@ def _row(cell: str, texts: Sequence[str], left: Collection[int]) -> str:
 
 def _map(cells: Sequence[tuple[str, str]], legend: Mapping[str, str]) -> Iterator[str]:
     kinds = [kind for kind, _ in cells]
-    counts = [(kind, f"{kinds.count(kind)} {legend[kind]}") for kind in legend if kind in kinds]
+    counts = [(kind, f"{kinds.count(kind)} x {legend[kind]}") for kind in legend if kind in kinds]
     label = escape(", ".join(text for _, text in counts))
     yield f'<div class="map" role="img" aria-label="{label}">'
     yield "".join(f'<i class="{kind}" title="{escape(title)}"></i>' for kind, title in cells)
-    keys = "".join(f'<span class="key {kind}"></span>{escape(text)}' for kind, text in counts)
-    yield f'</div>\n<p class="legend">One box for each layer batch:{keys}</p>'
+    keys = " ".join(
+        f'<span class="entry"><span class="key {kind}"></span>{escape(text)}</span>'
+        for kind, text in counts
+    )
+    yield f'</div>\n<p class="legend">One box for each layer batch: {keys}</p>'
 
 
 def _bar(bar: Bar) -> str:

@@ -95,6 +95,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "bottleneck": predicted.decode.bottleneck,
         "ceiling_ratio": predicted.decode.ceiling,
         "assumed": [each.name for each in plan.inputs if each.origin is Origin.ASSUMED],
+        "contended": [each.name for each in plan.inputs if each.origin is Origin.CONTENDED],
     }
 
 
@@ -261,6 +262,8 @@ def _speed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
             f"{format_seconds(predicted.request_seconds)} for a whole request"
             + (", loading included" if loading_counts else ""),
         )
+    if any(each.origin is Origin.CONTENDED for each in plan.inputs):
+        yield "caution", "measured on a BUSY machine: it may be several times as fast or as slow"
     stage_seconds = sweep.read_seconds + sweep.transfer_seconds + sweep.compute_seconds
     yield (
         "bottleneck",

@@ -121,6 +121,17 @@ def test_assumed_figures_are_marked_and_others_have_their_origin():
     assert "ASSUMED" not in report_plan(plan_of(SIZES, FAST_CPU, host=40 * MIB))
 
 
+def test_what_was_measured_on_a_busy_machine_is_said_beside_the_speed():
+    busy = dataclasses.replace(
+        FAST_CPU, figures={"compute": Figure(origin=Origin.CONTENDED, least=1e9, most=3e9)}
+    )
+    for hardware, expected in ((busy, True), (FAST_CPU, False)):
+        plan = plan_of(SIZES, hardware, host=40 * MIB, workload=Workload())
+        after_speed = plan.describe().partition("\n  speed")[2].splitlines()[1]
+        assert ("measured on a BUSY machine" in after_speed) is expected
+        assert bool(summarize_plan(plan)["contended"]) is expected
+
+
 def test_advice_is_sorted_by_gain_and_says_where_there_is_none(streamed):
     part = report_plan(streamed).partition("What would help")[2].partition("What it was")[0]
     rows = [line for line in part.splitlines() if "x as fast" in line or "nothing" in line]

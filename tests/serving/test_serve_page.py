@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.server import running_server
+from support.server import running_server, save_chat_model
 from support.service import COMPLETIONS, MAX_ANSWERS, TEXT_BODY, gauge, idle
 
 from layerstream.stages.telemetry.spans import Activity, Span
@@ -126,6 +126,14 @@ def test_without_a_page_there_is_none(folder: Path) -> None:
         for path in ("/", "/page/look.css"):
             assert httpx.get(server.url + path).status_code == 404
         assert httpx.get(server.url + "/v1/machine").status_code == 200
+
+
+def test_a_model_that_is_not_for_chats_is_served_and_the_log_says_so(tmp_path: Path) -> None:
+    with running_server(save_chat_model(tmp_path / "model", template=False)) as server:
+        assert (
+            "the model has no chat template, so chats are refused: see --chat-template"
+            in server.log
+        )
 
 
 def test_a_span_is_shared_out_among_the_parts_of_the_time_that_it_touches() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx2 as httpx
 
-__all__ = ["Browser", "find_browser", "running_browser"]
+__all__ = ["Browser", "find_axe", "find_browser", "running_browser"]
+
+_ROOT = Path(__file__).parent.parent.parent
 
 _TIMEOUT_SECONDS = 60  # for operations of a second, on a busy machine
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # how WebDriver marks an element in JSON
@@ -23,6 +25,12 @@ def find_browser() -> tuple[str, str] | None:
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next((path for name in names if (path := shutil.which(name))), None)
     return None if driver is None or browser is None else (driver, browser)
+
+
+def find_axe() -> Path | None:
+    """axe-core, which audits pages for accessibility, as npm installs it beside the checkout; None if it did not."""
+    path = _ROOT / "node_modules" / "axe-core" / "axe.min.js"
+    return path if path.is_file() else None
 
 
 class Browser:
@@ -58,14 +66,40 @@ class Browser:
             assert time.monotonic() < deadline, f"it did not happen: {self.text('body')}"
         return value
 
-    def resize(self, width: int, height: int) -> None:
-        self._call("POST", "/window/rect", width=width, height=height)
-
-    def dark(self, *, dark: bool) -> None:
-        """Set what the system prefers."""
+    @contextmanager
+    def screen(
+        self, width: int = 1280, height: int = 800, *, dark: bool = False, scale: float = 1
+    ) -> Iterator[None]:
+        """During the block, have a screen of this size, also one narrower than a window may be, and light or dark pages."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        parameters = {"features": features}
-        self._call("POST", "/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params=parameters)
+        metrics = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": scale,
+            "mobile": width < 600,
+        }
+        self._command("Emulation.setEmulatedMedia", features=features)
+        self._command("Emulation.setDeviceMetricsOverride", **metrics)
+        try:
+            yield
+        finally:
+            self._command("Emulation.setEmulatedMedia", features=[])
+            self._command("Emulation.clearDeviceMetricsOverride")
+
+    def audit(self) -> list[str]:
+        """What axe-core finds wrong with the page as it is now, from serious on; None of it is waived."""
+        path = find_axe()
+        assert path is not None
+        # The driver evaluates it outside of the page's security policy.
+        self.run(f"if (!window.axe) {{ {path.read_text(encoding='utf-8')} }}")
+        found = self.run("return axe.run(document, { resultTypes: ['violations'] })")
+        assert found["passes"], "nothing was audited"
+        return [
+            f"{each['id']}: {node['html']}: {node['failureSummary']}"
+            for each in found["violations"]
+            if each["impact"] in {"serious", "critical"}
+            for node in each["nodes"]
+        ]
 
     def picture(self, path: Path) -> None:
         """Write what is seen to a PNG file."""
@@ -82,6 +116,10 @@ class Browser:
         log = self._call("POST", "/se/log", type="performance")
         sent = [each["message"] for each in log if "Network.requestWillBeSent" in each["message"]]
         return set(re.findall(r'"url":"\w+://([^/"]+)', "".join(sent)))
+
+    def _command(self, command: str, **parameters: Any) -> None:
+        """Give a command of Chromium's own protocol."""
+        self._call("POST", "/goog/cdp/execute", cmd=command, params=parameters)
 
     def _element(self, selector: str) -> str:
         found = self._call("POST", "/element", using="css selector", value=selector)
@@ -117,6 +155,11 @@ def running_browser() -> Iterator[Browser]:
                     "--no-sandbox",
                     "--disable-gpu",
                     "--disable-dev-shm-usage",
+                    "--disable-quic",
+                    "--no-first-run",
+                    "--disable-background-networking",
+                    "--disable-component-update",
+                    "--disable-sync",
                     "--window-size=1280,800",
                 ],
             }

@@ -31,6 +31,10 @@ class Terminal:
         """All that was shown, without control sequences."""
         return _CONTROLS.sub("", self._raw.decode(errors="replace"))
 
+    def resize(self, *, columns: int) -> None:
+        """Give the terminal another width, as its window does."""
+        _resize(self._descriptor, columns=columns)
+
     def type(self, text: str) -> None:
         r"""Type ``text``; "\x03" is Ctrl-C, "\x04" Ctrl-D."""
         os.write(self._descriptor, text.encode())
@@ -80,6 +84,7 @@ class Terminal:
 def in_terminal(*arguments: str | Path, program: str | None = None) -> Iterator[Terminal]:
     """Run the ``layerstream`` command, or ``program`` with these arguments, in a terminal during the block."""
     ours, theirs = pty.openpty()
+    _resize(ours, columns=200)
     code = program or "import sys; from layerstream.tools.cli import main; sys.exit(main())"
     try:
         process = subprocess.Popen(
@@ -89,7 +94,7 @@ def in_terminal(*arguments: str | Path, program: str | None = None) -> Iterator[
             stderr=theirs,
             start_new_session=True,
             preexec_fn=_take_terminal,  # noqa: PLW1509 - no threads of the child exist yet
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm", "COLUMNS": "200"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
         )
     finally:
         os.close(theirs)
@@ -99,6 +104,14 @@ def in_terminal(*arguments: str | Path, program: str | None = None) -> Iterator[
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def _resize(descriptor: int, *, columns: int) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 def _take_terminal() -> None:

@@ -1,6 +1,8 @@
 """When a chat says that the first token will come."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support.plans import plan_of
@@ -8,6 +10,7 @@ from support.plans import plan_of
 from layerstream.pipeline import Plan, Workload
 from layerstream.stages.telemetry.forecast import PredictionCheck
 from layerstream.tools.running.answer_times import first_token_seconds
+from layerstream.tools.serving.progress import Progress
 
 MIB = 1 << 20
 PLANNED = 512
@@ -47,3 +50,21 @@ def test_a_short_prompt_still_reads_all_weights_and_a_long_one_computes_longer(p
 
 def test_what_sweeps_have_taken_corrects_the_plan(plan: Plan) -> None:
     assert expected(plan, PLANNED, slower=3.0) == pytest.approx(3 * expected(plan, PLANNED))
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_a_service_corrects_the_plan_by_the_sweeps_of_earlier_requests(
+    plan: Plan, sweeps: int
+) -> None:
+    step = plan.prediction.decode
+    measured = dataclasses.replace(step, seconds=step.seconds * 3)
+    check = PredictionCheck(sweeps=sweeps, predicted=step, measured=measured) if sweeps else None
+    model = SimpleNamespace(
+        plan=plan,
+        stats=lambda: SimpleNamespace(sweeps=sweeps, requests_waiting=0),
+        timings=lambda: SimpleNamespace(forecast=check),
+    )
+    progress = Progress(cast("Any", model))
+    progress.start([2])
+    seconds = 3 * plan.prediction.prefill.seconds if sweeps else plan.prediction.first.seconds
+    assert progress.seconds_to_token == pytest.approx(seconds, abs=1)

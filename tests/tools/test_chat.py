@@ -155,6 +155,28 @@ def test_a_message_may_have_several_lines(model: Path, answers: Answers) -> None
         assert answers("a\n\nb") in say(terminal, '"""a\n\nb"""')
 
 
+def test_pasted_lines_are_one_message(model: Path, answers: Answers) -> None:
+    with chatting(model, *SHORT) as terminal:
+        assert answers("a\nb") in say(terminal, "\x1b[200~a\nb\x1b[201~")
+        terminal.type("/reset\n")
+        terminal.expect(ENTERED)
+        assert answers("größe 漢字 🙂") in say(terminal, "größe 漢字 🙂")
+
+
+def test_in_a_narrow_terminal_what_is_waited_for_takes_one_line() -> None:
+    program = (
+        "from layerstream.tools.console.chat_terminal import ChatTerminal\n"
+        "terminal = ChatTerminal(); terminal.wait('a long line of words'); input(); terminal.wait('another one of them')"
+    )
+    with in_terminal(program=program) as terminal:
+        terminal.expect(r"\(a long line of words\)")
+        terminal.resize(columns=12)
+        terminal.type("\n")
+        terminal.expect(r"\(another on")
+        assert terminal.end() == 0
+        assert terminal.text.endswith("(another on")
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model: Path) -> None:
     with chatting(model, *LONG) as terminal:
         terminal.type("Hello\n")

@@ -120,10 +120,15 @@ def test_markdown_has_headings_and_tables(model: Path, capsys: pytest.CaptureFix
 
 
 def test_the_report_as_one_page_needs_nothing_else(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page = tmp_path / "plan.html"
-    text = printed(capsys, model, "--device", "cpu", "--html", str(page))
+    monkeypatch.chdir(model.parent)
+    text = printed(capsys, Path(model.name), "--device", "cpu", "--html", str(page))
+    assert text.startswith(f"{model.name}: ")
     html = page.read_text(encoding="utf-8")
     plan = Plan.from_json(
         json.dumps(json.loads(printed(capsys, model, "--device", "cpu", "--json"))["plan"])

@@ -96,12 +96,14 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(resolve_model_path(args.model))
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
     plan = _plan(checkpoint, hardware, budget, what_if, args=args)
+    # As the user calls it: reports are sent to others, who need not know where models of the hub are kept.
+    named = replace(plan, checkpoint=args.model)
     if args.html is not None:
-        args.html.write_text(html_report(plan, style=_LOOK.read_text("utf-8")), encoding="utf-8")
+        args.html.write_text(html_report(named, style=_LOOK.read_text("utf-8")), encoding="utf-8")
     if args.json:
         print(json.dumps({"summary": summarize_plan(plan), "plan": json.loads(plan.to_json())}))
     else:
-        print(report_plan(plan, markdown=args.markdown))
+        print(report_plan(named, markdown=args.markdown))
     return 0
 
 

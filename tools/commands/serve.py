@@ -177,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
     check_template(tokenizer, template)
     if not _on_loopback(args) and args.api_key is None:
         logger.warning("without --api-key, anyone who can reach %s can use this service", args.bind)
+    if template is None and tokenizer.chat_template is None:
+        logger.warning("the model has no chat template, so chats are refused: see --chat-template")
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
     asyncio.run(_serve(path, tokenizer, _settings(path, template, args), args))
@@ -212,8 +214,8 @@ async def _serve(
 ) -> None:
     from layerstream.pipeline import Budget, StreamedModel, Workload
     from layerstream.tools.serving.app import make_app
-    from layerstream.tools.serving.recovery import Recovery
     from layerstream.tools.serving.loop_lag import prompt_loop
+    from layerstream.tools.serving.recovery import Recovery
     from layerstream.tools.serving.server import Server
 
     opening = StreamedModel.open(

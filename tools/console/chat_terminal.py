@@ -1,5 +1,6 @@
 """What a chat reads from and shows in a terminal. Without one, it reads lines, and shows only answers."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -90,7 +91,9 @@ class ChatTerminal:
         """Show what is waited for, until something else is written."""
         if self.interactive and sys.stderr.isatty():
             self._waiting = True
-            print(f"{_ERASE}({what})", end="", file=sys.stderr, flush=True)
+            # What wraps could not be erased. The last column would wrap in some terminals.
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print(f"{_ERASE}{f'({what})'[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
     def waited(self) -> None:
         """Take away what ``wait`` has shown."""

@@ -8,7 +8,14 @@ from layerstream.stages.telemetry.forecast import PredictionCheck
 if TYPE_CHECKING:
     from layerstream.pipeline import Plan
 
-__all__ = ["Stopwatch", "first_token_seconds"]
+__all__ = ["Stopwatch", "correction", "first_token_seconds"]
+
+
+def correction(forecast: PredictionCheck | None) -> float:
+    """How many times as long as predicted the sweeps so far have taken; 1 before there are any."""
+    if forecast is None or forecast.predicted.seconds <= 0 or forecast.measured.seconds <= 0:
+        return 1.0
+    return forecast.measured.seconds / forecast.predicted.seconds
 
 
 def first_token_seconds(
@@ -35,10 +42,7 @@ def first_token_seconds(
     others = max(predicted.read_seconds, predicted.transfer_seconds)
     # What the stages wait for one another stays.
     waits = predicted.seconds - max(others, predicted.compute_seconds)
-    seconds = max(others, compute) + waits
-    if forecast is not None and forecast.predicted.seconds > 0 and forecast.measured.seconds > 0:
-        seconds *= forecast.measured.seconds / forecast.predicted.seconds
-    return seconds
+    return (max(others, compute) + waits) * correction(forecast)
 
 
 class Stopwatch:

@@ -1,9 +1,13 @@
-"""How far the answers to a request are, and when more is expected: by its own pace, before it has one by the plan's."""
+"""How far the answers to a request are, and when more is expected: by its own pace, before it has one by the plan's.
+
+The plan's is corrected by what the sweeps of earlier requests have taken.
+"""
 
 import time
 from collections.abc import Sequence
 
 from layerstream.pipeline import StreamedModel
+from layerstream.tools.running.answer_times import correction
 
 __all__ = ["Progress"]
 
@@ -73,7 +77,12 @@ class Progress:
         if any(self._tokens):
             return self._token_seconds()
         prediction = self._model.plan.prediction
-        return (prediction.prefill if self._model.stats().sweeps else prediction.first).seconds
+        if not self._model.stats().sweeps:
+            return prediction.first.seconds
+        return prediction.prefill.seconds * self._correction()
 
     def _token_seconds(self) -> float:
-        return self._interval or self._model.plan.prediction.decode.seconds
+        return self._interval or self._model.plan.prediction.decode.seconds * self._correction()
+
+    def _correction(self) -> float:
+        return correction(self._model.timings().forecast)

@@ -1,4 +1,5 @@
 // The conversation: sends, streams, stops.
+import { Markdown } from "/page/markdown.js";
 import { duration, events, request } from "/page/service.js";
 
 const element = (id) => document.getElementById(id);
@@ -13,9 +14,11 @@ function show(role, content) {
   article.className = role;
   const title = document.createElement("h2");
   title.textContent = role === "user" ? "You" : "Model";
-  const body = document.createElement("p");
-  body.textContent = content;
+  const body = document.createElement("div");
+  body.className = "said";
+  if (content) body.append(Object.assign(document.createElement("p"), { textContent: content }));
   article.append(title, body);
+  element("welcome").hidden = true;
   log.append(article);
   log.scrollTop = log.scrollHeight;
   return { article, body };
@@ -58,9 +61,10 @@ async function knownModel() {
 }
 
 /** Ask for an answer and show it as it comes; returns its text. */
-async function answer(article, body, signal) {
+async function answer(article, body, asked, signal) {
   await knownModel();
   const began = performance.now();
+  const shown = new Markdown(body);
   let said = "", first = null, usage = null;
   const follow = () => log.scrollHeight - log.scrollTop - log.clientHeight < 80;
   const times = () => {
@@ -82,7 +86,7 @@ async function answer(article, body, signal) {
       const following = follow();
       if (delta.reasoning_content) addReasoning(article, body, delta.reasoning_content);
       said += delta.content ?? "";
-      body.textContent = said;
+      shown.show(said);
       if (following) log.scrollTop = log.scrollHeight;
     }
     status.textContent = "The answer is complete.";
@@ -92,32 +96,40 @@ async function answer(article, body, signal) {
     status.textContent = "Stopped.";
     note(article, "stopped");
   } finally {
-    if (said) messages.push({ role: "assistant", content: said });
+    if (said) asked.push({ role: "assistant", content: said });
   }
   return said;
 }
 
+/** As if it was not asked: the message can be changed and sent again. */
+function takeBack(asked, content) {
+  asked.pop();
+  if (asked === messages && !text.value) text.value = content;
+}
+
 async function ask(content) {
-  messages.push({ role: "user", content });
+  const asked = messages; // "New chat" begins others
+  asked.push({ role: "user", content });
   show("user", content);
   const { article, body } = show("assistant", "");
   running = new AbortController();
-  send.disabled = true;
   stop.disabled = false;
+  if (document.activeElement === send) stop.focus(); // a disabled button would lose the keyboard
+  send.disabled = true;
   article.setAttribute("aria-busy", "true"); // read aloud when it is complete, not word by word
   status.textContent = "Waiting for the first token …";
-  const asked = messages;
   let said = "";
   try {
-    said = await answer(article, body, running.signal);
+    said = await answer(article, body, asked, running.signal);
   } catch (error) {
     note(article, error.message, true);
     status.textContent = "That failed.";
   } finally {
-    if (!said && messages === asked) messages.pop(); // as if it was not asked
+    if (!said) takeBack(asked, content);
     running = null;
     article.removeAttribute("aria-busy");
     send.disabled = false;
+    if (document.activeElement === stop) send.focus();
     stop.disabled = true;
   }
 }

@@ -6,13 +6,18 @@ const make = (name, properties = {}) => Object.assign(document.createElement(nam
 const percent = (share) => `${Math.round(share * 100)} %`;
 const activities = [["working", "--host"], ["waiting_in", "--read"], ["waiting_out", "--decoding"]];
 
+const doubt = (plan) => plan.contended.length ? ", by measurements on a busy machine" : plan.assumed.length ? ", partly assumed" : "";
+
 function showFigures({ model, plan, stats, queue, forecast }) {
+  const seconds = forecast?.measured_seconds ?? plan.predicted_sweep_seconds;
+  element("welcome").textContent = `The weights are read again for each token, which takes about ${duration(seconds)}${forecast ? "" : doubt(plan)}. Requests at the same time share the reading.`;
+  element("welcome").hidden = element("log").children.length > 0;
   element("model").textContent = `${model} · ${plan.device} · ${plan.reader} reads · ${size(plan.disk_bytes_per_sweep)} a sweep`;
   const rows = [
     ["Tokens", `${stats.tokens_generated} in ${stats.sweeps} sweeps`],
     ["Tokens per sweep", stats.tokens_per_sweep.toFixed(2)],
     ["Read for each token", size(stats.bytes_per_token)],
-    ["Sweep, predicted", duration(plan.predicted_sweep_seconds)],
+    ["Sweep, predicted", duration(plan.predicted_sweep_seconds) + doubt(plan)],
   ];
   if (forecast) rows.push(["Sweeps so far", `${duration(forecast.measured_seconds)} each, ${duration(forecast.predicted_seconds)} predicted`]);
   if (stats.experts_wanted) rows.push(["Experts in memory", `${percent(stats.expert_hits / stats.experts_wanted)} of ${stats.experts_wanted} wanted`]);
@@ -23,7 +28,7 @@ function showFigures({ model, plan, stats, queue, forecast }) {
 function draw(canvas, buckets) {
   const style = getComputedStyle(document.documentElement);
   canvas.width = buckets.length;
-  canvas.height = 22;
+  canvas.height = 24;
   const context = canvas.getContext("2d");
   buckets.forEach((shares, column) => {
     let bottom = canvas.height;
@@ -55,6 +60,15 @@ function showStages({ stages, window_seconds }) {
   }));
 }
 
+function legendOf(entries) {
+  const line = make("p", { className: "legend" });
+  for (const [name, text] of entries) {
+    const entry = line.appendChild(make("span", { className: "entry" }));
+    entry.append(make("span", { className: `key ${name}` }), text);
+  }
+  return line;
+}
+
 function showMap({ layers, legend, stages }) {
   const map = element("map");
   if (map.children.length !== layers.length) map.replaceChildren(...layers.map(() => make("i")));
@@ -68,7 +82,7 @@ function showMap({ layers, legend, stages }) {
   });
   const counts = Object.entries(legend).map(([place, meaning]) => [place, meaning, layers.filter((layer) => layer.place === place).length]).filter(([, , count]) => count);
   map.setAttribute("aria-label", `${layers.length} layer batches: ` + counts.map(([, meaning, count]) => `${count} ${meaning}`).join(", "));
-  element("legend").replaceChildren(...counts.flatMap(([place, meaning, count]) => [make("span", { className: `key ${place}` }), `${count} ${meaning}`]));
+  element("legend").replaceChildren(...legendOf(counts.map(([place, meaning, count]) => [place, `${count} x ${meaning}`])).childNodes);
 }
 
 function showMemory({ memory }) {
@@ -79,9 +93,8 @@ function showMemory({ memory }) {
       span.style.width = `${(100 * part.bytes) / side.budget_bytes}%`;
       bar.append(span);
     }
-    const parts = side.parts.map((part) => `${part.name} ${size(part.bytes)}`).join(", ");
     const used = side.parts.reduce((sum, part) => sum + part.bytes, 0);
-    return [make("p", { textContent: `${side.name}: ${size(used)} of a budget of ${size(side.budget_bytes)}` }), bar, make("p", { className: "legend", textContent: parts })];
+    return [make("p", { textContent: `${side.name}: ${size(used)} of a budget of ${size(side.budget_bytes)}` }), bar, legendOf(side.parts.map((part) => [part.name, `${part.name} ${size(part.bytes)}`]))];
   }));
 }
 
