@@ -117,9 +117,8 @@ class Assembly:
             ]
             for layer in self.layers
         }
-        self._on_demand = {
-            name for each in self._experts.values() for one in each for name in one.parameters
-        }
+        experts = chain.from_iterable(self._experts.values())
+        self._on_demand = {name for each in experts for name in each.parameters}
         self.layers = tuple(
             dataclasses.replace(
                 layer, recipes=tuple(name for name in layer.recipes if name not in self._on_demand)

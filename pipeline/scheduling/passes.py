@@ -12,6 +12,7 @@ from layerstream.pipeline.modeling.binding import Bound, put_buffers
 from layerstream.pipeline.modeling.edits import LoadedWeight
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
+from layerstream.pipeline.scheduling.route_prediction import route_name
 from layerstream.pipeline.scheduling.sampling_rng import SamplingGenerator
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.devices.protocol import Device, Event
@@ -128,11 +129,7 @@ class PassRunner:
         return self.cost.step_bytes if is_step else self.cost.nbytes
 
     def enter(
-        self,
-        module: torch.nn.Module,
-        entry: str,
-        inputs: Sequence[Any],
-        named: Mapping[str, Any],
+        self, module: torch.nn.Module, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Before the call of a hooked module, whose path is ``entry``. The outermost call begins a pass.
 
@@ -150,7 +147,7 @@ class PassRunner:
         if not self._modules:
             if self.turn is not None:
                 named = self.turn.enter(self, entry, inputs, named)
-            self._entry = _route_name(module, entry)
+            self._entry = route_name(module, entry)
             self.passes += 1
             self.tokens = _count_tokens(inputs, named)
             # By the time of a backward pass the weights would be gone.
@@ -237,8 +234,7 @@ class PassRunner:
     def cancel(self) -> None:
         """The request was cancelled. May be called in any thread."""
         self.cancelled = True
-        wake = self._wake
-        if wake is not None:
+        if (wake := self._wake) is not None:
             wake()
 
     def wait(self, future: Future[Any]) -> None:
@@ -292,16 +288,6 @@ class PassRunner:
             )
             if self.turn is not None:
                 self.turn.leave(outcome)
-
-
-def _route_name(module: torch.nn.Module, entry: str) -> str:
-    """What passes have in common that visit the same batches: where they begin, and how many layers they go through.
-
-    transformers drafts tokens with a model's first layers by setting this number in its config for a while.
-    """
-    base = getattr(module, "base_model", module)
-    layers = getattr(getattr(base, "config", None), "num_hidden_layers", None)
-    return entry if layers is None else f"{entry} of {layers} layers"
 
 
 def _count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:

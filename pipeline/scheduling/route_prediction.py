@@ -2,7 +2,9 @@
 
 from collections.abc import Hashable, Iterable
 
-__all__ = ["RoutePrediction"]
+import torch
+
+__all__ = ["RoutePrediction", "route_name"]
 
 
 class RoutePrediction:
@@ -51,3 +53,13 @@ class RoutePrediction:
         known = self._visited.get((key, entry)) or self._visited.get((None, entry), self._all)
         route = self._all if key in self._surprising else known
         return sorted({index, *(other for other in route if other > index)})
+
+
+def route_name(module: torch.nn.Module, entry: str) -> str:
+    """What passes have in common that visit the same batches: where they begin, and how many layers they go through.
+
+    transformers drafts tokens with a model's first layers by setting this number in its config for a while.
+    """
+    base = getattr(module, "base_model", module)
+    layers = getattr(getattr(base, "config", None), "num_hidden_layers", None)
+    return entry if layers is None else f"{entry} of {layers} layers"

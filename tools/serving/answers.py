@@ -165,16 +165,17 @@ class Answers:
         """
         progress = Progress(self._model)
         made: dict[str, Any] = {}
+        at_once = min(request.answers, self._max_answers)
 
         async def compute() -> None:
-            at_once = min(request.answers, self._max_answers)
             with self._counted_as_open(at_once, progress):
                 prompts = await self._prompts.token_ids(request)
                 for prompt in prompts:
                     self._limits.new_tokens(len(prompt), asked=0, param="input")
                 try:
-                    vectors = embed(self._model, request, prompts, pooling, at_once=at_once)
-                    made.update(await vectors)
+                    made.update(
+                        await embed(self._model, request, prompts, pooling, at_once=at_once)
+                    )
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
 
@@ -212,8 +213,8 @@ class Answers:
         client_error = api_error(error)
         if client_error.status >= 500 and error is not client_error:  # noqa: PLR2004
             # The message of a LayerstreamError is sufficient; others are logged with a traceback.
-            expected = isinstance(error, LayerstreamError)
-            logger.error("a request failed: %s", error, exc_info=None if expected else error)
+            unexpected = None if isinstance(error, LayerstreamError) else error
+            logger.error("a request failed: %s", error, exc_info=unexpected)
         if isinstance(error, ReadError | ClosedError | DeviceError):
             self.streaming_failed(error)
         return client_error
@@ -290,6 +291,8 @@ class Answers:
         settings = self._model.module.generation_config
         self._prompts.check_tokens([*request.biases, *request.stop_token_ids])
         answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
+        # A seed promises the tokens that transformers would draw, one after the other.
+        speculates = request.speculate and request.seed is None and request.logprob_count is None
         choices = [
             Choice(
                 index=index,
@@ -305,10 +308,7 @@ class Answers:
                 echo=self._echo(request, index // request.n, prompt),
                 new_parser=self._parser(request, prompt),
                 single_call=isinstance(request, ChatRequest) and not request.parallel_tool_calls,
-                # A seed promises the tokens that transformers would draw, one after the other.
-                speculation=self._speculation
-                if request.speculate and request.seed is None and request.logprob_count is None
-                else None,
+                speculation=self._speculation if speculates else None,
             )
             for index, (prompt, number) in enumerate(answers)
         ]
@@ -326,7 +326,7 @@ class Answers:
         return choice
 
     def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
-        chat, asked = isinstance(request, ChatRequest), request.max_new_tokens
+        asked, chat = request.max_new_tokens, isinstance(request, ChatRequest)
         if not chat and asked is None:
             asked = min(_COMPLETION_TOKENS, max(1, self._limits.context - len(prompt)))
         param = "messages" if chat else "prompt"
@@ -338,16 +338,13 @@ class Answers:
         """Makes the parsers of answers to a chat, if the model has a response template."""
         if not isinstance(request, ChatRequest) or self._response_template is None:
             return None
-        prefix = str(self._tokenizer.decode(prompt))
-        return partial(
-            AnswerParser, self._response_template, prefix=prefix, tools=request.offered_tools
-        )
+        template, prefix = self._response_template, str(self._tokenizer.decode(prompt))
+        return partial(AnswerParser, template, prefix=prefix, tools=request.offered_tools)
 
     def _echo(self, request: ApiRequest, number: int, prompt: Sequence[int]) -> str | None:
         """The text of prompt ``number`` if the answer begins with it."""
         if not isinstance(request, CompletionRequest) or not request.echo:
             return None
         given = request.prompt if isinstance(request.prompt, str) else request.prompt[number]
-        if isinstance(given, str):
-            return given
-        return str(self._tokenizer.decode(prompt, skip_special_tokens=True))
+        decoded = self._tokenizer.decode(prompt, skip_special_tokens=True)
+        return given if isinstance(given, str) else str(decoded)
