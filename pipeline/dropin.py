@@ -125,11 +125,25 @@ def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
     def generate(self: Any, *inputs: Any, **named: Any) -> Any:
         if model.in_request():
             return kind.generate(self, *inputs, **named)
-        return model.generate_here(
-            lambda clone: functools.partial(kind.generate, clone), inputs, named
+        return model.call_here(
+            "generate", lambda clone: functools.partial(kind.generate, clone), inputs, named
         )
 
     return generate
+
+
+def _call_of(kind: type[Any], model: StreamedModel) -> Any:
+    """``__call__`` of ``kind``. With ``adapter``, in a request: threads that have none share the module tree itself."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *inputs: Any, **named: Any) -> Any:
+        if "adapter" not in named:
+            return kind.__call__(self, *inputs, **named)
+        return model.call_here(
+            "forward", lambda clone: functools.partial(kind.__call__, clone), inputs, named
+        )
+
+    return call
 
 
 def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
@@ -164,6 +178,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     for name, reason in _REFUSED.items():
         if hasattr(kind, name):
             names[name] = _refusing(name, reason)
+    names["__call__"] = _call_of(kind, model)
     if hasattr(kind, "generate"):
         names["generate"] = _generate_of(kind, model)
     module.__class__ = type(kind.__name__, (kind, _Closable), names)

@@ -4,14 +4,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
-from layerstream.pipeline.options import BudgetLike, Options, as_budget, as_workload
+from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
 from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
@@ -27,9 +26,6 @@ from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
 __all__ = ["StreamedModel"]
-
-# Memory bounds them anyway. Each that runs costs a thread and a clone of the module tree: a megabyte or two.
-_MAX_REQUESTS = 16
 
 
 class StreamedModel:
@@ -70,7 +66,7 @@ class StreamedModel:
         layer_batch_size: int | None = None,
         slots: int | None = None,
         kernels: Kernels | str = Kernels.EXACT,
-        max_requests: int = _MAX_REQUESTS,
+        max_requests: int = MAX_REQUESTS,
         objective: Objective | str = Objective.LATENCY,
         hardware: Hardware | None = None,
         measure: bool = True,
@@ -78,6 +74,8 @@ class StreamedModel:
         dtype: torch.dtype | str = "auto",
         revision: str | None = None,
         hanging_read_seconds: float = 30.0,
+        base: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         **model_options: Any,
     ) -> Self:
         """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
@@ -100,6 +98,8 @@ class StreamedModel:
             dtype: As in ``from_pretrained``.
             revision: The revision of a hub id.
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``.
+            base: The model, if ``source`` is an adapter alone; by default the one that its config names.
+            adapters: Folders or hub ids of adapters, by the names by which requests choose them.
             model_options: Other arguments of ``from_pretrained``, such as ``variant`` or ``attn_implementation``.
 
         Raises:
@@ -120,7 +120,10 @@ class StreamedModel:
             model_class=model_class,
             hanging_read_seconds=hanging_read_seconds,
             pretrained=Pretrained.of(
-                source, model_options, device=device, dtype=dtype, revision=revision
+                source,
+                {**model_options, "base": base, "adapters": adapters, "revision": revision},
+                device=device,
+                dtype=dtype,
             ),
         )
         return cls(options)
@@ -148,12 +151,7 @@ class StreamedModel:
         self._pipeline, self._scheduler = running.pipeline, running.scheduler
         self._engine = running.engine
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -166,19 +164,17 @@ class StreamedModel:
 
     def abandon_pass(self) -> None:
         """End the pass of the calling thread if an interrupt has left it unfinished. For the drop-in."""
-        runner = self._engine.passes.current() if self._engine is not None else None
-        if runner is not None:
+        if self._engine is not None and (runner := self._engine.passes.current()) is not None:
             runner.abandon()
 
     async def forward(self, *inputs: Any, **named: Any) -> Any:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
 
         Tensors among the inputs are moved to the device where computation runs. If the waiting task is
-        cancelled, the pass is unwound at its next layer batch.
+        cancelled, the pass is unwound at its next layer batch. ``adapter`` is as in ``generate``.
 
         Raises:
-            AdmissionError: It needs more memory than there is for requests.
-            ClosedError: The model is not open, or is being closed.
+            AdmissionError, ClosedError, ModelError: As for ``generate``.
         """
         return await self._open_engine().forward(inputs, named)
 
@@ -189,10 +185,12 @@ class StreamedModel:
         served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
         ``torch.Generator``, is what this request samples from; all share torch's default one. Inputs are moved, and
         a cancelled generation is unwound, as in ``forward``.
+        ``adapter`` names the adapter of this request (None: the base model), instead of the one in the model's folder.
 
         Raises:
             AdmissionError: It needs more memory than there is for requests.
             ClosedError: The model is not open, or is being closed.
+            ModelError: There is no adapter of that name.
         """
         return await self._open_engine().generate(inputs, named)
 
@@ -290,9 +288,11 @@ class StreamedModel:
         """Whether the calling thread runs a request, whose memory is reserved."""
         return self._engine is not None and self._engine.passes.in_request()
 
-    def generate_here(self, call: Callable[[Any], Any], inputs: Sequence[Any], named: Any) -> Any:
-        """Generate in the calling thread: what ``call`` returns for a clone of the module tree. For the drop-in."""
-        return self._open_engine().generate_here(call, inputs, named)
+    def call_here(
+        self, method: str, call: Callable[[Any], Any], inputs: Sequence[Any], named: Any
+    ) -> Any:
+        """Call what ``call`` returns for a clone of the module tree, in the calling thread. For the drop-in."""
+        return self._open_engine().call_here(method, call, inputs, named)
 
     def _open_engine(self) -> Engine:
         if self._engine is None or self._lifetime.closed:

@@ -48,13 +48,12 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         PlanError: The plan keeps KV caches on the host, and this model's cannot be.
     """
     plan, module, assembly = opening.plan, opening.module, opening.assembly
+    config = opening.checkpoint.config
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
-    guard = ReadGuard(options.hanging_read_seconds)
-    resources.callback(guard.close)
+    resources.callback((guard := ReadGuard(options.hanging_read_seconds)).close)
     bindings = await _prepare(opening, device, resources, guard)
-    config = opening.checkpoint.config
     memory = request_memory_of(plan, module, config)
     residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
     pipeline = await resources.enter_async_context(
@@ -83,12 +82,13 @@ async def start_model(opening: Opening, options: Options, resources: AsyncExitSt
         threads=options.max_requests,
         guard=guard,
         cache_on_host=plan.kv_cache_on_host,
+        adapters=assembly.adapters,
     )
-    if pipeline.experts is not None:
+    if (experts := pipeline.experts) is not None:
         stream_experts(
             module,
             plan.experts,
-            pipeline.experts,
+            experts,
             waiting=engine.passes.waiting,
             packed=assembly.packed_experts,
             tiles=assembly.tiles,
@@ -114,6 +114,7 @@ async def _prepare(
             resources.callback(assembly.tiles.close)
         for table in assembly.gather(opening.checkpoint, device.torch_device, guard):
             resources.callback(table.close)
+        assembly.adapters.load()
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
         list_tied_once(opening.module, assembly.traced.aliases)

@@ -10,10 +10,9 @@ from torch import nn
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.absent import Absent
-from layerstream.pipeline.modeling.activation_memory import PromptPass
+from layerstream.pipeline.modeling.adapters import Adapters
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.edits import Edits
-from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
 from layerstream.pipeline.modeling.gathered_table import (
@@ -21,6 +20,7 @@ from layerstream.pipeline.modeling.gathered_table import (
     TableSource,
 )
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
+from layerstream.pipeline.modeling.model_uses import trace_uses
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
 from layerstream.pipeline.modeling.packed_weight import Tiles, tile_bytes, tiles_are_exact
@@ -50,6 +50,7 @@ class Assembly:
         checkpoint: Its weight files.
         workload: What to measure the memory of.
         device: The device that will compute; the CPU by default.
+        adapters: Those in the traced model.
         experts_on_demand: Leave experts that can be read one by one out of the layers.
         unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
     """
@@ -71,19 +72,19 @@ class Assembly:
         workload: Workload | None = None,
         device: torch.device | None = None,
         *,
+        adapters: Adapters | None = None,
         experts_on_demand: bool = False,
         unpacks_by_tiles: bool = False,
     ) -> None:
         self.traced = traced
+        self.adapters = adapters or Adapters({})
         self.edits = Edits()
         self._checkpoint = checkpoint
         places = places_of(traced)
         self._unpacks_by_tiles = unpacks_by_tiles
         self._tile_count = tile_count(workload.batch_size if workload else 1)
         self._packed = _packed(traced) if unpacks_by_tiles else {}
-        prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
-        traces = trace_execution(traced.module, prompt_pass)
-        self.memory = prompt_pass.memory() if prompt_pass else None
+        traces, self.memory = trace_uses(traced, self.adapters, workload, device)
         self._gathered = gathered_places(traced, places, traces, self._packed)
         self._places = {
             name: rest

@@ -147,6 +147,7 @@ class _Search:
             kv_on_host_bytes=kv,
             overhead_bytes=problem.overhead_bytes,
             expert_bytes=self._experts.nbytes(cells),
+            adapter_bytes=problem.adapters.nbytes,
         )
 
     def _candidates(
