@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -63,6 +63,7 @@ class Answers:
         speculation: How tokens are guessed; None for one token in each sweep.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
+        adapters: Names of adapters that requests may ask for in place of the model's.
 
     Attributes:
         failure: Why streaming failed last, or that the server is shutting down; None if it works.
@@ -82,12 +83,14 @@ class Answers:
         speculation: Speculation | None = None,
         max_answers: int,
         keep_alive_seconds: float,
+        adapters: Collection[str] = (),
     ) -> None:
         self.failure: str | None = None
         self.movement = Movement(model)
         self.metrics = Metrics(model, self.movement, open_answers=lambda: self.open)
         self._stopped = False
         self._model = model
+        self._adapters = adapters
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._limits = limits
@@ -150,6 +153,7 @@ class Answers:
             ApiError: The request cannot be answered.
         """
         progress = Progress(self._model)
+        options = {"adapter": request.model} if request.model in self._adapters else {}
         made: dict[str, Any] = {}
 
         async def compute() -> None:
@@ -158,7 +162,7 @@ class Answers:
                 for prompt in prompts:
                     self._limits.new_tokens(len(prompt), asked=0, param="input")
                 try:
-                    made.update(await embed(self._model, request, prompts, pooling))
+                    made.update(await embed(self._model, request, prompts, pooling, options))
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
 
@@ -226,6 +230,7 @@ class Answers:
                         self.failure = None
                     if piece.tokens:
                         timeline.token()
+                        self.metrics.tokens.labels(request.model).inc(piece.tokens)
                     progress.count(choice.index, piece.tokens)
                     await emit(response.add(piece))
 
@@ -286,6 +291,7 @@ class Answers:
                 processors=logits_processors(request, prompt_tokens=len(prompt)),
                 logprobs=request.logprob_count,
                 echo=self._echo(request, index // request.n, prompt),
+                adapter=request.model if request.model in self._adapters else None,
                 new_parser=self._parser(request, prompt),
                 # A seed promises the tokens that transformers would draw, one after the other.
                 speculation=self._speculation

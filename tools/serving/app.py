@@ -65,6 +65,7 @@ def make_answers(
         speculation=settings.speculation,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
+        adapters=frozenset(settings.adapters),
     )
     return answers, prompts, limits
 
@@ -160,6 +161,7 @@ class Routes:
         self._prompts = prompts
         self._limits = limits
         self._settings = settings
+        self._names = (settings.model_name, *settings.adapters)
         self._created = int(time.time())
         self._ignored: set[str] = set()  # fields whose names were logged
 
@@ -192,20 +194,23 @@ class Routes:
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:
-        """List the only model."""
-        return {"object": "list", "data": [await self.model(self._settings.model_name)]}
+        """List the model, and the names for it with each of its adapters."""
+        return {"object": "list", "data": [await self.model(name) for name in self._names]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe the model called ``name``."""
-        if name != self._settings.model_name:
+        if name not in self._names:
+            listed = ", ".join(f"'{each}'" for each in self._names)
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist; this server has '{self._settings.model_name}'.",
+                f"The model '{name}' does not exist; this server has {listed}.",
                 param="model",
                 code="model_not_found",
             )
+        parent = {} if name == self._settings.model_name else {"parent": self._settings.model_name}
         return {
             "id": name,
+            **parent,
             "object": "model",
             "created": self._created,
             "owned_by": "layerstream",

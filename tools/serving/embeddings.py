@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -104,8 +104,9 @@ async def embed(
     request: EmbeddingRequest,
     prompts: Sequence[Sequence[int]],
     pooling: Pooling,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The response to ``request``, whose texts have the token ids ``prompts``."""
+    """The response to ``request``, whose texts have the token ids ``prompts``; ``options`` are those of each pass."""
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def vector_of(prompt: Sequence[int]) -> Any:
@@ -115,6 +116,7 @@ async def embed(
                 output_hidden_states=True,
                 use_cache=False,
                 logits_to_keep=1,
+                **options,
             )
         values = _pooled(output.hidden_states[-1][0], pooling)
         if request.encoding_format == "float":

@@ -69,6 +69,12 @@ class Metrics:
         self.queue = histogram("queue", "From an answer's request to the start of its first pass")
         self.first_token = histogram("first_token", "From an answer's request to its first token")
         self.token = histogram("token", "Between two tokens of an answer")
+        self.tokens = prometheus_client.Counter(
+            "layerstream_answer_tokens",
+            "Tokens of answers, by the name of the model that was asked for, which may be an adapter's",
+            ["model"],
+            registry=registry,
+        )
         self.responses = prometheus_client.Counter(
             "layerstream_responses",
             "Responses by path and status; refusals are those of 400 and above",
