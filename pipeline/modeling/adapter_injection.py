@@ -22,6 +22,7 @@ from layerstream.stages.errors import ModelError
 __all__ = ["add_adapters"]
 
 _OVER_DROP_IN = "open the base model with load_streamed, and give it to PeftModel.from_pretrained together with the adapter"
+_REPLACED = "weights of the base model are replaced"
 _MERGED = "merge it into the base model with PEFT's merge_and_unload, and open the result"
 # Settings that cannot be honoured, with the reason.
 _REFUSED: Mapping[str, tuple[str, str]] = {
@@ -35,13 +36,13 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
         "it acts on a part of each prompt, which PeftModel finds",
         _OVER_DROP_IN,
     ),
+    "kasa_config": (f"{_REPLACED} by parts of them", _OVER_DROP_IN),
     "arrow_config": ("it chooses among other adapters by their weights", _OVER_DROP_IN),
 }
 # Ways to begin a training that change the base model's weights; the adapter goes with the changed ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Kinds that compute with tensors which PEFT makes anew, from numbers that are not saved or from all of the base's weights.
 _MADE_ANEW = ("ADALORA", "RANDLORA", "SHIRA")
-_REPLACED = "weights of the base model are replaced"
 
 
 def add_adapters(
@@ -117,7 +118,9 @@ def _refuse_changes_of_base(
     """Refuse other weights of the base than its own, which PEFT saves with an adapter of an embedding."""
     for name, tensor in of_base.items():
         recipe = traced.recipes.get(traced.aliases.get(name, name))
-        if recipe is None or not tensor.equals(recipe, checkpoint):
+        if recipe is None:
+            raise _refusal(folder, f"its {name} is shared between layers", _OVER_DROP_IN)
+        if not tensor.equals(recipe, checkpoint):
             raise _refusal(
                 folder,
                 f"it changes {name}, a weight of the base model, which others share",
@@ -225,7 +228,7 @@ def _cast(
     return cast
 
 
-_Owner = tuple[nn.Module, str, torch.Tensor]
+_Owner = tuple[nn.Module, str, torch.Tensor, torch.UntypedStorage]
 
 
 def _owners(traced: TracedModel) -> dict[str, _Owner]:
@@ -234,7 +237,8 @@ def _owners(traced: TracedModel) -> dict[str, _Owner]:
     for name in chain(traced.recipes, traced.aliases):
         path, _, leaf = name.rpartition(".")
         module = traced.module.get_submodule(path)
-        owners[name] = (module, leaf, getattr(module, leaf))
+        weight = getattr(module, leaf)
+        owners[name] = (module, leaf, weight, weight.untyped_storage())
     return owners
 
 
@@ -244,8 +248,10 @@ def _renamed(
     """``traced`` with the names that its weights have now that modules were put around them."""
     paths: dict[int, str] = {id(part): path for path, part in traced.module.named_modules()}
     names = {}
-    for name, (module, leaf, weight) in owners.items():
-        if id(module) not in paths or getattr(module, leaf, None) is not weight:
+    for name, (module, leaf, weight, storage) in owners.items():
+        # Assigning to ``data`` leaves the parameter, and exchanges its memory.
+        same = storage._cdata == weight.untyped_storage()._cdata  # noqa: SLF001
+        if id(module) not in paths or getattr(module, leaf, None) is not weight or not same:
             raise _refusal(folders[0], f"{_REPLACED}, among them {name}", _OVER_DROP_IN)
         path = paths[id(module)]
         names[name] = f"{path}.{leaf}" if path else leaf

@@ -56,8 +56,13 @@ KINDS: dict[str, Any] = {
         "C3A",
         "Road",
         "WaveFT",
-        "DeLoRA",
-        "GraLoRA",
+        "Delora",
+        "Gralora",
+        "Hira",
+        "Glora",
+        "Beft",
+        "Deft",
+        "Peanut",
     ]
     if hasattr(peft, f"{name}Config")
 }
@@ -70,7 +75,9 @@ SETTINGS = {
     "WaveFT": {"n_frequency": 20},
     "Road": {"variant": "road_2", "group_size": 8},
     "Miss": {"r": 4},
-    "GraLoRA": {"r": 4, "gralora_k": 2},
+    "Hira": {"r": 4},
+    "Glora": {"r": 4},
+    "Gralora": {"r": 4, "gralora_k": 2},
 }  # fmt: skip
 
 
