@@ -56,7 +56,6 @@ KINDS: dict[str, Any] = {
         "C3A",
         "Road",
         "WaveFT",
-        "Delora",
         "Gralora",
         "Hira",
         "Glora",
