@@ -41,6 +41,8 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
 }
 # Ways to begin a training that change the base model's weights; the adapter goes with the changed ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Kinds whose weights PEFT takes partly to float32 for a model of 16 bits, which is not followed.
+_FLOAT32_ONLY = ("DELORA",)
 # Kinds that compute with tensors which PEFT makes anew, from numbers that are not saved or from all of the base's weights.
 _MADE_ANEW = ("ADALORA", "RANDLORA", "SHIRA")
 
@@ -193,6 +195,11 @@ def _refuse_mixture(folder: AdapterFolder, kinds: Mapping[Any, AdapterFolder]) -
 def _inject(root: nn.Module, folder: AdapterFolder, config: Any, key: str) -> None:
     from peft import inject_adapter_in_model
 
+    if (
+        config.peft_type.value in _FLOAT32_ONLY
+        and getattr(root, "dtype", None) is not torch.float32
+    ):
+        raise _refusal(folder, f"{config.peft_type.value} needs a model of float32", _OVER_DROP_IN)
     earlier = vars(root).pop("peft_config", {})  # PEFT warns of adapters that are there already
     try:
         inject_adapter_in_model(config, root, key, low_cpu_mem_usage=True)
