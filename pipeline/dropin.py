@@ -103,11 +103,25 @@ def _generate_of(kind: type[Any], model: StreamedModel) -> Any:
     def generate(self: Any, *inputs: Any, **named: Any) -> Any:
         if model.engine.passes.in_request():
             return kind.generate(self, *inputs, **named)
-        return model.engine.generate_here(
-            lambda clone: functools.partial(kind.generate, clone), inputs, named
+        return model.engine.call_here(
+            "generate", lambda clone: functools.partial(kind.generate, clone), inputs, named
         )
 
     return generate
+
+
+def _call_of(kind: type[Any], model: StreamedModel) -> Any:
+    """``__call__`` of ``kind``. With ``adapter``, in a request: threads that have none share the module tree itself."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *inputs: Any, **named: Any) -> Any:
+        if "adapter" not in named:
+            return kind.__call__(self, *inputs, **named)
+        return model.engine.call_here(
+            "forward", lambda clone: functools.partial(kind.__call__, clone), inputs, named
+        )
+
+    return call
 
 
 def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
@@ -137,7 +151,9 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
 
     module = model.module
     kind = type(module)
-    methods = {"generate": _generate_of(kind, model)} if hasattr(kind, "generate") else {}
+    methods = {"__call__": _call_of(kind, model)}
+    if hasattr(kind, "generate"):
+        methods["generate"] = _generate_of(kind, model)
     module.__class__ = with_methods(kind, methods, _Closable)
     vars(module)["_layerstream_close"] = closer
     return module

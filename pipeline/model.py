@@ -4,14 +4,13 @@ import functools
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
-from layerstream.pipeline.options import BudgetLike, Options, as_budget, as_workload
+from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
 from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
@@ -27,9 +26,6 @@ from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.threads import Lifetime, finish_in_thread
 
 __all__ = ["StreamedModel"]
-
-# Memory bounds them anyway. Each that runs costs a thread and a clone of the module tree: a megabyte or two.
-_MAX_REQUESTS = 16
 
 
 class StreamedModel:
@@ -71,7 +67,7 @@ class StreamedModel:
         layer_batch_size: int | None = None,
         slots: int | None = None,
         kernels: Kernels | str = Kernels.EXACT,
-        max_requests: int = _MAX_REQUESTS,
+        max_requests: int = MAX_REQUESTS,
         objective: Objective | str = Objective.LATENCY,
         hardware: Hardware | None = None,
         measure: bool = True,
@@ -80,6 +76,8 @@ class StreamedModel:
         revision: str | None = None,
         hanging_read_seconds: float = 30.0,
         reopened_within_seconds: float = 0.0,
+        base: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         **model_options: Any,
     ) -> Self:
         """The model in ``source``, for ``async with``, which opens it and raises the errors of ``__aenter__``.
@@ -104,6 +102,8 @@ class StreamedModel:
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
                 with it, and closing does not wait for it.
             reopened_within_seconds: After an I/O error, requests wait so long for ``reopen`` before they fail, too.
+            base: The model, if ``source`` is an adapter alone; by default the one that its config names.
+            adapters: Folders or hub ids of adapters, by the names by which requests choose them.
             model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
 
         Raises:
@@ -125,7 +125,10 @@ class StreamedModel:
             hanging_read_seconds=hanging_read_seconds,
             reopened_within_seconds=reopened_within_seconds,
             pretrained=Pretrained.of(
-                source, model_options, device=device, dtype=dtype, revision=revision
+                source,
+                {**model_options, "base": base, "adapters": adapters, "revision": revision},
+                device=device,
+                dtype=dtype,
             ),
         )
         return cls(options)
@@ -156,12 +159,7 @@ class StreamedModel:
         self._guard.stop()
         await self._resources.aclose()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -176,11 +174,10 @@ class StreamedModel:
         """One forward pass, without gradients; takes and returns what the model's own ``forward`` does.
 
         Tensors among the inputs are moved to the device where computation runs. If the waiting task is
-        cancelled, the pass is unwound at its next layer batch.
+        cancelled, the pass is unwound at its next layer batch. ``adapter`` is as in ``generate``.
 
         Raises:
-            AdmissionError: It needs more memory than there is for requests.
-            ClosedError: The model is not open, or is being closed.
+            AdmissionError, ClosedError, ModelError: As for ``generate``.
         """
         return await self.engine.forward(inputs, named)
 
@@ -191,10 +188,12 @@ class StreamedModel:
         served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
         ``torch.Generator``, is what this request samples from; all share torch's default one. Inputs are moved, and
         a cancelled generation is unwound, as in ``forward``.
+        ``adapter`` names the adapter of this request (None: the base model), instead of the one in the model's folder.
 
         Raises:
             AdmissionError: It needs more memory than there is for requests.
             ClosedError: The model is not open, or is being closed.
+            ModelError: There is no adapter of that name.
         """
         return await self.engine.generate(inputs, named)
 

@@ -1,5 +1,6 @@
 """From a model's source to its plan: opens the checkpoint, traces the model on the meta device, probes the machine."""
 
+import asyncio
 import functools
 import logging
 from collections.abc import Callable
@@ -7,11 +8,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.pipeline.checkpoint.adapter_folder import Sources, resolve_sources
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.checkpoint.hub import resolve_model_path_async
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
 from layerstream.pipeline.machine.probe_unpacking import encodings_of
+from layerstream.pipeline.modeling.adapter_injection import add_adapters
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
@@ -62,18 +64,20 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     if on_cpu:
         limit_library_memory()  # before worker threads have heaps of their own
     budget = as_budget(options.budget, on_cpu=on_cpu)
-    lookup = options.pretrained.lookup
-    path = await resolve_model_path_async(options.pretrained.source, lookup)
+    # Not ``finish_in_thread``: a download cannot be interrupted, and nothing has to wait for its end.
+    sources = await asyncio.to_thread(_find, options)
     # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
     checkpoint = await finish_in_thread(
-        lambda: Checkpoint.open(path, lookup.weights, guard=guard), guard=guard
+        lambda: Checkpoint.open(sources.model, sources.weights, guard=guard), guard=guard
     )
     options.pretrained.refuse_remote_code(checkpoint)
     readahead = await finish_in_thread(
         lambda: _read_ahead(checkpoint, options, guard, on_cpu=on_cpu)
     )
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
-    traced, assembly = await finish_in_thread(lambda: _trace(checkpoint, options, on_cpu=on_cpu))
+    traced, assembly = await finish_in_thread(
+        lambda: _trace(checkpoint, sources, options, on_cpu=on_cpu)
+    )
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.pretrained.device, measure=options.measure
     )
@@ -88,6 +92,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         layers=assembly.planned(checkpoint),
         memory=assembly.memory,
         held_bytes=held_bytes,
+        adapters=assembly.adapters.size,
     )
     plan = await finish_in_thread(
         lambda: make_model_plan(
@@ -109,6 +114,11 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         budget=budget,
         make_plan=make_model_plan,
     )
+
+
+def _find(options: Options) -> Sources:
+    given = options.pretrained
+    return resolve_sources(given.source, given.lookup, base=given.base, adapters=given.adapters)
 
 
 def _report(
@@ -145,7 +155,7 @@ def _read_ahead(
 
 
 def _trace(
-    checkpoint: Checkpoint, options: Options, *, on_cpu: bool
+    checkpoint: Checkpoint, sources: Sources, options: Options, *, on_cpu: bool
 ) -> tuple[TracedModel, Assembly]:
     given = options.pretrained
     config, unused = config_of(
@@ -165,6 +175,13 @@ def _trace(
         **given.loading,
         **given.init_arguments(model_class, unused),
     )
+    traced, adapters = add_adapters(
+        traced,
+        checkpoint,
+        sources.adapters,
+        default=sources.default,
+        autocast=given.autocast_adapter_dtype,
+    )
     suggest_cache_folder(user_cache_folder() / "kernels")
     if on_cpu:
         exact = kernels_of(options.kernels) is Kernels.EXACT
@@ -174,6 +191,7 @@ def _trace(
         traced,
         checkpoint,
         options.workload,
+        adapters=adapters,
         experts_on_demand=on_cpu,
         unpacks_by_tiles=on_cpu,
     )

@@ -12,9 +12,12 @@ from layerstream.pipeline.pretrained import Pretrained
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.errors import PlanError
 
-__all__ = ["BudgetLike", "Options", "as_budget", "as_workload"]
+__all__ = ["MAX_REQUESTS", "BudgetLike", "Options", "as_budget", "as_workload"]
 
 T = TypeVar("T", Budget, Workload)
+
+# Memory bounds them anyway. Each that runs costs a thread and a clone of the module tree: a megabyte or two.
+MAX_REQUESTS = 16
 
 BudgetLike = Budget | int | str | Mapping[str, Any] | None
 

@@ -21,8 +21,8 @@ _OWN_PLACES = "weights stay in their own files, and what is in memory is up to t
 
 # What a streamed model cannot do, or does by itself, with the reason. Values that ask for nothing are taken.
 _REFUSED: Mapping[str, str] = {
-    "adapter_kwargs": "adapters are not loaded with the model; use PEFT on the model that is returned",
-    "adapter_name": "adapters are not loaded with the model; use PEFT on the model that is returned",
+    "adapter_kwargs": "base=, adapters= and autocast_adapter_dtype= say which adapters are loaded, and how",
+    "adapter_name": "adapters= gives each adapter its name",
     "device_mesh": _ONE_DEVICE,
     "disable_mmap": "reader= says how files are read ('direct' maps none)",
     "distributed_config": _ONE_DEVICE,
@@ -67,6 +67,10 @@ class Pretrained:
 
     source: str | os.PathLike[str]
     lookup: Lookup
+    base: str | os.PathLike[str] | None
+    """The model of an adapter that is alone in ``source``; None for the one that the adapter names."""
+    adapters: Mapping[str, str | os.PathLike[str]]
+    """Further adapters, by the names by which requests choose them."""
     device: str
     dtype: torch.dtype | str
     config: Any
@@ -74,6 +78,8 @@ class Pretrained:
     generation_config: Any
     """Instead of the model's own; None for that."""
     trust_remote_code: bool
+    autocast_adapter_dtype: bool
+    """As in PeftModel.from_pretrained: adapters of 16 bits compute in float32."""
     loading: Mapping[str, Any]
     """For transformers, while it builds the model."""
     settings: Mapping[str, Any]
@@ -87,7 +93,6 @@ class Pretrained:
         *,
         device: Any,
         dtype: Any,
-        revision: str | None,
     ) -> "Pretrained":
         """Understand ``arguments``, those of ``from_pretrained`` that have no name of their own in ``open``.
 
@@ -107,7 +112,7 @@ class Pretrained:
             variant=given.pop("variant", None), use_safetensors=given.pop("use_safetensors", None)
         )
         lookup = Lookup(
-            revision=revision,
+            revision=given.pop("revision", None),
             subfolder=given.pop("subfolder", None) or "",
             cache_dir=given.pop("cache_dir", None),
             token=given.pop("token", None),
@@ -118,11 +123,14 @@ class Pretrained:
         return cls(
             source=_with_file(source, given.pop("gguf_file", None)),
             lookup=lookup,
+            base=given.pop("base", None),
+            adapters=dict(given.pop("adapters", None) or {}),
             device=_device(device, given.pop("device_map", None)),
             dtype=_dtype(dtype, given.pop("torch_dtype", None)),
             config=given.pop("config", None),
             generation_config=given.pop("generation_config", None),
             trust_remote_code=bool(given.pop("trust_remote_code", False)),
+            autocast_adapter_dtype=bool(given.pop("autocast_adapter_dtype", True)),
             loading={name: given.pop(name) for name in _FOR_LOADING if name in given},
             settings=given,
         )

@@ -113,6 +113,7 @@ async def start_model(
         threads=options.max_requests,
         guard=guard,
         cache_on_host=plan.kv_cache_on_host,
+        adapters=assembly.adapters,
     )
     reads.wait = engine.passes.wait
     if stream.pipeline.experts is not None:
@@ -161,6 +162,7 @@ async def _prepare(
             resources.callback(assembly.tiles.close)
         if table := assembly.gather(opening.checkpoint, device.torch_device, guard, reads):
             resources.callback(table.close)
+        assembly.adapters.load()
         move_buffers(opening.module, device.torch_device)
         guard_conversions(opening.module)
         guard_entrances(opening.module)

@@ -1,7 +1,6 @@
 """Finds a model by folder, file, or id on the hub (``org/name``, ``org/name:file.gguf``), and downloads it if need be."""
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -10,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream.pipeline.checkpoint.formats.gguf_files import all_parts
+from layerstream.pipeline.checkpoint.snapshot_files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    missing_files,
+)
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 
@@ -26,8 +30,7 @@ _IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 # Of repositories without safetensors.
 _BIN_FILE, _BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_BIN_PATTERN = "pytorch_model*.bin"
-_CONFIG_FILE = "config.json"
+_BIN_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
 
 _MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -142,7 +145,7 @@ def _cached_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> Pat
             revision=lookup.revision,
             cache_dir=lookup.cache_dir,
             local_files_only=True,
-            allow_patterns=lookup.patterns([*files] or [_CONFIG_FILE]),
+            allow_patterns=lookup.patterns([*files] or [CONFIG_FILE, ADAPTER_CONFIG_FILE]),
         )
     except LocalEntryNotFoundError:
         return None
@@ -151,7 +154,7 @@ def _cached_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> Pat
             f"No such file or folder: {model_id}; nor is it a model id: {_first_line(error)}."
         ) from error
     snapshot = Path(folder) / lookup.subfolder
-    missing = _missing_files(snapshot, files, lookup.weights)
+    missing = missing_files(snapshot, files, lookup.weights)
     if missing:
         logger.info("%s is cached in part and lacks %s", model_id, _first_names(missing))
         return None
@@ -178,7 +181,7 @@ def _download_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> P
     _refuse_choice(model_id, names, files)
     patterns = [*files] or _DOWNLOAD_PATTERNS
     if not files and (lookup.weights.use_safetensors is False or not _has_safetensors(names)):
-        patterns = [*patterns, _BIN_PATTERN]
+        patterns = [*patterns, *_BIN_PATTERNS]
     try:
         folder = snapshot_download(
             model_id,
@@ -192,7 +195,7 @@ def _download_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> P
     except Exception as error:
         raise CheckpointError(_download_error_message(error, model_id, lookup)) from error
     snapshot = Path(folder) / lookup.subfolder
-    missing = _missing_files(snapshot, files, lookup.weights)
+    missing = missing_files(snapshot, files, lookup.weights)
     if missing:
         raise CheckpointError(
             f"{model_id} was downloaded to {snapshot}, which lacks {_first_names(missing)}: a model "
@@ -219,32 +222,6 @@ def _refuse_choice(model_id: str, names: Sequence[str], files: Sequence[str]) ->
 
 def _has_safetensors(names: Sequence[str]) -> bool:
     return any(name.endswith(".safetensors") for name in names)
-
-
-def _missing_files(snapshot: Path, files: Sequence[str], choice: WeightChoice) -> list[str]:
-    """Return the files that ``snapshot`` should have and does not: ``files``, or a whole model if there are none.
-
-    A link to a blob that was deleted from the cache counts as missing.
-    """
-    if files:
-        return [name for name in files if not (snapshot / name).is_file()]
-    missing = [] if (snapshot / _CONFIG_FILE).is_file() else [_CONFIG_FILE]
-    for known in choice.formats:
-        index = snapshot / str(choice.name(known.index_file))
-        if known.index_file and index.is_file():
-            break
-        single = choice.name(known.single_file)
-        any_name = known.of_any_name and choice.variant is None
-        pattern = f"*{known.suffixes[0]}" if any_name else single
-        if single and any(path.is_file() for path in snapshot.glob(str(pattern))):
-            return missing
-    else:
-        return [*missing, choice.name("*.safetensors") or ""]
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return missing + [shard for shard in shards if not (snapshot / shard).is_file()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return missing  # not a valid index: Checkpoint.open refuses it, and says why
 
 
 def _not_local(model_id: str, lookup: Lookup) -> str:

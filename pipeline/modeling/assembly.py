@@ -10,14 +10,14 @@ from torch import nn
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.modeling.absent import Absent
-from layerstream.pipeline.modeling.activation_memory import PromptPass
+from layerstream.pipeline.modeling.adapters import Adapters
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.edits import Edits
-from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
 from layerstream.pipeline.modeling.gathered_table import GatheredTable
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
+from layerstream.pipeline.modeling.model_uses import trace_uses
 from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
@@ -52,6 +52,7 @@ class Assembly:
         checkpoint: Its weight files.
         workload: What to measure the memory of.
         device: The device that will compute; the CPU by default.
+        adapters: Those in the traced model.
         experts_on_demand: Leave experts that can be read one by one out of the layers.
         unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
     """
@@ -77,21 +78,22 @@ class Assembly:
         workload: Workload | None = None,
         device: torch.device | None = None,
         *,
+        adapters: Adapters | None = None,
         experts_on_demand: bool = False,
         unpacks_by_tiles: bool = False,
     ) -> None:
         self.traced = traced
+        self.adapters = adapters or Adapters({})
         self.edits = Edits()
         self._checkpoint = checkpoint
         places = places_of(traced)
         self._unpacks_by_tiles = unpacks_by_tiles
         self._tile_count = tile_count(workload.batch_size if workload else 1)
         self._packed = _packed(traced) if unpacks_by_tiles else {}
-        prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
-        traces = trace_execution(traced.module, prompt_pass)
+        traces, memory = trace_uses(traced, self.adapters, workload, device)
         self.written_buffers = frozenset(path for trace in traces for path in trace.written)
         self.own_buffer_bytes = written_bytes(traced.module, self.written_buffers)
-        self.memory = self._workload_memory(prompt_pass, workload)
+        self.memory = self._with_own_buffers(memory, workload)
         self._gathered = gathered_places(traced, places, traces, self._packed)
         self._places = {
             name: rest
@@ -104,11 +106,8 @@ class Assembly:
             if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()), rows)
         }
         self.layers = model_layers(traced, checkpoint, self._places, traces)
-        found = (
-            module_experts(traced, checkpoint, self._places, self._packed)
-            if experts_on_demand
-            else {}
-        )
+        given = (traced, checkpoint, self._places, self._packed)
+        found = module_experts(*given) if experts_on_demand else {}
         self._experts = {
             layer.name: [
                 each
@@ -126,15 +125,14 @@ class Assembly:
             for layer in self.layers
         )
 
-    def _workload_memory(
-        self, prompt_pass: PromptPass | None, workload: Workload | None
+    def _with_own_buffers(
+        self, memory: WorkloadMemory | None, workload: Workload | None
     ) -> WorkloadMemory | None:
-        memory = prompt_pass.memory() if prompt_pass else None
-        if self.own_buffer_bytes and workload is not None:
-            memory = memory or estimate_memory(self._checkpoint.config, workload)
-            own = workload.batch_size * self.own_buffer_bytes
-            memory = memory and dataclasses.replace(memory, own_buffer_bytes=own)
-        return memory
+        if not self.own_buffer_bytes or workload is None:
+            return memory
+        memory = memory or estimate_memory(self._checkpoint.config, workload)
+        own = workload.batch_size * self.own_buffer_bytes
+        return memory and dataclasses.replace(memory, own_buffer_bytes=own)
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""

@@ -7,7 +7,7 @@ are used outside the calls of their own modules; it has no results.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Self
@@ -20,7 +20,7 @@ from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
 
-__all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "trace_execution"]
+__all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "most_complete_first", "trace_execution"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,34 +63,45 @@ class ExecutionTrace:
         return [event for event in self.events if isinstance(event, WeightUse)]
 
 
-def trace_execution(model: Any, prompt_pass: PromptPass | None = None) -> list[ExecutionTrace]:
+def trace_execution(
+    model: Any, prompt_pass: PromptPass | None = None, streamed: Container[str] | None = None
+) -> list[ExecutionTrace]:
     """Traces of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
 
     The first pass is ``prompt_pass``, if given, which measures its memory too. Inputs of other passes are made up from
-    the signature of the model's ``forward``. Without any, the list is empty.
+    the signature of the model's ``forward``. Without any, the list is empty. ``streamed`` are the names of the weights
+    whose uses are recorded, if not all are.
     """
     traces = []
     first: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt_pass is None else [prompt_pass]
     for inputs in chain(first, _dummy_inputs(model)):
-        trace, has_unused = _trace_pass(model, inputs)
+        trace, has_unused = _trace_pass(model, inputs, streamed)
         traces.append(trace)
         if trace.complete and not has_unused:
             break
     if not any(trace.complete for trace in traces):
         logger.info("the order of layers is taken from their names, as far as no pass recorded it")
-    traces.sort(
-        key=lambda each: (each.complete, len({use.tensor for use in each.uses})), reverse=True
-    )
-    return traces
+    return most_complete_first(traces)
+
+
+def most_complete_first(traces: Iterable[ExecutionTrace]) -> list[ExecutionTrace]:
+    """``traces`` in another order: first those that have reached their end, and used the most weights."""
+
+    def completeness(trace: ExecutionTrace) -> tuple[bool, int]:
+        return trace.complete, len({use.tensor for use in trace.uses})
+
+    return sorted(traces, key=completeness, reverse=True)
 
 
 def _trace_pass(
-    root: Any, inputs: PromptPass | dict[str, torch.Tensor]
+    root: Any,
+    inputs: PromptPass | dict[str, torch.Tensor],
+    streamed: Container[str] | None,
 ) -> tuple[ExecutionTrace, bool]:
     """The trace of the pass with ``inputs``, and whether it has not used all weights."""
     clone = clone_modules(root)
     events: list[ModuleCall | WeightUse] = []
-    weights, others = _install_tracing(clone, events)
+    weights, others = _install_tracing(clone, events, streamed)
     complete = True
     try:
         if isinstance(inputs, PromptPass):
@@ -108,16 +119,48 @@ def _trace_pass(
 
 
 def _install_tracing(
-    root: nn.Module, events: list[ModuleCall | WeightUse]
+    root: nn.Module, events: list[ModuleCall | WeightUse], streamed: Container[str] | None
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Record the calls and uses of ``root``, a clone, in ``events``.
 
     Returns:
         How many weights there are, and the meta tensors in place of what has values already, by their paths.
     """
-    call_stack: list[str] = []
     weights = 0
     others: dict[str, torch.Tensor] = {}
+    call_stack = _record_calls(root, events)
+    for path, module in root.named_modules():
+        tables = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}  # noqa: SLF001
+        vars(module).update(tables)
+        for table in tables.values():
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                full_name = f"{path}.{name}" if path else name
+                if not tensor.is_meta:
+                    table[name] = others[full_name] = tensor.to("meta")
+                    continue
+                if streamed is not None and full_name not in streamed:
+                    continue
+
+                def record_use(func: Any, first: bool, full_name: str = full_name) -> None:
+                    events.append(
+                        WeightUse(
+                            tensor=full_name,
+                            within=tuple(call_stack),
+                            looks_up=func is _aten.embedding.default,
+                            writes=first and func._schema.is_mutable,  # noqa: SLF001 - no public way to ask
+                        )
+                    )
+
+                table[name] = _TracingParameter(tensor, record_use)
+                weights += 1
+    return weights, others
+
+
+def _record_calls(root: nn.Module, events: list[ModuleCall | WeightUse]) -> list[str]:
+    """Record the calls of ``root``, a clone, in ``events``; returns the paths of the modules that are being called."""
+    call_stack: list[str] = []
     for path, module in root.named_modules(remove_duplicate=False):
 
         def before(_module: nn.Module, _args: Any, path: str = path) -> None:
@@ -130,31 +173,7 @@ def _install_tracing(
         # The hook tables are copies of the original's, so these hooks go with the clone.
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
-    for path, module in root.named_modules():
-        tables = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}  # noqa: SLF001
-        vars(module).update(tables)
-        for table in tables.values():
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                full_name = f"{path}.{name}" if path else name
-                if not tensor.is_meta:
-                    table[name] = others[full_name] = tensor.to("meta")
-                    continue
-
-                def record_use(func: Any, first: bool, tensor: str = full_name) -> None:
-                    events.append(
-                        WeightUse(
-                            tensor=tensor,
-                            within=tuple(call_stack),
-                            looks_up=func is _aten.embedding.default,
-                            writes=first and func._schema.is_mutable,  # noqa: SLF001 - no public way to ask
-                        )
-                    )
-
-                table[name] = _TracingParameter(tensor, record_use)
-                weights += 1
-    return weights, others
+    return call_stack
 
 
 class _TracingParameter(nn.Parameter):

@@ -30,7 +30,14 @@ from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.stages.errors import ModelError
 
-__all__ = ["TracedModel", "config_of", "load_config", "resolve_model_class", "trace_model"]
+__all__ = [
+    "TracedModel",
+    "config_of",
+    "load_config",
+    "resolve_model_class",
+    "trace_model",
+    "tracer_of",
+]
 
 # While it loads a model, from_pretrained replaces functions of torch and transformers. Two calls at once might leave
 # each other's replacements in place for good.
@@ -141,12 +148,12 @@ def _load_state_dict(checkpoint: Checkpoint, loader: type[Any], **kwargs: Any) -
     infos = sorted(
         checkpoint.tensors.values(), key=lambda info: (info.file, info.name if by_name else "")
     )
-    tracers = {info.name: _source(info) for info in infos}
+    tracers = {info.name: tracer_of(info) for info in infos}
     with recorded_unpacking():
         return loader.from_pretrained(None, state_dict=tracers, **kwargs)
 
 
-def _source(info: TensorInfo) -> torch.Tensor:
+def tracer_of(info: TensorInfo) -> torch.Tensor:
     """The tracer of a tensor as it is loaded."""
     source = Tracer.source(info.name, shape=info.shape, dtype=getattr(torch, info.dtype))
     return source if info.strided is None else source.as_strided(*info.strided)

@@ -143,6 +143,7 @@ class _Search:
             kv_on_host_bytes=kv,
             overhead_bytes=problem.overhead_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
+            adapter_bytes=problem.adapters.nbytes,
         )
 
     def _candidates(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:

@@ -52,6 +52,8 @@ class Placer:
     """Host memory besides the plan, which residents leave free."""
     expert_bytes: int = 0
     """The least that experts on demand take of the host budget; what residents leave is theirs, too."""
+    adapter_bytes: int = 0
+    """Weights of adapters, which are resident where computation runs."""
 
     @property
     def maps(self) -> bool:
@@ -143,6 +145,7 @@ class Placer:
                     resident_bytes=sum(residents),
                     reserved_bytes=sum(reserved),
                     expert_bytes=self.expert_bytes,
+                    adapter_bytes=self.adapter_bytes,
                 ),
                 None,
             )
@@ -161,6 +164,7 @@ class Placer:
                 arena_bytes=_allocated_bytes(arenas.device),
                 resident_bytes=sum(allocated),
                 reserved_bytes=reserved[1],
+                adapter_bytes=self.adapter_bytes,
             ),
         )
 

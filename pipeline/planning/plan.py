@@ -103,11 +103,13 @@ class MemoryUse:
     """KV cache, activations and scratch of the workload."""
     expert_bytes: int = 0
     """Cells of experts that are read on demand, and the buffers that they are read into."""
+    adapter_bytes: int = 0
+    """Weights of adapters, which are resident."""
 
     @property
     def taken_bytes(self) -> int:
         """The memory that a running pipeline takes even without requests."""
-        return self.arena_bytes + self.resident_bytes + self.expert_bytes
+        return self.arena_bytes + self.resident_bytes + self.expert_bytes + self.adapter_bytes
 
     @property
     def used_bytes(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
@@ -54,6 +55,7 @@ def make_plan(
     slots: int | None = None,
     kernels: Kernels | str = Kernels.EXACT,
     held_bytes: int = 0,
+    adapters: AdapterSize | None = None,
     running: Plan | None = None,
 ) -> Plan:
     """Decide how ``checkpoint`` is streamed on ``hardware``.
@@ -75,6 +77,7 @@ def make_plan(
         slots: On the host and on the device each, instead of the planner's choice.
         kernels: "exact", "fused" or "auto": see ``Kernels``.
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
+        adapters: What the model's adapters take; they are resident.
         running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, arenas,
             reader, kernels and place of the KV cache stay, since running requests use them.
 
@@ -97,6 +100,7 @@ def make_plan(
         layer_batch_size=layer_batch_size,
         slots=slots,
         loaded_code_bytes=held_bytes,
+        adapters=adapters or AdapterSize(),
         kernels=kernels_of(kernels),
         **({} if running is None else _fixed_by(running)),
     )
@@ -284,9 +288,7 @@ def _objective(given: Objective | str) -> Objective:
 def _reader_kind(given: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
     # Written so that NaN is refused too; JSON knows no infinity.
     if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
-        raise PlanError(
-            f"throttle_bytes_per_second is {rate!r}, but must be a number above nothing"
-        )
+        raise PlanError(f"throttle_bytes_per_second is {rate!r}, but must be a number above zero")
     if given is None:
         return None if rate is None else ReaderKind.THROTTLED
     if given not in list(ReaderKind):

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.hardware import Hardware
+from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.compute_cost import packed_bytes
 from layerstream.pipeline.planning.expert_cells import ExpertCells
@@ -52,6 +53,7 @@ class Problem:
     layer_batch_size: int | None
     slots: int | None
     loaded_code_bytes: int
+    adapters: AdapterSize
     kernels: Kernels = Kernels.EXACT
     # Of a running pipeline; they cannot change.
     arenas: ArenaBytes | None = None
@@ -114,7 +116,7 @@ class Problem:
             return 0
         # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in
         # the files are one module: counted separately, those of a large mixture would be 200 MB for each request.
-        modules = sum(len(layer.tensors) for layer in self.layers)
+        modules = sum(len(layer.tensors) for layer in self.layers) + self.adapters.modules
         rows = self.workload.prompt_tokens
         found = overheads(self.checkpoint.config, modules=modules, rows=rows)
         return found.of(self.workload.batch_size)

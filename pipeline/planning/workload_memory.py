@@ -1,6 +1,6 @@
 """The memory of a workload besides the weights, estimated from a model's shape. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_of
@@ -51,6 +51,19 @@ class WorkloadMemory:
     def spare_bytes(self) -> int:
         """The part of the reserved memory that is free while no prompt is processed."""
         return _WASTE * max(0, self.prefill_bytes - self.decode_bytes)
+
+    @classmethod
+    def largest(cls, memories: Sequence["WorkloadMemory"]) -> "WorkloadMemory | None":
+        """What is enough for each of ``memories``, different ways to compute the same; None without any."""
+        if not memories:
+            return None
+        return cls(
+            kv_bytes=max(each.kv_bytes for each in memories),
+            prefill_bytes=max(each.prefill_bytes for each in memories),
+            decode_bytes=max(each.decode_bytes for each in memories),
+            measured=all(each.measured for each in memories),
+            own_buffer_bytes=max(each.own_buffer_bytes for each in memories),
+        )
 
     def scaled(self, times: int) -> "WorkloadMemory":
         """The memory of ``times`` as many sequences."""

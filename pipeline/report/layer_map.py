@@ -42,4 +42,6 @@ def memory_parts(memory: MemoryUse) -> dict[str, int]:
     parts = {"slots": memory.arena_bytes, "residents": memory.resident_bytes}
     if memory.expert_bytes:
         parts["experts"] = memory.expert_bytes
+    if memory.adapter_bytes:
+        parts["adapters"] = memory.adapter_bytes
     return parts | {"workload": memory.reserved_bytes}

@@ -87,6 +87,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "expert_cells": sum(each.cells for each in plan.experts),
         "experts": sum(each.experts for each in plan.experts),
         "expert_memory_bytes": host.expert_bytes,
+        "adapter_bytes": (device or host).adapter_bytes,
         "predicted_first_sweep_seconds": predicted.first.seconds,
         "predicted_prefill_seconds": predicted.prefill.seconds,
         "predicted_sweep_seconds": predicted.decode.seconds,
@@ -144,6 +145,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.decode_residents:
         side = "VRAM" if plan.device_memory else "host RAM"
         yield "while decoding", f"{len(plan.decode_residents)} more stay in {side}"
+    if nbytes := (plan.device_memory or plan.host_memory).adapter_bytes:
+        yield (
+            "adapters",
+            f"{format_bytes(nbytes)} of weights stay in {'VRAM' if plan.device_memory else 'host RAM'}",
+        )
     if plan.kv_cache_on_host:
         yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerstream.pipeline.modeling.adapters import Adapters
 from layerstream.pipeline.modeling.call_state import call_with_state
 from layerstream.pipeline.modeling.clone import OwnBuffersOf, clone_modules
 from layerstream.pipeline.modeling.edits import Edits
@@ -49,6 +50,7 @@ class Engine:
         threads: The number of worker threads.
         guard: Watches over the reads, for the statistics.
         cache_on_host: Requests that bring no KV cache get one in host RAM.
+        adapters: What requests may choose from.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Engine:
         threads: int,
         guard: ReadGuard,
         cache_on_host: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         self._module = module
         self._own_buffers = own_buffers
         self._memory = memory
         self._edits: Edits | None = None
         self._cache_on_host = cache_on_host
+        self._adapters = adapters or Adapters({})
         self._scheduler = scheduler
         self._device = device
         self._estimator = estimator
@@ -94,6 +98,7 @@ class Engine:
         """Bytes that such a generation would reserve; raises what it would before it waits. May be called in any thread."""
         self.requests.check_open()
         self._scheduler.check()
+        named = self._adapters.without_choice(named)
         if self._cache_on_host:
             named = with_host_cache(self._module, "generate", inputs, named)
         return self._estimator.generation(inputs, named).nbytes
@@ -161,19 +166,14 @@ class Engine:
 
     # -- requests of other threads ---------------------------------------------------------------
 
-    def generate_here(self, call: MethodOf, inputs: Sequence[Any], named: Any) -> Any:
-        """Generate in the calling thread.
-
-        Args:
-            call: Returns what to call, given a clone of the model.
-            inputs: Positional arguments for that.
-            named: Keyword arguments for that.
+    def call_here(self, method: str, call: MethodOf, inputs: Sequence[Any], named: Any) -> Any:
+        """Make a request in the calling thread: call what ``call`` returns for a clone of the model.
 
         Raises:
             ModelError: This is the thread of the event loop.
         """
         self.passes.refuse_on_loop()
-        request = self._request("generate", call, inputs, named, threads=0)
+        request = self._request(method, call, inputs, named, threads=0)
         try:
             self._admit_here(request)
             # This also makes the device current: not all kernels take it from their inputs.
@@ -190,15 +190,10 @@ class Engine:
     ) -> tuple[Mapping[str, Any], Callable[[Outcome], None]]:
         """Make a request for a forward pass that belongs to none, and wait until it is admitted.
 
-        Args:
-            runner: The pass runner of the calling thread.
-            entry: The path of the module that is called.
-            inputs: Its positional arguments.
-            named: Its keyword arguments.
-
-        Returns:
-            The keyword arguments to call it with, and what to call when the pass has ended.
+        Takes the pass runner of the calling thread, the path of the module that is called, and its inputs. Returns the
+        keyword arguments to call it with, and what to call when the pass has ended.
         """
+        self._adapters.refuse_choice(named)
         request = self._request(
             "forward",
             lambda model: model,
@@ -262,6 +257,7 @@ class Engine:
     ) -> Request:
         self.requests.check_open()
         named = dict(named)
+        call = self._adapters.chosen(call, named)
         generator = named.pop("generator", None) if method == "generate" else None
         if self._cache_on_host and whole_model:
             named = with_host_cache(self._module, method, inputs, named)

@@ -336,3 +336,9 @@ def test_a_variant_that_is_not_cached_is_downloaded(cache, online_hub):
     assert online_hub.requests == []
     folder = resolve_model_path("org/name", variant)
     assert (folder / "model.fp16.safetensors").read_bytes() == b"halves"
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_alone_is_complete_without_a_model(cache, weights):
+    snapshot = put_in_cache(cache, {"adapter_config.json": b"{}", weights: b"weights"})
+    assert resolve_model_path("org/name") == snapshot

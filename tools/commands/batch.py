@@ -20,10 +20,18 @@ from layerstream.tools.console.arguments import (
     positive_int,
 )
 from layerstream.tools.console.progress import progress
-from layerstream.tools.console.token_text import load_tokenizer
+from layerstream.tools.running.adapters import (
+    adapter_names,
+    adapter_size,
+    add_adapter_arguments,
+    find_model,
+    open_options,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Budget, Hardware, Plan, Workload
+    from layerstream.pipeline.checkpoint.adapter_folder import Sources
     from layerstream.tools.serving.batch_file import BatchFile
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -65,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="read at most this many bytes per second",
     )
+    add_adapter_arguments(parser, named=True)
     add_model_arguments(parser)
     add_dtype_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="log what happens")
@@ -73,23 +82,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see serve
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
-
     try:
         module = importlib.import_module("layerstream.tools.serving.batch_file")
     except ImportError as error:
         raise LayerstreamError(
             f"batch needs {error.name}, which is not installed: pip install 'layerstream[serve]'."
         ) from error
-    path = resolve_model_path(args.model)
-    tokenizer = load_tokenizer(path)
+    sources = find_model(args)
+    tokenizer = tokenizer_of(sources)
     if tokenizer is None:
-        raise ModelError(f"{path} has no tokenizer, which is needed to read and write text.")
-    file: BatchFile = module.BatchFile(args.input, args.output, new_tokens=args.new_tokens)
+        raise ModelError(
+            f"{sources.model} has no tokenizer, which is needed to read and write text."
+        )
+    file: BatchFile = module.BatchFile(
+        args.input, args.output, new_tokens=args.new_tokens, adapters=adapter_names(args)
+    )
     if not file.left:
         print(f"{args.output} has all {len(file.lines)} answers.", file=sys.stderr)
         return 0
-    asyncio.run(_answer(path, tokenizer, file, args))
+    asyncio.run(_answer(sources, tokenizer, file, args))
     return 0
 
 
@@ -103,13 +114,17 @@ class _Choices:
 
 
 async def _choose(
-    path: Path, tokenizer: Any, file: "BatchFile", budget: "Budget", args: argparse.Namespace
+    sources: "Sources",
+    tokenizer: Any,
+    file: "BatchFile",
+    budget: "Budget",
+    args: argparse.Namespace,
 ) -> _Choices:
     """Look at the machine and the requests, and choose how many are answered at once."""
     from layerstream.pipeline import Checkpoint, Hardware, Workload, make_plan
     from layerstream.tools.running.context import context_in
 
-    checkpoint = await Checkpoint.open_async(path)
+    checkpoint = await Checkpoint.open_async(sources.model)
     prompt_tokens, new_tokens = await asyncio.to_thread(
         file.largest, tokenizer, context=context_in(checkpoint.config or {})
     )
@@ -127,23 +142,27 @@ async def _choose(
             objective="throughput",
             reader=args.reader,
             throttle_bytes_per_second=args.throttle,
+            adapters=adapter_size(sources),
         )
 
     at_once = args.at_once or await asyncio.to_thread(_best_size, plan_for, len(file.left))
     return _Choices(at_once=at_once, workload=workload(at_once), hardware=hardware)
 
 
-async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.Namespace) -> None:
+async def _answer(
+    sources: "Sources", tokenizer: Any, file: "BatchFile", args: argparse.Namespace
+) -> None:
     from layerstream.pipeline import Budget, StreamedModel
     from layerstream.tools.serving.app import make_answers
     from layerstream.tools.serving.embeddings import Pooling
     from layerstream.tools.serving.settings import Settings
 
     budget = Budget(vram=args.vram, host=args.host)
-    choices = await _choose(path, tokenizer, file, budget, args)
+    choices = await _choose(sources, tokenizer, file, budget, args)
     at_once = choices.at_once
     settings = Settings(
         model_name="",
+        adapters=adapter_names(args),
         api_key=None,
         chat_template=None,
         concurrent=at_once,
@@ -153,7 +172,7 @@ async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.
         pooling=Pooling(),
     )
     async with StreamedModel.open(
-        path,
+        sources.source,
         device=args.device,
         budget=budget,
         workload=choices.workload,
@@ -164,6 +183,7 @@ async def _answer(path: Path, tokenizer: Any, file: "BatchFile", args: argparse.
         max_requests=at_once,
         objective="throughput",
         hardware=choices.hardware,
+        **open_options(args),
     ) as model:
         logger.info(model.plan.describe())
         answers, _, _ = make_answers(model, tokenizer, settings)

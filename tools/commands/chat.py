@@ -22,7 +22,8 @@ from layerstream.tools.console.chat_terminal import ChatTerminal
 from layerstream.tools.console.progress import waiting
 from layerstream.tools.console.signals import end_on_signals
 from layerstream.tools.console.tables import print_table
-from layerstream.tools.console.token_text import TerminalText, load_tokenizer
+from layerstream.tools.console.token_text import TerminalText
+from layerstream.tools.running.adapters import add_adapter_arguments, find_model, tokenizer_of
 from layerstream.tools.running.answer_times import Stopwatch, first_token_seconds
 from layerstream.tools.running.chat_model import (
     Answering,
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length of the conversation that memory is reserved for; a longer one takes what is left (default: 1024)",
     )
     add_generation_arguments(parser, max_new_tokens=512, greedy=False)
+    add_adapter_arguments(parser, named=False)
     add_speculation_argument(parser)
     add_model_arguments(parser)
     add_dtype_argument(parser)
@@ -82,18 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
-
     template = None if args.chat_template is None else args.chat_template.read_text("utf-8")
-    path = resolve_model_path(args.model)
+    sources = find_model(args)
+    path = sources.model
     with ExitStack() as stack:
         with reading_ahead(args):
-            tokenizer = load_tokenizer(path)
+            tokenizer = tokenizer_of(sources)
             conversation = Conversation(tokenizer, path=path, template=template, system=args.system)
             conversation.prompt("a")  # a model that cannot chat is refused before it is opened
             speculation = load_speculation(args.speculate, device=args.device)
             with waiting("opening the model"):
-                model = stack.enter_context(opened_for_chat(path, args))
+                model = stack.enter_context(opened_for_chat(sources, args))
         check_generates(model.model.module, path)
         options = chat_options(model.model, args, speculation)
         return _Chat(model, tokenizer, conversation, options, name=args.model).run()

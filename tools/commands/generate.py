@@ -19,7 +19,8 @@ from layerstream.tools.console.arguments import (
     token_ids,
 )
 from layerstream.tools.console.progress import waiting
-from layerstream.tools.console.token_text import TerminalText, load_tokenizer, prompt_ids
+from layerstream.tools.console.token_text import TerminalText, prompt_ids
+from layerstream.tools.running.adapters import add_adapter_arguments, find_model, tokenizer_of
 from layerstream.tools.running.conversation import chat_token_ids
 from layerstream.tools.running.generation import stream_tokens
 from layerstream.tools.running.read_ahead import reading_ahead
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the prompt is what a user says: the model's chat template is applied to it",
     )
     add_generation_arguments(parser, max_new_tokens=64)
+    add_adapter_arguments(parser, named=False)
     add_speculation_argument(parser)
     add_model_arguments(parser)
     add_dtype_argument(parser)
@@ -70,11 +72,9 @@ def _prompt(tokenizer: Any | None, args: argparse.Namespace, path: Path) -> list
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
-
     # Before the event loop runs: a download that is interrupted by Ctrl-C ends at once.
-    path = resolve_model_path(args.model)
-    tokenizer = load_tokenizer(path)
+    sources = find_model(args)
+    path, tokenizer = sources.source, tokenizer_of(sources)
     prompt = args.prompt_ids or _prompt(tokenizer, args, path)
     text = TerminalText(tokenizer)
     pieces: list[str] = []

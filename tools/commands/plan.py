@@ -16,9 +16,11 @@ from layerstream.tools.console.arguments import (
     byte_rate,
     positive_int,
 )
+from layerstream.tools.running.adapters import adapter_size, add_adapter_arguments, find_model
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Plan
+    from layerstream.pipeline.planning.adapter_size import AdapterSize
     from layerstream.pipeline.planning.what_if import WhatIf
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this subcommand."""
     parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
     add_model_arguments(parser)
+    add_adapter_arguments(parser, named=True)
     what_if = parser.add_argument_group(
         "what if", "plan for another machine: also with a --device that is not here"
     )
@@ -81,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from layerstream.pipeline import Budget, Checkpoint
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
     from layerstream.pipeline.planning.what_if import WhatIf
     from layerstream.pipeline.report.plan_report import html_report, report_plan, summarize_plan
     from layerstream.stages.devices.lookup import missing_device
@@ -93,9 +95,10 @@ def run(args: argparse.Namespace) -> int:
         disk_bytes_per_second=args.disk_bandwidth,
         h2d_bytes_per_second=args.h2d_bandwidth,
     )
-    checkpoint = Checkpoint.open(resolve_model_path(args.model))
+    sources = find_model(args)
+    checkpoint = Checkpoint.open(sources.model)
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
-    plan = _plan(checkpoint, hardware, budget, what_if, args=args)
+    plan = _plan(checkpoint, hardware, budget, what_if, size=adapter_size(sources), args=args)
     # As the user calls it: reports are sent to others, who need not know where models of the hub are kept.
     named = replace(plan, checkpoint=args.model)
     if args.html is not None:
@@ -128,6 +131,7 @@ def _plan(
     budget: "Budget",
     what_if: "WhatIf",
     *,
+    size: "AdapterSize",
     args: argparse.Namespace,
 ) -> "Plan":
     from layerstream.pipeline import Workload, make_plan
@@ -157,6 +161,7 @@ def _plan(
         reader=args.reader,
         kernels=args.kernels,
         layer_batch_size=args.layer_batch_size,
+        adapters=size,
     )
     # What is in the layers when tables are, less what is without them.
     whole = planned_layers(checkpoint, groups, experts_on_demand=on_cpu)

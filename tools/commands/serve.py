@@ -22,7 +22,13 @@ from layerstream.tools.console.arguments import (
     positive_float,
     positive_int,
 )
-from layerstream.tools.console.token_text import load_tokenizer
+from layerstream.tools.running.adapters import (
+    adapter_names,
+    add_adapter_arguments,
+    find_model,
+    open_options,
+    tokenizer_of,
+)
 from layerstream.tools.running.generation import check_generates
 from layerstream.tools.running.speculation import add_speculation_argument, load_speculation
 
@@ -91,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse unknown fields, instead of ignoring them"
     )
+    add_adapter_arguments(parser, named=True)
     add_speculation_argument(parser)
     _add_limits(parser)
     add_model_arguments(parser)
@@ -154,8 +161,6 @@ def run(args: argparse.Namespace) -> int:
     # Before torch is loaded. Threads of OpenMP that wait would spin, beside requests and other processes that compute: with two
     # cores and others at work, one request took five times the time and the processor time; four at once took the same.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
-
     try:
         importlib.import_module("layerstream.tools.serving.app")
     except ImportError as error:
@@ -168,8 +173,8 @@ def run(args: argparse.Namespace) -> int:
             "give another one, or unset LAYERSTREAM_API_KEY."
         )
     template = None if args.chat_template is None else args.chat_template.read_text("utf-8")
-    path = resolve_model_path(args.model)
-    tokenizer = load_tokenizer(path)
+    sources = find_model(args)
+    path, tokenizer = sources.model, tokenizer_of(sources)
     if tokenizer is None:
         raise ModelError(f"{path} has no tokenizer, which a service needs to read and write text.")
     from layerstream.tools.serving.prompts import check_template
@@ -181,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         logger.warning("the model has no chat template, so chats are refused: see --chat-template")
     for name in (__name__, "layerstream.tools.serving", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    asyncio.run(_serve(path, tokenizer, _settings(path, template, args), args))
+    asyncio.run(_serve(sources.source, tokenizer, _settings(path, template, args), args))
     return 0
 
 
@@ -190,7 +195,8 @@ def _settings(path: Path, template: str | None, args: argparse.Namespace) -> "Se
     from layerstream.tools.serving.settings import Settings
 
     return Settings(
-        model_name=args.served_model_name or _default_name(args.model),
+        model_name=_model_name(args),
+        adapters=adapter_names(args),
         api_key=args.api_key,
         chat_template=template,
         concurrent=args.concurrent,
@@ -207,6 +213,15 @@ def _settings(path: Path, template: str | None, args: argparse.Namespace) -> "Se
         hosts=_hosts(args),
         origins=frozenset(args.allow_origin),
     )
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    name: str = args.served_model_name or _default_name(args.model)
+    if name in adapter_names(args):
+        raise ModelError(
+            f"--adapter {name} has the model's own name: give it another, or a --served-model-name."
+        )
+    return name
 
 
 async def _serve(
@@ -232,6 +247,7 @@ async def _serve(
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         reopened_within_seconds=_REOPENED_WITHIN_SECONDS,
+        **open_options(args),
     )
     # Opening the model takes seconds, so an address in use is reported before; until the socket listens,
     # connections are refused.

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerstream.stages.errors import ModelError
 
-__all__ = ["TerminalText", "TokenText", "load_tokenizer", "prompt_ids"]
+__all__ = ["TerminalText", "TokenText", "has_tokenizer", "load_tokenizer", "prompt_ids"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -26,16 +26,26 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _MAX_RUN = 16
 
 
-def load_tokenizer(path: Path) -> Any | None:
-    """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one."""
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer is in ``folder``."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(path: Path, *, folder: Path | None = None) -> Any | None:
+    """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one.
+
+    ``folder``: One that has another tokenizer for it.
+    """
     from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.files import refuse_special_files
 
-    folder = path if path.is_dir() else path.parent
-    refuse_special_files(folder)  # transformers would wait for ever
+    own = path if path.is_dir() else path.parent
+    for each in {own, folder or own}:
+        refuse_special_files(each)  # transformers would wait for ever
     checkpoint = Checkpoint.open(path)
-    in_file = checkpoint.format == "GGUF"
-    if not in_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    in_file = checkpoint.format == "GGUF" and folder is None
+    folder = folder or own
+    if not in_file and not has_tokenizer(folder):
         return None
     try:
         from transformers import AutoTokenizer

@@ -7,17 +7,18 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.telemetry.timings import Timings
+from layerstream.tools.running.adapters import open_options, request_options
 from layerstream.tools.running.context import context_in
 from layerstream.tools.running.speculation import Speculation
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Stats, StreamedModel
+    from layerstream.pipeline.checkpoint.adapter_folder import Sources
 
 __all__ = ["Answering", "ChatModel", "chat_options", "opened_for_chat"]
 
@@ -166,15 +167,15 @@ class Answering:
             self._tokens.put(None)
 
 
-def opened_for_chat(path: Path, args: argparse.Namespace) -> ChatModel:
-    """The model at ``path``, to be opened for one request at a time, as the arguments of ``chat`` say."""
+def opened_for_chat(sources: "Sources", args: argparse.Namespace) -> ChatModel:
+    """The model that was found, to be opened for one request at a time, as the arguments of ``chat`` say."""
     from layerstream.pipeline import Budget, Checkpoint, StreamedModel, Workload
 
-    context = context_in(Checkpoint.open(path).config or {})
+    context = context_in(Checkpoint.open(sources.model).config or {})
     new_tokens = args.max_new_tokens if context is None else min(args.max_new_tokens, context - 1)
     prompt_tokens = args.prompt_tokens if context is None else context - new_tokens
     opening = StreamedModel.open(
-        path,
+        sources.source,
         device=args.device,
         budget=Budget(vram=args.vram, host=args.host),
         workload=Workload(
@@ -184,6 +185,7 @@ def opened_for_chat(path: Path, args: argparse.Namespace) -> ChatModel:
         dtype=args.dtype,
         kernels=args.kernels,
         max_requests=1,
+        **open_options(args),
     )
     return ChatModel(opening)
 
@@ -198,6 +200,7 @@ def chat_options(
     eos, pad = defaults.eos_token_id, defaults.pad_token_id
     ends = [eos] if isinstance(eos, int) else list(eos or ())
     options: dict[str, Any] = {
+        **request_options(args),
         "max_new_tokens": args.max_new_tokens,
         "num_beams": 1,
         "eos_token_id": ends or None,

@@ -12,6 +12,7 @@ from layerstream.stages.errors import LayerstreamError, ModelError
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.stages.text import format_bytes
+from layerstream.tools.running.adapters import open_options, request_options
 from layerstream.tools.running.added_memory import added_memory
 from layerstream.tools.running.speculation import Speculation
 
@@ -118,6 +119,7 @@ async def stream_tokens(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=args.max_new_tokens,
+            **request_options(args),
             **options,
         )
         while (token := await _next_token(stream, path)) is not None:
@@ -154,6 +156,7 @@ def _open_model(
         reader=args.reader,
         dtype=args.dtype,
         kernels=args.kernels,
+        **open_options(args),
         # Measuring would delay the first token; what `layerstream plan` has measured is used.
         measure=False,
     )

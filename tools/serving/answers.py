@@ -3,25 +3,21 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive
 
 from layerstream.pipeline import (
-    AdmissionError,
     ClosedError,
     DeviceError,
     LayerstreamError,
     ReadError,
     StreamedModel,
 )
-from layerstream.tools.running.speculation import Speculation
-from layerstream.tools.serving.answer_parser import AnswerParser
+from layerstream.tools.serving.choices import ApiRequest, Choices
 from layerstream.tools.serving.embeddings import EmbeddingRequest, Pooling, embed
 from layerstream.tools.serving.errors import STOPPED, ApiError, api_error
 from layerstream.tools.serving.event_stream import (
@@ -32,16 +28,14 @@ from layerstream.tools.serving.event_stream import (
     client_left,
     discard,
 )
-from layerstream.tools.serving.generation import Choice, generate_text, generation_arguments
+from layerstream.tools.serving.generation import Choice, generate_text
 from layerstream.tools.serving.limits import Limits
 from layerstream.tools.serving.messages_api import MessagesBuilder
 from layerstream.tools.serving.monitoring import Metrics, Movement, Timeline
 from layerstream.tools.serving.progress import Progress
 from layerstream.tools.serving.prompts import Prompts
-from layerstream.tools.serving.protocol import ChatRequest, CompletionRequest
 from layerstream.tools.serving.responses import ResponseBuilder
 from layerstream.tools.serving.responses_api import ResponsesBuilder
-from layerstream.tools.serving.sampling import end_tokens, logits_processors, sampling_options
 
 __all__ = ["Answers"]
 
@@ -51,12 +45,9 @@ logger = logging.getLogger(__name__)
 _EARLY_ERROR_SECONDS = 0.2
 # Those of more tokens are converted in a thread: they are of a prompt, and may be megabytes.
 _MANY_LOGPROBS = 8
-# OpenAI's default for text completions.
-_COMPLETION_TOKENS = 16
 # Limit for Retry-After, which is estimated: fewer tokens may come than a request allows.
 _MAX_RETRY_SECONDS = 600
 
-ApiRequest = ChatRequest | CompletionRequest
 Builder = ResponseBuilder | MessagesBuilder | ResponsesBuilder
 
 
@@ -68,8 +59,7 @@ class Answers:
         tokenizer: The model's tokenizer.
         prompts: Turns requests into token ids; closed by ``stop``.
         limits: How many tokens a request may have.
-        response_template: Tells the parts of a chat's answer; None if the model has none.
-        speculation: How tokens are guessed; None for one token in each sweep.
+        choices: Makes what is generated for a request.
         max_answers: Maximum of answers that run or wait; requests for more are refused.
         keep_alive_seconds: The longest time in which nothing is sent to a client that waits.
 
@@ -87,8 +77,7 @@ class Answers:
         prompts: Prompts,
         limits: Limits,
         *,
-        response_template: Any | None,
-        speculation: Speculation | None = None,
+        choices: Choices,
         max_answers: int,
         keep_alive_seconds: float,
     ) -> None:
@@ -100,8 +89,7 @@ class Answers:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._limits = limits
-        self._response_template = response_template
-        self._speculation = speculation
+        self._choices = choices
         self._max_answers = max_answers
         self._keep_alive_seconds = keep_alive_seconds
         self._running: set[Progress] = set()  # one for each request that is counted in ``open``
@@ -164,6 +152,8 @@ class Answers:
             ApiError: The request cannot be answered.
         """
         progress = Progress(self._model)
+        adapter = self._choices.adapter(request.model)
+        options = {} if adapter is None else {"adapter": adapter}
         made: dict[str, Any] = {}
         at_once = min(request.answers, self._max_answers)
 
@@ -174,7 +164,9 @@ class Answers:
                     self._limits.new_tokens(len(prompt), asked=0, param="input")
                 try:
                     made.update(
-                        await embed(self._model, request, prompts, pooling, at_once=at_once)
+                        await embed(
+                            self._model, request, prompts, pooling, options, at_once=at_once
+                        )
                     )
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
@@ -241,6 +233,7 @@ class Answers:
                     self.streaming_failed(None)
                     if piece.tokens:
                         timeline.token()
+                        self.metrics.tokens.labels(request.model).inc(piece.tokens)
                     progress.count(choice.index, piece.tokens)
                     if len(piece.logprobs) <= _MANY_LOGPROBS:
                         await emit(response.add(piece))
@@ -285,66 +278,3 @@ class Answers:
         finally:
             self.open -= count
             self._running.discard(progress)
-
-    def _choices(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> list[Choice]:
-        """The answers to generate, ordered by prompt."""
-        settings = self._model.module.generation_config
-        self._prompts.check_tokens([*request.biases, *request.stop_token_ids])
-        answers = [(prompt, number) for prompt in prompts for number in range(request.n)]
-        # A seed promises the tokens that transformers would draw, one after the other.
-        speculates = request.speculate and request.seed is None and request.logprob_count is None
-        choices = [
-            Choice(
-                index=index,
-                prompt=prompt,
-                new_tokens=self._new_tokens(request, prompt),
-                stops=request.stops,
-                ends=end_tokens(request, settings),
-                sampling=sampling_options(
-                    request, settings, device=self._model.plan.device, number=number
-                ),
-                processors=logits_processors(request, prompt_tokens=len(prompt)),
-                logprobs=request.logprob_count,
-                echo=self._echo(request, index // request.n, prompt),
-                new_parser=self._parser(request, prompt),
-                single_call=isinstance(request, ChatRequest) and not request.parallel_tool_calls,
-                speculation=self._speculation if speculates else None,
-            )
-            for index, (prompt, number) in enumerate(answers)
-        ]
-        # What is refused for good has a status of its own, since nothing was sent yet.
-        return [self._checked(choice) for choice in choices]
-
-    def _checked(self, choice: Choice) -> Choice:
-        """Check that ``choice`` will be admitted, without speculation if that takes too much memory."""
-        try:
-            self._model.check(**generation_arguments(self._model, self._tokenizer, choice))
-        except AdmissionError:
-            if choice.speculation is None:
-                raise
-            return self._checked(replace(choice, speculation=None))
-        return choice
-
-    def _new_tokens(self, request: ApiRequest, prompt: Sequence[int]) -> int:
-        asked, chat = request.max_new_tokens, isinstance(request, ChatRequest)
-        if not chat and asked is None:
-            asked = min(_COMPLETION_TOKENS, max(1, self._limits.context - len(prompt)))
-        param = "messages" if chat else "prompt"
-        return self._limits.new_tokens(len(prompt), asked=asked, param=param)
-
-    def _parser(
-        self, request: ApiRequest, prompt: Sequence[int]
-    ) -> Callable[[], AnswerParser] | None:
-        """Makes the parsers of answers to a chat, if the model has a response template."""
-        if not isinstance(request, ChatRequest) or self._response_template is None:
-            return None
-        template, prefix = self._response_template, str(self._tokenizer.decode(prompt))
-        return partial(AnswerParser, template, prefix=prefix, tools=request.offered_tools)
-
-    def _echo(self, request: ApiRequest, number: int, prompt: Sequence[int]) -> str | None:
-        """The text of prompt ``number`` if the answer begins with it."""
-        if not isinstance(request, CompletionRequest) or not request.echo:
-            return None
-        given = request.prompt if isinstance(request.prompt, str) else request.prompt[number]
-        decoded = self._tokenizer.decode(prompt, skip_special_tokens=True)
-        return given if isinstance(given, str) else str(decoded)

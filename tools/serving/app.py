@@ -21,6 +21,7 @@ from layerstream.pipeline import StreamedModel
 from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
+from layerstream.tools.serving.choices import Choices
 from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
@@ -57,13 +58,21 @@ def make_answers(
         vocabulary=model.module.get_input_embeddings().weight.shape[0],
     )
     limits = Limits(model, requests=settings.concurrent, new_tokens=settings.new_tokens)
-    answers = Answers(
+    choices = Choices(
         model,
         tokenizer,
         prompts,
         limits,
         response_template=response_template,
         speculation=settings.speculation,
+        adapters=frozenset(settings.adapters),
+    )
+    answers = Answers(
+        model,
+        tokenizer,
+        prompts,
+        limits,
+        choices=choices,
         max_answers=settings.max_answers,
         keep_alive_seconds=settings.keep_alive_seconds,
     )
@@ -166,6 +175,7 @@ class Routes:
         self._prompts = prompts
         self._limits = limits
         self._settings = settings
+        self._names = (settings.model_name, *settings.adapters)
         self._created = int(time.time())
         self._ignored: set[str] = set()  # fields whose names were logged
 
@@ -198,23 +208,29 @@ class Routes:
         return Response(text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def models(self) -> dict[str, Any]:
-        """List the only model."""
-        name = self._settings.model_name
+        """List the model, and the names for it with each of its adapters."""
         # The last ones are for Anthropic's clients.
-        more = {"has_more": False, "first_id": name, "last_id": name}
-        return {"object": "list", "data": [await self.model(name)], **more}
+        more = {"has_more": False, "first_id": self._names[0], "last_id": self._names[-1]}
+        return {
+            "object": "list",
+            "data": [await self.model(name) for name in self._names],
+            **more,
+        }
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe the model called ``name``."""
-        if name != self._settings.model_name:
+        if name not in self._names:
+            listed = ", ".join(f"'{each}'" for each in self._names)
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist; this server has '{self._settings.model_name}'.",
+                f"The model '{name}' does not exist; this server has {listed}.",
                 param="model",
                 code="model_not_found",
             )
+        parent = {} if name == self._settings.model_name else {"parent": self._settings.model_name}
         return {
             "id": name,
+            **parent,
             "object": "model",
             "created": self._created,
             "owned_by": "layerstream",

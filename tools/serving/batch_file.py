@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,12 +52,16 @@ class BatchFile:
         source: The requests.
         target: The answers; need not exist.
         new_tokens: Tokens of an answer whose request sets no limit.
+        adapters: Names of adapters. If there are any, each request has to name one of them as its model, or none.
 
     Raises:
         LayerstreamError: A line is no request, or ``target`` has the answers to others.
     """
 
-    def __init__(self, source: Path, target: Path, *, new_tokens: int) -> None:
+    def __init__(
+        self, source: Path, target: Path, *, new_tokens: int, adapters: Collection[str] = ()
+    ) -> None:
+        self._adapters = adapters
         self._source, self._target = source, target
         self._new_tokens = new_tokens
         self._created = int(source.stat().st_mtime)  # the same in each run
@@ -172,6 +176,18 @@ class BatchFile:
                 request, _ = parse_request(body, _KINDS[url])
             except ApiError as error:
                 refusal = error
+            if (
+                request is not None
+                and self._adapters
+                and request.model not in {"", *self._adapters}
+            ):
+                names = ", ".join(f"'{each}'" for each in self._adapters)
+                refusal = ApiError(
+                    404,
+                    f"There is no adapter '{request.model}': give one of {names}, or no model for the base.",
+                    param="model",
+                    code="model_not_found",
+                )
         key = hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:24]
         return BatchLine(custom_id=custom_id, key=key, request=request, error=refusal)
 

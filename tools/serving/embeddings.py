@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -104,10 +104,14 @@ async def embed(
     request: EmbeddingRequest,
     prompts: Sequence[Sequence[int]],
     pooling: Pooling,
+    options: Mapping[str, Any],
     *,
     at_once: int,
 ) -> dict[str, Any]:
-    """The response to ``request``, whose texts have the token ids ``prompts``; ``at_once`` of them share sweeps."""
+    """The response to ``request``, whose texts have the token ids ``prompts``.
+
+    ``options`` are those of each pass; ``at_once`` texts share sweeps.
+    """
     places = asyncio.Semaphore(at_once)
 
     async def vector_of(prompt: Sequence[int]) -> Any:
@@ -117,6 +121,7 @@ async def embed(
                 output_hidden_states=True,
                 use_cache=False,
                 logits_to_keep=1,
+                **options,
             )
         states = output.hidden_states[-1][0]
         del output

@@ -46,12 +46,19 @@ class Choice:
     """How tokens are guessed; None for one token in each pass."""
     single_call: bool = False
     """Whether the answer ends with its first call of a tool."""
+    adapter: str | None = None
+    """The adapter that it is generated with; None for the model as it was opened."""
     new_parser: Callable[[], AnswerParser] | None = None
     """Makes what divides the text into content, reasoning and tool calls; None if all is content."""
 
     def new_text(self, tokenizer: Any) -> TokenText:
         """Make what turns the answer's tokens into text, in which marks of a parser are special tokens."""
         return TokenText(tokenizer, special=self.new_parser is not None)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Options of each call of the model."""
+        return {} if self.adapter is None else {"adapter": self.adapter}
 
     @property
     def is_next_token(self) -> bool:
@@ -107,6 +114,7 @@ def generation_arguments(
         "attention_mask": torch.ones_like(input_ids),
         "max_new_tokens": max(choice.new_tokens, 1),
         **choice.sampling,
+        **choice.model_options,
         **({} if choice.speculation is None else choice.speculation.options()),
         "eos_token_id": sorted(choice.ends) or None,
         "logits_processor": LogitsProcessorList(processors),
@@ -217,7 +225,9 @@ async def _prompt_and_new_tokens(
         yield None, []
     else:
         # One pass tells all of the prompt, and the token after it, which is all that evaluations ask for.
-        output = await model.forward(input_ids=torch.tensor([choice.prompt]), use_cache=False)
+        output = await model.forward(
+            input_ids=torch.tensor([choice.prompt]), use_cache=False, **choice.model_options
+        )
         logits = output.logits[0]
         del output
         tokens = list(choice.prompt)

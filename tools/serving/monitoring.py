@@ -75,6 +75,12 @@ class Metrics:
         self.token = histogram("token", "Between two tokens of an answer")
         lag = histogram("loop_lag", "How late the event loop was, while it had requests", _LAGS)
         self.loop_lag = LoopLag(lag.observe)
+        self.tokens = prometheus_client.Counter(
+            "layerstream_answer_tokens",
+            "Tokens of answers, by the name of the model that was asked for, which may be an adapter's",
+            ["model"],
+            registry=registry,
+        )
         self.responses = prometheus_client.Counter(
             "layerstream_responses",
             "Responses by path and status; refusals are those of 400 and above",

@@ -15,6 +15,8 @@ class Settings:
 
     model_name: str
     """The model's name for clients."""
+    adapters: tuple[str, ...] = ()
+    """Names of the model's adapters, by which clients ask for the model with one of them."""
     api_key: str | None
     """Required for ``/v1/*``; None for no key."""
     chat_template: str | None
