@@ -181,6 +181,7 @@ def compiled_by_transformers(model: Any) -> Any:
     return model.get_compiled_call(transformers.CompileConfig())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, once
 @pytest.mark.parametrize("compile_", [compiled, compiled_layer, compiled_by_transformers])
 def test_compiled_code_is_refused_and_leaves_the_model_usable(
     compile_: Any, tmp_path: Path

@@ -142,9 +142,11 @@ class Pipeline:
                 async with self._adopting:  # an ``adopt`` under way fails by now, and releases it
                     await self._route.empty()
         finally:
-            await finish_in_thread(self._resources.close, without_thread=True)
-            if self._owns_guard:
-                self._guard.close()
+            try:
+                await finish_in_thread(self._resources.close, without_thread=True)
+            finally:  # a device that has failed may say so
+                if self._owns_guard:
+                    self._guard.close()
 
     def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.

@@ -329,11 +329,11 @@ def test_the_drop_in_reserves_memory_for_generate_and_forward(tmp_path: Path) ->
         streamed = vars(model)["_layerstream_close"].model
 
         def record(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            seen.append(streamed._engine.requests._admission.reserved_bytes)
+            seen.append(streamed.engine.requests._admission.reserved_bytes)
             return scores
 
         model.generate(IDS, **GREEDY, logits_processor=[record])
-        assert set(seen) == {streamed._engine._estimator.generation((IDS,), GREEDY).nbytes}
+        assert set(seen) == {streamed.engine._estimator.generation((IDS,), GREEDY).nbytes}
         model(IDS)
         with pytest.raises(AdmissionError, match="a forward pass over 4000 x 4000 tokens"):
             model(torch.ones((4000, 4000), dtype=torch.long))
