@@ -5,10 +5,10 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from layerstream.pipeline.entrances import with_methods
 from layerstream.pipeline.model import StreamedModel
@@ -22,11 +22,11 @@ T = TypeVar("T")
 class _LoopThread:
     """An event loop in a thread of its own, for callers that have none."""
 
+    _running: ClassVar[set["_LoopThread"]] = set()
+
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="layerstream-loop", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="layerstream-loop", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -34,6 +34,15 @@ class _LoopThread:
             raise DeviceError(
                 f"the system refuses a thread ({error}); end some processes"
             ) from error
+
+    def _run(self) -> None:
+        self._running.add(self)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        finally:
+            self._loop.close()
+            self._running.discard(self)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` on the loop and wait for it."""
@@ -44,7 +53,28 @@ class _LoopThread:
         self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+
+    def stop_after(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Let the loop and its thread end after ``work``, without waiting: for the garbage collector, in any thread."""
+
+        async def end() -> None:
+            try:
+                await work()
+                await _cancel_others()
+            finally:
+                self._loop.stop()
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(end()))
+
+        tasks: list[asyncio.Task[None]] = []  # the loop has weak references only
+        self._loop.call_soon_threadsafe(begin)
+
+    @classmethod
+    def join_all(cls) -> None:
+        """Wait for those that are ending."""
+        for each in tuple(cls._running):
+            each._thread.join()  # noqa: SLF001
 
 
 async def _cancel_others() -> None:
@@ -56,16 +86,20 @@ async def _cancel_others() -> None:
 
 
 class _Closer:
-    """Closes a model and its loop, once; at the interpreter's exit at the latest."""
+    """Closes a model and its loop, once: when it is called or dropped, and at the interpreter's exit at the latest.
+
+    To be dropped, it must not be within reach of the event loop; see ``Lifetime``.
+    """
+
+    _open: ClassVar["weakref.WeakSet[_Closer]"] = weakref.WeakSet()
 
     def __init__(self, loop_thread: _LoopThread, model: StreamedModel) -> None:
         self._loop_thread = loop_thread
         self.model = model
         self._lock = threading.Lock()
         self._process = os.getpid()
-        ref = weakref.ref(self)
-        # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
-        threading._register_atexit(lambda: (closer := ref()) and closer())  # type: ignore[attr-defined]  # noqa: SLF001
+        self._open.add(self)
+        _close_all_at_exit()
 
     def __call__(self) -> None:
         # A process that was forked from ours has no loop to wait for, and nothing to close: it ends without either.
@@ -75,6 +109,23 @@ class _Closer:
                     runner.abandon()
             self._loop_thread.run(self.model.aclose())
             self._loop_thread.stop()
+
+    def __del__(self) -> None:
+        if os.getpid() == self._process and self._lock.acquire(blocking=False):
+            self._loop_thread.stop_after(self.model.aclose)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Close all that are open, and wait for those that are being closed."""
+        for closer in tuple(cls._open):
+            closer()
+        _LoopThread.join_all()
+
+
+@functools.cache
+def _close_all_at_exit() -> None:
+    # Not atexit: by then the thread pools that closing needs are shut down. They use this hook themselves.
+    threading._register_atexit(_Closer.close_all)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class _Closable:

@@ -17,6 +17,7 @@ from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
 from layerstream.pipeline.pretrained import Pretrained
 from layerstream.pipeline.scheduling.engine import Engine
+from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Stats
 from layerstream.pipeline.scheduling.tokens import stream_tokens
 from layerstream.pipeline.starting import Runtime, start_model
@@ -148,12 +149,13 @@ class StreamedModel:
         await self._lifetime.open()
         return self
 
-    async def _open(self) -> None:
+    async def _open(self) -> SweepScheduler:
         self._resources.callback(self._guard.close)
         self._opening = opening = await open_model(self._options, self._resources, self._guard)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
         self._budget = opening.budget
         self._running = await start_model(opening, self._options, self._resources, self._guard)
+        return self._running.scheduler  # which does not refer to the module
 
     async def _close(self) -> None:
         self._guard.stop()

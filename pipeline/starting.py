@@ -26,7 +26,7 @@ from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
-from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.threads import finish_in_thread, weakly
 
 __all__ = ["Runtime", "start_model"]
 
@@ -90,7 +90,8 @@ async def start_model(
         module=module,
         device=device,
         guard=guard,
-        unpacking=assembly.unpacking_times,
+        # Not of the assembly, which has the module: the scheduler must not, see ``StreamedModel._open``.
+        unpacking=(lambda: None) if assembly.tiles is None else assembly.tiles.times,
     )
     resources.push_async_callback(stream.aclose)
     await stream.open()
@@ -115,7 +116,7 @@ async def start_model(
         cache_on_host=plan.kv_cache_on_host,
         adapters=assembly.adapters,
     )
-    reads.wait = engine.passes.wait
+    reads.wait = weakly(engine.passes.wait)  # tables have the reads: see ``Engine.count_edits``
     if stream.pipeline.experts is not None:
         stream_experts(
             module,

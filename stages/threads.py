@@ -3,16 +3,17 @@
 import asyncio
 import functools
 import os
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError, DeviceError
 from layerstream.stages.process.thread_pool import ThreadPool
 from layerstream.stages.readers.guard import ReadGuard
 
-__all__ = ["Lifetime", "Threads", "finish_in_thread", "refuse_fork", "wait_all"]
+__all__ = ["Lifetime", "Threads", "finish_in_thread", "refuse_fork", "wait_all", "weakly"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,15 +138,28 @@ async def finish_in_thread(
         threads.close()
 
 
+def weakly(method: Callable[P, T]) -> Callable[P, T | None]:
+    """``method``, without keeping its object; does nothing once that is gone."""
+    ref = weakref.WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return None if (bound := ref()) is None else bound(*args, **kwargs)
+
+    return call
+
+
 class Lifetime:
     """The task in which something is opened, stays open and is closed: each once, whatever tasks ask for it and are cancelled.
 
-    Closing what is being opened ends the opening. If the event loop ends first, and cancels the task, that closes too.
+    Closing what is being opened ends the opening. If the event loop ends first, and cancels the task, that closes too; and
+    so does the garbage collector, if nothing refers to this object any more: while it is open, its task does not.
 
     Args:
         what: Whose lifetime, for messages.
         again: What to do instead of opening it a second time, for messages.
-        opens: Opens it. Cancelled by an early close; what it has opened by then, ``closes`` must close.
+        opens: Opens it, and returns what the task keeps meanwhile, since asyncio refers to tasks weakly. From that, nothing
+            must lead to this object if dropping it is to close it. Cancelled by an early close; what it has opened by
+            then, ``closes`` must close.
         closes: Closes it, whether opening it has succeeded or not.
 
     Attributes:
@@ -160,7 +174,7 @@ class Lifetime:
         what: str,
         *,
         again: str,
-        opens: Callable[[], Coroutine[Any, Any, None]],
+        opens: Callable[[], Coroutine[Any, Any, object]],
         closes: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._what = what
@@ -169,6 +183,9 @@ class Lifetime:
         self._closes = closes
         self._task: asyncio.Task[None] | None = None
         self._running = False  # the task has begun
+        self._process = os.getpid()
+        # Has this when the task is to close it. The garbage collector clears weak references before it calls __del__.
+        self._closing: list[Lifetime] = []
         self._error: BaseException | None = None  # for the first who waits
         self.closed = False
 
@@ -199,21 +216,31 @@ class Lifetime:
                 del error  # it refers to this frame, which would refer to it
 
     def _start(self) -> asyncio.Task[None]:
-        self._opened = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._opened = opened = self._loop.create_future()
         task = asyncio.create_task(self._live(), name=f"layerstream-{self._what}")
         self._alive.add(task)
-        task.add_done_callback(self._ended)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            Lifetime._alive.discard(task)
+            if not opened.done():
+                opened.set_result(None)
+
+        task.add_done_callback(ended)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._alive.discard(task)
-        if not self._opened.done():
-            self._opened.set_result(None)
+    def __del__(self) -> None:
+        if self.closed or self._task is None or os.getpid() != self._process:
+            return
+        self._closing.append(self)
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
         if not self.closed:
             self.closed = True
             if self._task is not None and self._running:
+                self._closing.append(self)
                 self._task.cancel()
 
     def _take_error(self) -> BaseException | None:
@@ -222,24 +249,36 @@ class Lifetime:
 
     async def _live(self) -> None:
         self._running = True
+        lifetime: Lifetime | None = self
         try:
-            if not self.closed:
-                await self._opens()
+            kept = None if self.closed else await self._opens()
             if not self.closed:
                 self._opened.set_result(None)
-                await asyncio.get_running_loop().create_future()  # until this task is cancelled
+                ref, closing = weakref.ref(self), self._closing
+                del self, lifetime
+                try:
+                    await asyncio.get_running_loop().create_future()  # until this task is cancelled
+                finally:
+                    del kept
+                    lifetime = ref() or next(iter(closing), None)
         except asyncio.CancelledError:
             pass
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
             self._error = error
         finally:
-            self.closed = True
-            try:
-                await self._closes()
-            except asyncio.CancelledError:  # by an event loop that ends
-                pass
-            except Exception as error:  # noqa: BLE001 - whoever waits gets it
-                self._error = self._error or error
+            if lifetime is not None:
+                await lifetime._finish()  # noqa: SLF001 - of this class
+
+    async def _finish(self) -> None:
+        self.closed = True
+        try:
+            await self._closes()
+        except asyncio.CancelledError:  # by an event loop that ends
+            pass
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            self._error = self._error or error
+        finally:
+            self._closing.clear()
 
 
 async def _all_done(

@@ -39,7 +39,6 @@ from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
-from layerstream.stages.telemetry.spans import StageTimings
 
 __all__ = ["Assembly", "move_buffers"]
 
@@ -205,10 +204,6 @@ class Assembly:
             threads=torch.get_num_threads(),
             once_bytes=once_bytes,
         )
-
-    def unpacking_times(self) -> StageTimings | None:
-        """The time that unpacking takes; None without packed weights, or before they are bound."""
-        return None if self.tiles is None else self.tiles.times()
 
     @property
     def packed_experts(self) -> dict[str, tuple[PackedParameter, ...]]:

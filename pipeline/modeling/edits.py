@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,15 @@ from torch import nn
 from layerstream.stages.errors import ModelError, PlanError
 from layerstream.stages.text import format_bytes
 
-__all__ = ["Edits", "LoadedWeight", "Streams", "guard_conversions", "refuse_replaced", "streams"]
+__all__ = [
+    "Edits",
+    "LoadedWeight",
+    "Streams",
+    "guard_conversions",
+    "refuse_copy",
+    "refuse_replaced",
+    "streams",
+]
 
 Place = tuple[dict[str, Any], str]
 """A module's table of parameters, which all clones share, and the name there."""
@@ -46,14 +54,19 @@ class Streams:
 
     def __deepcopy__(self, _: Any) -> Any:
         """Refuse, also for the module that it is in."""
-        self.__reduce_ex__(0)
+        refuse_copy()
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Refuse, also for the module that it is in."""
-        raise ModelError(
-            "a weight that streams cannot be copied or pickled, nor can the module that it is in: it stays in its file; "
-            "copy what transformers' from_pretrained loads instead"
-        )
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """Refuse to copy or pickle a weight that streams, a module that it is in, or the state of one."""
+    raise ModelError(
+        "a weight that streams cannot be copied or pickled, nor can the module that it is in: it stays in its file; "
+        "copy what transformers' from_pretrained loads instead"
+    )
 
 
 def streams(parameter: Any) -> bool:

@@ -116,10 +116,7 @@ class GatheredTable(Streams, torch.nn.Parameter):
 
         return func(*pytree.tree_map(read_whole, args), **pytree.tree_map(read_whole, kwargs or {}))
 
-    # The next three would give access to the table's memory, which does not exist.
-
-    def __reduce_ex__(self, _: Any) -> Any:
-        raise _refusal("pickle or copy")
+    # The next two would give access to the table's memory, which does not exist.
 
     def __dlpack__(self, **_: Any) -> Any:
         raise _refusal("dlpack")

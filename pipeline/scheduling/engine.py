@@ -29,7 +29,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.process.libraries import LibraryMemory
 from layerstream.stages.readers.guard import ReadGuard
-from layerstream.stages.threads import Threads, wait_all
+from layerstream.stages.threads import Threads, wait_all, weakly
 
 __all__ = ["Engine"]
 
@@ -240,7 +240,11 @@ class Engine:
         """Let weights that the user replaces take memory of requests."""
         self._edits = edits
         edits.available_bytes = self._memory.nbytes
-        edits.on_change = lambda: self._scheduler.call_on_loop(lambda: self.resize(self._memory))
+        # The event loop has the edits, and would keep the model of a user who has dropped it.
+        edits.on_change = weakly(self._edited)
+
+    def _edited(self) -> None:
+        self._scheduler.call_on_loop(lambda: self.resize(self._memory))
 
     # -- a new request ---------------------------------------------------------------------------
 

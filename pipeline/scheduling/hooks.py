@@ -1,11 +1,12 @@
 """Hooks on the modules of a streamed model: where a pass begins and ends, and which layer batch it needs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from layerstream.pipeline.modeling.edits import refuse_copy
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.stages.errors import ModelError
 
@@ -45,26 +46,62 @@ vars(_refuse_compiled)["_torchdynamo_disable"] = True
 def _hook(
     passes: ThreadPasses, module: nn.Module, path: str, index: int | None, *, exits: bool
 ) -> None:
-    kind = type(module).__name__
+    before = _Before(passes, type(module).__name__, path, index)
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(_After(passes, exits=exits), always_call=True)
 
-    def before(module: nn.Module, inputs: Any, named: Any) -> Any:
+
+class _Hook:
+    """An object, not a function: pickling it with its module ends in a sentence."""
+
+    def __deepcopy__(self, _: Any) -> Self:
+        """As of a function: a module whose weights are all the user's may be copied."""
+        return self
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse, also for the module that it is on."""
+        refuse_copy()
+
+
+class _Before(_Hook):
+    """Before the call of a module.
+
+    Args:
+        passes: The pass runners of the threads that call modules.
+        kind: The name of the module's class.
+        path: Where it is.
+        index: The index of the layer batch that it needs, if any.
+    """
+
+    def __init__(self, passes: ThreadPasses, kind: str, path: str, index: int | None) -> None:
+        self._passes = passes
+        self._kind = kind
+        self._path = path
+        self._index = index
+
+    def __call__(self, module: nn.Module, inputs: Any, named: Any) -> Any:
         if torch.compiler.is_compiling():
-            _refuse_compiled(kind)
-        runner = passes.runner()
-        replaced = runner.enter(module, path, inputs, named)
-        if index is not None:
-            runner.hold(index)
+            _refuse_compiled(self._kind)
+        runner = self._passes.runner()
+        replaced = runner.enter(module, self._path, inputs, named)
+        if self._index is not None:
+            runner.hold(self._index)
         return None if replaced is named else (inputs, replaced)
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+
+class _After(_Hook):
+    """After the call of a module. ``exits``: What it returns leaves the modules of its layer batch."""
+
+    def __init__(self, passes: ThreadPasses, *, exits: bool) -> None:
+        self._passes = passes
+        self._exits = exits
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         # With always_call, this is called after an exception too, without an output; even after one that kept the
         # thread from getting a pass runner.
-        runner = passes.current()
+        runner = self._passes.current()
         if runner is None:
             return None
-        copied = runner.copy_weights_in(output) if exits and output is not None else None
+        copied = runner.copy_weights_in(output) if self._exits and output is not None else None
         runner.leave(completed=output is not None)
         return copied
-
-    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    module.register_forward_hook(after, always_call=True)

@@ -109,6 +109,10 @@ class ThreadPasses:
             runner.root = self._root
         return runner
 
+    def pass_ended(self) -> None:
+        """The calling thread, without a request, has no pass any more: a thread that lives on must not keep the tree."""
+        vars(self._local).pop("runner", None)
+
     def refuse_on_loop(self) -> None:
         """Raise a ModelError in the thread of the event loop, which would wait for itself; a ClosedError in a fork."""
         refuse_fork(self._process)
@@ -133,11 +137,15 @@ class ThreadTurn:
         self, runner: PassRunner, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Wait until a pass of ``runner`` may begin; returns the keyword arguments to make it with."""
-        replaced, end = self._passes.begin_pass(runner, entry, inputs, named)
         try:
-            self._passes.turn.acquire()
-        except BaseException:  # an interrupt
-            end("cancelled")
+            replaced, end = self._passes.begin_pass(runner, entry, inputs, named)
+            try:
+                self._passes.turn.acquire()
+            except BaseException:  # an interrupt
+                end("cancelled")
+                raise
+        except BaseException:
+            self._passes.pass_ended()
             raise
         self._end = end
         return replaced
@@ -145,6 +153,7 @@ class ThreadTurn:
     def leave(self, outcome: Outcome) -> None:
         """End the pass, and let the next thread begin."""
         end, self._end = self._end, None
+        self._passes.pass_ended()
         if end is not None:
             self._passes.turn.release()
             end(outcome)

@@ -101,7 +101,7 @@ class Pipeline:
         """
         await self._lifetime.open()
 
-    async def _open(self) -> None:
+    async def _open(self) -> "Pipeline":
         self._loop = asyncio.get_running_loop()
         reader = self._reader
         if reader is None:
@@ -121,6 +121,7 @@ class Pipeline:
         self._opened_at = time.perf_counter()
         if logger.isEnabledFor(logging.INFO):
             logger.info("streaming %s\n%s", self.plan.checkpoint, self.plan.describe())
+        return self
 
     async def aclose(self) -> None:
         """Stop the stages and free everything, after the calls that cannot be stopped have returned.

@@ -161,7 +161,6 @@ REFUSED: dict[str, Callable[[GatheredTable], Any]] = {
     "cast": lambda table: table.float(),
     "move": lambda table: table.to("meta"),
     "clone": lambda table: table.clone(),
-    "pickle": pickle.dumps,
     "dlpack": torch.from_dlpack,
     "share": GatheredTable.share_memory_,
     "renormalise": lambda table: torch.nn.functional.embedding(
@@ -178,6 +177,11 @@ def test_any_other_use_of_a_large_table_raises(
     monkeypatch.setattr(gathered_table, "SMALL_WEIGHT_BYTES", 0)
     with pytest.raises(ModelError, match=r"takes the whole table.*let the table stream"):
         use(gathered(source))
+
+
+def test_a_table_is_not_pickled(source: TableSource) -> None:
+    with pytest.raises(ModelError, match="that streams cannot be copied or pickled"):
+        pickle.dumps(gathered(source))
 
 
 def test_a_small_table_may_be_read_whole_but_not_written(
