@@ -13,7 +13,15 @@ from layerstream.stages.errors import ClosedError, DeviceError
 from layerstream.stages.process.thread_pool import ThreadPool
 from layerstream.stages.readers.guard import ReadGuard
 
-__all__ = ["Lifetime", "Threads", "finish_in_thread", "refuse_fork", "wait_all", "weakly"]
+__all__ = [
+    "Lifetime",
+    "Threads",
+    "finish_in_thread",
+    "refuse_fork",
+    "thread_refused",
+    "wait_all",
+    "weakly",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +38,13 @@ def refuse_fork(owner: int) -> None:
             f"the model was opened in process {owner}, and this one was forked from it, without the threads that stream; "
             "open a model in each process, or start workers with multiprocessing's 'spawn'"
         )
+
+
+def thread_refused(error: RuntimeError) -> DeviceError:
+    """What to raise where the system starts no more threads."""
+    return DeviceError(
+        f"the system refuses a thread ({error}); raise the limit on processes (ulimit -u, pids.max), or end some"
+    )
 
 
 class Threads:
@@ -50,9 +65,7 @@ class Threads:
         try:
             self._pool = ThreadPool(count, f"layerstream-{name}")
         except RuntimeError as error:
-            raise DeviceError(
-                f"the system refuses a thread ({error}); raise the limit on processes (ulimit -u, pids.max), or end some"
-            ) from error
+            raise thread_refused(error) from error
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue ``call`` and return at once."""

@@ -8,7 +8,7 @@ the expert store. Results equal those of the whole parameters bit for bit.
 import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, closing
 from types import MappingProxyType
 from typing import Any
 
@@ -93,22 +93,15 @@ class _Access:
 
     def leases(self, groups: Sequence[ExpertGroup]) -> Generator[Lease]:
         """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
-        with ExitStack() as held:  # all of them; releasing one again does nothing
-
-            def hold(group: ExpertGroup, wait_for: WaitFor | None = None) -> Lease | None:
-                if (lease := self.store.take(group, wait_for=wait_for)) is not None:
-                    held.callback(lease.release)
-                return lease
-
-            upcoming: Lease | None = None
-            for group, later in zip(groups, [*groups[1:], None], strict=True):
-                current = upcoming or hold(group)
-                if current is None:
+        leases = [self.store.lease(group) for group in groups]
+        try:
+            for current, upcoming in zip(leases, [*leases[1:], None], strict=True):
+                if not self.store.take(current, wait_for=None):
                     with self._waiting() as wait_for:  # which raises if the request is cancelled
-                        current = hold(group, wait_for)
-                assert current is not None  # noqa: S101
+                        self.store.take(current, wait_for=wait_for)
                 # Not waited for: two passes that hold cells and wait for the other's would wait for ever.
-                upcoming = hold(later) if later is not None else None
+                if upcoming is not None:
+                    self.store.take(upcoming, wait_for=None)
                 if current.ready:
                     current.wait()
                 else:
@@ -116,6 +109,9 @@ class _Access:
                         current.wait(wait_for)
                 yield current
                 current.release()
+        finally:
+            for each in leases:  # releasing one again does nothing
+                each.release()
 
 
 class _OnDemand:

@@ -52,37 +52,47 @@ def cells_bytes(sources: Sequence[ExpertSource], cells: ExpertCells) -> int:
 def filled_cells(
     sources: Sequence[ExpertSource], cells: ExpertCells, *, free_bytes: int
 ) -> ExpertCells:
-    """``cells`` and as many more as fit into ``free_bytes``: first for what is passing, which prompts are faster with.
+    """``cells`` and as many more as fit into ``free_bytes``, the same number of each layer, for all are as likely to be needed.
 
-    Then as many of each layer, for all are as likely to be needed. More memory never means fewer of anything.
+    First the experts of one token, since otherwise every token reads them; then what prompts are faster with, which pass
+    through; then all others. More memory never means fewer of anything.
     """
     whole = ExpertCells(own=tuple(source.experts for source in sources))
     if cells_bytes(sources, whole) <= cells_bytes(sources, cells) + free_bytes:
         return whole
+    of_token = [min(source.per_token, source.experts) for source in sources]
+    own, free_bytes = _grown(sources, cells.own, most=of_token, free_bytes=free_bytes)
     each_size = sum({source.cell_bytes for source in sources})
     more = min(_SHARED_CELLS - cells.shared, free_bytes // each_size)
     free_bytes -= more * each_size
-    cells = ExpertCells(own=cells.own, shared=cells.shared + more)
-    if cells.shared < _SHARED_CELLS:
-        return cells
-    own = list(cells.own)
-    growing = [i for i, source in enumerate(sources) if own[i] < source.experts]
+    shared = cells.shared + more
+    if shared == _SHARED_CELLS:
+        own, _ = _grown(sources, own, most=whole.own, free_bytes=free_bytes)
+    return ExpertCells(own=own, shared=shared)
+
+
+def _grown(
+    sources: Sequence[ExpertSource], own: Sequence[int], *, most: Sequence[int], free_bytes: int
+) -> tuple[tuple[int, ...], int]:
+    """``own`` cells with as many more for each layer, up to ``most``, and what is left of ``free_bytes``: 0 if not all fit."""
+    grown = list(own)
+    growing = [i for i in range(len(grown)) if grown[i] < most[i]]
     while growing:
         step = sum(sources[i].cell_bytes for i in growing)
-        most = min(sources[i].experts - own[i] for i in growing)
-        added = min(most, free_bytes // step)
+        wanted = min(most[i] - grown[i] for i in growing)
+        added = min(wanted, free_bytes // step)
         for i in growing:
-            own[i] += added
+            grown[i] += added
         free_bytes -= added * step
-        growing = [i for i in growing if own[i] < sources[i].experts]
-        if added < most:
+        if added < wanted:
             break
+        growing = [i for i in growing if grown[i] < most[i]]
     for i in growing:  # the rest: one more for the first layers
+        if free_bytes < sources[i].cell_bytes:
+            break  # no smaller one instead: more memory shall never mean fewer cells
         free_bytes -= sources[i].cell_bytes
-        if free_bytes < 0:  # no smaller one instead: more memory shall never mean fewer cells
-            break
-        own[i] += 1
-    return ExpertCells(own=tuple(own), shared=cells.shared)
+        grown[i] += 1
+    return tuple(grown), 0 if growing else free_bytes
 
 
 def cells_by_use(

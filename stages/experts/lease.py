@@ -31,21 +31,19 @@ class Lease:
     Args:
         group: What is in them, or on its way.
         region: Where they are.
-        cells: In the order of the group's experts.
         on_wait: Gets the seconds that the pass has waited for bytes.
-        on_release: Gets the region and the cells that are given back.
+        on_release: Gets the lease whose cells are to be given back.
     """
 
     def __init__(
         self,
         group: ExpertGroup,
         region: CellRegion,
-        cells: Sequence[Cell],
         *,
         on_wait: Callable[[float], None],
-        on_release: Callable[[CellRegion, Sequence[Cell]], None],
+        on_release: Callable[["Lease"], None],
     ) -> None:
-        self._cells = list(cells)
+        self._cells: list[Cell] = []
         self._on_wait = on_wait
         self._on_release = on_release
         self.group = group
@@ -53,8 +51,17 @@ class Lease:
 
     @property
     def cells(self) -> list[int]:
-        """The numbers of the cells in the region, in the order of the group's experts."""
+        """The numbers of the cells in the region, in the order of the group's experts; none before they are taken."""
         return [cell.number for cell in self._cells]
+
+    def hold(self, cells: Sequence[Cell]) -> None:
+        """For the store: these are the pass's, in the order of the group's experts."""
+        self._cells = list(cells)
+
+    def give_up(self) -> list[Cell]:
+        """For the store: the cells, which are the pass's no more."""
+        cells, self._cells = self._cells, []
+        return cells
 
     @property
     def ready(self) -> bool:
@@ -80,5 +87,4 @@ class Lease:
 
     def release(self) -> None:
         """Give the cells back; the work that reads them is done. May be called again."""
-        cells, self._cells = self._cells, []
-        self._on_release(self.region, cells)
+        self._on_release(self)

@@ -4,21 +4,19 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-
-import numpy as np
+from functools import partial
 
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
 from layerstream.stages.experts.eviction import ExpertKey
-from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
+from layerstream.stages.experts.expert_reads import ExpertReads
+from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
 from layerstream.stages.experts.regions import CellRegions
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, ExpertUsage, UsageCounter
-from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.experts.whole_calls import WholeCalls
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.telemetry.spans import ExpertCounts
-from layerstream.stages.threads import Threads
 
 __all__ = ["ExpertStore"]
 
@@ -54,13 +52,12 @@ class ExpertStore:
         request_bytes: int,
     ) -> None:
         self.sets = tuple(sets)
-        self._reader = reader
         self._file_bytes = tuple(file_bytes)
         self._request_bytes = request_bytes
         self._lock = threading.Lock()
         self._waiting: list[Future[None]] = []  # for cells
         self._closed = False
-        self._wanted = self._hits = self._read_bytes = 0
+        self._wanted = self._hits = 0
         self._wait_seconds = 0.0
         # Half of what is passing is computed with while the other half is read.
         self._group_size = max(passing_cells // 2, 1)
@@ -69,9 +66,10 @@ class ExpertStore:
         self._resources = ExitStack()
         self._cells = CellRegions(self.sets, passing_cells)
         self._resources.callback(self._cells.close)
-        self._staging = threading.local()
-        self._threads = Threads("experts", threads)
-        self._resources.callback(self._threads.close)
+        self._reads = ExpertReads(reader, threads=threads, request_bytes=request_bytes)
+        self._resources.callback(self._reads.close)
+        self._whole = WholeCalls()
+        self._resources.callback(self._whole.close)
 
     def groups(
         self, set_index: int, experts: Sequence[int], *, in_order: bool = False
@@ -123,45 +121,55 @@ class ExpertStore:
         each = zip(self.sets, usages, strict=True)
         return {experts.module: usage for experts, usage in each if usage is not None}
 
-    def take(
-        self, group: ExpertGroup, *, wait_for: WaitFor | None = Future.exception
-    ) -> Lease | None:
-        """Hold cells for ``group``, and begin to read what is not there.
-
-        Args:
-            group: At most as many experts as its region has cells.
-            wait_for: How to wait until the cells can be had, which takes no longer than others compute with theirs: for who
-                holds none. If this is None, so is the result where they cannot be had at once.
+    def lease(self, group: ExpertGroup) -> Lease:
+        """A lease for ``group`` that holds no cells before ``take``: whoever sees to its release first cannot lose any.
 
         Raises:
             ClosedError: The store was closed.
         """
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise ClosedError(_CLOSED)
-                region, keys = self._region(group)
-                if (taken := region.take(keys, passing=group.passing)) is not None:
-                    cells = self._taken(group, region, *taken)
-                    break
-                changed: Future[None] = Future()
-                if wait_for is not None:
-                    self._waiting.append(changed)
-            if wait_for is None:
-                return None
-            wait_for(changed)
-        return Lease(group, region, cells, on_wait=self._count_wait, on_release=self._give_back)
+        with self._lock:
+            if self._closed:
+                raise ClosedError(_CLOSED)
+            region = self._cells.of_set[group.set_index]
+        return Lease(group, region, on_wait=self._count_wait, on_release=self._give_back)
 
-    def _taken(
-        self, group: ExpertGroup, region: CellRegion, cells: Sequence[Cell], new: Sequence[Cell]
-    ) -> Sequence[Cell]:
-        """Count and load ``cells``, which a pass has got. The lock is held."""
-        self._load_new(group, region, cells, new)
-        self._wanted += len(cells)
-        self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
-        for cell in cells:
-            cell.read_ahead = False
-        return cells
+    def take(self, lease: Lease, *, wait_for: WaitFor | None = Future.exception) -> bool:
+        """Hold cells for the group of ``lease``, and begin to read what is not there; nothing if it holds them.
+
+        Args:
+            lease: Of at most as many experts as its region has cells.
+            wait_for: How to wait until the cells can be had, which takes no longer than others compute with theirs: for who
+                holds none. If this is None and they cannot be had at once, the result is False.
+
+        Raises:
+            ClosedError: The store was closed.
+        """
+        while (changed := self._whole.make(partial(self._take_now, lease))) is not None:
+            if wait_for is None:
+                return False
+            wait_for(changed)
+        return True
+
+    def _take_now(self, lease: Lease) -> Future[None] | None:
+        """Hold cells and begin to read, or when to try again."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError(_CLOSED)
+            if lease.cells:
+                return None
+            taken = lease.region.take(_keys(lease.group), passing=lease.group.passing)
+            if taken is None:
+                changed: Future[None] = Future()
+                self._waiting.append(changed)
+                return changed
+            cells, new = taken
+            lease.hold(cells)
+            self._load_new(lease.group, lease.region, cells, new)
+            self._wanted += len(cells)
+            self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
+            for cell in cells:
+                cell.read_ahead = False
+            return None
 
     def _notify(self) -> None:
         """Let those who wait for cells try again. The lock is held."""
@@ -188,8 +196,13 @@ class ExpertStore:
         experts = self.sets[set_index]
         if experts.distinct(tokens) < _CERTAIN * experts.experts:
             return
-        region, size = self._cells.of_set[set_index], self._group_size
+        self._whole.make(partial(self._read_ahead_now, set_index, experts))
+
+    def _read_ahead_now(self, set_index: int, experts: ExpertSet) -> None:
         with self._lock:
+            if self._closed:
+                return
+            region, size = self._cells.of_set[set_index], self._group_size
             passing = not region.free_count
             missing = [
                 expert
@@ -197,8 +210,7 @@ class ExpertStore:
                 if ExpertKey(set_index, expert) not in region
             ][: size if passing else min(region.free_count, size)]
             group = ExpertGroup(set_index=set_index, experts=tuple(missing), passing=passing)
-            region, keys = self._region(group)
-            taken = None if self._closed or not keys else region.take(keys, passing=passing)
+            taken = region.take(_keys(group), passing=passing) if missing else None
             if taken is not None:
                 cells, new = taken
                 self._load_new(group, region, cells, new)
@@ -207,11 +219,14 @@ class ExpertStore:
                 for cell in cells:
                     region.release(cell)
 
-    def _give_back(self, region: CellRegion, cells: Sequence[Cell]) -> None:
+    def _give_back(self, lease: Lease) -> None:
         """For ``Lease``."""
+        self._whole.make(partial(self._give_back_now, lease))
+
+    def _give_back_now(self, lease: Lease) -> None:
         with self._lock:
-            for cell in cells:
-                region.release(cell)
+            for cell in lease.give_up():
+                lease.region.release(cell)
             self._notify()
 
     def _count_wait(self, seconds: float) -> None:
@@ -225,13 +240,9 @@ class ExpertStore:
             return ExpertCounts(
                 wanted=self._wanted,
                 hits=self._hits,
-                read_bytes=self._read_bytes,
+                read_bytes=self._reads.nbytes,
                 wait_seconds=self._wait_seconds,
             )
-
-    def _region(self, group: ExpertGroup) -> tuple[CellRegion, list[ExpertKey]]:
-        keys = [ExpertKey(group.set_index, expert) for expert in group.experts]
-        return self._cells.of_set[group.set_index], keys
 
     def _load(self, region: CellRegion, cell: Cell, experts: ExpertSet, expert: int) -> None:
         """Queue the reads of ``expert`` into ``cell``. The lock is held."""
@@ -258,43 +269,19 @@ class ExpertStore:
                 self._notify()
 
         for each in reads:
-            self._threads.submit(self._read, each, cell, experts, expert).add_done_callback(done)
-
-    def _read(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> None:
-        staging = self._staging_buffer()
-        padded = -(-read.extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
-        try:
-            self._reader.read(read.extent, memoryview(staging.data)[:padded])
-        except Exception as error:
-            error.add_note(f"layerstream: reading expert {expert} of {experts.module}")
-            raise
-        # numpy copies in this thread alone; torch would make a team of threads for each of ours.
-        into = cell.tensor.numpy()
-        for offset, cell_offset, nbytes in read.copies:
-            np.copyto(into[cell_offset : cell_offset + nbytes], staging[offset : offset + nbytes])
-        with self._lock:
-            self._read_bytes += read.extent.nbytes
-
-    def _staging_buffer(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-        """This thread's own buffer for one request: direct reads want aligned memory, tensors their own alignment."""
-        known: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = getattr(
-            self._staging, "buffer", None
-        )
-        if known is None:
-            memory = HostMemory(self._request_bytes)
-            with self._lock:
-                self._resources.callback(memory.close)
-            known = self._staging.buffer = memory.tensor.numpy()
-        return known
+            self._reads.begin(each, cell, experts, expert).add_done_callback(done)
 
     def abandon(self, error: Callable[[], BaseException]) -> bool:
         """Fail the reads in progress, and wait for none of them any more; whether there are any. See ``Threads``."""
-        return self._threads.abandon(error)
+        return self._reads.abandon(error)
 
     def close(self) -> None:
         """Fail who waits, wait for reads that have begun and were not abandoned, free the memory."""
         with self._lock:
             self._closed = True
             self._notify()
-        self._threads.close()
         self._resources.close()
+
+
+def _keys(group: ExpertGroup) -> list[ExpertKey]:
+    return [ExpertKey(group.set_index, expert) for expert in group.experts]

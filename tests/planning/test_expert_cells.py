@@ -66,8 +66,12 @@ def test_cells_take_what_is_free_and_never_more(drawn: list[ExpertSource], free:
             assert ends[-1] <= experts.cell_bytes
             starts = [view.offset for view in experts.tensors[1:]]
             assert all(end <= start for end, start in zip(ends, starts, strict=False))
+        of_token = [min(source.per_token, source.experts) for source in drawn]
+        if cells.shared > fewest.shared:  # a prompt's experts pass through what a token leaves
+            assert all(own >= most for own, most in zip(cells.own, of_token, strict=True))
     for less, more in pairwise(filled):
         assert all(a <= b for a, b in zip(less.own, more.own, strict=True))
+        assert less.shared <= more.shared or not more.shared
 
 
 def test_no_experts_take_no_cells() -> None:

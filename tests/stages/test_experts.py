@@ -43,8 +43,8 @@ def group(*experts: int, layer: int = 0, passing: bool = False) -> ExpertGroup:
 
 
 def take(store: ExpertStore, *experts: int, layer: int = 0, passing: bool = False) -> Lease:
-    lease = store.take(group(*experts, layer=layer, passing=passing), wait_for=None)
-    assert lease is not None
+    lease = store.lease(group(*experts, layer=layer, passing=passing))
+    assert store.take(lease, wait_for=None)
     return lease
 
 
@@ -95,7 +95,7 @@ def test_a_held_cell_never_makes_way(experts: RandomExperts) -> None:
     with experts.store(cells=3, shared=0) as store:
         held = take(store, 0, 1)
         held.wait()
-        assert store.take(group(2, 3, 4, 5, 0, layer=1), wait_for=None) is None
+        assert not store.take(store.lease(group(2, 3, 4, 5, 0, layer=1)), wait_for=None)
         for expert in (2, 3, 4, 5):
             experts.fetch(store, 0, [expert])
             experts.fetch(store, 1, [expert])
@@ -240,7 +240,7 @@ def test_a_cell_is_not_used_again_while_a_read_still_writes_into_it(
         reader.before = lambda at: gate() if (at.file, at.offset) == slow else None
         take(store, 0).release()  # its pass was cancelled
         assert gate.reached.wait(SECONDS)
-        assert store.take(group(1), wait_for=None) is None
+        assert not store.take(store.lease(group(1)), wait_for=None)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(one_layer.fetch, store, 0, [1])
             gate.open()
@@ -276,7 +276,7 @@ def test_closing_fails_whoever_waits(one_layer: RandomExperts) -> None:
         reader.before = lambda _: gate()
         lease = take(store, 0)
         with ThreadPoolExecutor(3) as pool:
-            for_cells = pool.submit(store.take, group(1))
+            for_cells = pool.submit(store.take, store.lease(group(1)))
             for_bytes = pool.submit(lease.wait)
             assert gate.reached.wait(SECONDS)
             closing = pool.submit(store.close)
@@ -287,7 +287,7 @@ def test_closing_fails_whoever_waits(one_layer: RandomExperts) -> None:
                 for_bytes.result(SECONDS)
             closing.result(SECONDS)
         lease.release()
-        for call in (lambda: store.take(group(0)), lambda: store.groups(0, [0])):
+        for call in (lambda: store.lease(group(0)), lambda: store.groups(0, [0])):
             with pytest.raises(ClosedError):
                 call()
         assert store.counts().wanted == 1
@@ -304,9 +304,9 @@ def test_many_threads_that_take_fail_and_give_up(experts: RandomExperts) -> None
         for _ in range(40):
             layer, wanted = draw.randrange(2), sorted(draw.sample(range(6), draw.randint(1, 5)))
             for each in store.groups(layer, wanted):
-                lease = store.take(each)
-                assert lease is not None
+                lease = store.lease(each)
                 try:
+                    assert store.take(lease)
                     if draw.random() < 0.2:
                         break
                     lease.wait()

@@ -20,7 +20,7 @@ from support.streaming import SMALL, open_streaming
 from layerstream.pipeline import CheckpointError, ClosedError, Pipeline, ReadError, StreamedModel
 from layerstream.pipeline.checkpoint import checkpoint as checkpoint_module
 from layerstream.pipeline.modeling.gathered_table import TableSource
-from layerstream.stages.experts.store import ExpertStore
+from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
 
@@ -33,7 +33,7 @@ SAYS = r"safetensors: a read at offset \d+ has not returned for .* is not waited
 def hanging(monkeypatch, kind, gate):
     """From here on, reads of one kind hang until ``gate`` is opened."""
     preadv, populate = os.preadv, MmapReader._populate
-    rows, experts = TableSource._read, ExpertStore._read
+    rows, experts = TableSource._read, ExpertReads._read
     where = threading.local()
 
     def within(call, value):
@@ -52,7 +52,7 @@ def hanging(monkeypatch, kind, gate):
         return preadv(*given)
 
     monkeypatch.setattr(TableSource, "_read", within(rows, "rows"))
-    monkeypatch.setattr(ExpertStore, "_read", within(experts, "experts"))
+    monkeypatch.setattr(ExpertReads, "_read", within(experts, "experts"))
     monkeypatch.setattr(os, "preadv", hang)
     if kind == "mapped":
         monkeypatch.setattr(MmapReader, "_populate", lambda *given: gate() or populate(*given))

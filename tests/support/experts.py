@@ -127,8 +127,8 @@ class RandomExperts:
         """Take ``experts`` group by group, check their bytes, and give them back; for each group, if it was streamed."""
         groups = store.groups(layer, experts)
         for group in groups:
-            lease = store.take(group)
-            assert lease is not None
+            lease = store.lease(group)
+            assert store.take(lease)
             lease.wait()
             self.check(lease)
             lease.release()

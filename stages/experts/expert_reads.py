@@ -1,0 +1,82 @@
+"""Reads of experts into cells, several at a time."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+
+import numpy as np
+
+from layerstream.stages.experts.cells import Cell
+from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
+from layerstream.stages.memory import HostMemory
+from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.threads import Threads
+
+__all__ = ["ExpertReads"]
+
+
+class ExpertReads:
+    """Threads that read experts, each by way of a buffer of its own.
+
+    Args:
+        reader: The files.
+        threads: How many requests are in flight.
+        request_bytes: The size of the largest one.
+    """
+
+    def __init__(self, reader: Reader, *, threads: int, request_bytes: int) -> None:
+        self._reader = reader
+        self._request_bytes = request_bytes
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._staging = threading.local()
+        self._buffers = ExitStack()
+        self._threads = Threads("experts", threads)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes have been read so far."""
+        with self._lock:
+            return self._bytes
+
+    def begin(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> Future[None]:
+        """Queue ``read``, a part of ``expert``, into ``cell``."""
+        return self._threads.submit(self._read, read, cell, experts, expert)
+
+    def _read(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> None:
+        staging = self._staging_buffer()
+        padded = -(-read.extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        try:
+            self._reader.read(read.extent, memoryview(staging.data)[:padded])
+        except Exception as error:
+            error.add_note(f"layerstream: reading expert {expert} of {experts.module}")
+            raise
+        # numpy copies in this thread alone; torch would make a team of threads for each of ours.
+        into = cell.tensor.numpy()
+        for offset, cell_offset, nbytes in read.copies:
+            np.copyto(into[cell_offset : cell_offset + nbytes], staging[offset : offset + nbytes])
+        with self._lock:
+            self._bytes += read.extent.nbytes
+
+    def _staging_buffer(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """This thread's own buffer for one request: direct reads want aligned memory, tensors their own alignment."""
+        known: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = getattr(
+            self._staging, "buffer", None
+        )
+        if known is None:
+            memory = HostMemory(self._request_bytes)
+            with self._lock:
+                self._buffers.callback(memory.close)
+            known = self._staging.buffer = memory.tensor.numpy()
+        return known
+
+    def abandon(self, error: Callable[[], BaseException]) -> bool:
+        """Fail the reads in progress, and wait for none of them any more; whether there are any. See ``Threads``."""
+        return self._threads.abandon(error)
+
+    def close(self) -> None:
+        """Wait for reads that have begun and were not abandoned, and free the buffers."""
+        self._threads.close()
+        self._buffers.close()
