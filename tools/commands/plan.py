@@ -80,11 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline import Budget, Checkpoint
+    from layerstream.pipeline import Budget
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
     from layerstream.pipeline.planning.what_if import WhatIf
     from layerstream.pipeline.report.plan_report import html_report, report_plan, summarize_plan
     from layerstream.stages.devices.lookup import missing_device
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     budget = Budget(vram=args.vram, host=args.host)
     what_if = WhatIf(
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         disk_bytes_per_second=args.disk_bandwidth,
         h2d_bytes_per_second=args.h2d_bandwidth,
     )
-    checkpoint = Checkpoint.open(resolve_model_path(args.model))
+    checkpoint = open_checkpoint(resolve_model_path(args.model))
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
     plan = _plan(checkpoint, hardware, budget, what_if, args=args)
     if args.html is not None:

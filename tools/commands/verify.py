@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
     from layerstream.tools.integrity import check_content, parse_digests
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     began = time.monotonic()
     digests = None if args.digests is None else parse_digests(args.digests)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     checks: list[FileCheck] = []
     try:
         # Opening reads headers and index, and checks that each tensor is whole and where they say.
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         problems = [str(error)]
     else:

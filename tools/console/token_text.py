@@ -28,12 +28,12 @@ _MAX_RUN = 16
 
 def load_tokenizer(path: Path) -> Any | None:
     """Load the transformers tokenizer of the model in ``path``: from its folder, or its GGUF file; None without one."""
-    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.files import refuse_special_files
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     folder = path if path.is_dir() else path.parent
     refuse_special_files(folder)  # transformers would wait for ever
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     in_file = checkpoint.format == "GGUF"
     if not in_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None

@@ -168,9 +168,10 @@ class Answering:
 
 def opened_for_chat(path: Path, args: argparse.Namespace) -> ChatModel:
     """The model at ``path``, to be opened for one request at a time, as the arguments of ``chat`` say."""
-    from layerstream.pipeline import Budget, Checkpoint, StreamedModel, Workload
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
-    context = context_in(Checkpoint.open(path).config or {})
+    context = context_in(open_checkpoint(path).config or {})
     new_tokens = args.max_new_tokens if context is None else min(args.max_new_tokens, context - 1)
     prompt_tokens = args.prompt_tokens if context is None else context - new_tokens
     opening = StreamedModel.open(
