@@ -73,8 +73,8 @@ class WeightStream:
         # Passes may compute on other streams, which do not wait for this thread's.
         self._device.record().synchronize()
 
-    async def reopen(self) -> None:
-        """Close the pipeline, and open another one for its plan. Nothing may be using it; may be called again if it fails.
+    async def reopen(self, plan: Plan | None = None) -> None:
+        """Close the pipeline, and open another one, for ``plan`` or its own. Nothing may be using it; may be called again if it fails.
 
         Raises:
             ClosedError: It was closed for good.
@@ -83,7 +83,9 @@ class WeightStream:
             if not self._closed:
                 await self._close_pipeline()
                 self._guard.resume()
-                self.pipeline = Pipeline(self.pipeline.plan, device=self._device, guard=self._guard)
+                self.pipeline = Pipeline(
+                    plan or self.pipeline.plan, device=self._device, guard=self._guard
+                )
                 await self.open()
             if self._closed:
                 raise ClosedError("the model was closed while it was being reopened")
