@@ -91,6 +91,14 @@ MALFORMED = {
         content=file_bytes(b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}'),
         says="has -1 in its shape",
     ),
+    "a size with a leading zero": Malformed(
+        content=file_bytes(b'{"a":%b}' % TENSOR.replace(b"[4]", b"[04]"), bytes(4)),
+        says="header that is not valid JSON",
+    ),
+    "a comma behind the last size": Malformed(
+        content=file_bytes(b'{"a":%b}' % TENSOR.replace(b"[4]", b"[4,]"), bytes(4)),
+        says="header that is not valid JSON",
+    ),
     "a boolean size": Malformed(
         content=file_bytes({"a": entry(shape=[4, True])}, bytes(4)), says="has True in its shape"
     ),

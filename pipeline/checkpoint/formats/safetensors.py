@@ -68,9 +68,10 @@ _REGULAR_START = re.compile(
     r'\{(?:("__metadata__": ?\{(?:[^"{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*")*+\}), ?(?="))?', re.DOTALL
 )
 _REGULAR_ENTRY = re.compile(
-    r'"([^"\\\x00-\x1f]*)": ?\{("dtype": ?"[A-Z0-9_]*", ?"shape": ?\[(?:(?:0|[1-9][0-9]{0,17})(?:, ?(?=[0-9])|(?=\])))*\]), ?'
+    r'"([^"\\\x00-\x1f]*)": ?\{("dtype": ?"[A-Z0-9_]*", ?"shape": ?\[[0-9, ]*\]), ?'
     r'"data_offsets": ?\[(0|[1-9][0-9]{0,17}), ?(0|[1-9][0-9]{0,17})\]\}(?:, ?(?=")|\} *\Z)'
 )
+_REGULAR_SHAPE = re.compile(r"(?:(?:0|[1-9][0-9]{0,17})(?:, ?(?=[0-9])|\Z))*")
 
 
 class _Place(NamedTuple):
@@ -166,6 +167,8 @@ def _regular_tensors(header: bytes, place: _Place) -> dict[str, TensorInfo] | No
         known = first_of_kind.get(kind)
         if known is None or nbytes != known.nbytes:  # a new kind, or it breaks a rule
             shape = kind[kind.index("[") + 1 : -1]
+            if _REGULAR_SHAPE.fullmatch(shape) is None:
+                return None
             sizes = tuple(map(int, shape.split(","))) if shape else ()
             entry = (kind.split('"', 4)[3], sizes, (int(begin), int(end)))
             known = first_of_kind[kind] = _parse_entry(name, entry, place)
