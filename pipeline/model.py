@@ -222,8 +222,8 @@ class StreamedModel:
     async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
 
-        Layer batches, slots and reader stay, and with them what was read ahead and all KV caches. Which layers are
-        resident may change; with a smaller budget the memory of some is freed. Running requests continue, and keep
+        Layer batches, slots and reader stay, and with them what was read ahead and all KV caches; where all was resident and no longer
+        fits, slots are made, and ``timings()`` begin anew. Which layers are resident may change. Running requests continue, and keep
         what they have reserved until they end, even if the new budget is smaller. Waiting requests that need more than
         there is now are refused.
 

@@ -44,7 +44,12 @@ class Runtime:
         """Switch to ``plan`` between two sweeps, and call ``then``."""
 
         async def adopt() -> None:
-            await self.stream.pipeline.adopt(plan)
+            if _arenas(self.stream.pipeline.plan) == (0, 0) != _arenas(plan):
+                # All was resident: there are no slots to stream through.
+                await self.stream.reopen(plan)
+                self.scheduler.go_on_with(self.stream.pipeline)
+            else:
+                await self.stream.pipeline.adopt(plan)
             await finish_in_thread(self.scheduler.device.trim)  # for other processes
             opening = self.opening
             memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
@@ -59,6 +64,10 @@ class Runtime:
         if self.scheduler.failure is not None:
             await self.stream.reopen()
             self.scheduler.resume(self.stream.pipeline)
+
+
+def _arenas(plan: Plan) -> tuple[int, int]:
+    return plan.host_arena_bytes, plan.device_arena_bytes
 
 
 # Longer than 60 lines: it makes each part of a running model, and names how they depend on one another.

@@ -85,8 +85,8 @@ class WeightStream:
         """How tokens have chosen experts so far, by the paths of modules."""
         return {} if self.pipeline.experts is None else self.pipeline.experts.usage()
 
-    async def reopen(self) -> None:
-        """Close the pipeline, and open another one for its plan. Nothing may be using it; may be called again if it fails.
+    async def reopen(self, plan: Plan | None = None) -> None:
+        """Close the pipeline, and open another one, for ``plan`` or its own. Nothing may be using it; may be called again if it fails.
 
         Raises:
             ClosedError: It was closed for good.
@@ -95,7 +95,7 @@ class WeightStream:
             if not self._closed:
                 await self._close_pipeline()
                 self._guard.resume()
-                self.pipeline = self._pipeline(self.pipeline.plan)
+                self.pipeline = self._pipeline(plan or self.pipeline.plan)
                 await self.open()
             if self._closed:
                 raise ClosedError("the model was closed while it was being reopened")

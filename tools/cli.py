@@ -25,6 +25,7 @@ _COMMANDS = (
     "serve",
     "batch",
     "convert",
+    "verify",
     "make-checkpoint",
 )
 

@@ -137,7 +137,7 @@ def _group(
     tensors = {}
     for path, name in recipe_at.items():
         source = checkpoint.tensors[traced.recipes[name].sources[0]]
-        tensors[path] = replace(source, name=path)
+        tensors[path] = source._replace(name=path)
     return group_layers(
         Checkpoint(path=checkpoint.path, files=checkpoint.files, tensors=tensors, config=None)
     )

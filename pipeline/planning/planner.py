@@ -7,6 +7,7 @@ predicted (``cost_model``); the fastest is chosen. The plan also records its pre
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -79,14 +80,14 @@ def make_plan(
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
         adapters: What the model's adapters take; they are resident.
         running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, arenas,
-            reader, kernels and place of the KV cache stay, since running requests use them.
+            reader, kernels and place of the KV cache stay for its requests. Without arenas, as all is resident, it may get some.
 
     Raises:
         PlanError: No plan fits the budget, or an argument is invalid.
     """
     if running is not None:
         reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second
-        layer_batch_size, slots = running.layer_batch_size, running.host_slots
+        layer_batch_size = running.layer_batch_size
     problem = Problem(
         checkpoint=checkpoint,
         hardware=hardware,
@@ -98,13 +99,20 @@ def make_plan(
         reader=_reader_kind(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,
         layer_batch_size=layer_batch_size,
-        slots=slots,
+        slots=slots if running is None else running.host_slots,
         loaded_code_bytes=held_bytes,
         adapters=adapters or AdapterSize(),
         kernels=kernels_of(kernels),
         **({} if running is None else _fixed_by(running)),
     )
-    return _plan(problem, search(problem))
+    try:
+        candidates = search(problem)
+    except PlanError:
+        if running is None or running.host_arena_bytes or running.device_arena_bytes:
+            raise
+        problem = replace(problem, arenas=None, slots=slots)
+        candidates = search(problem)
+    return _plan(problem, candidates)
 
 
 def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:

@@ -150,13 +150,17 @@ class SweepScheduler(PassStates):
             self._waiting_fails.cancel()
         if self._closed:
             raise ClosedError("the model was closed while it was being reopened")
-        self._pipeline = pipeline
         self.failure = self._error = self._waiting_fails = None
         self.reopened += 1
-        # No pass holds a batch between two sweeps; those that wait join the next one.
+        self.go_on_with(pipeline)
+        self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
+
+    def go_on_with(self, pipeline: Pipeline) -> None:
+        """Take the next sweeps from ``pipeline``. To be called between two sweeps."""
+        self._pipeline = pipeline
+        # No pass holds a batch; those that wait join the next sweep.
         self._in_sweep.clear()
         self._events.clear()
-        self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     async def _wait_for_late_passes(self) -> None:
         """Wait a little for requests between two passes."""

@@ -11,8 +11,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.formats import safetensors
+from layerstream.pipeline.checkpoint.formats.safetensors_json import decode_json
 from layerstream.stages.errors import CheckpointError
 
 
@@ -87,6 +90,14 @@ MALFORMED = {
     "negative zero": Malformed(
         content=file_bytes(b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}'),
         says="has -1 in its shape",
+    ),
+    "a size with a leading zero": Malformed(
+        content=file_bytes(b'{"a":%b}' % TENSOR.replace(b"[4]", b"[04]"), bytes(4)),
+        says="header that is not valid JSON",
+    ),
+    "a comma behind the last size": Malformed(
+        content=file_bytes(b'{"a":%b}' % TENSOR.replace(b"[4]", b"[4,]"), bytes(4)),
+        says="header that is not valid JSON",
     ),
     "a boolean size": Malformed(
         content=file_bytes({"a": entry(shape=[4, True])}, bytes(4)), says="has True in its shape"
@@ -213,12 +224,14 @@ SNIPPETS = [b"", b"-", b"0", b"1", b"12", b'"', b",", b"]", b"}", b" ", b"\\", b
         st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(SNIPPETS)), max_size=3
     ),
     data_bytes=st.sampled_from([18, 18, 17, 19]),
+    separators=st.sampled_from([(", ", ": "), (",", ":"), (" , ", " : ")]),
 )
-@example(edits=[], data_bytes=18)
+@example(edits=[], data_bytes=18, separators=(",", ":"))
+@example(edits=[], data_bytes=18, separators=(" , ", " : "))
 def test_an_edited_header_is_accepted_only_if_safetensors_reads_it_alike(
-    scratch, edits, data_bytes
+    scratch, edits, data_bytes, separators
 ):
-    header = json.dumps(GOOD).encode()
+    header = json.dumps(GOOD, separators=separators).encode()
     for at, cut, snippet in edits:
         header = header[:at] + snippet + header[at + cut :]
     scratch.write_bytes(file_bytes(header, bytes(range(data_bytes))))
@@ -228,6 +241,31 @@ def test_an_edited_header_is_accepted_only_if_safetensors_reads_it_alike(
         assert edits or data_bytes != 18
     else:
         assert_safetensors_agrees(scratch)
+    # In the usual form or in another one that means the same: with and without the JSON parser.
+    outcomes = []
+    for start in (b"{", b" {"):
+        scratch.write_bytes(file_bytes(start + header.removeprefix(b"{"), bytes(range(data_bytes))))
+        try:
+            tensors = Checkpoint.open(scratch).tensors.items()
+            outcomes.append([(name, info._replace(offset=0)) for name, info in tensors])
+        except CheckpointError:
+            outcomes.append(None)
+    assert header[:1] != b"{" or outcomes[0] == outcomes[1]
+
+
+def test_what_safetensors_writes_needs_no_json_parser_but_for_metadata(tmp_path, monkeypatch):
+    tensors = {"ü": torch.ones(2, 3), "": torch.ones(()), "{": torch.ones(0, 2).bfloat16()}
+    metadata = {"a": 'with "quotes", \\ and {braces}', "b": "]"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    parsed = []
+
+    def recorded(text, path):
+        parsed.append(json.loads(text))
+        return decode_json(text, path)
+
+    monkeypatch.setattr(safetensors, "decode_json", recorded)
+    assert_safetensors_agrees(tmp_path / "model.safetensors")
+    assert parsed == [{"__metadata__": metadata}]
 
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, -1, 2**40, True, 2.0, None, "2"]), max_size=3)

@@ -1,12 +1,16 @@
-"""The budget of a plan that is made anew is that of the last one."""
+"""Budgets of plans that are made anew: that of the last one, or a smaller one than all weights need."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import save_model
 
-from layerstream.pipeline import Budget, StreamedModel
+from layerstream.pipeline import Budget, StreamedModel, Workload
 
 
 @pytest.mark.parametrize("budget", [None, Budget(host="60%")], ids=["default", "a share"])
@@ -23,3 +27,39 @@ def test_the_budget_of_plans_made_anew_does_not_grow(tmp_path: Path, budget: Bud
                 assert plan.host_memory.budget_bytes == first
 
     run(scenario())
+
+
+def test_a_plan_with_everything_resident_can_be_planned_smaller_and_larger_again(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    folder = save_model(tmp_path / "model", "llama", **sizes)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt, options = torch.arange(5, 12)[None], {"max_new_tokens": 40, "do_sample": False}
+    expected = reference.generate(input_ids=prompt, **options)
+
+    async def scenario() -> None:
+        async with StreamedModel.open(
+            folder,
+            device="cpu",
+            reader="direct",
+            layer_batch_size=1,
+            budget=Budget(host=2 << 30),
+            workload=Workload(prompt_tokens=8, new_tokens=40),
+            measure=False,
+        ) as model:
+            all_bytes = model.plan.host_memory.resident_bytes
+            assert not any(batch.streamed for batch in model.plan.batches)
+            request = asyncio.create_task(model.generate(input_ids=prompt, **options))
+            small = model.plan.host_memory.reserved_bytes + all_bytes // 2
+            plan = await model.replan(budget=Budget(host=small))
+            assert plan is model.plan
+            assert plan.host_memory.taken_bytes <= small
+            assert any(batch.streamed for batch in plan.batches)
+            assert (await request).equal(expected)
+            assert (await model.generate(input_ids=prompt, **options)).equal(expected)
+            await model.replan(budget=Budget(host=2 << 30))
+            assert (await model.generate(input_ids=prompt, **options)).equal(expected)
+
+    with nothing_left_behind():
+        run(scenario())

@@ -222,7 +222,11 @@ async def read(receive: Any, kind: Any = CompletionRequest) -> Any:
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     request, _ = await request_body.read_request(
-        Request(scope, receive), kind, max_bytes=1 << 20, in_thread=in_thread
+        Request(scope, receive),
+        kind,
+        max_bytes=1 << 20,
+        stopping=asyncio.Event(),
+        in_thread=in_thread,
     )
     return request
 

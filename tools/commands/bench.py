@@ -119,10 +119,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace, path: Path) -> tuple[dict[str, Any], list[Row]]:
     """Run all rounds; returns the result as JSON data, and the rows of the table."""
-    from layerstream.pipeline import Checkpoint
     from layerstream.stages.process.headroom import host_available_bytes
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     selection = select_contenders(
         args,
         files=[Path(file.path) for file in checkpoint.files],

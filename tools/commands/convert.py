@@ -63,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     # Here, since they load torch.
-    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
     from layerstream.tools.convert.conversion import convert, plan_conversion
     from layerstream.tools.convert.encoding import Encoding, Target
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     encoding = Encoding.of(Target(args.to), args.group_size)
-    checkpoint = Checkpoint.open(resolve_model_path(args.source))
+    checkpoint = open_checkpoint(resolve_model_path(args.source))
     with waiting("reading headers"):
         conversion = plan_conversion(
             checkpoint, args.folder, encoding, max_shard_bytes=args.max_shard_size

@@ -232,6 +232,6 @@ def _resolve(model: str) -> Path:
 
 
 def _model_bytes(path: Path) -> int:
-    from layerstream.pipeline import Checkpoint
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
-    return sum(file.size_bytes for file in Checkpoint.open(path).files)
+    return sum(file.size_bytes for file in open_checkpoint(path).files)

@@ -83,10 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline import Budget, Checkpoint
+    from layerstream.pipeline import Budget
     from layerstream.pipeline.planning.what_if import WhatIf
     from layerstream.pipeline.report.plan_report import html_report, report_plan, summarize_plan
     from layerstream.stages.devices.lookup import missing_device
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     budget = Budget(vram=args.vram, host=args.host)
     what_if = WhatIf(
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         h2d_bytes_per_second=args.h2d_bandwidth,
     )
     sources = find_model(args)
-    checkpoint = Checkpoint.open(sources.model)
+    checkpoint = open_checkpoint(sources.model)
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
     plan = _plan(checkpoint, hardware, budget, what_if, size=adapter_size(sources), args=args)
     # As the user calls it: reports are sent to others, who need not know where models of the hub are kept.

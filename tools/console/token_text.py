@@ -36,13 +36,13 @@ def load_tokenizer(path: Path, *, folder: Path | None = None) -> Any | None:
 
     ``folder``: One that has another tokenizer for it.
     """
-    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.pipeline.checkpoint.files import refuse_special_files
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     own = path if path.is_dir() else path.parent
     for each in {own, folder or own}:
         refuse_special_files(each)  # transformers would wait for ever
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     in_file = checkpoint.format == "GGUF" and folder is None
     folder = folder or own
     if not in_file and not has_tokenizer(folder):

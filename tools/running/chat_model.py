@@ -169,9 +169,10 @@ class Answering:
 
 def opened_for_chat(sources: "Sources", args: argparse.Namespace) -> ChatModel:
     """The model that was found, to be opened for one request at a time, as the arguments of ``chat`` say."""
-    from layerstream.pipeline import Budget, Checkpoint, StreamedModel, Workload
+    from layerstream.pipeline import Budget, StreamedModel, Workload
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
-    context = context_in(Checkpoint.open(sources.model).config or {})
+    context = context_in(open_checkpoint(sources.model).config or {})
     new_tokens = args.max_new_tokens if context is None else min(args.max_new_tokens, context - 1)
     prompt_tokens = args.prompt_tokens if context is None else context - new_tokens
     opening = StreamedModel.open(

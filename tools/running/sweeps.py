@@ -167,11 +167,11 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
 
 
 def _can_compute(path: Path, args: argparse.Namespace) -> bool:
-    from layerstream.pipeline import Checkpoint
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     return (
         not args.no_compute
-        and Checkpoint.open(path).config is not None
+        and open_checkpoint(path).config is not None
         and importlib.util.find_spec("transformers") is not None
     )
 

@@ -68,6 +68,7 @@ class Answers:
         open: Number of answers that run or wait.
         movement: Tells how long nothing has moved.
         metrics: For Prometheus.
+        stopping: Set by ``stop``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Answers:
         self.failure: str | None = None
         self.movement = Movement(model)
         self.metrics = Metrics(model, self.movement, open_answers=lambda: self.open)
-        self._stopped = False
+        self.stopping = asyncio.Event()
         self._model = model
         self._tokenizer = tokenizer
         self._prompts = prompts
@@ -98,7 +99,7 @@ class Answers:
 
     def stop(self) -> None:
         """End running requests, and refuse new ones, with an error that the server is shutting down."""
-        self._stopped = True
+        self.stopping.set()
         self.failure = STOPPED
         for task in self._tasks:
             task.cancel()
@@ -106,7 +107,7 @@ class Answers:
 
     def streaming_failed(self, error: BaseException | None) -> None:
         """Have /health report ``error``; None if tokens come, or can come again."""
-        if not self._stopped:
+        if not self.stopping.is_set():
             self.failure = None if error is None else f"Streaming has failed: {error}"
 
     async def answer(
@@ -255,7 +256,7 @@ class Answers:
     @contextmanager
     def _counted_as_open(self, count: int, progress: Progress) -> Iterator[None]:
         """Count ``count`` more answers as open while the block runs; ``progress`` is that of their request."""
-        if self._stopped:
+        if self.stopping.is_set():
             raise ApiError(503, STOPPED)
         if count > self._max_answers:
             raise ApiError(

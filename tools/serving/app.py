@@ -272,6 +272,7 @@ class Routes:
             request,
             kind,
             max_bytes=limit,
+            stopping=self._answers.stopping,
             in_thread=self._prompts.in_thread,
             strict=self._settings.strict,
         )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from layerstream.tools.serving.errors import ApiError
+from layerstream.tools.serving.errors import STOPPED, ApiError
 from layerstream.tools.serving.messages import RequestModel
 from layerstream.tools.serving.protocol import AnyRequest
 from layerstream.tools.serving.unsupported import UNSUPPORTED
@@ -29,10 +29,13 @@ async def read_request(
     kind: type[AnyRequest],
     *,
     max_bytes: int,
+    stopping: asyncio.Event,
     in_thread: Callable[..., Awaitable[tuple[AnyRequest, list[str]]]],
     strict: bool = False,
 ) -> tuple[AnyRequest, list[str]]:
     """Read and validate the body of ``request``; ``in_thread`` calls a function off the event loop.
+
+    When ``stopping`` is set, the server is shutting down, and no longer waits for the rest of a body.
 
     Returns:
         The request, and the paths of fields that were ignored, since no server that we know of gives them a meaning.
@@ -40,14 +43,23 @@ async def read_request(
     Raises:
         ApiError: It is too long, too slow, not JSON, has wrong parameters, or if ``strict`` unknown ones.
     """
+    body = asyncio.create_task(_read_body(request, max_bytes=max_bytes))
+    stopped = asyncio.create_task(stopping.wait())
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            body = await _read_body(request, max_bytes=max_bytes)
-    except TimeoutError:
-        raise ApiError(
-            408, f"The request's body did not come within {_BODY_SECONDS} s.", code="timeout"
-        ) from None
-    return await in_thread(_parse, body, kind, strict)
+        await asyncio.wait(
+            [body, stopped], timeout=_BODY_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        # What has ended stays as it is.
+        body.cancel()
+        stopped.cancel()
+    if body.done():
+        return await in_thread(_parse, body.result(), kind, strict)
+    if stopping.is_set():
+        raise ApiError(503, STOPPED)
+    raise ApiError(
+        408, f"The request's body did not come within {_BODY_SECONDS} s.", code="timeout"
+    )
 
 
 async def _read_body(request: Request, *, max_bytes: int) -> bytes:

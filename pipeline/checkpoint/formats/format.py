@@ -68,9 +68,11 @@ class WeightFile:
     """Before its header was read; None for a file that exists nowhere."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """One tensor of a checkpoint, and the place of its bytes."""
+class TensorInfo(NamedTuple):
+    """One tensor of a checkpoint, and the place of its bytes.
+
+    A tuple, since a header may describe a million: they are made in a third of the time that frozen dataclasses take.
+    """
 
     name: str
     """The checkpoint's name of the tensor."""

@@ -4,11 +4,10 @@ The format: 8 bytes of header length, little-endian; a JSON object
 of tensors; the data, without gaps or overlaps.
 """
 
-import json
+import operator
 import re
-from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -21,6 +20,10 @@ from layerstream.pipeline.checkpoint.formats.format import (
     WeightFile,
     quoted,
 )
+from layerstream.pipeline.checkpoint.formats.safetensors_json import (
+    check_values,
+    decode_json,
+)
 from layerstream.stages.errors import CheckpointError
 
 __all__ = ["DTYPES", "SAFETENSORS"]
@@ -29,13 +32,6 @@ _PREFIX_BYTES = 8
 
 # safetensors' own limit; it keeps a corrupt length from allocating the machine's memory.
 _MAX_HEADER_BYTES = 100_000_000
-
-# safetensors refuses JSON that nests deeper; Python's parser goes on for as long as its stack lasts.
-_MAX_DEPTH = 127
-
-# Numbers, arrays and objects of a header beyond 16 for each tensor. Python's parser keeps the GIL and takes a few
-# gigabytes for a hundred megabytes of empty arrays; the JSON that some put into __metadata__ has far fewer.
-_MAX_SURPLUS_VALUES = 1_000_000
 
 # torch's sizes are signed 64-bit integers, and sizes in bits must fit as well as those in bytes.
 _MAX_NUMBER = 2**60
@@ -64,9 +60,26 @@ DTYPES = {
 }
 """The name in the file -> (torch's name, bits per element). F6_E2M3 and F6_E3M2 exist in the format, but not in torch."""
 
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_OFFSET, _NBYTES = (operator.attrgetter(field) for field in ("offset", "nbytes"))
 
-_Entry = tuple[int, int, str, str, tuple[int, ...]]  # begin, end (in the data), name, dtype, shape
+# A header as all known writers make it: in this order, without escapes in names, numbers below 10**18. Others are
+# parsed as JSON, which takes longer. Groups: metadata; a tensor's name, dtype and shape, begin, end.
+_REGULAR_START = re.compile(
+    r'\{(?:("__metadata__": ?\{(?:[^"{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*")*+\}), ?(?="))?', re.DOTALL
+)
+_REGULAR_ENTRY = re.compile(
+    r'"([^"\\\x00-\x1f]*)": ?\{("dtype": ?"[A-Z0-9_]*", ?"shape": ?\[[0-9, ]*\]), ?'
+    r'"data_offsets": ?\[(0|[1-9][0-9]{0,17}), ?(0|[1-9][0-9]{0,17})\]\}(?:, ?(?=")|\} *\Z)'
+)
+_REGULAR_SHAPE = re.compile(r"(?:(?:0|[1-9][0-9]{0,17})(?:, ?(?=[0-9])|\Z))*")
+
+
+class _Place(NamedTuple):
+    """Where the data of a header is: the file, its number, and the offset of the first byte behind the header."""
+
+    path: Path
+    file: int
+    start: int
 
 
 def _read_header(file: WeightFile, number: int) -> HeaderReader:
@@ -97,98 +110,76 @@ def _parse_header(
     header: bytes, *, path: Path, size_bytes: int, file: int
 ) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their offsets, after checking each rule of the format."""
-    entries = _decode_json(header, path)
-    _check_metadata(entries.pop("__metadata__", {}), path)
-    rows = [_parse_entry(name, entry, path) for name, entry in entries.items()]
-    if rows:
-        # numpy sorts without the GIL: list.sort would hold up all other threads for a second or two with a million rows.
-        begins, ends = np.array([row[:2] for row in rows], dtype=np.int64).T
-        rows = [rows[at] for at in np.lexsort((ends, begins))]
-    data_start = _PREFIX_BYTES + len(header)
-    tensors = {}
-    expected = 0
-    for begin, end, name, dtype, shape in rows:
-        if begin != expected:
-            fault = "overlaps the tensor before it" if begin < expected else "follows a gap"
-            _refuse(path, name, f"{fault}: it starts at byte {begin:,}, not {expected:,}")
-        expected = end
-        tensors[name] = TensorInfo(
-            name=name,
-            dtype=dtype,
-            shape=shape,
-            file=file,
-            offset=data_start + begin,
-            nbytes=end - begin,
-        )
-    _check_file_size(path, expected_bytes=data_start + expected, size_bytes=size_bytes, rows=rows)
+    check_values(header, path)
+    start = _PREFIX_BYTES + len(header)
+    place = _Place(path=path, file=file, start=start)
+    tensors = _regular_tensors(header, place)
+    if tensors is None:
+        entries = decode_json(header, path)
+        _check_metadata(entries.pop("__metadata__", {}), path)
+        tensors = {name: _parse_entry(name, entry, place) for name, entry in entries.items()}
+    tensors = _by_offset(tensors)
+    expected = start
+    for info in tensors.values():
+        if info.offset != expected:
+            fault = "overlaps the tensor before it" if info.offset < expected else "follows a gap"
+            where = f"it starts at byte {info.offset - start:,}, not {expected - start:,}"
+            _refuse(path, info.name, f"{fault}: {where}")
+        expected += info.nbytes
+    _check_file_size(path, expected_bytes=expected, size_bytes=size_bytes, tensors=tensors)
     return tensors
 
 
-def _decode_json(header: bytes, path: Path) -> dict[str, Any]:
-    values = sum(map(header.count, (b"{", b"[", b",")))
-    if values > 16 * header.count(b'"data_offsets"') + _MAX_SURPLUS_VALUES:
-        raise CheckpointError(
-            f"{path} has a header of {values:,} values, far more than its tensors need: it is "
-            "corrupt, or not a safetensors file; download it again."
-        )
+def _by_offset(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    # numpy sorts without the GIL: list.sort would hold up all other threads for a second or two with a million tensors.
+    infos = list(tensors.values())
+    begins, sizes = (
+        np.fromiter(map(field, infos), np.int64, len(infos)) for field in (_OFFSET, _NBYTES)
+    )
+    order = np.lexsort((sizes, begins))
+    if (order[1:] > order[:-1]).all():
+        return tensors
+    return {infos[at].name: infos[at] for at in order}
+
+
+def _regular_tensors(header: bytes, place: _Place) -> dict[str, TensorInfo] | None:
+    """Return the tensors of a header that is written as headers usually are.
+
+    None if it is not, or if it may break a rule about the header as a whole: then it must be parsed as JSON.
+    """
     try:
-        entries = json.loads(
-            header.decode("utf-8"),
-            object_pairs_hook=_json_object,
-            parse_int=_json_integer if b"-0" in header else int,
-            parse_constant=_refuse_constant,
-        )
-        if b"\\u" in header:  # an unpaired surrogate parses, but cannot be encoded as a name
-            json.dumps(entries, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a header that is not valid JSON ({error}): it is corrupt, or not a "
-            "safetensors file; download it again."
-        ) from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{path} has a header that is a JSON {type(entries).__name__}, not an object of "
-            "tensors: it is not a safetensors file; download it again."
-        )
-    # A regular header has three brackets for each tensor, and is not searched for deep ones.
-    brackets = header.count(b"{") + header.count(b"[")
-    if brackets > 3 * len(entries) + 100 and _depth(header) > _MAX_DEPTH:
-        raise CheckpointError(
-            f"{path} has a header that nests deeper than {_MAX_DEPTH} levels, which safetensors "
-            "refuses: it is corrupt; download it again."
-        )
-    return entries
-
-
-def _depth(header: bytes) -> int:
-    """How deep the objects and arrays of valid JSON nest."""
-    structure = re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", header, flags=re.DOTALL)
-    brackets = structure.translate(bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), _NO_BRACKETS)
-    return int(np.frombuffer(brackets, dtype=np.int8).cumsum(dtype=np.int32).max(initial=0))
-
-
-def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | tuple[Any, ...]:
-    """Build a JSON object without duplicate keys, of which json itself silently keeps the last."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        duplicate = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"key {quoted(duplicate)} occurs twice in one object")
-    shape, offsets = result.get("shape"), result.get("data_offsets")
-    if type(shape) is list and type(offsets) is list and "dtype" in result:
-        # The garbage collector stops tracking tuples of numbers; with 100,000 dicts of lists it would take
-        # more time than all the parsing.
-        return result["dtype"], tuple(shape), tuple(offsets)
-    return result
-
-
-def _json_integer(text: str) -> int:
-    # "-0" is a float to safetensors, which refuses it. As a negative number it is refused here too.
-    return -1 if text == "-0" else int(text)
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
+        text = header.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    begun = _REGULAR_START.match(text)
+    if begun is None:
+        return None
+    first_of_kind: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
+    at, count = begun.end(), 0
+    # One short match at a time, so that other threads get the GIL in between.
+    while at < len(text) or not count:
+        match = _REGULAR_ENTRY.match(text, at)
+        if match is None:
+            return None
+        name, kind, begin, end = match.groups()
+        offset, nbytes = place.start + int(begin), int(end) - int(begin)
+        known = first_of_kind.get(kind)
+        if known is None or nbytes != known.nbytes:  # a new kind, or it breaks a rule
+            shape = kind[kind.index("[") + 1 : -1]
+            if _REGULAR_SHAPE.fullmatch(shape) is None:
+                return None
+            sizes = tuple(map(int, shape.split(","))) if shape else ()
+            entry = (kind.split('"', 4)[3], sizes, (int(begin), int(end)))
+            known = first_of_kind[kind] = _parse_entry(name, entry, place)
+        tensors[name] = TensorInfo(name, known.dtype, known.shape, place.file, offset, known.nbytes)
+        at, count = match.end(), count + 1
+    if len(tensors) != count or "__metadata__" in tensors:
+        return None
+    if begun[1]:
+        metadata = decode_json(f"{{{begun[1]}}}".encode(), place.path)["__metadata__"]
+        _check_metadata(metadata, place.path)
+    return tensors
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
@@ -199,8 +190,9 @@ def _check_metadata(metadata: object, path: Path) -> None:
         )
 
 
-def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
-    # This runs once per tensor, and a checkpoint may have 100,000: hence type() and plain loops.
+def _parse_entry(name: str, entry: Any, place: _Place) -> TensorInfo:
+    # This may run for each of 100,000 tensors: hence type() and plain loops.
+    path = place.path
     if type(entry) is not tuple or len(entry[2]) != 2 or type(entry[0]) is not str:  # noqa: PLR2004
         _refuse(path, name, "is not described by a dtype, a shape and two data_offsets")
     dtype, shape, (begin, end) = entry
@@ -225,7 +217,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> _Entry:
         _refuse(path, name, f"has {end - begin:,} bytes, but its shape and dtype take {needs}")
     if bits < 8:  # noqa: PLR2004 - less than a byte: torch packs two to an element
         shape = _packed_shape(shape, path, name)
-    return begin, end, name, dtype, shape
+    return TensorInfo(name, dtype, shape, place.file, place.start + begin, end - begin)
 
 
 def _packed_shape(shape: tuple[int, ...], path: Path, name: str) -> tuple[int, ...]:
@@ -235,11 +227,11 @@ def _packed_shape(shape: tuple[int, ...], path: Path, name: str) -> tuple[int, .
 
 
 def _check_file_size(
-    path: Path, *, expected_bytes: int, size_bytes: int, rows: list[_Entry]
+    path: Path, *, expected_bytes: int, size_bytes: int, tensors: dict[str, TensorInfo]
 ) -> None:
     if size_bytes < expected_bytes:
-        data_start = expected_bytes - (rows[-1][1] if rows else 0)
-        cut = next((row[2] for row in rows if data_start + row[1] > size_bytes), "")
+        ends = ((name, info.offset + info.nbytes) for name, info in tensors.items())
+        cut = next((name for name, end in ends if end > size_bytes), "")
         raise CheckpointError(
             f"{path} is truncated: its header describes {expected_bytes:,} bytes and the file has "
             f"{size_bytes:,}, so that tensor {quoted(cut)} is cut short; download it again."

@@ -1,0 +1,180 @@
+"""`layerstream verify`: damaged files are found and named."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from layerstream.tools.cli import main
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_shards(folder: Path) -> list[Path]:
+    """Three shards with an index, as save_pretrained writes them."""
+    folder.mkdir(parents=True)
+    names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        save_file({f"layers.{number}.weight": torch.full((64, 64), number)}, folder / name)
+    index = {"weight_map": {f"layers.{number}.weight": name for number, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return [folder / name for name in names]
+
+
+def flip(path: Path, at: int = -100) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def verify(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = main(["verify", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    return save_shards(tmp_path / "model")
+
+
+@pytest.fixture
+def digests(shards: list[Path], tmp_path: Path) -> Path:
+    """The digests of the shards and the config, as sha256sum writes them."""
+    files = [*shards, shards[0].with_name("config.json")]
+    path = tmp_path / "SHA256SUMS"
+    path.write_text(
+        "".join(f"{sha256(file)} {' *'[n % 2]}{file.name}\n" for n, file in enumerate(files))
+    )
+    return path
+
+
+def test_without_digests_the_structure_is_checked_and_that_is_said(
+    shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = verify(capsys, shards[0].parent)
+    assert (code, err) == (0, "")
+    assert "3 tensors, each whole" in out
+    assert f"no digest is recorded of {', '.join(shard.name for shard in shards)}" in out
+
+
+def test_a_flipped_byte_is_found_and_its_file_is_named(
+    shards: list[Path], digests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = verify(capsys, shards[0].parent, "--digests", digests)
+    assert code == 0
+    assert "4 of 4 files equal their SHA-256 digests" in out
+    flip(shards[1])
+    code, out, err = verify(capsys, shards[0].parent, "--digests", digests)
+    assert (code, out) == (1, "")
+    assert [name.name in err for name in shards] == [False, True, False]
+    assert "is corrupt" in err
+    code, out, _ = verify(capsys, shards[0].parent, "--digests", digests, "--json")
+    report = json.loads(out)
+    assert (code, report["intact"], len(report["problems"])) == (1, False, 1)
+    assert [file["name"] for file in report["files"] if file["problem"]] == [shards[1].name]
+
+
+def test_all_faults_are_told_not_just_the_first(
+    shards: list[Path], digests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(shards[0])
+    shards[0].with_name("config.json").unlink()
+    lines = digests.read_text().splitlines(keepends=True)
+    digests.write_text("".join([*lines[:2], *lines[3:]]))
+    code, _, err = verify(capsys, shards[0].parent, "--digests", digests)
+    assert code == 1
+    assert f"{shards[0]} is corrupt" in err
+    assert f"{shards[2]} has no digest" in err
+    assert "config.json is not there" in err
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_missing_shard_is_named(
+    shards: list[Path], as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards[2].unlink()
+    code, out, err = verify(capsys, shards[0].parent, *(["--json"] if as_json else []))
+    assert code == 1
+    assert f"{shards[2].name} is not there" in (json.loads(out)["problems"][0] if as_json else err)
+
+
+def test_files_in_the_hubs_cache_are_compared_with_their_names(
+    tmp_path: Path, shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    blobs, snapshot = (
+        tmp_path / "models--org--name/blobs",
+        tmp_path / "models--org--name/snapshots/main",
+    )
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in shards[0].parent.iterdir():
+        name = sha256(file) if file in shards else hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324
+        file.rename(blobs / name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / name)
+    code, out, _ = verify(capsys, snapshot)
+    assert code == 0
+    assert "3 of 3 files equal" in out
+    flip(snapshot / shards[0].name)
+    code, _, err = verify(capsys, snapshot)
+    assert code == 1
+    assert f"{snapshot / shards[0].name} is corrupt" in err
+
+
+def test_files_that_the_hub_downloaded_to_a_folder_have_digests_beside_them(
+    shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = shards[0].parent / ".cache/huggingface/download"
+    beside.mkdir(parents=True)
+    for shard in shards:
+        (beside / f"{shard.name}.metadata").write_text(
+            f"{'0' * 40}\n{sha256(shard)}\n1700000000.5\n"
+        )
+    flip(shards[2])
+    code, _, err = verify(capsys, shards[0].parent)
+    assert code == 1
+    assert f"{shards[2]} is corrupt" in err
+
+
+@pytest.mark.parametrize("kind", ["gguf", "bin"])
+def test_a_file_of_another_format_that_ends_early_is_refused(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("model.gguf" if kind == "gguf" else "pytorch_model.bin")
+    if kind == "gguf":
+        gguf = pytest.importorskip("gguf", reason="needs layerstream[hf]")
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("a", np.ones((32, 64), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        torch.save({"a": torch.ones(32, 64)}, path)
+    assert verify(capsys, path)[0] == 0
+    path.write_bytes(path.read_bytes()[:-4096])
+    code, _, err = verify(capsys, path)
+    assert (code, err.count("\n")) == (1, 1)
+    assert str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("abc  model.safetensors", "line 1, is not"),
+        (f"{'0' * 64}  ../x", "not in the model's folder"),
+    ],
+)
+def test_digests_that_cannot_be_meant_are_refused(
+    shards: list[Path], tmp_path: Path, line: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sums").write_text(line)
+    code, _, err = verify(capsys, shards[0].parent, "--digests", tmp_path / "sums")
+    assert code == 1
+    assert says in err

@@ -1,0 +1,98 @@
+"""``layerstream verify``: is a model on this disk what was downloaded?"""
+
+import argparse
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerstream.stages.errors import CheckpointError
+from layerstream.stages.text import format_bytes
+from layerstream.tools.console.arguments import MODEL_HELP, add_output_arguments
+from layerstream.tools.console.progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from layerstream.tools.integrity import FileCheck
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "check a model's files: their structure, and their content against recorded SHA-256 digests"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this subcommand."""
+    parser.add_argument("model", metavar="PATH", help=MODEL_HELP)
+    parser.add_argument(
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="as sha256sum writes it, with names relative to the model's folder (default: what the hub recorded at the download)",
+    )
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+    from layerstream.tools.integrity import check_content, parse_digests
+    from layerstream.tools.running.open_checkpoint import open_checkpoint
+
+    began = time.monotonic()
+    digests = None if args.digests is None else parse_digests(args.digests)
+    path = resolve_model_path(args.model)
+    checks: list[FileCheck] = []
+    try:
+        # Opening reads headers and index, and checks that each tensor is whole and where they say.
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        problems = [str(error)]
+    else:
+        with ExitStack() as shown:
+
+            def advance_of(total: int) -> "Callable[[int], object]":
+                return shown.enter_context(progress(f"Reading {path}", total, is_bytes=True))
+
+            checks = check_content(checkpoint, digests, advance_of)
+        problems = [check.problem for check in checks if check.problem]
+        if not problems and not args.json:
+            print(_summary(path, checks, len(checkpoint.tensors), time.monotonic() - began))
+    if args.json:
+        print(json.dumps(_report(path, checks, problems, time.monotonic() - began), indent=2))
+    elif problems:
+        raise CheckpointError(" ".join(problems))
+    return 1 if problems else 0
+
+
+def _summary(path: Path, checks: "list[FileCheck]", tensors: int, seconds: float) -> str:
+    compared = [check for check in checks if check.expected_sha256]
+    nbytes = sum(check.size_bytes for check in compared)
+    text = f"{path}: {tensors:,} tensors, each whole and in its place"
+    if compared:
+        text += f"; {len(compared)} of {len(checks)} files equal their SHA-256 digests ({format_bytes(nbytes)} in {seconds:.1f} s)"
+    if len(compared) < len(checks):
+        names = ", ".join(check.name for check in checks if not check.expected_sha256)
+        text += f"; no digest is recorded of {names}, whose content was not checked"
+    return f"{text}."
+
+
+def _report(
+    path: Path, checks: "list[FileCheck]", problems: list[str], seconds: float
+) -> dict[str, object]:
+    return {
+        "path": str(path),
+        "intact": not problems,
+        "problems": problems,
+        "files": [
+            {
+                "name": check.name,
+                "size_bytes": check.size_bytes,
+                "expected_sha256": check.expected_sha256,
+                "problem": check.problem,
+            }
+            for check in checks
+        ],
+        "seconds": seconds,
+    }
