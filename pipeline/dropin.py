@@ -10,8 +10,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
+
 from layerstream.pipeline.entrances import with_methods
 from layerstream.pipeline.model import StreamedModel
+from layerstream.pipeline.scheduling.hooks import refuse_compiled
 from layerstream.stages.errors import ClosedError, DeviceError
 
 __all__ = ["load_streamed"]
@@ -166,6 +169,8 @@ def _call_of(kind: type[Any], model: StreamedModel) -> Any:
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            refuse_compiled(kind.__name__)
         if "adapter" not in named:
             return kind.__call__(self, *inputs, **named)
         return model.engine.call_here(

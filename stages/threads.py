@@ -13,31 +13,10 @@ from layerstream.stages.errors import ClosedError, DeviceError
 from layerstream.stages.process.thread_pool import ThreadPool
 from layerstream.stages.readers.guard import ReadGuard
 
-__all__ = [
-    "Lifetime",
-    "Threads",
-    "finish_in_thread",
-    "refuse_fork",
-    "thread_refused",
-    "wait_all",
-    "weakly",
-]
+__all__ = ["Lifetime", "Threads", "finish_in_thread", "thread_refused", "wait_all", "weakly"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def refuse_fork(owner: int) -> None:
-    """Refuse to go on in a process that was forked from process ``owner``, whose threads are not in this one.
-
-    Raises:
-        ClosedError: This is another process.
-    """
-    if os.getpid() != owner:
-        raise ClosedError(
-            f"the model was opened in process {owner}, and this one was forked from it, without the threads that stream; "
-            "open a model in each process, or start workers with multiprocessing's 'spawn'"
-        )
 
 
 def thread_refused(error: RuntimeError) -> DeviceError:

@@ -79,8 +79,8 @@ def make_plan(
         kernels: "exact", "fused" or "auto": see ``Kernels``.
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
         adapters: What the model's adapters take; they are resident.
-        running: The plan of a running pipeline, which is to switch to the new one: its layer batches, slots, arenas,
-            reader, kernels and place of the KV cache stay for its requests. Without arenas, as all is resident, it may get some.
+        running: The plan of a running pipeline, which is to switch to the new one: batches, slots, arenas, reader, kernels
+            and place of the KV cache stay for its requests. Without arenas, as all is resident, it may get some.
 
     Raises:
         PlanError: No plan fits the budget, or an argument is invalid.
@@ -93,7 +93,7 @@ def make_plan(
         hardware=hardware,
         budget=budget or Budget(),
         workload=workload,
-        objective=_objective(objective),
+        objective=Objective.of(objective),
         layers=tuple(layers or planned_layers(checkpoint, group_layers(checkpoint))),
         memory=_memory(checkpoint, workload, memory),
         reader=_reader_kind(reader, throttle_bytes_per_second),
@@ -110,8 +110,7 @@ def make_plan(
     except PlanError:
         if running is None or running.host_arena_bytes or running.device_arena_bytes:
             raise
-        problem = replace(problem, arenas=None, slots=slots)
-        candidates = search(problem)
+        candidates = search(problem := replace(problem, arenas=None, slots=slots))
     return _plan(problem, candidates)
 
 
@@ -285,12 +284,6 @@ def _record(candidate: PricedCandidate, *, chosen: bool) -> Candidate:
         request_seconds=candidate.prediction.request_seconds,
         chosen=chosen,
     )
-
-
-def _objective(given: Objective | str) -> Objective:
-    if given not in list(Objective):
-        raise PlanError(f"objective {given!r} is unknown; use one of {', '.join(Objective)}")
-    return Objective(given)
 
 
 def _reader_kind(given: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:

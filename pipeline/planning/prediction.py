@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from layerstream.stages.errors import PlanError
 from layerstream.stages.telemetry.forecast import SweepPrediction
 
 __all__ = ["Advice", "Candidate", "Objective", "Prediction", "SweepPrediction"]
@@ -15,6 +16,17 @@ class Objective(StrEnum):
     """One request on a newly opened pipeline: loading residents counts."""
     THROUGHPUT = "throughput"
     """Many requests one after the other: only what repeats counts."""
+
+    @classmethod
+    def of(cls, given: "Objective | str") -> "Objective":
+        """The objective that is called ``given``.
+
+        Raises:
+            PlanError: There is none.
+        """
+        if given not in list(cls):
+            raise PlanError(f"objective {given!r} is unknown; use one of {', '.join(cls)}")
+        return cls(given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from layerstream.pipeline.modeling.edits import refuse_copy
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.stages.errors import ModelError
 
-__all__ = ["hook_modules"]
+__all__ = ["hook_modules", "refuse_compiled"]
 
 
 def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPasses) -> None:
@@ -32,7 +32,12 @@ def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPass
         _hook(passes, root.get_submodule(path), path, index, exits=exits)
 
 
-def _refuse_compiled(kind: str) -> None:
+def refuse_compiled(kind: str) -> None:
+    """Refuse to be compiled.
+
+    Raises:
+        ModelError: Always.
+    """
     raise ModelError(
         f"a streamed {kind} cannot be compiled: its weights come and go between layers, which compiled code does not "
         "know; call it as it is."
@@ -40,7 +45,7 @@ def _refuse_compiled(kind: str) -> None:
 
 
 # What torch.compiler.disable sets, too; that one imports a compiler that is not needed otherwise.
-vars(_refuse_compiled)["_torchdynamo_disable"] = True
+vars(refuse_compiled)["_torchdynamo_disable"] = True
 
 
 def _hook(
@@ -81,7 +86,7 @@ class _Before(_Hook):
 
     def __call__(self, module: nn.Module, inputs: Any, named: Any) -> Any:
         if torch.compiler.is_compiling():
-            _refuse_compiled(self._kind)
+            refuse_compiled(self._kind)
         runner = self._passes.runner()
         replaced = runner.enter(module, self._path, inputs, named)
         if self._index is not None:
@@ -97,6 +102,8 @@ class _After(_Hook):
         self._exits = exits
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():  # which was refused before the call
+            return None
         # With always_call, this is called after an exception too, without an output; even after one that kept the
         # thread from getting a pass runner.
         runner = self._passes.current()

@@ -16,9 +16,9 @@ from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
 from layerstream.stages.errors import ClosedError
+from layerstream.stages.process.forks import refuse_fork
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import refuse_fork
 
 __all__ = ["CLOSED", "MethodOf", "Request", "Requests"]
 

@@ -12,7 +12,7 @@ import torch
 from layerstream.pipeline.scheduling.passes import PassRunner, Scheduler
 from layerstream.pipeline.scheduling.stats import Outcome
 from layerstream.stages.errors import ModelError
-from layerstream.stages.threads import refuse_fork
+from layerstream.stages.process.forks import refuse_fork
 
 __all__ = ["BeginPass", "ThreadPasses", "ThreadTurn"]
 
@@ -59,9 +59,8 @@ class ThreadPasses:
 
     def current(self) -> PassRunner | None:
         """The pass runner of the calling thread, if it has one."""
-        if (
-            os.getpid() != self._process
-        ):  # a copy of the parent's, without the threads that it needs
+        # In a forked process it is a copy of the parent's, without the threads that it needs.
+        if os.getpid() != self._process:
             return None
         return getattr(self._local, "runner", None)
 
