@@ -21,6 +21,7 @@ from layerstream.pipeline.planning.expert_cells import (
     filled_cells,
 )
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
+from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.stages.batch import Extent
 
@@ -121,6 +122,14 @@ def bytes_per_token(plan: Plan) -> float:
     return trunk + plan.expert_bytes_per_step
 
 
+def leaves_room(folder: Path, plan: Plan) -> bool:
+    checkpoint, layers = opened(folder)
+    modules = sum(len(layer.tensors) for layer in layers)
+    overhead = overheads(checkpoint.config, modules=modules, rows=SMALL.prompt_tokens)
+    spare = plan.host_memory.budget_bytes - plan.host_memory.used_bytes
+    return spare >= overhead.of(SMALL.batch_size)
+
+
 def kept(plan: Plan) -> int:
     return sum(each.cells for each in plan.experts)
 
@@ -145,8 +154,13 @@ def test_a_plan_keeps_to_its_budget_and_to_its_text(model: Path, data: st.DataOb
     for less, more in pairwise(plans):
         assert less is not None
         assert more is not None
-        assert kept(less) <= kept(more)
-        assert bytes_per_token(more) <= bytes_per_token(less)
+        # The smallest budgets leave nothing for the overhead of requests; one that does may be slower for it.
+        if leaves_room(model, less) or not leaves_room(model, more):
+            assert more.prediction.request_seconds <= less.prediction.request_seconds * 1.01
+        # Of a model as small as this, larger layer batches or more slots may be worth more than cells.
+        if (less.layer_batch_size, less.host_slots) == (more.layer_batch_size, more.host_slots):
+            assert kept(less) <= kept(more)
+            assert bytes_per_token(more) <= bytes_per_token(less)
 
 
 def test_a_budget_below_two_experts_is_refused_with_need_and_remedy(model: Path) -> None:

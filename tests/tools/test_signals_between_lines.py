@@ -37,12 +37,14 @@ def signals_end_this_process() -> Iterator[None]:
 
 
 class SignalAtLine:
-    """Traces the lines that run, and sends a signal before one of them."""
+    """Traces the lines that run, and sends a signal before one of them; not in ``__del__``, whose errors Python ignores."""
 
     def __init__(self, number: int) -> None:
         self.lines_left = number
 
-    def __call__(self, _frame: FrameType, event: str, _argument: Any) -> "SignalAtLine":
+    def __call__(self, frame: FrameType, event: str, _argument: Any) -> "SignalAtLine | None":
+        if frame.f_code.co_name == "__del__":
+            return None
         if event == "line":
             self.lines_left -= 1
             if self.lines_left == 0:
