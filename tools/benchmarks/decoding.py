@@ -4,8 +4,9 @@
     python -m layerstream.tools.benchmarks.decoding CHECKPOINT --write-gguf FILE.gguf   # BF16, for llama-quantize
 
 Each turn is a new process with a cold page cache. The first pass is from the opened model to the first token, with a prompt of
-``--prompt-tokens``; steady decoding is the median of the later tokens. llama.cpp runs with its defaults, which map the file;
-layerstream gets the path alone: its planner finds the limit.
+``--prompt-tokens``; steady decoding is the median of the later tokens. llama.cpp runs with its defaults, which map the file
+but repack weights into memory of their own: set LLAMA_ARG_REPACK=0 in the environment if there is none. layerstream gets the path
+alone: its planner finds the limit.
 """
 
 import argparse
