@@ -9,8 +9,8 @@ const folder = `${process.cwd()}/codex`;
 const note = 'A note that only a tool can read.';
 
 function codex() {
-  mkdirSync(`${folder}/work`, { recursive: true });
-  writeFileSync(`${folder}/work/note.txt`, note);
+  mkdirSync(`${folder}/project`, { recursive: true });
+  writeFileSync(`${folder}/project/note.txt`, note);
   writeFileSync(`${folder}/config.toml`, `
 model = "${TOOLS.model}"
 model_provider = "layerstream"
@@ -27,7 +27,7 @@ stream_max_retries = 0
   const done = spawnSync(`${process.env.CLIENT_MODULES}/.bin/codex`, [
     'exec', '--json', '--skip-git-repo-check', '--dangerously-bypass-approvals-and-sandbox', 'What is in the note?',
   ], {
-    cwd: `${folder}/work`, env: { ...process.env, CODEX_HOME: folder }, encoding: 'utf8',
+    cwd: `${folder}/project`, env: { ...process.env, CODEX_HOME: folder }, encoding: 'utf8',
     timeout: 240_000, stdio: ['ignore', 'pipe', 'pipe'],
   });
   console.error(done.stderr, done.stdout);
