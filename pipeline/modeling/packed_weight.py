@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 from layerstream.pipeline.planning.tiles import tile_rows
 
@@ -23,10 +23,9 @@ __all__ = ["PackedWeight", "tile_bytes", "tiles_are_exact"]
 
 # Rows; waking a thread takes some ten microseconds.
 _WORTH_A_THREAD = 64
-_aten = torch.ops.aten
 
 
-class PackedWeight(Streams, nn.Parameter):
+class PackedWeight(Streams, WrapperTensor, nn.Parameter):
     """A parameter that is there in packed form.
 
     To torch it has the plain weight's shape, dtype and device. ``torch.nn.functional.linear`` multiplies with it tile by
@@ -54,8 +53,8 @@ class PackedWeight(Streams, nn.Parameter):
         Without ``tiles``, linear layers unpack it whole as well; with ``fused_tokens``, they multiply up to so many tokens
         with it without unpacking it.
         """
-        weight: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+        weight: Self = cls.without_memory(
+            shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
         weight._rows, weight._parts, weight._tiles = rows, parts, tiles
         weight._fused_tokens = fused_tokens
@@ -65,7 +64,9 @@ class PackedWeight(Streams, nn.Parameter):
         return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Multiply by tiles in linear layers; metadata and everything else are torch's own."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch's own idiom
@@ -73,18 +74,9 @@ class PackedWeight(Streams, nn.Parameter):
                 return _linear(*args, **kwargs)
             return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Unpack the whole weight for ``func``."""
-        if func in {_aten.detach.default, _aten.alias.default}:
-            return args[0]
-
-        def unpack(leaf: Any) -> Any:
-            return leaf.unpacked() if isinstance(leaf, cls) else leaf
-
-        return func(*pytree.tree_map(unpack, args), **pytree.tree_map(unpack, kwargs or {}))
+    def plain(self, _func: Any, *, is_written: bool) -> torch.Tensor:  # noqa: ARG002 - a copy may be written to
+        """Unpack the whole weight for an operation."""
+        return self.unpacked()
 
     def unpacked(self) -> torch.Tensor:
         """The plain weight, in memory of its own."""
