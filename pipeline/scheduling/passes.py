@@ -61,11 +61,7 @@ class Scheduler(Protocol):
         """The pass computes again."""
 
     def pass_ended(
-        self,
-        runner: "PassRunner",
-        released: Event | None,
-        entry: str,
-        visited: tuple[int, ...] | None,
+        self, runner: "PassRunner", released: Event | None, visited: tuple[int, ...] | None
     ) -> None:
         """The pass has ended. ``visited``: its batches, in order; None if it did not complete."""
 
@@ -283,9 +279,7 @@ class PassRunner:
         finally:  # also on a device that has failed: other passes must not wait for this one
             self._held = None
             route = visited if outcome == "completed" else None
-            self._scheduler.call_on_loop(
-                self._scheduler.pass_ended, self, released, self._entry, route
-            )
+            self._scheduler.call_on_loop(self._scheduler.pass_ended, self, released, route)
             if self.turn is not None:
                 self.turn.leave(outcome)
 
