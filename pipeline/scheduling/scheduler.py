@@ -16,7 +16,8 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
-from layerstream.pipeline.scheduling.pass_states import PassStates, Phase, fail_future
+from layerstream.pipeline.scheduling.pass_state import Phase, fail_future
+from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline

@@ -8,7 +8,8 @@ import pytest
 from support.loop import run
 
 from layerstream.pipeline import ClosedError, LayerstreamError, ReadError
-from layerstream.pipeline.scheduling.pass_states import PassStates, Phase, fail_future
+from layerstream.pipeline.scheduling.pass_state import Phase, fail_future
+from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
 
 

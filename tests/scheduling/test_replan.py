@@ -26,7 +26,7 @@ from layerstream.pipeline import (
 )
 from layerstream.pipeline.machine.measurement import Origin
 from layerstream.pipeline.planning.replan import learn
-from layerstream.pipeline.scheduling.pass_states import Phase
+from layerstream.pipeline.scheduling.pass_state import Phase
 from layerstream.stages.compute import Sweep
 
 MIB = 1 << 20
