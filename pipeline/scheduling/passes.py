@@ -118,11 +118,11 @@ class PassRunner:
 
     @property
     def demand_bytes(self) -> int | None:
-        """Memory that its request needs during this pass, in addition to the layers; None if unknown."""
+        """What its request needs during this pass of the memory that layers are in, too; None if unknown."""
         if self.cost is None:
             return None
         is_step = self.passes and self.tokens is not None and self.tokens <= self.cost.step_tokens
-        return self.cost.step_bytes if is_step else self.cost.nbytes
+        return self.cost.step_bytes if is_step else self.cost.memory.shared_bytes
 
     def enter(
         self, module: torch.nn.Module, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
