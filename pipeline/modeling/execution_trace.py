@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
+from layerstream.pipeline.modeling.meta_pass import meta_pass
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 
 __all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "most_complete_first", "trace_execution"]
@@ -74,9 +75,10 @@ def trace_execution(
     whose uses are recorded, if not all are.
     """
     traces = []
-    first: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt_pass is None else [prompt_pass]
-    for inputs in chain(first, _dummy_inputs(model)):
-        trace, has_unused = _trace_pass(model, inputs, streamed)
+    first: list[Callable[[Any], Any]] = [] if prompt_pass is None else [prompt_pass.run]
+    runs = chain(first, (partial(meta_pass, inputs=inputs) for inputs in _dummy_inputs(model)))
+    for run in runs:
+        trace, has_unused = _trace_pass(model, run, streamed)
         traces.append(trace)
         if trace.complete and not has_unused:
             break
@@ -95,22 +97,15 @@ def most_complete_first(traces: Iterable[ExecutionTrace]) -> list[ExecutionTrace
 
 
 def _trace_pass(
-    root: Any,
-    inputs: PromptPass | dict[str, torch.Tensor],
-    streamed: Container[str] | None,
+    root: Any, run: Callable[[Any], object], streamed: Container[str] | None
 ) -> tuple[ExecutionTrace, bool]:
-    """The trace of the pass with ``inputs``, and whether it has not used all weights."""
+    """The trace of the pass that ``run`` makes with a clone, and whether it has not used all weights."""
     clone = clone_modules(root)
     events: list[ModuleCall | WeightUse] = []
     weights, others = _install_tracing(clone, events, streamed)
     complete = True
     try:
-        if isinstance(inputs, PromptPass):
-            with torch.no_grad(), inputs.counting():
-                inputs.finish(clone(**inputs.inputs))
-        else:
-            with torch.no_grad(), on_meta(), FakeValues():
-                clone(**inputs)
+        run(clone)
     except Exception as error:  # noqa: BLE001 - a model may raise anything for made-up inputs
         logger.debug("no forward pass on the meta device: %s", error)
         complete = False

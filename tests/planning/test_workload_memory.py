@@ -13,13 +13,19 @@ from support.checkpoints import CPU
 from support.models import CACHE, CASES, save_model
 
 from layerstream.pipeline import Checkpoint, Workload
-from layerstream.pipeline.modeling.activation_memory import LiveBytes, measure_memory
+from layerstream.pipeline.modeling.activation_memory import LiveBytes, PromptPass
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.config import load_config, resolve_model_class
+from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.assumptions import rates_of
 from layerstream.pipeline.planning.compute_cost import ComputeCost
-from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks, kv_bytes
+from layerstream.pipeline.planning.workload_memory import (
+    WorkloadMemory,
+    estimate_memory,
+    has_sinks,
+    kv_bytes,
+)
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 PROMPT = 24
@@ -55,6 +61,17 @@ def sampled(logits: torch.Tensor) -> None:
     scores = logits[:, -1].to(copy=True, dtype=torch.float32)
     sorted_scores, _order = torch.sort(scores)
     sorted_scores.softmax(dim=-1).cumsum(dim=-1)
+
+
+def measure_memory(
+    module: Any, workload: Workload, device: torch.device | None = None
+) -> WorkloadMemory | None:
+    """As it is measured when a model is opened: in the pass that records when weights are used."""
+    prompt_pass = PromptPass.of(module, workload, device)
+    if prompt_pass is None:
+        return None
+    trace_execution(module, prompt_pass)
+    return prompt_pass.memory()
 
 
 def cache_bytes(cache: Any) -> int:
