@@ -55,7 +55,8 @@ def _of_blocks(unpack: Callable[..., None]) -> Callable[..., None]:
             for token in range(len(tokens)):
                 out[token * rows + row] = total(sums, token)
 
-    product.__name__ = f"product_{unpack.__name__}"
+    # Native code is found by this name.
+    product.__name__ = product.__qualname__ = f"product_{unpack.__name__}"
     return product
 
 

@@ -40,16 +40,19 @@ def in_threads(function: Callable[..., None], *, has_openmp: bool) -> Callable[.
     """
     rows_of = register_jitable(function)
 
-    @register_jitable
     def part_of(number: int, count: int, rows: int, arguments: Any) -> None:
         rows_of(rows * number // count, rows * (number + 1) // count, *arguments)
 
+    # Native code is found by these names: of two kernels whose names and types were equal, compiled in different processes, the
+    # one that is loaded first would run for both.
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+    part_of.__qualname__ = f"{name}.part"
     # Not as a closure: numba looks for compiled functions by the pickled contents of their closures, and those of functions
     # made of generated code differ from process to process.
     chosen = _shared if has_openmp else _alone
-    names = {**globals(), "_rows_of": rows_of, "_part_of": part_of}
+    names = {**globals(), "_rows_of": rows_of, "_part_of": register_jitable(part_of)}
     kernel = FunctionType(chosen.__code__, names, function.__name__)
-    kernel.__qualname__ = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    kernel.__qualname__ = name
     return kernel
 
 
