@@ -9,10 +9,10 @@ from typing import Any
 from layerstream.pipeline.modeling.binding import Bound
 from layerstream.pipeline.scheduling.passes import PassRunner
 
-__all__ = ["PassState", "Phase", "fail_future"]
+__all__ = ["PassPhase", "PassState", "fail_future"]
 
 
-class Phase(Enum):
+class PassPhase(Enum):
     """What a runner is doing."""
 
     IDLE = auto()
@@ -27,7 +27,7 @@ class Phase(Enum):
     """Its pass holds a layer batch, but waits for experts."""
 
 
-_HOLDING = (Phase.COMPUTING, Phase.AWAITING_EXPERTS)
+_HOLDING = (PassPhase.COMPUTING, PassPhase.AWAITING_EXPERTS)
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +35,7 @@ class PassState:
     """The state of a runner, and of its pass if one is under way."""
 
     runner: PassRunner
-    phase: Phase = Phase.IDLE
+    phase: PassPhase = PassPhase.IDLE
     has_request: bool = False
     """Whether its request has begun, and not ended."""
     entry: str = ""
@@ -57,12 +57,12 @@ class PassState:
     def expect(self) -> None:
         """Expect the next pass shortly, unless it has to wait for its turn, which may take sweeps."""
         if self.has_request and self.runner.turn is None and not self.runner.cancelled:
-            self.phase = Phase.EXPECTED
+            self.phase = PassPhase.EXPECTED
 
     def expect_no_more(self) -> None:
         """The next pass is not expected shortly any more."""
-        if self.phase is Phase.EXPECTED:
-            self.phase = Phase.IDLE
+        if self.phase is PassPhase.EXPECTED:
+            self.phase = PassPhase.IDLE
 
     def begin(self, entry: str) -> None:
         """A pass begins."""
@@ -70,7 +70,7 @@ class PassState:
 
     def wait(self, index: int, future: Future[Bound]) -> None:
         """Wait for layer batch ``index``, which ``future`` gets."""
-        self.phase, self.index, self.future = Phase.WAITING, index, future
+        self.phase, self.index, self.future = PassPhase.WAITING, index, future
         if self.route is not None and index in self.route:
             self.route = [other for other in self.route if other >= index]
         elif self.route is not None:
@@ -80,28 +80,28 @@ class PassState:
     def compute(self, bound: Bound) -> None:
         """Get the layer batch."""
         assert self.future is not None and self.route is not None  # noqa: PT018, S101 - it waits in the sweep
-        self.phase = Phase.COMPUTING
+        self.phase = PassPhase.COMPUTING
         self.route.remove(self.index)
         self.future.set_result(bound)
 
     def await_experts(self) -> None:
         """Keep the batch, but do not compute."""
-        if self.phase is Phase.COMPUTING:
-            self.phase = Phase.AWAITING_EXPERTS
+        if self.phase is PassPhase.COMPUTING:
+            self.phase = PassPhase.AWAITING_EXPERTS
 
     def go_on(self) -> None:
         """Compute again."""
-        if self.phase is Phase.AWAITING_EXPERTS:
-            self.phase = Phase.COMPUTING
+        if self.phase is PassPhase.AWAITING_EXPERTS:
+            self.phase = PassPhase.COMPUTING
 
     def release(self) -> None:
         """Give the batch back."""
         if self.holds:
-            self.phase = Phase.IDLE
+            self.phase = PassPhase.IDLE
 
     def leave(self) -> None:
         """Neither wait for a batch nor hold one, nor want one in this sweep."""
-        self.phase, self.future, self.route = Phase.IDLE, None, None
+        self.phase, self.future, self.route = PassPhase.IDLE, None, None
 
     def fail(self, error: BaseException) -> None:
         """Fail while waiting for a batch."""

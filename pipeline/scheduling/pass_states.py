@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from layerstream.pipeline.modeling.binding import Bound
-from layerstream.pipeline.scheduling.pass_state import PassState, Phase, fail_future
+from layerstream.pipeline.scheduling.pass_state import PassPhase, PassState, fail_future
 from layerstream.pipeline.scheduling.passes import PassCancelled, PassRunner
 from layerstream.pipeline.scheduling.route_prediction import RoutePrediction
 from layerstream.stages.devices.protocol import Event
@@ -160,7 +160,7 @@ class PassStates:
         runner.cancel()
         state = self._state(runner)
         state.expect_no_more()
-        if state.phase is Phase.WAITING:
+        if state.phase is PassPhase.WAITING:
             state.fail(PassCancelled())
             self._changed.set()
 
@@ -169,12 +169,12 @@ class PassStates:
 
     def _forget_without_pass(self, state: PassState) -> None:
         """Forget a runner that has no request, and so makes no more passes, unless one is under way."""
-        if not state.has_request and state.phase is Phase.IDLE:
+        if not state.has_request and state.phase is PassPhase.IDLE:
             del self._states[state.runner]
 
     # -- used by the task that makes sweeps ------------------------------------------------------
 
-    def _in(self, phase: Phase) -> list[PassState]:
+    def _in(self, phase: PassPhase) -> list[PassState]:
         return [state for state in self._states.values() if state.phase is phase]
 
     def _is_held(self) -> bool:
@@ -191,7 +191,7 @@ class PassStates:
         return [
             state.runner.demand_bytes
             for state in self._states.values()
-            if state.has_request or state.phase is Phase.WAITING
+            if state.has_request or state.phase is PassPhase.WAITING
         ]
 
     def _route(self, state: PassState) -> list[int]:
@@ -202,7 +202,7 @@ class PassStates:
 
     def _join_sweep(self) -> tuple[int, ...]:
         """Let all passes that wait join the sweep that is about to start; returns its route."""
-        for state in self._in(Phase.WAITING):
+        for state in self._in(PassPhase.WAITING):
             state.route = self._route(state)
         return tuple(sorted({index for _, route in self._in_sweep() for index in route}))
 
@@ -212,8 +212,8 @@ class PassStates:
         Returns:
             Whether a pass holds it, or may still want it.
         """
-        free = _AT_ONCE - len(self._in(Phase.COMPUTING))
-        for state in self._in(Phase.WAITING):
+        free = _AT_ONCE - len(self._in(PassPhase.COMPUTING))
+        for state in self._in(PassPhase.WAITING):
             if free > 0 and state.index == bound.index and state.route is not None:
                 state.compute(bound)
                 free -= 1
@@ -225,7 +225,7 @@ class PassStates:
             self._error = copy_of(
                 error
             )  # without its traceback, which refers to all that its caller has
-        for number, state in enumerate(self._in(Phase.WAITING)):
+        for number, state in enumerate(self._in(PassPhase.WAITING)):
             state.fail(echo_of(self._error) if number else error)
 
     async def _until(self, condition: Callable[[], bool]) -> None:

@@ -153,9 +153,9 @@ class Estimator:
         guided = settings.get("guidance_scale") not in (None, 1)
         if guided:
             rows *= 2  # a second pass without the prompt, with its own cache
-        other = rows * candidates * self._vocabulary_size * 12  # logits, scores, softmax in float32
+        # Logits, scores, softmax in float32; and the scores that are returned.
         scores = settings.number("output_scores", 0) + settings.number("output_logits", 0)
-        other += scores * rows * new * self._vocabulary_size * 4
+        other = rows * (candidates * 12 + scores * new * 4) * self._vocabulary_size
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
 
         def memory_with(pass_tokens: int, *, largest: int) -> RequestMemory:

@@ -89,11 +89,13 @@ def request_memory_of(plan: Plan, module: Any, config: Mapping[str, Any] | None)
     """The memory for requests: what the plan reserves for its workload, and what it leaves of the budgets."""
     host_bytes = _free_bytes(plan.host_memory) - plan.overhead_bytes
     if plan.device_memory is not None:
-        cache = plan.kv_cache_bytes if plan.kv_cache_on_host else 0
-        free = max(_free_bytes(plan.device_memory), 0)
+        free = _free_bytes(plan.device_memory)
+        if not plan.kv_cache_on_host:
+            return RequestMemory(shared_bytes=plan.workload_bytes + max(free, _MINIMUM_BYTES))
+        other = plan.workload_bytes - plan.kv_cache_bytes
         return RequestMemory(
-            shared_bytes=max(plan.workload_bytes - cache + free, _MINIMUM_BYTES),
-            cache_bytes=max(cache + max(host_bytes, 0), _MINIMUM_BYTES) if cache else 0,
+            shared_bytes=max(other + max(free, 0), _MINIMUM_BYTES),
+            cache_bytes=max(plan.kv_cache_bytes + max(host_bytes, 0), _MINIMUM_BYTES),
         )
     overhead = 0
     if (workload := plan.workload) is not None:

@@ -16,7 +16,7 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
-from layerstream.pipeline.scheduling.pass_state import Phase, fail_future
+from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
 from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.residency import Residency
@@ -165,16 +165,18 @@ class SweepScheduler(PassStates):
         self._events.clear()
 
     def _has_waiting(self) -> bool:
-        return bool(self._in(Phase.WAITING))
+        return bool(self._in(PassPhase.WAITING))
 
     async def _wait_for_late_passes(self) -> None:
         """Wait a little for requests between two passes."""
         patience = max(_PATIENCE_SECONDS, _PATIENCE_SHARE * self._sweep_seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                await self._until(lambda: not self._in(Phase.EXPECTED) or not self._has_waiting())
+                await self._until(
+                    lambda: not self._in(PassPhase.EXPECTED) or not self._has_waiting()
+                )
         # Those that are late are not waited for again before they have taken part in a sweep.
-        for state in self._in(Phase.EXPECTED):
+        for state in self._in(PassPhase.EXPECTED):
             state.expect_no_more()
 
     async def _place_residents(self) -> None:

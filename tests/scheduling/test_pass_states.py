@@ -8,7 +8,7 @@ import pytest
 from support.loop import run
 
 from layerstream.pipeline import ClosedError, LayerstreamError, ReadError
-from layerstream.pipeline.scheduling.pass_state import Phase, fail_future
+from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
 from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
 
@@ -71,11 +71,11 @@ def test_a_pass_waits_computes_and_ends_and_its_next_one_is_expected() -> None:
         by_hand.want(runner, 0, first=True)
         assert by_hand.states._join_sweep() == (0,)
         assert phases == [
-            Phase.EXPECTED,
-            Phase.WAITING,
-            Phase.COMPUTING,
-            Phase.AWAITING_EXPERTS,
-            Phase.EXPECTED,
+            PassPhase.EXPECTED,
+            PassPhase.WAITING,
+            PassPhase.COMPUTING,
+            PassPhase.AWAITING_EXPERTS,
+            PassPhase.EXPECTED,
         ]
 
     run(main())
