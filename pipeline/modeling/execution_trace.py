@@ -75,8 +75,9 @@ def trace_execution(
     whose uses are recorded, if not all are.
     """
     traces = []
-    first: list[Callable[[Any], Any]] = [] if prompt_pass is None else [prompt_pass.run]
-    runs = chain(first, (partial(meta_pass, inputs=inputs) for inputs in _dummy_inputs(model)))
+    first = [] if prompt_pass is None else [prompt_pass.run]
+    others = (partial(meta_pass, inputs=inputs) for inputs in _dummy_inputs(model))
+    runs: Iterable[Callable[[Any], object]] = chain(first, others)
     for run in runs:
         trace, has_unused = _trace_pass(model, run, streamed)
         traces.append(trace)

@@ -151,11 +151,10 @@ class Estimator:
         rows = shape.rows * branches
         candidates = settings.candidates()
         guided = settings.get("guidance_scale") not in (None, 1)
-        if guided:
-            rows *= 2  # a second pass without the prompt, with its own cache
+        rows *= 2 if guided else 1  # a second pass without the prompt, with its own cache
         # Logits, scores, softmax in float32; and the scores that are returned.
-        scores = settings.number("output_scores", 0) + settings.number("output_logits", 0)
-        other = rows * (candidates * 12 + scores * new * 4) * self._vocabulary_size
+        returned = settings.number("output_scores", 0) + settings.number("output_logits", 0)
+        other = rows * (candidates * 12 + returned * new * 4) * self._vocabulary_size
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
 
         def memory_with(pass_tokens: int, *, largest: int) -> RequestMemory:
