@@ -87,7 +87,9 @@ def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(
     assert report["added"] <= 1.05 * budget
 
 
-@pytest.mark.parametrize("quantiser", ["fp8-blocks", "int4-groups"])
+@pytest.mark.parametrize(
+    "quantiser", ["int4-groups", pytest.param("fp8-blocks", marks=pytest.mark.extended)]
+)
 def test_a_packed_model_streams_within_its_budget(
     tmp_path: Path, idle_bytes: int, quantiser: str
 ) -> None:
