@@ -14,6 +14,7 @@ from support.models import save_model
 from support.quantized import save_quantised
 
 MIB = 1 << 20
+pytestmark = pytest.mark.timeout(400)  # for a minute's work, on a busy machine
 
 # Prints the anonymous memory of a process that has all of its imports but no model, then streams one.
 PROGRAM = """

@@ -45,7 +45,7 @@ def test_outputs_and_greedy_tokens_are_those_of_from_pretrained(
                 assert torch.equal(tokens, reference.generate(**prompt, **GREEDY))
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
 
 
 @pytest.mark.parametrize("reader", ["direct", "mmap"])
@@ -275,4 +275,4 @@ def test_opens_and_closes_leave_nothing(tmp_path: Path) -> None:
                 await model.forward(**inputs_for("llama"))
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
