@@ -128,8 +128,7 @@ class _Search:
         kv_on_device = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
         requests = problem.workload_bytes
         return Placer(
-            checkpoint=problem.checkpoint,
-            layers=problem.layers,
+            layouts=problem.layouts,
             on_cpu=problem.on_cpu,
             reader=reader,
             host_budget_bytes=problem.host_budget_bytes,

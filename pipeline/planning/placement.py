@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.planning.layout import PlannedLayer, layout_batch
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.resident_choice import evenly, oversized_batches
 from layerstream.stages.arena import ring_bytes
@@ -38,8 +36,7 @@ class MemoryBytes(NamedTuple):
 class Placer:
     """Places the layer batches of candidates that have the reader and the place of the KV cache in common."""
 
-    checkpoint: Checkpoint
-    layers: Sequence[PlannedLayer]
+    layouts: Layouts
     on_cpu: bool
     reader: ReaderKind
     host_budget_bytes: int
@@ -63,7 +60,7 @@ class Placer:
     @property
     def always_resident(self) -> frozenset[str]:
         """Names of the layers that must be resident."""
-        return frozenset(layer.name for layer in self.layers if layer.always_resident)
+        return frozenset(layer.name for layer in self.layouts.layers if layer.always_resident)
 
     def batches(self, size: int, *, arenas: ArenaBytes | None = None) -> list[LayerBatch]:
         """All layers in batches of ``size`` blocks; those that must be resident are.
@@ -83,30 +80,7 @@ class Placer:
 
         return [
             self._resident(batch) if must_be_resident(batch) else batch
-            for batch in self._laid_out(size)
-        ]
-
-    def _laid_out(self, size: int) -> list[LayerBatch]:
-        groups: list[list[PlannedLayer]] = []
-        for layer in self.layers:
-            joins = (
-                groups
-                and layer.kind is groups[-1][0].kind is LayerKind.BLOCK
-                and layer.always_resident == groups[-1][0].always_resident
-                and len(groups[-1]) < size
-            )
-            if joins:
-                groups[-1].append(layer)
-            else:
-                groups.append([layer])
-        return [
-            layout_batch(
-                group,
-                index=index,
-                file_bytes=[file.size_bytes for file in self.checkpoint.files],
-                reads_host_images=self.on_cpu,
-            )
-            for index, group in enumerate(groups)
+            for batch in self.layouts.of_size(size)
         ]
 
     def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:

@@ -19,9 +19,10 @@ from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
 from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
-from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.prediction import Candidate, Objective
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
@@ -94,7 +95,11 @@ def make_plan(
         budget=budget or Budget(),
         workload=workload,
         objective=Objective.of(objective),
-        layers=tuple(layers or planned_layers(checkpoint, group_layers(checkpoint))),
+        layouts=Layouts(
+            layers or planned_layers(checkpoint, group_layers(checkpoint)),
+            file_bytes=[file.size_bytes for file in checkpoint.files],
+            reads_host_images=hardware.device == "cpu",
+        ),
         memory=_memory(checkpoint, workload, memory),
         reader=_reader_kind(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,

@@ -10,10 +10,11 @@ from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.compute_cost import packed_bytes
 from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.kernels import Kernels, most_fused_tokens
-from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.tiles import SharedLayers, unpacked_once
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
@@ -46,7 +47,7 @@ class Problem:
     budget: Budget
     workload: Workload | None
     objective: Objective
-    layers: tuple[PlannedLayer, ...]
+    layouts: Layouts
     memory: WorkloadMemory | None
     reader: ReaderKind | None
     throttle_bytes_per_second: float | None
@@ -86,6 +87,11 @@ class Problem:
                 f"reader is mmap, but the files of {format_bytes(self.checkpoint.total_bytes)} do not fit into the "
                 "address space of this process (ulimit -v); raise that limit, or leave the reader out"
             )
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """What is streamed, in execution order."""
+        return self.layouts.layers
 
     @property
     def on_cpu(self) -> bool:

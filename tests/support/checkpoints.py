@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Extent, LayerBatch
