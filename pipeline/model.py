@@ -240,7 +240,7 @@ class StreamedModel:
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         # The plan's is in bytes: what is not touched yet seems free.
-        new = as_budget(budget, on_cpu=self.plan.device_memory is None) or self.plan.budget
+        new = as_budget(budget, on_cpu=self.plan.on_cpu) or self.plan.budget
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
 
         def adopted() -> None:

@@ -150,7 +150,7 @@ def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Est
         opening.checkpoint.config,
         workload=options.workload,
         memory=memory,
-        on_cpu=opening.plan.device_memory is None,
+        on_cpu=opening.plan.on_cpu,
         plan=opening.plan,
         own_buffer_bytes=opening.assembly.own_buffer_bytes,
     )

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import annotated
 from layerstream.stages.memory import Image
@@ -77,7 +77,7 @@ async def read_stage(
                 if mapped is not None:
                     item.host = mapped.image(item.batch)
             idle_since = _count_work(clock, item.batch, times, idle_since=idle_since)
-            if item.batch.host_resident and not item.batch.device_resident:
+            if item.batch.residence is Residence.HOST:
                 residents.arrived(item.batch)
             await out.put(item)
 

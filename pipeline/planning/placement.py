@@ -1,6 +1,5 @@
 """What is placed where: layer batches of one size, the arenas for them, and which are resident. Pure."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.resident_choice import evenly, oversized_batches
 from layerstream.stages.arena import ring_bytes
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
 
 __all__ = ["ArenaBytes", "MemoryBytes", "Placer"]
 
@@ -86,17 +85,13 @@ class Placer:
     def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:
         """``batch`` as a resident, where computation reads it; with ``on_host`` in host RAM, for a GPU."""
         if self.on_cpu:
-            return dataclasses.replace(
-                batch,
-                host_resident=batch.uses_host_image and not self.maps,
-                device_resident=batch.device_bytes > 0,
-            )
-        return dataclasses.replace(batch, host_resident=on_host, device_resident=not on_host)
+            return batch.with_residence(batch.residence_on_cpu(mapped=self.maps))
+        return batch.with_residence(Residence.HOST if on_host else Residence.DEVICE)
 
     def arenas(self, batches: Sequence[LayerBatch], slots: int) -> ArenaBytes:
         """The sizes of the host ring and the device ring for ``batches``, ``slots`` at a time."""
         # A resident of the device alone takes a host slot once, when it is loaded.
-        loaded_once = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+        loaded_once = [b.host_bytes for b in batches if b.residence is Residence.DEVICE]
         streamed = [b.host_bytes for b in batches if b.streamed]
         host = max(ring_bytes(streamed, slots=slots), *loaded_once, 0)
         device = ring_bytes([b.device_bytes for b in batches if not b.device_resident], slots=slots)

@@ -176,7 +176,7 @@ def _run_sweeps(
 
 def copied_bytes(plan: Plan) -> int:
     """Bytes that a sweep copies to the device; in a rehearsal, which copies nothing, all bytes."""
-    if plan.device_memory is None:
+    if plan.on_cpu:
         return sum(batch.host_bytes for batch in plan.batches)
     return sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
 
@@ -308,7 +308,7 @@ def report_peak_vram(bench: Bench) -> RowResult:
 
 def record_budget_share(bench: Bench, plan: Plan, peak: PeakMemory) -> None:
     """Record the share of its VRAM budget that ``plan`` used."""
-    if plan.device_memory is None:
+    if plan.on_cpu:
         return
     for name, used in (
         ("vram_share", peak.allocated_bytes),
