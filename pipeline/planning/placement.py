@@ -1,7 +1,9 @@
 """What is placed where: layer batches of one size, the arenas for them, and which are resident. Pure."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from layerstream.pipeline.planning.layout import Layouts
@@ -226,26 +228,31 @@ class Placer:
     ) -> list[LayerBatch]:
         """``batches`` with as many residents as fit; with ``arenas``, or with such as ``slots`` slots need."""
         streamed = [b.index for b in batches if b.streamed]
-
-        def with_residents(count: int) -> list[LayerBatch] | None:
+        most = self._most_residents(batches, arenas or ArenaBytes(0, 0), on_host, spare)
+        # From the most that could fit: if all are resident, there is no ring, and more may fit than with a few less.
+        for count in range(most, 0, -1):
             chosen = {streamed[i] for i in evenly(len(streamed), count)}
             trial = self._with(batches, chosen, on_host=on_host)
-            need = self.need(trial, arenas or self.arenas(trial, slots))
-            return trial if self.fits(need, spare=spare) else None
-
-        fewest, most, best = 0, len(streamed), list(batches)
-        # A binary search: more residents take more memory, except where the rings become smaller.
-        while fewest < most:
-            count = (fewest + most + 1) // 2
-            trial = with_residents(count)
-            if trial is None:
-                most = count - 1
-            else:
-                fewest, best = count, trial
-        for count in (len(streamed), fewest + 1):  # if all are resident, no ring is needed
-            if fewest < count <= len(streamed) and (trial := with_residents(count)) is not None:
+            if self.fits(self.need(trial, arenas or self.arenas(trial, slots)), spare=spare):
                 return trial
-        return best
+        return list(batches)
+
+    def _most_residents(
+        self, batches: Sequence[LayerBatch], arenas: ArenaBytes, on_host: bool, spare: MemoryBytes
+    ) -> int:
+        """How many more of ``batches`` fit into memory beside ``arenas``, if they are the smallest."""
+        need = self.need(batches, arenas)
+        residents = (self._resident(b, on_host=on_host) for b in batches if b.streamed)
+        if on_host or self.on_cpu:
+            free = self.host_budget_bytes + spare.host - need.host
+            sizes = [
+                b.host_bytes * b.host_resident + b.device_bytes * b.device_resident
+                for b in residents
+            ]
+        else:
+            free = (self.vram_budget_bytes or 0) + spare.vram - need.vram
+            sizes = [_allocated_bytes(b.device_bytes) for b in residents]
+        return bisect_right(list(accumulate(sorted(sizes))), free)
 
     def _with(
         self, batches: Iterable[LayerBatch], chosen: set[int], *, on_host: bool
