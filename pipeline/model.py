@@ -11,6 +11,7 @@ import torch
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
 from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
+from layerstream.pipeline.planning.choices import PlanChoices
 from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
@@ -112,14 +113,16 @@ class StreamedModel:
         """
         options = Options(
             budget=budget,
-            workload=as_workload(workload),
-            reader=reader,
-            throttle_bytes_per_second=throttle_bytes_per_second,
-            layer_batch_size=layer_batch_size,
-            slots=slots,
-            kernels=kernels,
+            choices=PlanChoices(
+                workload=as_workload(workload),
+                objective=objective,
+                reader=reader,
+                throttle_bytes_per_second=throttle_bytes_per_second,
+                layer_batch_size=layer_batch_size,
+                slots=slots,
+                kernels=kernels,
+            ),
             max_requests=max_requests,
-            objective=objective,
             hardware=hardware,
             measure=measure,
             model_class=model_class,
@@ -133,8 +136,6 @@ class StreamedModel:
             ),
         )
         return cls(options)
-
-    # -- opening and closing ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         """Open the model.
@@ -153,7 +154,7 @@ class StreamedModel:
         self._resources.callback(self._guard.close)
         self._opening = opening = await open_model(self._options, self._resources, self._guard)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
-        self._budget = opening.budget
+        self._budget = opening.choices.budget
         self._running = await start_model(opening, self._options, self._resources, self._guard)
         return self._running.scheduler  # which does not refer to the module
 
@@ -279,7 +280,7 @@ class StreamedModel:
             PlanError: No plan fits that budget.
         """
         self._runtime()
-        return self._opening.make_plan(hardware, budget=budget or self._budget, running=self.plan)
+        return self._opening.replan(hardware, budget or self._budget, running=self.plan)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

@@ -148,7 +148,7 @@ def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Est
     return Estimator(
         opening.module,
         opening.checkpoint.config,
-        workload=options.workload,
+        workload=options.choices.workload,
         memory=memory,
         on_cpu=opening.plan.on_cpu,
         plan=opening.plan,

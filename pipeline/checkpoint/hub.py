@@ -1,6 +1,5 @@
 """Finds a model by folder, file, or id on the hub (``org/name``, ``org/name:file.gguf``), and downloads it if need be."""
 
-import asyncio
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from layerstream.pipeline.checkpoint.snapshot_files import (
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["Lookup", "resolve_model_path", "resolve_model_path_async"]
+__all__ = ["Lookup", "resolve_model_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,18 +102,6 @@ def resolve_model_path(source: str | os.PathLike[str], lookup: Lookup = _ANYWHER
     folder = None if lookup.force_download else _cached_snapshot(model_id, lookup, files)
     folder = folder or _download_snapshot(model_id, lookup, files)
     return folder / files[0] if files else folder
-
-
-async def resolve_model_path_async(
-    source: str | os.PathLike[str], lookup: Lookup = _ANYWHERE
-) -> Path:
-    """The same as ``resolve_model_path``, without blocking the event loop.
-
-    A download cannot be interrupted: if the waiting task is cancelled, the download goes on in its
-    thread, into the cache, where the next call finds it. It uses no buffer of the pipeline, so
-    nothing has to wait for its end.
-    """
-    return await asyncio.to_thread(resolve_model_path, source, lookup)
 
 
 def _is_model_id(source: str) -> bool:

@@ -1,16 +1,16 @@
 """The time that computation takes in one forward pass: seconds per layer, estimated from the config. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.model_shape import shape_of, with_text_config
-from layerstream.pipeline.planning.planned_layer import LayerWeights, PackedBytes, PlannedLayer
+from layerstream.pipeline.planning.planned_layer import LayerWeights, PlannedLayer
 
-__all__ = ["ComputeCost", "PassShape", "packed_bytes"]
+__all__ = ["ComputeCost", "PassShape"]
 
 _ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
 _KV_ITEM_BYTES = 2
@@ -100,10 +100,10 @@ class ComputeCost:
         """Of the matrices that every token is multiplied with."""
         plain = weights.dense_bytes
         seconds = 0.0
-        for encoding, (packed_bytes, plain_bytes) in weights.packed.items():
+        for encoding, packed_bytes in weights.packed.items():
             multiplied = self._rates.multiplied_per_second(encoding, tokens)
             if tokens <= self._fused_tokens and multiplied is not None:
-                plain -= plain_bytes
+                plain -= weights.unpacked[encoding]
                 seconds += packed_bytes / multiplied
             else:
                 seconds += packed_bytes / self._rates.unpacked_per_second(encoding)
@@ -124,12 +124,3 @@ class ComputeCost:
             return seconds
         cached_bytes = _KV_ITEM_BYTES * shape.sequences * shape.context * self._kv_width
         return seconds + cached_bytes / rates.kv_growth_bytes_per_second
-
-
-def packed_bytes(layers: Iterable[PlannedLayer]) -> dict[str, PackedBytes]:
-    """Of the packed weights that every token is multiplied with, by encoding."""
-    found: dict[str, PackedBytes] = {}
-    for layer in layers:
-        for encoding, nbytes in layer.weights.packed.items():
-            found[encoding] = nbytes.plus(found.get(encoding, PackedBytes(0, 0)))
-    return found

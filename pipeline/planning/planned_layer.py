@@ -2,10 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
@@ -14,7 +12,7 @@ from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.pipeline.planning.expert_source import ExpertSource
 from layerstream.stages.batch import Extent
 
-__all__ = ["LayerWeights", "PackedBytes", "PlannedLayer", "TensorSource"]
+__all__ = ["LayerWeights", "PlannedLayer", "TensorSource"]
 
 _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 _MATRIX_DIMENSIONS = 2
@@ -76,56 +74,43 @@ class PlannedLayer:
     @cached_property
     def weights(self) -> "LayerWeights":
         """What computation multiplies with."""
-        plain = experts = 0
-        packed: dict[str, PackedBytes] = {}
-        packed_experts: Counter[str] = Counter()
+        found = LayerWeights()
         for tensor in self.tensors:
-            form, is_expert = tensor.packed, _EXPERT.search(tensor.name)
-            nbytes = tensor.nbytes * (len(tensor.shape) >= _MATRIX_DIMENSIONS)
-            if form is not None:
-                nbytes = form.plain_bytes
-                if is_expert:
-                    packed_experts[form.encoding] += tensor.nbytes
-                else:
-                    before = packed.get(form.encoding, PackedBytes(0, 0))
-                    packed[form.encoding] = before.plus(PackedBytes(tensor.nbytes, nbytes))
-            if is_expert:
-                experts += nbytes
+            plain = tensor.nbytes * (len(tensor.shape) >= _MATRIX_DIMENSIONS)
+            if _EXPERT.search(tensor.name):
+                found.add_experts(tensor.packed, tensor.nbytes, plain)
+            elif tensor.packed is None:
+                found.dense_bytes += plain
             else:
-                plain += nbytes
+                found.dense_bytes += tensor.packed.plain_bytes
+                found.packed[tensor.packed.encoding] += tensor.nbytes
+                found.unpacked[tensor.packed.encoding] += tensor.packed.plain_bytes
         for source in self.experts:
             for part in source.tensors:
-                nbytes = part.nbytes
-                if part.packed is not None:
-                    packed_experts[part.packed.encoding] += source.experts * nbytes
-                    nbytes = part.packed.plain_bytes
-                experts += source.experts * nbytes
-        return LayerWeights(
-            dense_bytes=plain, expert_bytes=experts, packed=packed, packed_experts=packed_experts
-        )
+                found.add_experts(part.packed, part.nbytes, part.nbytes, count=source.experts)
+        return found
 
 
-class PackedBytes(NamedTuple):
-    """Bytes of packed weights."""
-
-    packed: int
-    plain: int
-    """Unpacked."""
-
-    def plus(self, other: "PackedBytes") -> "PackedBytes":
-        """The sum of both."""
-        return PackedBytes(self.packed + other.packed, self.plain + other.plain)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LayerWeights:
     """What a layer computes with."""
 
-    dense_bytes: int
+    dense_bytes: int = 0
     """Of matrices that every token is multiplied with, unpacked."""
-    expert_bytes: int
+    expert_bytes: int = 0
     """Of all experts, unpacked."""
-    packed: Mapping[str, PackedBytes]
-    """Of what is not an expert, by encoding."""
-    packed_experts: Mapping[str, int]
+    packed: Counter[str] = field(default_factory=Counter)
+    """Packed bytes of what is not an expert, by encoding."""
+    unpacked: Counter[str] = field(default_factory=Counter)
+    """The same unpacked."""
+    packed_experts: Counter[str] = field(default_factory=Counter)
     """Packed bytes of all experts, by encoding."""
+
+    def add_experts(
+        self, form: PackedForm | None, nbytes: int, plain_bytes: int, *, count: int = 1
+    ) -> None:
+        """Count a tensor of ``count`` experts, each of ``nbytes`` in ``form``, or of ``plain_bytes`` if it is not packed."""
+        if form is not None:
+            self.packed_experts[form.encoding] += count * nbytes
+            plain_bytes = form.plain_bytes
+        self.expert_bytes += count * plain_bytes
