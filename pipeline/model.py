@@ -187,10 +187,9 @@ class StreamedModel:
     async def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate with any strategy; takes and returns what the model's own ``generate`` does.
 
-        Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first
-        served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
-        ``torch.Generator``, is what this request samples from; all share torch's default one. Inputs are moved, and
-        a cancelled generation is unwound, as in ``forward``.
+        Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first served,
+        until that is free; what the caller keeps of the result is not counted. ``generator``, a ``torch.Generator``, is what
+        this request samples from; all share torch's default one. Inputs are moved, and a cancelled generation is unwound, as in ``forward``.
         ``adapter`` names the adapter of this request (None: the base model), instead of the one in the model's folder.
 
         Raises:
