@@ -7,6 +7,7 @@ from typing import NamedTuple
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
+from layerstream.stages.memory import round_up
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
@@ -134,8 +135,8 @@ def layout_batch(
         reads=reads,
         segments=_segments(copied, offsets),
         tensors=views,
-        host_bytes=sum(_round_up(read.nbytes, BLOCK_BYTES) for read in reads),
-        device_bytes=_round_up(device_bytes, _DEVICE_ALIGNMENT),
+        host_bytes=sum(round_up(read.nbytes, BLOCK_BYTES) for read in reads),
+        device_bytes=round_up(device_bytes, _DEVICE_ALIGNMENT),
         scratch_bytes=sum(layer.scratch_bytes for layer in layers)
         + max(layer.tile_bytes for layer in layers),
     )
@@ -183,7 +184,7 @@ def _device_offsets(places: Sequence[_Placed], *, congruent: bool) -> dict[str, 
         if offset is None:
             keeps = congruent and not fused and first.host_offset % source.item_bytes == 0
             shift = first.host_offset % _DEVICE_ALIGNMENT if keeps else 0
-            offset = _round_up(end, _DEVICE_ALIGNMENT) + shift
+            offset = round_up(end, _DEVICE_ALIGNMENT) + shift
         offsets[source.name] = offset
         for piece in pieces:
             if piece.nbytes:
@@ -229,7 +230,3 @@ def _segments(places: Sequence[_Placed], offsets: Mapping[str, int]) -> tuple[Se
                 last_read = piece.read
             offset += piece.nbytes
     return tuple(Segment(host_offset=h, device_offset=d, nbytes=n) for h, d, n in found)
-
-
-def _round_up(nbytes: int, multiple: int) -> int:
-    return -(-nbytes // multiple) * multiple

@@ -11,6 +11,7 @@ from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.resident_choice import evenly, oversized_batches
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import LayerBatch, Residence
+from layerstream.stages.memory import round_up
 
 __all__ = ["ArenaBytes", "MemoryBytes", "Placer"]
 
@@ -264,4 +265,4 @@ def _allocated_bytes(nbytes: int) -> int:
     """GPU memory that a tensor of ``nbytes`` takes."""
     if nbytes <= _SMALL_BYTES:
         return nbytes
-    return -(-nbytes // _DEVICE_BLOCK_BYTES) * _DEVICE_BLOCK_BYTES
+    return round_up(nbytes, _DEVICE_BLOCK_BYTES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_of
 from layerstream.pipeline.planning.plan import Workload
+from layerstream.stages.memory import round_up
 
 __all__ = ["WorkloadMemory", "estimate_memory", "has_sinks"]
 
@@ -128,7 +129,7 @@ def _activation_bytes(
     shape: ModelShape, batch: int, tokens: int, context: int, *, sinks: bool
 ) -> int:
     """The most that is alive while a block computes ``tokens`` new ones of ``context`` tokens per sequence."""
-    padded = -(-tokens // shape.chunk_tokens) * shape.chunk_tokens if tokens > 1 else tokens
+    padded = round_up(tokens, shape.chunk_tokens) if tokens > 1 else tokens
     attention = max(
         batch * _score_bytes(shape, tokens, context, sinks=sinks),
         batch * _mask_bytes(shape, batch, tokens, context),
