@@ -24,7 +24,6 @@ from layerstream.pipeline.checkpoint.formats.gguf_config import config_of, part_
 from layerstream.pipeline.checkpoint.formats.gguf_files import choose_files
 from layerstream.pipeline.checkpoint.formats.gguf_types import DTYPES, ENCODINGS, REFUSED
 from layerstream.stages.errors import CheckpointError
-from layerstream.stages.memory import round_up
 
 __all__ = ["GGUF"]
 
@@ -188,7 +187,7 @@ class _Parser:
             (kind,) = self._take(_TYPE)
             (offset,) = self._take(_LENGTH)
             rows.append((offset, name, kind, sizes[::-1]))
-        start = round_up(self._at, alignment)
+        start = -(-self._at // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         end, before = start, ""
         for offset, name, kind, shape in sorted(rows, key=lambda row: row[0]):
