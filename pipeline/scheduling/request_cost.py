@@ -257,11 +257,9 @@ class Estimator:
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
         """The assistant's own KV cache and activations; its weights are the caller's."""
         config = getattr(named.get("assistant_model"), "config", None)
-        if config is None:
-            return 0
         workload = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
-        memory = estimate_memory(config.to_dict(), workload)
-        return 0 if memory is None else memory.reserved_bytes
+        memory = estimate_memory(config and config.to_dict(), workload)
+        return memory.reserved_bytes if memory else 0
 
     def _may_chunk(
         self, settings: GenerationSettings, named: Mapping[str, Any], shape: InputShape
