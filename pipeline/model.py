@@ -11,8 +11,8 @@ import torch
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
 from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
-from layerstream.pipeline.planning.choices import PlanChoices
-from layerstream.pipeline.planning.kernels import Kernels
+from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
@@ -115,12 +115,12 @@ class StreamedModel:
             budget=budget,
             choices=PlanChoices(
                 workload=as_workload(workload),
-                objective=objective,
-                reader=reader,
+                objective=Objective.of(objective),
+                reader=reader_kind(reader, throttle_bytes_per_second),
                 throttle_bytes_per_second=throttle_bytes_per_second,
                 layer_batch_size=layer_batch_size,
                 slots=slots,
-                kernels=kernels,
+                kernels=kernels_of(kernels),
             ),
             max_requests=max_requests,
             hardware=hardware,

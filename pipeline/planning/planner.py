@@ -16,9 +16,9 @@ from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
-from layerstream.pipeline.planning.choices import PlanChoices
+from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
 from layerstream.pipeline.planning.expert_cells import ExpertCells
-from layerstream.pipeline.planning.kernels import Kernels
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
@@ -89,12 +89,12 @@ def make_plan(
     choices = PlanChoices(
         budget=budget or Budget(),
         workload=workload,
-        objective=objective,
-        reader=reader,
+        objective=Objective.of(objective),
+        reader=reader_kind(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,
         layer_batch_size=layer_batch_size,
         slots=slots,
-        kernels=kernels,
+        kernels=kernels_of(kernels),
     )
     return plan_model(
         checkpoint,

@@ -308,7 +308,7 @@ def report_peak_vram(bench: Bench) -> RowResult:
 
 def record_budget_share(bench: Bench, plan: Plan, peak: PeakMemory) -> None:
     """Record the share of its VRAM budget that ``plan`` used."""
-    if plan.on_cpu:
+    if plan.device_memory is None:
         return
     for name, used in (
         ("vram_share", peak.allocated_bytes),
