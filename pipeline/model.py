@@ -11,7 +11,8 @@ import torch
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
 from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
-from layerstream.pipeline.planning.kernels import Kernels
+from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.planning.replan import hardware_without, learn
@@ -112,14 +113,16 @@ class StreamedModel:
         """
         options = Options(
             budget=budget,
-            workload=as_workload(workload),
-            reader=reader,
-            throttle_bytes_per_second=throttle_bytes_per_second,
-            layer_batch_size=layer_batch_size,
-            slots=slots,
-            kernels=kernels,
+            choices=PlanChoices(
+                workload=as_workload(workload),
+                objective=Objective.of(objective),
+                reader=reader_kind(reader, throttle_bytes_per_second),
+                throttle_bytes_per_second=throttle_bytes_per_second,
+                layer_batch_size=layer_batch_size,
+                slots=slots,
+                kernels=kernels_of(kernels),
+            ),
             max_requests=max_requests,
-            objective=objective,
             hardware=hardware,
             measure=measure,
             model_class=model_class,
@@ -133,8 +136,6 @@ class StreamedModel:
             ),
         )
         return cls(options)
-
-    # -- opening and closing ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         """Open the model.
@@ -153,7 +154,7 @@ class StreamedModel:
         self._resources.callback(self._guard.close)
         self._opening = opening = await open_model(self._options, self._resources, self._guard)
         self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
-        self._budget = opening.budget
+        self._budget = opening.choices.budget
         self._running = await start_model(opening, self._options, self._resources, self._guard)
         return self._running.scheduler  # which does not refer to the module
 
@@ -186,10 +187,9 @@ class StreamedModel:
     async def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate with any strategy; takes and returns what the model's own ``generate`` does.
 
-        Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first
-        served, until that is free; what the caller keeps of the result is not counted. ``generator``, a
-        ``torch.Generator``, is what this request samples from; all share torch's default one. Inputs are moved, and
-        a cancelled generation is unwound, as in ``forward``.
+        Requests share sweeps. Each reserves memory for its KV cache and activations, and waits, first come, first served,
+        until that is free; what the caller keeps of the result is not counted. ``generator``, a ``torch.Generator``, is what
+        this request samples from; all share torch's default one. Inputs are moved, and a cancelled generation is unwound, as in ``forward``.
         ``adapter`` names the adapter of this request (None: the base model), instead of the one in the model's folder.
 
         Raises:
@@ -240,7 +240,7 @@ class StreamedModel:
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
         # The plan's is in bytes: what is not touched yet seems free.
-        new = as_budget(budget, on_cpu=self.plan.device_memory is None) or self.plan.budget
+        new = as_budget(budget, on_cpu=self.plan.on_cpu) or self.plan.budget
         plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
 
         def adopted() -> None:
@@ -279,7 +279,7 @@ class StreamedModel:
             PlanError: No plan fits that budget.
         """
         self._runtime()
-        return self._opening.make_plan(hardware, budget=budget or self._budget, running=self.plan)
+        return self._opening.replan(hardware, budget or self._budget, running=self.plan)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layerstream.pipeline.checkpoint.adapter_folder import Sources, resolve_sources
@@ -22,9 +22,10 @@ from layerstream.pipeline.modeling.tracing import (
     trace_model,
 )
 from layerstream.pipeline.options import Options, as_budget
-from layerstream.pipeline.planning.kernels import Kernels, kernels_of
+from layerstream.pipeline.planning.choices import PlanChoices
+from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind
-from layerstream.pipeline.planning.planner import make_plan
+from layerstream.pipeline.planning.planner import plan_model
 from layerstream.stages.errors import DeviceError
 from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
@@ -49,10 +50,14 @@ class Opening:
     assembly: Assembly
     hardware: Hardware
     plan: Plan
-    budget: Budget | None
-    """As it was given."""
+    choices: PlanChoices
     make_plan: Callable[..., Plan]
-    """The planner for this model; takes hardware, budget, and the arguments that choose a plan."""
+    """The planner for this model; takes hardware, choices, and the running plan."""
+
+    def replan(self, hardware: Hardware, budget: Budget, *, running: Plan) -> Plan:
+        """``running`` with other residents, for ``hardware`` and ``budget``."""
+        choices = replace(self.choices, budget=budget)
+        return self.make_plan(hardware, choices, running=running)
 
 
 async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGuard) -> Opening:
@@ -63,7 +68,8 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     )  # opening a GPU for the first time takes seconds
     if on_cpu:
         limit_library_memory()  # before worker threads have heaps of their own
-    budget = as_budget(options.budget, on_cpu=on_cpu)
+    budget = as_budget(options.budget, on_cpu=on_cpu) or Budget()
+    choices = replace(options.choices, budget=budget)
     # Not ``finish_in_thread``: a download cannot be interrupted, and nothing has to wait for its end.
     sources = await asyncio.to_thread(_find, options)
     # Not ``open_async``: cancelled, that leaves a file open until its thread has returned.
@@ -84,26 +90,14 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
     make_model_plan = functools.partial(
-        make_plan,
+        plan_model,
         checkpoint,
-        workload=options.workload,
-        objective=options.objective,
-        kernels=options.kernels,
         layers=assembly.planned(checkpoint),
         memory=assembly.memory,
-        held_bytes=held_bytes,
+        loaded_code_bytes=held_bytes,
         adapters=assembly.adapters.size,
     )
-    plan = await finish_in_thread(
-        lambda: make_model_plan(
-            hardware,
-            budget=budget,
-            reader=options.reader,
-            throttle_bytes_per_second=options.throttle_bytes_per_second,
-            layer_batch_size=options.layer_batch_size,
-            slots=options.slots,
-        )
-    )
+    plan = await finish_in_thread(lambda: make_model_plan(hardware, choices))
     _report(checkpoint, traced, hardware, options)
     return Opening(
         checkpoint=checkpoint,
@@ -111,7 +105,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         assembly=assembly,
         hardware=hardware,
         plan=plan,
-        budget=budget,
+        choices=choices,
         make_plan=make_model_plan,
     )
 
@@ -126,7 +120,7 @@ def _report(
 ) -> None:
     """Log what users may not expect."""
     space = hardware.address_space_bytes
-    if options.reader is None and space is not None and space < checkpoint.total_bytes:
+    if options.choices.reader is None and space is not None and space < checkpoint.total_bytes:
         logger.warning(
             "%s: the address space (ulimit -v) cannot hold a mapping of the files: they are read directly",
             checkpoint.path,
@@ -144,7 +138,7 @@ def _read_ahead(
     checkpoint: Checkpoint, options: Options, guard: ReadGuard, *, on_cpu: bool
 ) -> Readahead:
     """Start reading ahead while the model is traced, if its files will probably be mapped."""
-    mapped = options.reader in {None, ReaderKind.MMAP} and not options.throttle_bytes_per_second
+    mapped = options.choices.reader in {None, ReaderKind.MMAP}
     readahead = Readahead([file.path for file in checkpoint.files], guard)
     if mapped and on_cpu and fits_page_cache(checkpoint.total_bytes):
         try:
@@ -184,13 +178,13 @@ def _trace(
     )
     suggest_cache_folder(user_cache_folder() / "kernels")
     if on_cpu:
-        exact = kernels_of(options.kernels) is Kernels.EXACT
+        exact = options.choices.kernels is Kernels.EXACT
         compile_kernels(encodings_of(checkpoint), traced.module.dtype, products=not exact)
     # A GPU gets whole layers, which transformers' operations unpack: experts and tiles in its memory are not implemented.
     return traced, Assembly(
         traced,
         checkpoint,
-        options.workload,
+        options.choices.workload,
         adapters=adapters,
         experts_on_demand=on_cpu,
         unpacks_by_tiles=on_cpu,

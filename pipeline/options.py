@@ -5,9 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.kernels import Kernels
-from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
-from layerstream.pipeline.planning.prediction import Objective
+from layerstream.pipeline.planning.choices import PlanChoices
+from layerstream.pipeline.planning.plan import Budget, Workload
 from layerstream.pipeline.pretrained import Pretrained
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.errors import PlanError
@@ -27,14 +26,9 @@ class Options:
     """The arguments of ``StreamedModel.open``."""
 
     budget: BudgetLike
-    workload: Workload
-    reader: ReaderKind | str | None
-    throttle_bytes_per_second: float | None
-    layer_batch_size: int | None
-    slots: int | None
-    kernels: Kernels | str
+    choices: PlanChoices
+    """Without the budget."""
     max_requests: int
-    objective: Objective | str
     hardware: Hardware | None
     measure: bool
     model_class: type[Any] | None

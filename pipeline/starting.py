@@ -14,7 +14,7 @@ from layerstream.pipeline.modeling.own_buffers import OwnBuffers
 from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening
 from layerstream.pipeline.options import Options
-from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
 from layerstream.pipeline.scheduling.request_cost import Estimator
@@ -148,9 +148,9 @@ def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Est
     return Estimator(
         opening.module,
         opening.checkpoint.config,
-        workload=options.workload,
+        workload=options.choices.workload or Workload(),
         memory=memory,
-        on_cpu=opening.plan.device_memory is None,
+        on_cpu=opening.plan.on_cpu,
         plan=opening.plan,
         own_buffer_bytes=opening.assembly.own_buffer_bytes,
     )

@@ -73,16 +73,6 @@ class RingArena:
         """Bytes of the whole ring."""
         return self._memory.numel()
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in slots that have not been given back."""
-        return sum(slot.nbytes for slot in self._live if not slot._freed)  # noqa: SLF001
-
-    @property
-    def used_slots(self) -> int:
-        """Slots that have not been given back."""
-        return sum(not slot._freed for slot in self._live)  # noqa: SLF001
-
     async def take(self, nbytes: int, *, batch: int = -1) -> Slot:
         """Take the next ``nbytes`` as a slot, as soon as that much is free. A cancelled wait takes nothing.
 

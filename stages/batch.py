@@ -5,11 +5,22 @@ device image has the layout that computation needs. Offsets are bytes from the s
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Self
 
-__all__ = ["Extent", "LayerBatch", "Place", "Read", "Segment", "TensorView", "layers_label"]
+__all__ = [
+    "Extent",
+    "LayerBatch",
+    "Place",
+    "Read",
+    "Residence",
+    "Segment",
+    "TensorView",
+    "layers_label",
+]
 
 
 class Place(StrEnum):
@@ -17,6 +28,18 @@ class Place(StrEnum):
 
     HOST = "host"
     DEVICE = "device"
+
+
+class Residence(StrEnum):
+    """Which images of a layer batch stay in memory."""
+
+    STREAMED = "streamed"
+    """None: every sweep reads it from disk."""
+    HOST = "host"
+    """The host image: it is read once."""
+    DEVICE = "device"
+    """The device image: it is read and copied once."""
+    BOTH = "both"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +115,7 @@ class LayerBatch:
     """Size of the device image; 0 where computation reads only the host image."""
     scratch_bytes: int = 0
     """Bytes of tensors that are made from it before use: casts, transposes."""
-    host_resident: bool = False
-    """The host image stays in memory: it is read once."""
-    device_resident: bool = False
-    """The device image stays in memory: it is read and copied once."""
+    residence: Residence = Residence.STREAMED
 
     @property
     def label(self) -> str:
@@ -105,7 +125,29 @@ class LayerBatch:
     @property
     def streamed(self) -> bool:
         """Whether every sweep reads the batch from disk."""
-        return not (self.host_resident or self.device_resident)
+        return self.residence is Residence.STREAMED
+
+    @property
+    def host_resident(self) -> bool:
+        """Whether the host image stays in memory."""
+        return self.residence in {Residence.HOST, Residence.BOTH}
+
+    @property
+    def device_resident(self) -> bool:
+        """Whether the device image stays in memory."""
+        return self.residence in {Residence.DEVICE, Residence.BOTH}
+
+    def with_residence(self, residence: Residence) -> Self:
+        """The same bytes in the same places, so that what is cached of them stays."""
+        changed = copy(self)
+        object.__setattr__(changed, "residence", residence)  # it is new, and nobody else has it
+        return changed
+
+    def residence_on_cpu(self, *, mapped: bool) -> Residence:
+        """Its residence where computation reads host images: in all that it reads. A mapping of files takes no memory."""
+        if self.uses_host_image and not mapped:
+            return Residence.BOTH if self.device_bytes else Residence.HOST
+        return Residence.DEVICE if self.device_bytes else Residence.STREAMED
 
     @cached_property
     def views(self) -> Mapping[Place, tuple[TensorView, ...]]:

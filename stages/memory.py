@@ -12,13 +12,26 @@ import torch
 from layerstream.stages.batch import TensorView
 from layerstream.stages.errors import DeviceError
 
-__all__ = ["HUGE_PAGE_BYTES", "HostMemory", "Image", "address_of", "strides_of", "tensor_over"]
+__all__ = [
+    "HUGE_PAGE_BYTES",
+    "HostMemory",
+    "Image",
+    "address_of",
+    "round_up",
+    "strides_of",
+    "tensor_over",
+]
 
 logger = logging.getLogger(__name__)
 
 # O_DIRECT pins the destination page by page: into 4 KiB pages it ran at half the speed that it has into 2 MiB
 # pages, whatever the number of threads and the block size.
 HUGE_PAGE_BYTES = 2 << 20
+
+
+def round_up(nbytes: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``nbytes``."""
+    return -(-nbytes // multiple) * multiple
 
 
 def address_of(buffer: mmap.mmap) -> int:

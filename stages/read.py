@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from typing import ParamSpec
 
 from layerstream.stages.arena import RingArena
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import annotated
-from layerstream.stages.memory import Image
+from layerstream.stages.memory import Image, round_up
 from layerstream.stages.readers.coalescing import requests_of
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.mapped import MmapReader
@@ -77,7 +77,7 @@ async def read_stage(
                 if mapped is not None:
                     item.host = mapped.image(item.batch)
             idle_since = _count_work(clock, item.batch, times, idle_since=idle_since)
-            if item.batch.host_resident and not item.batch.device_resident:
+            if item.batch.residence is Residence.HOST:
                 residents.arrived(item.batch)
             await out.put(item)
 
@@ -118,7 +118,7 @@ async def _start_reads(  # noqa: PLR0917 - those of the stage, by the same names
     item.host = image
     buffer = memoryview(image.memory.numpy().data)  # the same bytes, as a buffer for preadv
     for extent, start in requests_of(batch.reads, request_bytes):
-        stop = start + -(-extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        stop = start + round_up(extent.nbytes, BLOCK_BYTES)
         item.reads.append(threads.submit(_timed, reader.read, extent, buffer[start:stop]))
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.memory import HostMemory, Image
 
@@ -18,6 +18,7 @@ class _Memory:
     The images are kept with it: making the tensors in them anew takes milliseconds, in every sweep.
     """
 
+    residence: Residence
     host: HostMemory | None
     host_image: Image | None
     device_image: Image | None
@@ -73,6 +74,7 @@ class Residents:
                 self._device.release_host_memory(host)
             raise
         self._memory[batch.index] = _Memory(
+            residence=batch.residence,
             host=host,
             host_image=None if host is None else Image([(0, host.tensor)]),
             device_image=None if device is None else Image([(0, device)]),
@@ -95,8 +97,7 @@ class Residents:
             batch.index
             for batch in batches
             if (memory := self._memory.get(batch.index)) is not None
-            and (memory.host is not None, memory.device_image is not None)
-            != (batch.host_resident, batch.device_resident)
+            and memory.residence is not batch.residence
         ]
 
     async def loaded(self, batch: LayerBatch) -> bool:

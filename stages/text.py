@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 __all__ = [
+    "first_names",
     "format_bytes",
     "format_decimal",
     "format_seconds",
@@ -125,3 +126,9 @@ def format_table(
         ).rstrip()
         for line in lines
     )
+
+
+def first_names(names: Sequence[str], count: int) -> str:
+    """The first ``count`` names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

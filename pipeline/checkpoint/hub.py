@@ -1,6 +1,5 @@
 """Finds a model by folder, file, or id on the hub (``org/name``, ``org/name:file.gguf``), and downloads it if need be."""
 
-import asyncio
 import logging
 import os
 import re
@@ -16,8 +15,9 @@ from layerstream.pipeline.checkpoint.snapshot_files import (
 )
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.text import first_names
 
-__all__ = ["Lookup", "resolve_model_path", "resolve_model_path_async"]
+__all__ = ["Lookup", "resolve_model_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,18 +105,6 @@ def resolve_model_path(source: str | os.PathLike[str], lookup: Lookup = _ANYWHER
     return folder / files[0] if files else folder
 
 
-async def resolve_model_path_async(
-    source: str | os.PathLike[str], lookup: Lookup = _ANYWHERE
-) -> Path:
-    """The same as ``resolve_model_path``, without blocking the event loop.
-
-    A download cannot be interrupted: if the waiting task is cancelled, the download goes on in its
-    thread, into the cache, where the next call finds it. It uses no buffer of the pipeline, so
-    nothing has to wait for its end.
-    """
-    return await asyncio.to_thread(resolve_model_path, source, lookup)
-
-
 def _is_model_id(source: str) -> bool:
     is_file = source.endswith((".safetensors", _GGUF_SUFFIX))
     return _MODEL_ID.fullmatch(source) is not None and not is_file
@@ -156,7 +144,7 @@ def _cached_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> Pat
     snapshot = Path(folder) / lookup.subfolder
     missing = missing_files(snapshot, files, lookup.weights)
     if missing:
-        logger.info("%s is cached in part and lacks %s", model_id, _first_names(missing))
+        logger.info("%s is cached in part and lacks %s", model_id, first_names(missing, 3))
         return None
     return snapshot
 
@@ -198,7 +186,7 @@ def _download_snapshot(model_id: str, lookup: Lookup, files: Sequence[str]) -> P
     missing = missing_files(snapshot, files, lookup.weights)
     if missing:
         raise CheckpointError(
-            f"{model_id} was downloaded to {snapshot}, which lacks {_first_names(missing)}: a model "
+            f"{model_id} was downloaded to {snapshot}, which lacks {first_names(missing, 3)}: a model "
             "needs config.json and weights in safetensors' or torch's format, or id:file.gguf names one of its GGUF files; try "
             "again, or another model."
         )
@@ -211,11 +199,11 @@ def _refuse_choice(model_id: str, names: Sequence[str], files: Sequence[str]) ->
     if files and names:
         missing = [name for name in files if name not in names]
         if missing:
-            others = f"it has {_first_names(found, count=12)}" if found else "it has no GGUF files"
+            others = f"it has {first_names(found, 12)}" if found else "it has no GGUF files"
             raise CheckpointError(f"{model_id} on the hub has no {missing[0]}: {others}.")
     elif found and not _has_safetensors(names) and not {_BIN_FILE, _BIN_INDEX_FILE} & {*names}:
         raise CheckpointError(
-            f"{model_id} on the hub holds GGUF models ({_first_names(found, count=12)}): name one, as in "
+            f"{model_id} on the hub holds GGUF models ({first_names(found, 12)}): name one, as in "
             f"{model_id}:{found[0]}."
         )
 
@@ -264,9 +252,3 @@ def _download_error_message(error: Exception, model_id: str, lookup: Lookup) -> 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-
-
-def _first_names(names: Sequence[str], *, count: int = 3) -> str:
-    """Return the first ``count`` names, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -81,25 +81,19 @@ class Hardware:
     """The origin of each rate, by the field's name; a rate without one was given by the caller."""
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            # Written so that NaN is refused too.
-            if value is not None and not (_is_number(value) and value >= 0):
-                raise PlanError(f"hardware: {name} is {value!r}; give the bytes, from 0")
         if not (_is_number(self.cores) and self.cores >= 1):
             raise PlanError(f"hardware: cores is {self.cores!r}; give a whole number from 1")
-        for name in _RATES:
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
-                raise PlanError(
-                    f"hardware: {name} is {value!r}; give a number above zero, or None for unknown"
-                )
-        for name in _COSTS:
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
-                raise PlanError(
-                    f"hardware: {name} is {value!r}; give seconds, from 0, or None for unknown"
-                )
+        for names, zero, remedy in (
+            (_SIZES, True, "the bytes, from 0"),
+            (_RATES, False, "a number above zero, or None for unknown"),
+            (_COSTS, True, "seconds, from 0, or None for unknown"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                # Written so that NaN is refused too.
+                valid = value is None or (_is_number(value) and 0 <= value < math.inf)
+                if not valid or (value == 0 and not zero):
+                    raise PlanError(f"hardware: {name} is {value!r}; give {remedy}")
         self._check_rates_of_computing()
 
     def _check_rates_of_computing(self) -> None:

@@ -42,6 +42,17 @@ class Figure:
     age_seconds: float | None = None
     """Time since it was measured; None if it was not."""
 
+    def input(self, name: str, value: float) -> "Input":
+        """The rate of this origin as a plan records it."""
+        return Input(
+            name=name,
+            value=value,
+            origin=self.origin,
+            least=self.least,
+            most=self.most,
+            age_seconds=self.age_seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeRate:

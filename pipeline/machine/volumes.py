@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from layerstream.stages.batch import Extent
+from layerstream.stages.memory import round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["data_ranges", "files_by_volume", "volume_of", "windows"]
@@ -84,7 +85,7 @@ def windows(
     """Split ``ranges`` into extents of whole blocks, of ``min_bytes`` to ``window_bytes``."""
     found = []
     for begin, end in ranges:
-        first = -(-begin // BLOCK_BYTES) * BLOCK_BYTES
+        first = round_up(begin, BLOCK_BYTES)
         last = end // BLOCK_BYTES * BLOCK_BYTES
         for at in range(first, last, window_bytes):
             nbytes = min(window_bytes, last - at)

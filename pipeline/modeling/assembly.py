@@ -33,8 +33,8 @@ from layerstream.pipeline.modeling.weight_sources import (
     table_source,
     unpacking_bytes,
 )
-from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.plan import Plan, Workload
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.tiles import tile_count
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
 from layerstream.stages.readers.guard import ReadGuard

@@ -16,7 +16,7 @@ from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.table_source import FileSpan, TableSource
 from layerstream.pipeline.modeling.unpacking import Unpack
-from layerstream.pipeline.planning.layout import TensorSource
+from layerstream.pipeline.planning.planned_layer import TensorSource
 from layerstream.stages.batch import Extent
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads

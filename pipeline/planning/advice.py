@@ -22,11 +22,14 @@ def advise(problem: Problem, best: PricedCandidate) -> tuple[Advice, ...]:
     placement = best.placement
     fixed = dataclasses.replace(
         problem,
-        reader=placement.reader,
-        layer_batch_size=placement.size,
-        slots=placement.slots,
+        choices=dataclasses.replace(
+            problem.choices,
+            reader=placement.reader,
+            layer_batch_size=placement.size,
+            slots=placement.slots,
+            budget=_budget_in_bytes(problem, best),
+        ),
         arenas=None,
-        budget=_budget_in_bytes(problem, best),
     )
     found = []
     for change, changed in _changes(fixed, _one_batch_bytes(best)):
@@ -64,7 +67,7 @@ def _changes(problem: Problem, one_batch: tuple[int, int]) -> Iterator[tuple[str
         for nbytes in _increases(on_device):
             yield f"{_size_text(nbytes)} more of VRAM", _with_memory(problem, vram=nbytes)
     hardware, rates = problem.hardware, problem.rates
-    if problem.throttle_bytes_per_second is None:
+    if problem.choices.throttle_bytes_per_second is None:
         faster = dataclasses.replace(
             hardware, disk_bytes_per_second=2 * rates.disk, mmap_bytes_per_second=2 * rates.mmap
         )
@@ -72,12 +75,13 @@ def _changes(problem: Problem, one_batch: tuple[int, int]) -> Iterator[tuple[str
     if not problem.on_cpu:
         faster = dataclasses.replace(hardware, h2d_bytes_per_second=2 * rates.h2d)
         yield "a link to the device twice as fast", dataclasses.replace(problem, hardware=faster)
-    if problem.workload is not None:
-        doubled = dataclasses.replace(problem.workload, batch_size=2 * problem.workload.batch_size)
+    if (workload := problem.choices.workload) is not None:
+        doubled = dataclasses.replace(workload, batch_size=2 * workload.batch_size)
+        choices = dataclasses.replace(problem.choices, workload=doubled)
         memory = problem.memory and problem.memory.scaled(2)
         yield (
             "twice the sequences at a time",
-            dataclasses.replace(problem, workload=doubled, memory=memory),
+            dataclasses.replace(problem, choices=choices, memory=memory),
         )
 
 
@@ -94,7 +98,7 @@ def _budget_in_bytes(problem: Problem, best: PricedCandidate) -> Budget:
     """The budgets in bytes, so that they can be increased."""
     host, device = best.memory
     # Mapped files without a host budget take none: there is nothing to increase.
-    cached = best.placement.reader is ReaderKind.MMAP and problem.budget.host is None
+    cached = best.placement.reader is ReaderKind.MMAP and problem.choices.budget.host is None
     return Budget(
         host=None if cached else host.budget_bytes,
         vram=None if device is None else device.budget_bytes,
@@ -108,9 +112,10 @@ def _with_memory(problem: Problem, *, host: int = 0, vram: int = 0) -> Problem:
         host_available_bytes=problem.hardware.host_available_bytes + host,
         vram_free_bytes=None if problem.on_cpu else (problem.hardware.vram_free_bytes or 0) + vram,
     )
-    given = problem.budget
+    given = problem.choices.budget
     budget = Budget(
         host=None if given.host is None else int(given.host) + host,
         vram=None if given.vram is None else int(given.vram) + vram,
     )
-    return dataclasses.replace(problem, hardware=hardware, budget=budget)
+    choices = dataclasses.replace(problem.choices, budget=budget)
+    return dataclasses.replace(problem, hardware=hardware, choices=choices)

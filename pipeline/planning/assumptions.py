@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Input, Origin
@@ -95,7 +95,7 @@ class Rates:
         """
         unpacking = (
             self.unpacking.get(each)
-            or Input(name=_unpacking(each), value=self.assumed_unpacking, origin=Origin.ASSUMED)
+            or Figure(origin=Origin.ASSUMED).input(_unpacking(each), self.assumed_unpacking)
             for each in sorted(encodings)
         )
         return (
@@ -237,29 +237,12 @@ class _RateLookup:
         figure = self._figure(name)
         if value is None:
             value, figure = assumed, Figure(origin=Origin.ASSUMED)
-        self.inputs.append(
-            Input(
-                name=name,
-                value=value,
-                origin=figure.origin,
-                least=figure.least,
-                most=figure.most,
-                age_seconds=figure.age_seconds,
-            )
-        )
+        self.inputs.append(figure.input(name, value))
         return value
 
     def input(self, name: str, value: float) -> Input:
         """The rate ``value`` with the origin of the figure of this name."""
-        figure = self._figure(name)
-        return Input(
-            name=name,
-            value=value,
-            origin=figure.origin,
-            least=figure.least,
-            most=figure.most,
-            age_seconds=figure.age_seconds,
-        )
+        return self._figure(name).input(name, value)
 
     def compute(self) -> tuple[tuple[ComputeRate, ...], bool]:
         """The rates of computation, and whether this library measured them."""
@@ -268,11 +251,9 @@ class _RateLookup:
         if not compute:
             compute, figure = self._assumed_compute(), Figure(origin=Origin.ASSUMED)
         self.inputs += [
-            Input(
-                name=f"compute at {rate.tokens} tokens",
-                value=rate.bytes_per_second,
-                origin=figure.origin,
-                age_seconds=figure.age_seconds,
+            # One figure for all of them: its extremes are not those of each.
+            replace(figure, least=None, most=None).input(
+                f"compute at {rate.tokens} tokens", rate.bytes_per_second
             )
             for rate in compute
         ]

@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
+from layerstream.pipeline.planning.choices import LEAST_SLOTS
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.cost_model import CostModel, Placement
 from layerstream.pipeline.planning.expert_cells import ExpertMemory
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
-from layerstream.pipeline.planning.problem import (
-    LEAST_SLOTS,
-    READ_REQUEST_BYTES,
-    READS_IN_FLIGHT,
-    SLOTS,
-    Problem,
-)
+from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
@@ -29,6 +24,9 @@ __all__ = ["search"]
 # Blocks per layer batch that are tried; larger batches gain nothing.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MOST_BATCH_BYTES = 1 << 30
+# More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. A fourth was the
+# fastest choice in none of some hundred plans of all kinds. Of equally fast numbers the first is chosen.
+_SLOTS = (3, 2, LEAST_SLOTS)
 # Times that differ by less than this share are equal; a larger one if the time of computation is not known.
 _EQUAL_SHARE = 0.01
 _EQUAL_SHARE_WITHOUT_COMPUTE = 0.1
@@ -68,7 +66,7 @@ class _Search:
         found.sort(key=lambda candidate: candidate.prediction.request_seconds)
         overlapping = any(candidate.overlaps for candidate in found)
         eligible = [each for each in found if each.overlaps or each.name or not overlapping]
-        without_compute = self._problem.workload is None
+        without_compute = self._problem.choices.workload is None
         tolerance = _EQUAL_SHARE_WITHOUT_COMPUTE if without_compute else _EQUAL_SHARE
         limit = eligible[0].prediction.request_seconds * (1 + tolerance)
         equal = [each for each in eligible if each.prediction.request_seconds <= limit]
@@ -101,13 +99,13 @@ class _Search:
 
     def _readers(self) -> tuple[ReaderKind, ...]:
         if not self._problem.mappable:
-            return (self._problem.reader or ReaderKind.DIRECT,)
-        if self._problem.reader is not None:
-            return (self._problem.reader,)
+            return (self._problem.choices.reader or ReaderKind.DIRECT,)
+        if self._problem.choices.reader is not None:
+            return (self._problem.choices.reader,)
         available = self._problem.hardware.host_available_bytes * (1 - MARGIN)
         if (
             self._problem.on_cpu
-            and self._problem.budget.host is None
+            and self._problem.choices.budget.host is None
             and self._problem.checkpoint.total_bytes <= available
         ):
             # The page cache holds all of it, also for the next process; a copy of our own would be no faster.
@@ -128,8 +126,7 @@ class _Search:
         kv_on_device = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
         requests = problem.workload_bytes
         return Placer(
-            checkpoint=problem.checkpoint,
-            layers=problem.layers,
+            layouts=problem.layouts,
             on_cpu=problem.on_cpu,
             reader=reader,
             host_budget_bytes=problem.host_budget_bytes,
@@ -165,20 +162,20 @@ class _Search:
                         seen.append(placed)
                         yield priced(placed, size=size, slots=slots)
             # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
-            slots = problem.slots or LEAST_SLOTS
+            slots = problem.choices.slots or LEAST_SLOTS
             arenas = problem.arenas or placer.arenas(batches, slots)
             if placer.fits(placer.need(batches, arenas), spare=spare):
                 trivial = priced(batches, size=size, slots=slots, decode_residents=False)
                 yield dataclasses.replace(trivial, name="one batch at a time, no residents")
 
     def _slots(self, placer: Placer) -> tuple[int, ...]:
-        if self._problem.slots is not None:
-            return (self._problem.slots,)
-        return SLOTS[:1] if placer.maps else SLOTS  # mapped batches take no slots
+        if self._problem.choices.slots is not None:
+            return (self._problem.choices.slots,)
+        return _SLOTS[:1] if placer.maps else _SLOTS  # mapped batches take no slots
 
     def _sizes(self) -> list[int]:
-        if self._problem.layer_batch_size is not None:
-            return [self._problem.layer_batch_size]
+        if self._problem.choices.layer_batch_size is not None:
+            return [self._problem.choices.layer_batch_size]
         blocks = sorted(
             layer.nbytes for layer in self._problem.layers if layer.kind is LayerKind.BLOCK
         )
@@ -247,18 +244,18 @@ class _Search:
             compute_cost=ComputeCost(
                 problem.checkpoint.config, problem.rates, fused_tokens=problem.fused_tokens
             )
-            if problem.workload is not None
+            if problem.choices.workload is not None
             else None,
-            workload=problem.workload,
-            objective=problem.objective,
-            throttle_bytes_per_second=problem.throttle_bytes_per_second,
+            workload=problem.choices.workload,
+            objective=problem.choices.objective,
+            throttle_bytes_per_second=problem.choices.throttle_bytes_per_second,
             cached_bytes=cached_bytes,
         )
 
     def _least_need(self, placer: Placer) -> MemoryBytes:
         problem = self._problem
-        batches = placer.batches(problem.layer_batch_size or 1, arenas=problem.arenas)
-        arenas = problem.arenas or placer.arenas(batches, problem.slots or 1)
+        batches = placer.batches(problem.choices.layer_batch_size or 1, arenas=problem.arenas)
+        arenas = problem.arenas or placer.arenas(batches, problem.choices.slots or 1)
         return placer.need(batches, arenas)
 
     def _refusal(self) -> str:

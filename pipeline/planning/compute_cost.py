@@ -1,20 +1,18 @@
 """The time that computation takes in one forward pass: seconds per layer, estimated from the config. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
-from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.model_shape import shape_of, with_text_config
+from layerstream.pipeline.planning.planned_layer import LayerWeights, PlannedLayer
 
-__all__ = ["ComputeCost", "PassShape", "packed_bytes"]
+__all__ = ["ComputeCost", "PassShape"]
 
-_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 _ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
-_MATRIX_DIMENSIONS = 2
 _KV_ITEM_BYTES = 2
 
 
@@ -49,7 +47,9 @@ class ComputeCost:
         shape = shape_of(config)
         self._rates = rates
         self._fused_tokens = fused_tokens
-        self._weights: dict[str, _Weights] = {}  # by layer name
+        self._seconds: dict[
+            tuple[str, PassShape, bool], float
+        ] = {}  # by the arguments of ``seconds``
         self._encodes_once = bool(with_text_config(config or {}).get("is_encoder_decoder"))
         self._expert_share = 1.0
         self._attention_width = self._kv_width = 0
@@ -66,12 +66,16 @@ class ComputeCost:
 
     def seconds(self, layer: PlannedLayer, shape: PassShape, *, mapped: bool = False) -> float:
         """Seconds to compute ``layer``; ``mapped``: its weights are used in a mapping of the files."""
+        known = layer.name, shape, mapped
+        if known not in self._seconds:
+            self._seconds[known] = self._computed(layer, shape, mapped=mapped)
+        return self._seconds[known]
+
+    def _computed(self, layer: PlannedLayer, shape: PassShape, *, mapped: bool) -> float:
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # only rows are looked up
         tokens = shape.sequences * (1 if layer.kind is LayerKind.HEAD else shape.tokens)
-        if layer.name not in self._weights:
-            self._weights[layer.name] = _weights_of(layer, self._rates)
-        weights = self._weights[layer.name]
+        weights = layer.weights
         dense = weights.dense_bytes
         total = self._dense_seconds(weights, tokens)
         if weights.expert_bytes:
@@ -79,7 +83,10 @@ class ComputeCost:
             tokens_per_expert = tokens * self._expert_share / read_share
             total += read_share * (
                 weights.expert_bytes / self._rates.weights_per_second(tokens_per_expert)
-                + weights.expert_unpacking_seconds
+                + sum(
+                    nbytes / self._rates.unpacked_per_second(encoding)
+                    for encoding, nbytes in weights.packed_experts.items()
+                )
             )
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
@@ -89,14 +96,14 @@ class ComputeCost:
             total = max(total, launches) if self._rates.launches_ahead else total + launches
         return total
 
-    def _dense_seconds(self, weights: "_Weights", tokens: int) -> float:
+    def _dense_seconds(self, weights: LayerWeights, tokens: int) -> float:
         """Of the matrices that every token is multiplied with."""
         plain = weights.dense_bytes
         seconds = 0.0
-        for encoding, (packed_bytes, plain_bytes) in weights.packed.items():
+        for encoding, packed_bytes in weights.packed.items():
             multiplied = self._rates.multiplied_per_second(encoding, tokens)
             if tokens <= self._fused_tokens and multiplied is not None:
-                plain -= plain_bytes
+                plain -= weights.unpacked[encoding]
                 seconds += packed_bytes / multiplied
             else:
                 seconds += packed_bytes / self._rates.unpacked_per_second(encoding)
@@ -117,59 +124,3 @@ class ComputeCost:
             return seconds
         cached_bytes = _KV_ITEM_BYTES * shape.sequences * shape.context * self._kv_width
         return seconds + cached_bytes / rates.kv_growth_bytes_per_second
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weights:
-    """What a layer computes with."""
-
-    dense_bytes: int
-    """Of matrices that every token is multiplied with, unpacked."""
-    expert_bytes: int
-    """Of all experts, unpacked."""
-    packed: Mapping[str, tuple[int, int]]
-    """Of what is not an expert: packed and plain bytes, by encoding."""
-    expert_unpacking_seconds: float
-    """Of all experts."""
-
-
-def _weights_of(layer: PlannedLayer, rates: Rates) -> _Weights:
-    dense = experts = 0
-    seconds = 0.0
-    for tensor in layer.tensors:
-        is_matrix = len(tensor.shape) >= _MATRIX_DIMENSIONS
-        nbytes = tensor.packed.plain_bytes if tensor.packed else tensor.nbytes * is_matrix
-        if not _EXPERT.search(tensor.name):
-            dense += nbytes
-            continue
-        experts += nbytes
-        if tensor.packed is not None:
-            seconds += tensor.nbytes / rates.unpacked_per_second(tensor.packed.encoding)
-    for source in layer.experts:
-        for part in source.tensors:
-            if part.packed is None:
-                experts += source.experts * part.nbytes
-                continue
-            experts += source.experts * part.packed.plain_bytes
-            rate = rates.unpacked_per_second(part.packed.encoding)
-            seconds += source.experts * part.nbytes / rate
-    return _Weights(
-        dense_bytes=dense,
-        expert_bytes=experts,
-        packed=packed_bytes([layer]),
-        expert_unpacking_seconds=seconds,
-    )
-
-
-def packed_bytes(layers: Iterable[PlannedLayer]) -> dict[str, tuple[int, int]]:
-    """Packed and plain bytes of the packed weights that every token is multiplied with, by encoding."""
-    found: dict[str, tuple[int, int]] = {}
-    for layer in layers:
-        for tensor in layer.tensors:
-            if tensor.packed is not None and not _EXPERT.search(tensor.name):
-                before = found.get(tensor.packed.encoding, (0, 0))
-                found[tensor.packed.encoding] = (
-                    before[0] + tensor.nbytes,
-                    before[1] + tensor.packed.plain_bytes,
-                )
-    return found

@@ -9,9 +9,9 @@ from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.compute_cost import ComputeCost, PassShape
 from layerstream.pipeline.planning.expert_cells import ExpertCells
-from layerstream.pipeline.planning.layout import PlannedLayer
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import ReaderKind, Workload
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.prediction import Objective, Prediction
 from layerstream.pipeline.planning.simulation import BatchCost, simulate
 from layerstream.stages.batch import LayerBatch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
-from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 from layerstream.stages.experts.usage import ExpertUsage
 

@@ -1,14 +1,13 @@
 """Replays which experts passes have asked for, with other ways to decide which of them stay in memory. Pure."""
 
 import heapq
-import itertools
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from layerstream.stages.experts.usage import ExpertDemand, UsageCounter
+from layerstream.stages.experts.usage import ExpertDemand
 
-__all__ = ["Replay", "global_lru_hits", "hit_curve", "optimal_hits", "quota_lru_hits", "replay"]
+__all__ = ["Replay", "global_lru_hits", "optimal_hits", "quota_lru_hits", "replay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,21 +89,3 @@ def optimal_hits(demands: Sequence[ExpertDemand], *, cells: int) -> int:
             if kept.get(last) == -use:
                 del kept[last]
     return hits
-
-
-def hit_curve(demands: Sequence[ExpertDemand], *, experts: int) -> tuple[float, ...]:
-    """For each number of cells per layer, from 0 to ``experts``, the share of hits with the least recently used making way.
-
-    Of passes that decode; what comes for the first time counts as in ``UsageCounter``.
-    """
-    by_layer: defaultdict[int, UsageCounter] = defaultdict(lambda: UsageCounter(experts))
-    weights: defaultdict[int, int] = defaultdict(int)
-    for demand in demands:
-        by_layer[demand.set_index].count(demand)
-        weights[demand.set_index] += len(demand.experts)
-    total = max(sum(weights.values()), 1)
-    curves = [
-        [share * weights[layer] / total for share in counter.hit_shares()]
-        for layer, counter in by_layer.items()
-    ]
-    return tuple(map(sum, zip(*curves, strict=True))) or tuple(itertools.repeat(0.0, experts + 1))

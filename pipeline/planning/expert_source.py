@@ -8,6 +8,7 @@ from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.stages.batch import Extent, Place, TensorView
 from layerstream.stages.experts.expert_set import ExpertPiece, ExpertSet
 from layerstream.stages.experts.usage import ExpertUsage
+from layerstream.stages.memory import round_up
 
 __all__ = ["ExpertSource", "ExpertTensor", "lay_out_experts"]
 
@@ -70,7 +71,7 @@ class ExpertSource:
         pieces: list[ExpertPiece] = []
         at = 0
         for tensor in self.tensors:
-            begin = _up(at) + tensor.shift
+            begin = round_up(at, _ALIGNMENT) + tensor.shift
             at = begin + tensor.nbytes
             views.append(
                 TensorView(
@@ -89,7 +90,7 @@ class ExpertSource:
             experts=self.experts,
             per_token=self.per_token,
             cells=0,
-            cell_bytes=_up(at),
+            cell_bytes=round_up(at, _ALIGNMENT),
             tensors=tuple(views),
             pieces=tuple(pieces),
         )
@@ -113,7 +114,3 @@ def _pieces(extents: tuple[tuple[Extent, ...], ...], begin: int) -> Iterable[Exp
             offsets=tuple(extent.offset for extent in column),
         )
         begin += nbytes
-
-
-def _up(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

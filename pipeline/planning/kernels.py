@@ -1,9 +1,11 @@
 """Which kernels multiply with packed weights on a CPU: exact ones, or faster ones whose sums have another order. Pure."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 
 from layerstream.pipeline.planning.assumptions import Rates
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.stages.errors import PlanError
 
 __all__ = ["Kernels", "kernels_of", "most_fused_tokens"]
@@ -38,26 +40,31 @@ def kernels_of(given: Kernels | str) -> Kernels:
 
 
 def most_fused_tokens(
-    kernels: Kernels, rates: Rates, packed: Mapping[str, tuple[int, int]], *, on_cpu: bool
+    kernels: Kernels, rates: Rates, layers: Iterable[PlannedLayer], *, on_cpu: bool
 ) -> int:
     """The most tokens of a pass that multiplies packed weights without unpacking them; 0: none does.
 
     Args:
         kernels: What was asked for.
         rates: Of the machine.
-        packed: Of the weights that linear layers multiply with: packed and plain bytes, by encoding.
+        layers: What is computed with.
         on_cpu: There are none for a GPU.
     """
-    if not packed or not on_cpu or kernels is Kernels.EXACT:
+    packed, unpacked = Counter[str](), Counter[str]()
+    if on_cpu and kernels is not Kernels.EXACT:
+        for layer in layers:
+            packed += layer.weights.packed
+            unpacked += layer.weights.unpacked
+    if not packed:
         return 0
     if kernels is Kernels.FUSED:
         return _FUSED_TOKENS
     exact = fused = 0.0
-    for encoding, (packed_bytes, plain_bytes) in packed.items():
+    for encoding, packed_bytes in packed.items():
         multiplied = rates.multiplied_per_second(encoding, 1)
         if multiplied is None:
             return 0
         fused += packed_bytes / multiplied
         exact += packed_bytes / rates.unpacked_per_second(encoding)
-        exact += plain_bytes / rates.weights_per_second(1)
+        exact += unpacked[encoding] / rates.weights_per_second(1)
     return _FUSED_TOKENS if fused < exact else 0

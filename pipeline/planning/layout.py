@@ -1,21 +1,17 @@
-"""One layer batch -> coalesced reads and places in its two images. Pure: no I/O."""
+"""Layer batches -> coalesced reads and places in their two images. Pure: no I/O."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
-import torch
-
 from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.checkpoint.packed_form import PackedForm
-from layerstream.pipeline.planning.expert_source import ExpertSource
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent, LayerBatch, Place, Read, Segment, TensorView
+from layerstream.stages.memory import round_up
 from layerstream.stages.readers.coalescing import coalesce
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
-__all__ = ["PlannedLayer", "TensorSource", "layout_batch"]
+__all__ = ["Layouts", "layout_batch"]
 
 # A copy has a cost too: some microseconds of the copy engine and of the thread that starts it.
 _COPY_GAP_BYTES = 16 << 10
@@ -31,60 +27,6 @@ _LEAST_ALIGNMENT = 16
 _VECTOR_BYTES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorSource:
-    """A tensor as computation needs it, and the extents of files that it consists of, in order.
-
-    It has no ``__slots__``, so that its bytes are counted once, not for each plan that is considered.
-    """
-
-    name: str
-    dtype: str
-    """torch's name, e.g. "bfloat16"."""
-    shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
-    """One, unless the tensor is fused from several."""
-    copied: bool = False
-    """Whether transformers computes with a copy of it, which needs an aligned place of its own."""
-    packed: PackedForm | None = None
-    """How it is packed, if it is."""
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return sum(extent.nbytes for extent in self.extents)
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one element."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedLayer:
-    """A layer with everything that is needed to place it. It has no ``__slots__`` for the same reason."""
-
-    name: str
-    kind: LayerKind
-    tensors: tuple[TensorSource, ...]
-    scratch_bytes: int = 0
-    """Tensors that computation makes from them before use."""
-    tile_bytes: int = 0
-    """What packed weights are unpacked into piece by piece, or what unpacking takes besides ``scratch_bytes``."""
-    once_bytes: int = 0
-    """What its packed weights take unpacked."""
-    always_resident: bool = False
-    """Whether it must be resident: computation uses it more than once, or at an unknown time."""
-    experts: tuple[ExpertSource, ...] = ()
-    """Experts that are read on demand; not among ``tensors``."""
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
 class _Piece(NamedTuple):
     """Where an extent of a tensor is in the host image."""
 
@@ -92,6 +34,56 @@ class _Piece(NamedTuple):
     read: int
     """Index of the read that contains it."""
     nbytes: int
+
+
+_Placed = tuple[TensorSource, list[_Piece]]
+
+
+class Layouts:
+    """The layer batches of a model: laid out once for each size, whatever else a candidate differs in.
+
+    Args:
+        layers: In execution order.
+        file_bytes: Size of each file of the checkpoint.
+        reads_host_images: As for ``layout_batch``.
+    """
+
+    def __init__(
+        self, layers: Sequence[PlannedLayer], *, file_bytes: Sequence[int], reads_host_images: bool
+    ) -> None:
+        self.layers = tuple(layers)
+        self._file_bytes = file_bytes
+        self._reads_host_images = reads_host_images
+        self._of_size: dict[int, tuple[LayerBatch, ...]] = {}
+
+    def of_size(self, size: int) -> tuple[LayerBatch, ...]:
+        """All layers in batches of ``size`` blocks; those that must be resident are in batches of their own."""
+        if size not in self._of_size:
+            self._of_size[size] = tuple(
+                layout_batch(
+                    group,
+                    index=index,
+                    file_bytes=self._file_bytes,
+                    reads_host_images=self._reads_host_images,
+                )
+                for index, group in enumerate(self._groups(size))
+            )
+        return self._of_size[size]
+
+    def _groups(self, size: int) -> list[list[PlannedLayer]]:
+        groups: list[list[PlannedLayer]] = []
+        for layer in self.layers:
+            joins = (
+                groups
+                and layer.kind is groups[-1][0].kind is LayerKind.BLOCK
+                and layer.always_resident == groups[-1][0].always_resident
+                and len(groups[-1]) < size
+            )
+            if joins:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return groups
 
 
 def layout_batch(
@@ -123,7 +115,9 @@ def layout_batch(
     if reads_host_images and 2 * _bytes_of(copied) >= _bytes_of(places):
         # Most has to be copied for fusing, so copy the rest too: then the host slot is free after the copy.
         copied = places
-    segments, offsets, device_bytes = _device_image(copied, congruent=reads_host_images)
+    copied = sorted(copied, key=lambda place: place[1][0])
+    offsets = _device_offsets(copied, congruent=reads_host_images)
+    device_bytes = max((offsets[source.name] + source.nbytes for source, _ in copied), default=0)
     views = tuple(
         TensorView(
             name=source.name,
@@ -139,10 +133,10 @@ def layout_batch(
         index=index,
         layers=tuple(layer.name for layer in layers),
         reads=reads,
-        segments=segments,
+        segments=_segments(copied, offsets),
         tensors=views,
-        host_bytes=sum(_round_up(read.nbytes, BLOCK_BYTES) for read in reads),
-        device_bytes=device_bytes,
+        host_bytes=sum(round_up(read.nbytes, BLOCK_BYTES) for read in reads),
+        device_bytes=round_up(device_bytes, _DEVICE_ALIGNMENT),
         scratch_bytes=sum(layer.scratch_bytes for layer in layers)
         + max(layer.tile_bytes for layer in layers),
     )
@@ -153,7 +147,7 @@ def _usable_in_place(source: TensorSource) -> bool:
     return len(source.extents) == 1 and aligned and not source.copied
 
 
-def _bytes_of(places: Sequence[tuple[TensorSource, list[_Piece]]]) -> int:
+def _bytes_of(places: Sequence[_Placed]) -> int:
     return sum(source.nbytes for source, _ in places)
 
 
@@ -172,63 +166,67 @@ class _HostImage:
         return _Piece(read.host_offset + extent.offset - read.file_offset, index, extent.nbytes)
 
 
-def _device_image(
-    places: Sequence[tuple[TensorSource, list[_Piece]]], *, congruent: bool
-) -> tuple[tuple[Segment, ...], Mapping[str, int], int]:
-    """Places in the device image: segments, the offset of each tensor by name, and the image's size.
+def _device_offsets(places: Sequence[_Placed], *, congruent: bool) -> dict[str, int]:
+    """Where each tensor is in the device image, by name: in the order of the host image, so that neighbours stay neighbours.
 
-    Tensors have the order of the host image, so that neighbours stay neighbours and one segment copies them all.
     With ``congruent``, whole tensors keep their host offset modulo ``_VECTOR_BYTES``, unless their offset in the
     file is not aligned for their dtype.
     """
-    segments: list[list[int]] = []  # [host_offset, device_offset, nbytes]
-    last_read = -1
     offsets: dict[str, int] = {}
     end = 0
-    for source, pieces in sorted(places, key=lambda place: place[1][0]):
+    before: tuple[_Piece, int] | None = (
+        None  # the piece before, and where it is in the device image
+    )
+    for source, pieces in places:
         first = pieces[0]
         fused = len(pieces) > 1 or source.copied
-        offset = None
-        if segments and not fused and first.read == last_read:
-            vector = len(source.shape) < _MATRIX_DIMENSIONS
-            multiple = _LEAST_ALIGNMENT if congruent or vector else _DEVICE_ALIGNMENT
-            multiple = max(multiple, source.item_bytes)
-            offset = _extended_offset(segments[-1], first.host_offset, multiple)
-            if offset and congruent and (offset - first.host_offset) % _VECTOR_BYTES:
-                offset = None
+        offset = None if fused or before is None else _next_to(*before, first, source, congruent)
         if offset is None:
             keeps = congruent and not fused and first.host_offset % source.item_bytes == 0
             shift = first.host_offset % _DEVICE_ALIGNMENT if keeps else 0
-            offset = _round_up(end, _DEVICE_ALIGNMENT) + shift
+            offset = round_up(end, _DEVICE_ALIGNMENT) + shift
         offsets[source.name] = offset
+        for piece in pieces:
+            if piece.nbytes:
+                before = piece, offset
+            offset += piece.nbytes
+        end = max(end, offset)
+    return offsets
+
+
+def _next_to(
+    before: _Piece, offset: int, piece: _Piece, source: TensorSource, congruent: bool
+) -> int | None:
+    """The device offset of ``piece``, all of ``source``, if it is copied together with ``before``, which is at ``offset``.
+
+    None if they are too far apart, or if that is no place for the tensor.
+    """
+    gap = piece.host_offset - (before.host_offset + before.nbytes)
+    if piece.read != before.read or not 0 <= gap <= _COPY_GAP_BYTES:
+        return None
+    vector = len(source.shape) < _MATRIX_DIMENSIONS
+    multiple = _LEAST_ALIGNMENT if congruent or vector else _DEVICE_ALIGNMENT
+    shift = offset - before.host_offset
+    if congruent and shift % _VECTOR_BYTES:
+        return None
+    offset = piece.host_offset + shift
+    return None if offset % max(multiple, source.item_bytes) else offset
+
+
+def _segments(places: Sequence[_Placed], offsets: Mapping[str, int]) -> tuple[Segment, ...]:
+    """The copies that bring tensors to their ``offsets``: one for all that keep their distances."""
+    found: list[list[int]] = []  # [host_offset, device_offset, nbytes]
+    last_read = -1
+    for source, pieces in places:
+        offset = offsets[source.name]
         for piece in pieces:
             if not piece.nbytes:
                 continue
-            last = segments[-1] if segments and piece.read == last_read else None
-            if last and piece.host_offset - last[0] == offset - last[1] >= 0:
-                last[2] = max(last[2], offset + piece.nbytes - last[1])
+            host, device = found[-1][:2] if found else (0, 0)
+            if piece.read == last_read and piece.host_offset - host == offset - device >= 0:
+                found[-1][2] = offset + piece.nbytes - device
             else:
-                segments.append([piece.host_offset, offset, piece.nbytes])
+                found.append([piece.host_offset, offset, piece.nbytes])
                 last_read = piece.read
             offset += piece.nbytes
-            end = max(end, offset)
-    return (
-        tuple(Segment(host_offset=h, device_offset=d, nbytes=n) for h, d, n in segments),
-        offsets,
-        _round_up(end, _DEVICE_ALIGNMENT),
-    )
-
-
-def _extended_offset(segment: Sequence[int], host_offset: int, multiple: int) -> int | None:
-    """The device offset of the tensor at ``host_offset`` if ``segment`` is extended to it.
-
-    None if the gap is too large, or the offset not a multiple of ``multiple``.
-    """
-    host, device, nbytes = segment
-    gap = host_offset - (host + nbytes)
-    offset = device + host_offset - host
-    return offset if 0 <= gap <= _COPY_GAP_BYTES and offset % multiple == 0 else None
-
-
-def _round_up(nbytes: int, multiple: int) -> int:
-    return -(-nbytes // multiple) * multiple
+    return tuple(Segment(host_offset=h, device_offset=d, nbytes=n) for h, d, n in found)

@@ -1,17 +1,17 @@
 """What is placed where: layer batches of one size, the arenas for them, and which are resident. Pure."""
 
-import dataclasses
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.planning.layout import PlannedLayer, layout_batch
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.resident_choice import evenly, oversized_batches
 from layerstream.stages.arena import ring_bytes
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
+from layerstream.stages.memory import round_up
 
 __all__ = ["ArenaBytes", "MemoryBytes", "Placer"]
 
@@ -38,8 +38,7 @@ class MemoryBytes(NamedTuple):
 class Placer:
     """Places the layer batches of candidates that have the reader and the place of the KV cache in common."""
 
-    checkpoint: Checkpoint
-    layers: Sequence[PlannedLayer]
+    layouts: Layouts
     on_cpu: bool
     reader: ReaderKind
     host_budget_bytes: int
@@ -63,7 +62,7 @@ class Placer:
     @property
     def always_resident(self) -> frozenset[str]:
         """Names of the layers that must be resident."""
-        return frozenset(layer.name for layer in self.layers if layer.always_resident)
+        return frozenset(layer.name for layer in self.layouts.layers if layer.always_resident)
 
     def batches(self, size: int, *, arenas: ArenaBytes | None = None) -> list[LayerBatch]:
         """All layers in batches of ``size`` blocks; those that must be resident are.
@@ -83,46 +82,19 @@ class Placer:
 
         return [
             self._resident(batch) if must_be_resident(batch) else batch
-            for batch in self._laid_out(size)
-        ]
-
-    def _laid_out(self, size: int) -> list[LayerBatch]:
-        groups: list[list[PlannedLayer]] = []
-        for layer in self.layers:
-            joins = (
-                groups
-                and layer.kind is groups[-1][0].kind is LayerKind.BLOCK
-                and layer.always_resident == groups[-1][0].always_resident
-                and len(groups[-1]) < size
-            )
-            if joins:
-                groups[-1].append(layer)
-            else:
-                groups.append([layer])
-        return [
-            layout_batch(
-                group,
-                index=index,
-                file_bytes=[file.size_bytes for file in self.checkpoint.files],
-                reads_host_images=self.on_cpu,
-            )
-            for index, group in enumerate(groups)
+            for batch in self.layouts.of_size(size)
         ]
 
     def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:
         """``batch`` as a resident, where computation reads it; with ``on_host`` in host RAM, for a GPU."""
         if self.on_cpu:
-            return dataclasses.replace(
-                batch,
-                host_resident=batch.uses_host_image and not self.maps,
-                device_resident=batch.device_bytes > 0,
-            )
-        return dataclasses.replace(batch, host_resident=on_host, device_resident=not on_host)
+            return batch.with_residence(batch.residence_on_cpu(mapped=self.maps))
+        return batch.with_residence(Residence.HOST if on_host else Residence.DEVICE)
 
     def arenas(self, batches: Sequence[LayerBatch], slots: int) -> ArenaBytes:
         """The sizes of the host ring and the device ring for ``batches``, ``slots`` at a time."""
         # A resident of the device alone takes a host slot once, when it is loaded.
-        loaded_once = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+        loaded_once = [b.host_bytes for b in batches if b.residence is Residence.DEVICE]
         streamed = [b.host_bytes for b in batches if b.streamed]
         host = max(ring_bytes(streamed, slots=slots), *loaded_once, 0)
         device = ring_bytes([b.device_bytes for b in batches if not b.device_resident], slots=slots)
@@ -257,26 +229,31 @@ class Placer:
     ) -> list[LayerBatch]:
         """``batches`` with as many residents as fit; with ``arenas``, or with such as ``slots`` slots need."""
         streamed = [b.index for b in batches if b.streamed]
-
-        def with_residents(count: int) -> list[LayerBatch] | None:
+        most = self._most_residents(batches, arenas or ArenaBytes(0, 0), on_host, spare)
+        # From the most that could fit: if all are resident, there is no ring, and more may fit than with a few less.
+        for count in range(most, 0, -1):
             chosen = {streamed[i] for i in evenly(len(streamed), count)}
             trial = self._with(batches, chosen, on_host=on_host)
-            need = self.need(trial, arenas or self.arenas(trial, slots))
-            return trial if self.fits(need, spare=spare) else None
-
-        fewest, most, best = 0, len(streamed), list(batches)
-        # A binary search: more residents take more memory, except where the rings become smaller.
-        while fewest < most:
-            count = (fewest + most + 1) // 2
-            trial = with_residents(count)
-            if trial is None:
-                most = count - 1
-            else:
-                fewest, best = count, trial
-        for count in (len(streamed), fewest + 1):  # if all are resident, no ring is needed
-            if fewest < count <= len(streamed) and (trial := with_residents(count)) is not None:
+            if self.fits(self.need(trial, arenas or self.arenas(trial, slots)), spare=spare):
                 return trial
-        return best
+        return list(batches)
+
+    def _most_residents(
+        self, batches: Sequence[LayerBatch], arenas: ArenaBytes, on_host: bool, spare: MemoryBytes
+    ) -> int:
+        """How many more of ``batches`` fit into memory beside ``arenas``, if they are the smallest."""
+        need = self.need(batches, arenas)
+        residents = (self._resident(b, on_host=on_host) for b in batches if b.streamed)
+        if on_host or self.on_cpu:
+            free = self.host_budget_bytes + spare.host - need.host
+            sizes = [
+                b.host_bytes * b.host_resident + b.device_bytes * b.device_resident
+                for b in residents
+            ]
+        else:
+            free = (self.vram_budget_bytes or 0) + spare.vram - need.vram
+            sizes = [_allocated_bytes(b.device_bytes) for b in residents]
+        return bisect_right(list(accumulate(sorted(sizes))), free)
 
     def _with(
         self, batches: Iterable[LayerBatch], chosen: set[int], *, on_host: bool
@@ -288,4 +265,4 @@ def _allocated_bytes(nbytes: int) -> int:
     """GPU memory that a tensor of ``nbytes`` takes."""
     if nbytes <= _SMALL_BYTES:
         return nbytes
-    return -(-nbytes // _DEVICE_BLOCK_BYTES) * _DEVICE_BLOCK_BYTES
+    return round_up(nbytes, _DEVICE_BLOCK_BYTES)

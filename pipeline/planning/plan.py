@@ -7,7 +7,7 @@ from typing import Self
 from layerstream.pipeline.machine.measurement import Input
 from layerstream.pipeline.planning.plan_json import dump, load
 from layerstream.pipeline.planning.prediction import Advice, Candidate, Prediction
-from layerstream.stages.batch import LayerBatch
+from layerstream.stages.batch import LayerBatch, Residence
 from layerstream.stages.errors import PlanError
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.readers.files import FileVersion
@@ -16,7 +16,7 @@ from layerstream.stages.text import parse_size
 __all__ = ["Budget", "MemoryUse", "Plan", "PlannedFile", "ReaderKind", "Workload"]
 
 # Raised when the meaning of a field changes, so that an old plan is refused instead of misread.
-_VERSION = 3
+_VERSION = 4
 
 # An arbitrary amount of free memory, to check whether a share such as "80%" can be parsed.
 _SOME_FREE_BYTES = 1 << 40
@@ -176,14 +176,25 @@ class Plan:
     """Passes of up to so many tokens multiply packed weights without unpacking them; 0: none does."""
 
     def __post_init__(self) -> None:
-        for memory, side in ((self.host_memory, "host"), (self.device_memory, "VRAM")):
-            if memory is not None and memory.used_bytes > memory.budget_bytes:
+        for name, memory in self.memories.items():
+            if memory.used_bytes > memory.budget_bytes:
                 raise PlanError(
-                    f"the plan uses {memory.used_bytes} bytes of a {side} budget of "
+                    f"the plan uses {memory.used_bytes} bytes of a {name} budget of "
                     f"{memory.budget_bytes}; make it anew"
                 )
         if [batch.index for batch in self.batches] != list(range(len(self.batches))):
             raise PlanError("the plan's layer batches are not numbered in order; make it anew")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether computation runs on the host's own processor, in the host's memory."""
+        return self.device_memory is None
+
+    @property
+    def memories(self) -> dict[str, MemoryUse]:
+        """The use of each memory, by its name: first of the one where computation runs."""
+        sides = {"VRAM": self.device_memory, "host RAM": self.host_memory}
+        return {name: memory for name, memory in sides.items() if memory is not None}
 
     @property
     def budget(self) -> Budget:
@@ -221,7 +232,7 @@ class Plan:
         first token does not wait for that, the second sweep loads the residents. On a GPU, their memory is provided and
         page-locked before the pipeline is open.
         """
-        if self.device_memory is not None or self.reader is ReaderKind.MMAP:
+        if not self.on_cpu or self.reader is ReaderKind.MMAP:
             return self
         always_resident = set(self.always_resident)
 
@@ -232,24 +243,20 @@ class Plan:
             )
             if batch.index in always_resident or not fits:
                 return batch
-            return replace(batch, host_resident=False, device_resident=False)
+            return batch.with_residence(Residence.STREAMED)
 
         return replace(self, batches=tuple(map(streamed, self.batches)))
 
     def while_decoding(self) -> Self:
         """The plan while no prompt is processed: with its decode residents."""
         decode_residents = set(self.decode_residents)
-        on_cpu = self.device_memory is None
-        # A mapped host image is in the page cache, and takes no memory of ours.
-        on_host = on_cpu and self.reader is not ReaderKind.MMAP
+        mapped = self.reader is ReaderKind.MMAP
 
         def resident(batch: LayerBatch) -> LayerBatch:
             if batch.index not in decode_residents:
                 return batch
-            return replace(
-                batch,
-                host_resident=on_host and batch.uses_host_image,
-                device_resident=not on_cpu or batch.device_bytes > 0,
+            return batch.with_residence(
+                batch.residence_on_cpu(mapped=mapped) if self.on_cpu else Residence.DEVICE
             )
 
         return replace(self, batches=tuple(map(resident, self.batches)))

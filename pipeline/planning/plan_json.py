@@ -13,15 +13,10 @@ __all__ = ["dump", "load"]
 
 P = TypeVar("P")
 
-# Fields of a plan whose keys are older than their names: plans written before stay readable.
-_KEYS = {"always_resident": "pinned", "overhead_bytes": "beside_bytes"}
-_FIELDS = {key: field for field, key in _KEYS.items()}
-
 
 def dump(plan: Any, *, version: int) -> str:
     """``plan`` and the version of its format as JSON."""
-    values = {_KEYS.get(field, field): value for field, value in asdict(plan).items()}
-    return json.dumps({"version": version, **values})
+    return json.dumps({"version": version, **asdict(plan)})
 
 
 def load(kind: type[P], text: str, *, version: int) -> P:
@@ -41,7 +36,7 @@ def load(kind: type[P], text: str, *, version: int) -> P:
             f"the plan was written by another version; this one reads version {version}"
         )
     try:
-        plan: P = _decode(kind, {_FIELDS.get(key, key): value for key, value in raw.items()})
+        plan: P = _decode(kind, raw)
     except (TypeError, ValueError, KeyError) as error:
         raise PlanError(f"this is not a plan: {error}") from error
     return plan

@@ -8,7 +8,7 @@ from layerstream.pipeline.checkpoint.layers import Layer, LayerKind
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.planning.expert_names import split_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.tiles import tile_bytes, tile_count
 from layerstream.stages.batch import Extent
 

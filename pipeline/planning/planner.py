@@ -5,7 +5,6 @@ predicted (``cost_model``); the fastest is chosen. The plan also records its pre
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +16,14 @@ from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.advice import advise
 from layerstream.pipeline.planning.assumptions import memory_inputs
 from layerstream.pipeline.planning.candidates import search
+from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
 from layerstream.pipeline.planning.expert_cells import ExpertCells
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
-from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.placement import ArenaBytes
 from layerstream.pipeline.planning.plan import Budget, Plan, PlannedFile, ReaderKind, Workload
+from layerstream.pipeline.planning.plan_notes import encodings_in, notes_on
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.prediction import Candidate, Objective
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
@@ -32,9 +34,8 @@ from layerstream.pipeline.planning.workload_memory import (
     has_sinks,
 )
 from layerstream.stages.errors import PlanError
-from layerstream.stages.text import format_seconds
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "plan_model"]
 
 # Candidates that a plan records, besides the trivial one.
 _MOST_RECORDED = 11
@@ -85,24 +86,52 @@ def make_plan(
     Raises:
         PlanError: No plan fits the budget, or an argument is invalid.
     """
-    if running is not None:
-        reader, throttle_bytes_per_second = running.reader, running.throttle_bytes_per_second
-        layer_batch_size = running.layer_batch_size
-    problem = Problem(
-        checkpoint=checkpoint,
-        hardware=hardware,
+    choices = PlanChoices(
         budget=budget or Budget(),
         workload=workload,
         objective=Objective.of(objective),
-        layers=tuple(layers or planned_layers(checkpoint, group_layers(checkpoint))),
-        memory=_memory(checkpoint, workload, memory),
-        reader=_reader_kind(reader, throttle_bytes_per_second),
+        reader=reader_kind(reader, throttle_bytes_per_second),
         throttle_bytes_per_second=throttle_bytes_per_second,
         layer_batch_size=layer_batch_size,
-        slots=slots if running is None else running.host_slots,
+        slots=slots,
+        kernels=kernels_of(kernels),
+    )
+    return plan_model(
+        checkpoint,
+        hardware,
+        choices,
+        layers=layers or planned_layers(checkpoint, group_layers(checkpoint)),
+        memory=_memory(checkpoint, workload, memory),
         loaded_code_bytes=held_bytes,
         adapters=adapters or AdapterSize(),
-        kernels=kernels_of(kernels),
+        running=running,
+    )
+
+
+def plan_model(
+    checkpoint: Checkpoint,
+    hardware: Hardware,
+    choices: PlanChoices,
+    *,
+    layers: Sequence[PlannedLayer],
+    memory: WorkloadMemory | None,
+    loaded_code_bytes: int,
+    adapters: AdapterSize,
+    running: Plan | None = None,
+) -> Plan:
+    """The plan for a model, all that is known of it given; see ``make_plan``."""
+    problem = Problem(
+        checkpoint=checkpoint,
+        hardware=hardware,
+        choices=choices if running is None else _as_running(choices, running),
+        layouts=Layouts(
+            layers,
+            file_bytes=[file.size_bytes for file in checkpoint.files],
+            reads_host_images=hardware.device == "cpu",
+        ),
+        memory=memory,
+        loaded_code_bytes=loaded_code_bytes,
+        adapters=adapters,
         **({} if running is None else _fixed_by(running)),
     )
     try:
@@ -110,8 +139,21 @@ def make_plan(
     except PlanError:
         if running is None or running.host_arena_bytes or running.device_arena_bytes:
             raise
-        candidates = search(problem := replace(problem, arenas=None, slots=slots))
+        # All is resident, so there is no ring whose slots could not change.
+        slots = replace(problem.choices, slots=choices.slots)
+        candidates = search(problem := replace(problem, choices=slots, arenas=None))
     return _plan(problem, candidates)
+
+
+def _as_running(choices: PlanChoices, running: Plan) -> PlanChoices:
+    """``choices`` with what a running pipeline cannot change."""
+    return replace(
+        choices,
+        reader=running.reader,
+        throttle_bytes_per_second=running.throttle_bytes_per_second,
+        layer_batch_size=running.layer_batch_size,
+        slots=running.host_slots,
+    )
 
 
 def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
@@ -126,7 +168,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         ),
         device=problem.hardware.device,
         reader=placement.reader,
-        throttle_bytes_per_second=problem.throttle_bytes_per_second,
+        throttle_bytes_per_second=problem.choices.throttle_bytes_per_second,
         read_request_bytes=READ_REQUEST_BYTES,
         reads_in_flight=READS_IN_FLIGHT,
         layer_batch_size=placement.size,
@@ -137,7 +179,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         host_memory=host_memory,
         device_memory=device_memory,
         batches=tuple(placement.batches),
-        workload=problem.workload,
+        workload=problem.choices.workload,
         workload_bytes=problem.workload_bytes,
         kv_cache_bytes=0 if problem.memory is None else problem.memory.kv_bytes,
         overhead_bytes=best.placer.overhead_bytes,
@@ -156,26 +198,17 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         inputs=(
             *memory_inputs(problem.hardware),
             *problem.rates.used_inputs(
-                kv_on_host=best.placer.kv_on_host_bytes > 0, encodings=_encodings(problem.layers)
+                kv_on_host=best.placer.kv_on_host_bytes > 0, encodings=encodings_in(problem.layers)
             ),
         ),
         candidates=tuple(_record(each, chosen=each is best) for each in _to_record(candidates)),
         advice=advise(problem, best),
-        notes=_notes(problem, candidates),
+        notes=notes_on(problem, candidates),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
         unpacked_once_bytes=problem.unpacked_once.nbytes,
         fused_tokens=problem.fused_tokens,
     )
-
-
-def _encodings(layers: Sequence[PlannedLayer]) -> set[str]:
-    """Those of the packed weights in ``layers``."""
-    forms = [tensor.packed for layer in layers for tensor in layer.tensors]
-    forms += [
-        part.packed for layer in layers for source in layer.experts for part in source.tensors
-    ]
-    return {form.encoding for form in forms if form is not None}
 
 
 def _fixed_by(running: Plan) -> dict[str, Any]:
@@ -197,64 +230,6 @@ def _memory(
     if workload is None or measured is not None:
         return measured
     return estimate_memory(checkpoint.config, workload, sinks=has_sinks(checkpoint.tensors))
-
-
-def _reader_note(candidates: Sequence[PricedCandidate]) -> str | None:
-    """Which reader was taken, and what the other would have given; None if that is no question."""
-    best = candidates[0]
-    others = (each for each in candidates if each.placement.reader is not best.placement.reader)
-    other = next(others, None)
-    mapped = best.placement.reader is ReaderKind.MMAP
-    if other is None:
-        return "the files are mapped: computation reads them in the page cache" if mapped else None
-    seconds = format_seconds(other.prediction.decode.seconds)
-    request = format_seconds(other.prediction.request_seconds)
-    why = (
-        "are mapped, since free memory beside the budget can hold them, whether it does so now or not; read directly"
-        if mapped and best.placement.on_cpu
-        else "are mapped; read directly"
-        if mapped
-        else "are read directly; mapped"
-    )
-    return f"the files {why}, a sweep would take {seconds}, and a request {request}"
-
-
-def _notes(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[str, ...]:
-    """Assumptions, and explanations of the plan."""
-    notes, best = list[str](), candidates[0]
-    if problem.reader is None and (note := _reader_note(candidates)) is not None:
-        notes.append(note)
-    if not problem.mappable:
-        notes.append(
-            "the files are read directly: the address space (ulimit -v) cannot hold a mapping of them"
-        )
-    if problem.memory is not None and problem.workload is not None:
-        how = (
-            "measured on the meta device"
-            if problem.memory.measured
-            else "estimated from config.json"
-        )
-        workload = problem.workload
-        notes.append(
-            f"KV cache and activations are {how} for {workload.batch_size} x ({workload.prompt_tokens} + "
-            f"{workload.new_tokens}) tokens"
-        )
-    elif problem.workload is not None:
-        notes.append(
-            "config.json does not tell the size of KV cache and activations: nothing is reserved for them"
-        )
-    if encodings := _encodings(problem.layers):
-        how = "tile by tile" if best.placement.on_cpu else "layer batch by layer batch"
-        notes.append(
-            f"weights stay packed ({', '.join(sorted(encodings))}) and are unpacked {how} in every pass, to what "
-            "transformers' from_pretrained computes with"
-        )
-        if problem.fused_tokens:
-            notes.append(
-                f"fused kernels: passes of up to {problem.fused_tokens} tokens multiply packed weights without unpacking them, "
-                "faster and not bit for bit as transformers does; kernels='exact' does"
-            )
-    return tuple(notes)
 
 
 def _to_record(candidates: Sequence[PricedCandidate]) -> list[PricedCandidate]:
@@ -284,17 +259,3 @@ def _record(candidate: PricedCandidate, *, chosen: bool) -> Candidate:
         request_seconds=candidate.prediction.request_seconds,
         chosen=chosen,
     )
-
-
-def _reader_kind(given: ReaderKind | str | None, rate: float | None) -> ReaderKind | None:
-    # Written so that NaN is refused too; JSON knows no infinity.
-    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
-        raise PlanError(f"throttle_bytes_per_second is {rate!r}, but must be a number above zero")
-    if given is None:
-        return None if rate is None else ReaderKind.THROTTLED
-    if given not in list(ReaderKind):
-        raise PlanError(f"reader {given!r} is unknown; use one of {', '.join(ReaderKind)}")
-    kind = ReaderKind(given)
-    if (kind is ReaderKind.THROTTLED) != (rate is not None):
-        raise PlanError("the throttled reader and throttle_bytes_per_second go together")
-    return kind

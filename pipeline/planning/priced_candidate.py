@@ -3,13 +3,15 @@
 import dataclasses
 from dataclasses import dataclass
 
+from layerstream.pipeline.planning.choices import LEAST_SLOTS
 from layerstream.pipeline.planning.cost_model import Placement
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import MemoryUse, ReaderKind
 from layerstream.pipeline.planning.prediction import Prediction
-from layerstream.pipeline.planning.problem import LEAST_SLOTS, SLOTS
 
 __all__ = ["PricedCandidate"]
+
+_USUAL_SLOTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class PricedCandidate:
         """A sort key among equally fast candidates; the least is the best."""
         # The rest of a budget may be used: residents also help where the prediction is wrong, as with
         # a rate of computation that was measured while something else computed.
-        slots = SLOTS.index(self.placement.slots)
+        slots = abs(self.placement.slots - _USUAL_SLOTS)
         mapped = self.placement.reader is ReaderKind.MMAP  # in memory that may be taken away
         # Mapped batches take no memory, so few large ones save hand-offs.
         hand_offs = len(self.placement.batches) if self.placement.maps else 0

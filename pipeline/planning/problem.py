@@ -1,4 +1,4 @@
-"""The arguments of ``make_plan``, checked, and budgets and rates derived from them. Pure."""
+"""What a plan is made for: choices, machine and model, with the budgets and rates derived from them. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,26 +7,22 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
-from layerstream.pipeline.planning.compute_cost import packed_bytes
+from layerstream.pipeline.planning.choices import PlanChoices
 from layerstream.pipeline.planning.expert_cells import ExpertCells
-from layerstream.pipeline.planning.kernels import Kernels, most_fused_tokens
-from layerstream.pipeline.planning.layout import PlannedLayer
+from layerstream.pipeline.planning.kernels import most_fused_tokens
+from layerstream.pipeline.planning.layout import Layouts
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.placement import ArenaBytes
-from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
-from layerstream.pipeline.planning.prediction import Objective
+from layerstream.pipeline.planning.plan import ReaderKind
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.tiles import SharedLayers, unpacked_once
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
 from layerstream.stages.text import format_bytes
 
-__all__ = ["LEAST_SLOTS", "READS_IN_FLIGHT", "READ_REQUEST_BYTES", "SLOTS", "Problem"]
+__all__ = ["READS_IN_FLIGHT", "READ_REQUEST_BYTES", "Problem"]
 
-# More slots cover jitter, they do not add bandwidth: one is computed with, one is ready, one is being read. Of equally
-# fast numbers the first is chosen. With a single slot the stages wait for one another; it is for when no more fit.
-LEAST_SLOTS = 1
-SLOTS = (3, 2, 4, LEAST_SLOTS)
 # The kernel's caches of files that a process has just read count in its cgroup until the memory is needed: 15 MB were
 # measured after loading torch's libraries. That is no reason to refuse a budget.
 _HOST_UNCERTAIN_BYTES = 16 << 20
@@ -39,22 +35,15 @@ READS_IN_FLIGHT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The arguments of ``make_plan``, checked."""
+    """What a plan is made for."""
 
     checkpoint: Checkpoint
     hardware: Hardware
-    budget: Budget
-    workload: Workload | None
-    objective: Objective
-    layers: tuple[PlannedLayer, ...]
+    choices: PlanChoices
+    layouts: Layouts
     memory: WorkloadMemory | None
-    reader: ReaderKind | None
-    throttle_bytes_per_second: float | None
-    layer_batch_size: int | None
-    slots: int | None
     loaded_code_bytes: int
     adapters: AdapterSize
-    kernels: Kernels = Kernels.EXACT
     # Of a running pipeline; they cannot change.
     arenas: ArenaBytes | None = None
     kv_on_host: bool | None = None
@@ -71,21 +60,20 @@ class Problem:
                 f"hardware: vram_free_bytes is {vram}, but the device is {self.hardware.device}; "
                 "give the free VRAM of a GPU, and None for the CPU"
             )
-        if self.budget.vram is not None and self.on_cpu:
+        if self.choices.budget.vram is not None and self.on_cpu:
             raise PlanError(
                 "a VRAM budget was given, but the device is the CPU; leave it out or choose a GPU"
             )
-        if self.layer_batch_size is not None and not _is_whole(self.layer_batch_size):
-            raise PlanError(
-                f"layer_batch_size is {self.layer_batch_size!r}, but must be a whole number from 1"
-            )
-        if self.slots is not None and not (_is_whole(self.slots) and self.slots in SLOTS):
-            raise PlanError(f"slots is {self.slots!r}, but must be {LEAST_SLOTS} to {max(SLOTS)}")
-        if self.reader is ReaderKind.MMAP and not self.mappable and self.arenas is None:
+        if self.choices.reader is ReaderKind.MMAP and not self.mappable and self.arenas is None:
             raise PlanError(
                 f"reader is mmap, but the files of {format_bytes(self.checkpoint.total_bytes)} do not fit into the "
                 "address space of this process (ulimit -v); raise that limit, or leave the reader out"
             )
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """What is streamed, in execution order."""
+        return self.layouts.layers
 
     @property
     def on_cpu(self) -> bool:
@@ -112,14 +100,14 @@ class Problem:
     @cached_property
     def request_overhead_bytes(self) -> int:
         """Memory of the workload's requests on a CPU besides tensors."""
-        if not self.on_cpu or self.workload is None:
+        if not self.on_cpu or self.choices.workload is None:
             return 0
         # Most modules have a weight; blocks and the model itself are a few more. Experts that are separate tensors in
         # the files are one module: counted separately, those of a large mixture would be 200 MB for each request.
         modules = sum(len(layer.tensors) for layer in self.layers) + self.adapters.modules
-        rows = self.workload.prompt_tokens
+        rows = self.choices.workload.prompt_tokens
         found = overheads(self.checkpoint.config, modules=modules, rows=rows)
-        return found.of(self.workload.batch_size)
+        return found.of(self.choices.workload.batch_size)
 
     @cached_property
     def rates(self) -> Rates:
@@ -133,7 +121,7 @@ class Problem:
             return SharedLayers(0, self.running_once_bytes)
         return unpacked_once(
             (layer.once_bytes for layer in self.layers if layer.once_bytes),
-            sequences=0 if self.workload is None else self.workload.batch_size,
+            sequences=0 if self.choices.workload is None else self.choices.workload.batch_size,
             budget_bytes=self.host_budget_bytes,
         )
 
@@ -142,26 +130,21 @@ class Problem:
         """The most tokens of a pass that multiplies packed weights without unpacking them."""
         if self.running_fused_tokens is not None:
             return self.running_fused_tokens
-        packed = packed_bytes(self.layers)
-        return most_fused_tokens(self.kernels, self.rates, packed, on_cpu=self.on_cpu)
+        return most_fused_tokens(self.choices.kernels, self.rates, self.layers, on_cpu=self.on_cpu)
 
     @cached_property
     def host_budget_bytes(self) -> int:
         """Host memory that may be used."""
         # Memory that loading code for this model took is not free any more, but counts in its budget.
         free = self.hardware.host_available_bytes + self.loaded_code_bytes
-        given = self.budget.host_bytes(free)
+        given = self.choices.budget.host_bytes(free)
         return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)
 
     @cached_property
     def vram_budget_bytes(self) -> int | None:
         """VRAM that may be used; None on the CPU."""
         free = self.hardware.vram_free_bytes
-        return None if free is None else _budget(self.budget.vram_bytes(free), free, "VRAM")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        return None if free is None else _budget(self.choices.budget.vram_bytes(free), free, "VRAM")
 
 
 def _budget(given: int | None, free: int, side: str, *, uncertain: int = 0) -> int:

@@ -51,12 +51,11 @@ def learn(
         fields["expert_usage"] = {**hardware.expert_usage, **expert_usage}
     if plan.reader is ReaderKind.DIRECT and (rate := _reached_rate(timings, stage=0)):
         fields["disk_bytes_per_second"] = rate
-    if plan.device_memory is not None and (rate := _reached_rate(timings, stage=1)):
+    if not plan.on_cpu and (rate := _reached_rate(timings, stage=1)):
         fields["h2d_bytes_per_second"] = rate
     known = rates_of(hardware)
     # A GPU computes while batches are handed over; on a CPU, the time with a batch includes the hand-off.
-    on_cpu = plan.device_memory is None
-    overhead = known.overhead_seconds_per_batch if on_cpu else 0.0
+    overhead = known.overhead_seconds_per_batch if plan.on_cpu else 0.0
     if factors := _speed_factors(plan, timings, overhead_seconds=overhead):
         fields |= _scaled(known, hardware.unpacking, factors)
     figure = Figure(origin=Origin.LEARNT, samples=timings.sweeps, age_seconds=0.0)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_of
 from layerstream.pipeline.planning.plan import Workload
+from layerstream.stages.memory import round_up
 
-__all__ = ["WorkloadMemory", "estimate_memory", "has_sinks", "kv_bytes", "workload_bytes"]
+__all__ = ["WorkloadMemory", "estimate_memory", "has_sinks"]
 
 _FLOAT32_BYTES = 4
 
@@ -117,29 +118,6 @@ def estimate_memory(
     )
 
 
-def kv_bytes(config: Config, *, batch_size: int, tokens: int) -> int:
-    """Bytes of the KV cache, or of a recurrent model's state, for ``batch_size`` sequences of ``tokens``.
-
-    0 if ``config`` lacks shape.
-    """
-    shape = shape_of(config)
-    return 0 if shape is None else _cached_bytes(shape, batch_size, tokens)
-
-
-def workload_bytes(config: Config | None, workload: Workload | None) -> tuple[int, tuple[str, ...]]:
-    """The memory to reserve according to ``estimate_memory``, and notes on assumptions."""
-    if workload is None or config is None:
-        return 0, ()
-    memory = estimate_memory(config, workload)
-    if memory is None:
-        return 0, ("config.json tells no sizes, so nothing is reserved for the workload",)
-    note = (
-        f"KV cache, activations and logits are estimated from config.json for {workload.batch_size} x "
-        f"({workload.prompt_tokens} + {workload.new_tokens}) tokens"
-    )
-    return memory.reserved_bytes, (note,)
-
-
 def _cached_bytes(shape: ModelShape, batch: int, tokens: int, *, slides: bool = True) -> int:
     kept_tokens = sum(
         min(tokens, window) if window is not None and slides else tokens for window in shape.windows
@@ -151,7 +129,7 @@ def _activation_bytes(
     shape: ModelShape, batch: int, tokens: int, context: int, *, sinks: bool
 ) -> int:
     """The most that is alive while a block computes ``tokens`` new ones of ``context`` tokens per sequence."""
-    padded = -(-tokens // shape.chunk_tokens) * shape.chunk_tokens if tokens > 1 else tokens
+    padded = round_up(tokens, shape.chunk_tokens) if tokens > 1 else tokens
     attention = max(
         batch * _score_bytes(shape, tokens, context, sinks=sinks),
         batch * _mask_bytes(shape, batch, tokens, context),

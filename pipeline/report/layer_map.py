@@ -23,7 +23,7 @@ def place_of(plan: Plan, batch: LayerBatch) -> LayerPlace:
     if batch.streamed:
         decoding = batch.index in plan.decode_residents
         return LayerPlace.DECODING if decoding else LayerPlace.DISK
-    on_gpu = plan.device_memory is not None and batch.device_resident
+    on_gpu = not plan.on_cpu and batch.device_resident
     return LayerPlace.DEVICE if on_gpu else LayerPlace.HOST
 
 
@@ -31,7 +31,7 @@ def legend(plan: Plan) -> dict[LayerPlace, str]:
     """What each place means in words."""
     return {
         LayerPlace.DISK: "read in every sweep",
-        LayerPlace.DECODING: f"in {'RAM' if plan.device_memory is None else 'VRAM'} while decoding",
+        LayerPlace.DECODING: f"in {'RAM' if plan.on_cpu else 'VRAM'} while decoding",
         LayerPlace.HOST: "stays in host RAM",
         LayerPlace.DEVICE: "stays in VRAM",
     }

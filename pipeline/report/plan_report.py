@@ -32,7 +32,7 @@ _MAP_COLUMNS = 76
 
 
 def _mark(plan: Plan, batch: LayerBatch) -> str:
-    on_cpu = plan.device_memory is None
+    on_cpu = plan.on_cpu
     return {
         LayerPlace.DISK: ".",
         LayerPlace.DECODING: "*" if on_cpu else "+",
@@ -142,14 +142,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     if plan.experts:
         yield "experts", _experts(plan)
+    side, memory = next(iter(plan.memories.items()))
     if plan.decode_residents:
-        side = "VRAM" if plan.device_memory else "host RAM"
         yield "while decoding", f"{len(plan.decode_residents)} more stay in {side}"
-    if nbytes := (plan.device_memory or plan.host_memory).adapter_bytes:
-        yield (
-            "adapters",
-            f"{format_bytes(nbytes)} of weights stay in {'VRAM' if plan.device_memory else 'host RAM'}",
-        )
+    if nbytes := memory.adapter_bytes:
+        yield "adapters", f"{format_bytes(nbytes)} of weights stay in {side}"
     if plan.kv_cache_on_host:
         yield "KV cache", "in host RAM, since VRAM cannot hold it; it travels with its layers"
 
@@ -167,9 +164,8 @@ def _experts(plan: Plan) -> str:
 
 
 def _memory_facts(plan: Plan) -> Iterator[tuple[str, str | Bar]]:
-    if plan.device_memory is not None:
-        yield "VRAM", _memory_bar(plan.device_memory)
-    yield "host RAM", _memory_bar(plan.host_memory)
+    for name, memory in plan.memories.items():
+        yield name, _memory_bar(memory)
     if plan.overhead_bytes:
         size = format_bytes(plan.overhead_bytes)
         yield (
@@ -181,9 +177,8 @@ def _memory_facts(plan: Plan) -> Iterator[tuple[str, str | Bar]]:
 def _slots(plan: Plan) -> str:
     if not plan.host_arena_bytes and not plan.device_arena_bytes:
         return "no slots"
-    return f"{plan.host_slots} slot{'s' if plan.host_slots > 1 else ''}" + (
-        " on either side" if plan.device_memory is not None else ""
-    )
+    sides = "" if plan.on_cpu else " on either side"
+    return f"{plan.host_slots} slot{'s' if plan.host_slots > 1 else ''}{sides}"
 
 
 def _memory_bar(memory: MemoryUse) -> Bar:

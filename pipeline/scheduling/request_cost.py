@@ -23,7 +23,7 @@ from layerstream.pipeline.modeling.call_arguments import (
 from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
-from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks, workload_bytes
+from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 __all__ = ["Estimator", "RequestCost"]
@@ -245,10 +245,9 @@ class Estimator:
     def _assistant_bytes(named: Mapping[str, Any], *, rows: int, tokens: int) -> int:
         """The assistant's own KV cache and activations; its weights are the caller's."""
         config = getattr(named.get("assistant_model"), "config", None)
-        if config is None:
-            return 0
         workload = Workload(batch_size=rows, prompt_tokens=max(tokens, 1), new_tokens=1)
-        return workload_bytes(config.to_dict(), workload)[0]
+        memory = estimate_memory(config and config.to_dict(), workload)
+        return memory.reserved_bytes if memory else 0
 
     def _may_chunk(
         self, settings: GenerationSettings, named: Mapping[str, Any], shape: InputShape

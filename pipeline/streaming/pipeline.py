@@ -63,7 +63,7 @@ class Pipeline:
     ) -> None:
         self.plan, self._unpacking = plan, unpacking
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
-        self._sweep_log = SweepLog(on_gpu=plan.device_memory is not None)
+        self._sweep_log = SweepLog(on_gpu=not plan.on_cpu)
         self._current: Handover | None = None  # of the sweep under way
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()

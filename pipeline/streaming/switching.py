@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.pipeline.streaming.resources import Resources
+from layerstream.stages.batch import Residence
 from layerstream.stages.channel import Channel
 from layerstream.stages.errors import PlanError
 from layerstream.stages.route import InFlight, Route
@@ -24,7 +25,7 @@ def check_compatible(old: Plan, new: Plan) -> None:
         raise PlanError(
             "the running plan and the new one differ in more than their residents; open the model anew"
         )
-    in_place = new.reader is ReaderKind.MMAP and new.device_memory is None
+    in_place = new.reader is ReaderKind.MMAP and new.on_cpu
     slot_bytes = [
         (
             0 if in_place or batch.host_resident else batch.host_bytes,
@@ -95,9 +96,7 @@ def _without_residents(plan: Plan, indices: Collection[int]) -> Plan:
     return replace(
         plan,
         batches=tuple(
-            replace(batch, host_resident=False, device_resident=False)
-            if batch.index in indices
-            else batch
+            batch.with_residence(Residence.STREAMED) if batch.index in indices else batch
             for batch in plan.batches
         ),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from layerstream.stages.experts.cells import Cell
 from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
-from layerstream.stages.memory import HostMemory
+from layerstream.stages.memory import HostMemory, round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.threads import Threads
@@ -47,7 +47,7 @@ class ExpertReads:
 
     def _read(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> None:
         staging = self._staging_buffer()
-        padded = -(-read.extent.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        padded = round_up(read.extent.nbytes, BLOCK_BYTES)
         try:
             self._reader.read(read.extent, memoryview(staging.data)[:padded])
         except Exception as error:

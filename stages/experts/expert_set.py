@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from layerstream.stages.batch import Extent, TensorView
 from layerstream.stages.experts.usage import STEP_TOKENS, ExpertUsage
+from layerstream.stages.memory import round_up
 from layerstream.stages.readers.coalescing import coalesce, requests_of
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
@@ -119,4 +120,4 @@ class ExpertSet:
 def request_bytes(expert_bytes: Iterable[int], *, most: int) -> int:
     """The size of a request that reads experts of these sizes at once, or a part of ``most`` bytes of them."""
     largest = max(expert_bytes)
-    return min(most, _REQUEST_BYTES, -(-largest // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES)
+    return min(most, _REQUEST_BYTES, round_up(largest, BLOCK_BYTES) + BLOCK_BYTES)

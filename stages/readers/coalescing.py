@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from layerstream.stages.batch import Extent, Read
+from layerstream.stages.memory import round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 
 __all__ = ["coalesce", "requests_of"]
@@ -19,7 +20,7 @@ def coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Read
         if not extent.nbytes:
             continue
         start = extent.offset // BLOCK_BYTES * BLOCK_BYTES
-        stop = min(_round_up(extent.offset + extent.nbytes), file_bytes[extent.file])
+        stop = min(round_up(extent.offset + extent.nbytes, BLOCK_BYTES), file_bytes[extent.file])
         if spans and spans[-1][0] == extent.file and start <= spans[-1][2] + _GAP_BYTES:
             spans[-1][2] = max(spans[-1][2], stop)
         else:
@@ -29,7 +30,7 @@ def coalesce(extents: Sequence[Extent], file_bytes: Sequence[int]) -> tuple[Read
         reads.append(
             Read(file=file, file_offset=start, host_offset=host_offset, nbytes=stop - start)
         )
-        host_offset += _round_up(stop - start)
+        host_offset += round_up(stop - start, BLOCK_BYTES)
     return tuple(reads)
 
 
@@ -42,7 +43,3 @@ def requests_of(reads: Sequence[Read], request_bytes: int) -> Iterator[tuple[Ext
                 Extent(file=read.file, offset=read.file_offset + start, nbytes=nbytes),
                 read.host_offset + start,
             )
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES

@@ -1,6 +1,5 @@
 """Model ids: a local cache laid out as huggingface_hub does it, and a small hub on loopback."""
 
-import asyncio
 import hashlib
 import json
 import os
@@ -14,7 +13,6 @@ from support.hub import COMMIT, Hub, HubHandler
 from layerstream.pipeline.checkpoint.hub import (
     Lookup,
     resolve_model_path,
-    resolve_model_path_async,
 )
 from layerstream.pipeline.checkpoint.weight_choice import WeightChoice
 from layerstream.stages.errors import CheckpointError
@@ -147,11 +145,6 @@ def test_the_tensors_of_a_cached_snapshot_can_be_read_through_its_links(cache):
     folder = resolve_model_path("org/name")
     assert (folder / "model.safetensors").is_symlink()
     assert (folder / "model.safetensors").read_bytes() == b"weights"
-
-
-def test_the_asynchronous_form_leaves_the_event_loop_free(cache):
-    snapshot = put_in_cache(cache, SINGLE)
-    assert asyncio.run(resolve_model_path_async("org/name")) == snapshot
 
 
 def test_a_model_that_is_nowhere_is_refused_offline():

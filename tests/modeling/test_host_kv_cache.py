@@ -142,12 +142,12 @@ def test_a_cache_of_none_that_is_passed_by_position_is_left_unchanged(tmp_path):
 
 def plan_cache_on_host(monkeypatch):
     """Make every plan keep its KV cache on the host, as if VRAM could not hold it."""
-    original = opening.make_plan
+    original = opening.plan_model
 
     def make_plan(*args, **options):
         return dataclasses.replace(original(*args, **options), kv_cache_on_host=True)
 
-    monkeypatch.setattr(opening, "make_plan", make_plan)
+    monkeypatch.setattr(opening, "plan_model", make_plan)
 
 
 def test_the_drop_in_keeps_the_cache_of_a_direct_call_on_the_host(tmp_path, monkeypatch, moved):

@@ -9,7 +9,7 @@ from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.measurement import ComputeRate
 from layerstream.pipeline.planning.assumptions import rates_of
 from layerstream.pipeline.planning.compute_cost import ComputeCost, PassShape
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 
 CONFIG = {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 1}

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource, layout_batch
+from layerstream.pipeline.planning.layout import layout_batch
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent, Place
 from layerstream.stages.memory import Image
 

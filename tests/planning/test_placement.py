@@ -13,7 +13,7 @@ from support.plans import plan_of
 from layerstream.pipeline import Checkpoint, PlanError, Workload, make_plan
 from layerstream.pipeline.planning.resident_choice import evenly
 from layerstream.stages.arena import ring_bytes
-from layerstream.stages.batch import Place
+from layerstream.stages.batch import Place, Residence
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -186,7 +186,7 @@ def test_a_plan_that_follows_a_mapped_one_streams_no_batch_that_is_too_large_for
 def test_decode_residents_of_a_mapped_plan_are_only_its_device_images():
     plan = plan_of([1 << 20] * 4, host=1 << 30, reader="mmap", layer_batch_size=1)
     mixed = tuple(
-        dataclasses.replace(batch, device_bytes=4096, device_resident=False)
+        dataclasses.replace(batch, device_bytes=4096, residence=Residence.STREAMED)
         for batch in plan.batches
     )
     plan = dataclasses.replace(plan, batches=mixed, decode_residents=(1, 2))

@@ -8,6 +8,8 @@ from support.plans import plan_of
 
 from layerstream.pipeline import Budget, Checkpoint, PlanError, Workload, make_plan
 from layerstream.pipeline.machine.measurement import ComputeRate
+from layerstream.pipeline.planning import layout
+from layerstream.pipeline.planning.layout import layout_batch
 
 MIB = 1 << 20
 
@@ -80,6 +82,28 @@ def test_files_that_the_address_space_cannot_hold_are_read_directly_and_the_plan
     assert any("address space (ulimit -v)" in note for note in plan.notes)
     with pytest.raises(PlanError, match=r"reader is mmap, .* address space"):
         plan_of(sizes, narrow, **{**common, "reader": "mmap"})
+
+
+@pytest.mark.parametrize("hardware", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_model_is_laid_out_once_for_each_size_whatever_else_is_tried(monkeypatch, hardware):
+    laid_out = []
+
+    def counted(layers, **arguments):
+        laid_out.append([layer.name for layer in layers])
+        return layout_batch(layers, **arguments)
+
+    monkeypatch.setattr(layout, "layout_batch", counted)
+    plan = plan_of(
+        [2 * MIB] * 14,
+        hardware,
+        host=70 * MIB,
+        vram=None if hardware is CPU else 200 * MIB,
+        workload=Workload(prompt_tokens=8, new_tokens=8),
+    )
+    sizes = {each.layer_batch_size: each.batches for each in plan.candidates}
+    assert plan.advice
+    assert sorted(sizes) == [1, 2, 3, 4, 6, 8, 12]
+    assert len(laid_out) == sum(sizes.values())
 
 
 def test_an_unknown_objective_is_refused():

@@ -15,16 +15,14 @@ from support.models import save_model
 from support.streaming import SMALL, open_streaming
 
 from layerstream.pipeline import AdmissionError, Budget, ClosedError, Workload, load_streamed
-from layerstream.pipeline.planning.workload_memory import workload_bytes
+from layerstream.pipeline.planning.workload_memory import estimate_memory
 from layerstream.pipeline.scheduling.admission import Admission, Reservation
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 IDS = torch.arange(3, 10)[None]
-LONG = {
-    "max_new_tokens": 8000,
-    "do_sample": False,
-}  # takes most of the request memory of a tiny model
+# Takes most of the request memory of a tiny model.
+LONG = {"max_new_tokens": 8000, "do_sample": False}
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
@@ -210,7 +208,9 @@ def estimator_for(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator,
 def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_path: Path) -> None:
     estimator, config = estimator_for(save_model(tmp_path / "model", "llama"))
     cost = estimator.generation((), {"input_ids": torch.ones((1, 8)).long(), **GREEDY})
-    assert cost.memory.nbytes == workload_bytes(config, SMALL)[0]
+    memory = estimate_memory(config, SMALL)
+    assert memory is not None
+    assert cost.memory.nbytes == memory.reserved_bytes
     assert (cost.sequences, cost.prompt_tokens, cost.new_tokens) == (1, 8, 8)
 
 
@@ -261,13 +261,13 @@ def test_inputs_that_are_not_tokens_count_as_a_workload_and_are_never_refused(
     folder = save_model(tmp_path / "model", "vit")
     module = transformers.ViTForImageClassification.from_pretrained(folder)
     config = module.config.to_dict()
-    reserved = workload_bytes(config, SMALL)[0]
-    estimator = Estimator(
-        module, config, workload=SMALL, memory=RequestMemory(shared_bytes=reserved)
-    )
+    memory = estimate_memory(config, SMALL)
+    assert memory is not None
+    reserved = RequestMemory(shared_bytes=memory.reserved_bytes)
+    estimator = Estimator(module, config, workload=SMALL, memory=reserved)
     for images in (1, 5):
         cost = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
-        assert cost.memory.nbytes == reserved
+        assert cost.memory == reserved
 
 
 def test_attention_with_sinks_reserves_all_scores(tmp_path: Path) -> None:

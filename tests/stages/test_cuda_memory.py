@@ -102,12 +102,12 @@ def test_a_cache_that_cannot_live_in_host_ram_is_refused_when_the_model_is_opene
 ):
     StandIn(monkeypatch)
     folder = save_model(tmp_path / "model", case)
-    make_plan = opening.make_plan
+    make_plan = opening.plan_model
 
     def on_host(*args, **options):
         return replace(make_plan(*args, **options), kv_cache_on_host=True)
 
-    monkeypatch.setattr(opening, "make_plan", on_host)
+    monkeypatch.setattr(opening, "plan_model", on_host)
 
     async def main():
         with pytest.raises(PlanError, match="the VRAM budget cannot hold the KV cache"):

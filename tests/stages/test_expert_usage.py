@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from support.experts import RandomExperts
 
 from layerstream.pipeline.planning.expert_replay import (
-    hit_curve,
     optimal_hits,
     quota_lru_hits,
     replay,
@@ -57,7 +56,10 @@ def test_beladys_optimum_is_that_of_a_known_example() -> None:
 def test_the_curve_is_what_least_recently_used_lists_hit(route: list[ExpertDemand]) -> None:
     """Apart from first uses, which the curve spreads over what is not known."""
     single = [demand for demand in route if demand.set_index == 0]
-    curve = hit_curve(single, experts=EXPERTS)
+    counter = UsageCounter(EXPERTS)
+    for demand in single:
+        counter.count(demand)
+    curve = counter.hit_shares()
     assert curve[0] == 0
     assert curve[EXPERTS] == pytest.approx(1)
     assert list(curve) == sorted(curve)

@@ -6,7 +6,7 @@ import errno
 import pytest
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
 from support.faults import Gate, RecordingReader, SteppedFakeDevice, Steps, failing_with
-from support.leaks import nothing_left_behind, our_tasks, our_threads
+from support.leaks import nothing_left_behind, our_tasks, our_threads, used_slots
 from support.loop import happens, run, turns
 
 from layerstream.pipeline import ClosedError, Pipeline, ReadError
@@ -54,7 +54,7 @@ class SteppedPipeline:
         """Close, and check that everything was freed."""
         await self.pipeline.aclose()
         host, device = self.pipeline._resources.arenas
-        assert (host.used_slots, device.used_slots) == (0, 0)
+        assert (used_slots(host), used_slots(device)) == (0, 0)
         assert self.device.host_memories == 0
         assert our_threads() == []
         assert our_tasks() == []

@@ -8,7 +8,7 @@ import pytest
 from support.checkpoints import CPU, GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
 from support.faults import Gate
-from support.leaks import mappings_of, nothing_left_behind, our_tasks
+from support.leaks import mappings_of, nothing_left_behind, our_tasks, used_slots
 from support.loop import happens, run, turns
 from support.sweeping import recording_reader
 
@@ -105,7 +105,7 @@ def test_two_hundred_sweeps_and_fifty_cancellations_leave_nothing_behind(folder,
                     await asyncio.wait([task])
                 assert await pipeline.run(compute, 0) == BATCHES
             await pipeline.aclose()
-            assert [arena.used_slots for arena in pipeline._resources.arenas] == [0, 0]
+            assert [used_slots(arena) for arena in pipeline._resources.arenas] == [0, 0]
         assert our_tasks() == []
 
     with nothing_left_behind():
@@ -124,7 +124,7 @@ def test_fifty_opens_and_closes_leave_nothing_behind(folder, reader):
                 async for batch in pipeline.sweep():
                     if batch.index == last:
                         break
-            assert [arena.used_slots for arena in pipeline._resources.arenas] == [0, 0]
+            assert [used_slots(arena) for arena in pipeline._resources.arenas] == [0, 0]
 
     with nothing_left_behind():
         run(main())

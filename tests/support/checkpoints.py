@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.plan import Plan
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.stages.arena import ring_bytes
-from layerstream.stages.batch import Extent, LayerBatch
+from layerstream.stages.batch import Extent, LayerBatch, Residence
 
 __all__ = ["CPU", "GPU", "arranged", "fused_layers", "plan_for", "write_checkpoint"]
 
@@ -113,24 +113,20 @@ def arranged(
 
     On a CPU device a resident is kept where computation reads it, whether it is in ``on_host`` or ``on_device``.
     """
-    on_cpu, maps = plan.device_memory is None, plan.reader == "mmap"
+    on_cpu, maps = plan.on_cpu, plan.reader == "mmap"
 
     def with_residence(batch: LayerBatch) -> LayerBatch:
-        if on_cpu:
-            is_resident = batch.index in {*on_host, *on_device}
-            return replace(
-                batch,
-                host_resident=is_resident and batch.uses_host_image and not maps,
-                device_resident=is_resident and batch.device_bytes > 0,
-            )
-        return replace(
-            batch,
-            host_resident=batch.index in on_host,
-            device_resident=batch.index in on_device,
-        )
+        residence = Residence.STREAMED
+        if on_cpu and batch.index in {*on_host, *on_device}:
+            residence = batch.residence_on_cpu(mapped=maps)
+        elif batch.index in on_host:
+            residence = Residence.BOTH if batch.index in on_device else Residence.HOST
+        elif batch.index in on_device:
+            residence = Residence.DEVICE
+        return replace(batch, residence=residence)
 
     batches = tuple(map(with_residence, plan.batches))
-    copied_once = [b.host_bytes for b in batches if b.device_resident and not b.host_resident]
+    copied_once = [b.host_bytes for b in batches if b.residence is Residence.DEVICE]
     host = max(
         ring_bytes([b.host_bytes for b in batches if b.streamed], slots=slots), *copied_once, 0, 0
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from layerstream import pipeline, stages
+from layerstream.stages.arena import RingArena
 
-__all__ = ["mappings_of", "nothing_left_behind", "our_tasks", "our_threads"]
+__all__ = ["mappings_of", "nothing_left_behind", "our_tasks", "our_threads", "used_slots"]
 
 
 _OUR_FOLDERS = [Path(package.__file__).parent for package in (pipeline, stages)]
@@ -72,3 +73,8 @@ def nothing_left_behind(*, collect: bool = True) -> Iterator[None]:
     if collect and _maps():
         gc.collect()  # an exception and its frames may be a cycle
     assert not _maps(), "a map was left behind"
+
+
+def used_slots(arena: RingArena) -> int:
+    """Slots that have not been given back."""
+    return sum(not slot._freed for slot in arena._live)

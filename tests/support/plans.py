@@ -5,7 +5,7 @@ from pathlib import Path
 from layerstream.pipeline import Budget, Checkpoint, make_plan
 from layerstream.pipeline.checkpoint.formats.format import WeightFile
 from layerstream.pipeline.checkpoint.layers import LayerKind
-from layerstream.pipeline.planning.layout import PlannedLayer, TensorSource
+from layerstream.pipeline.planning.planned_layer import PlannedLayer, TensorSource
 from layerstream.stages.batch import Extent
 from support.checkpoints import CPU
 

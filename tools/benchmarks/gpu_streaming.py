@@ -176,7 +176,7 @@ def _run_sweeps(
 
 def copied_bytes(plan: Plan) -> int:
     """Bytes that a sweep copies to the device; in a rehearsal, which copies nothing, all bytes."""
-    if plan.device_memory is None:
+    if plan.on_cpu:
         return sum(batch.host_bytes for batch in plan.batches)
     return sum(batch.copied_bytes for batch in plan.batches if not batch.device_resident)
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from layerstream.pipeline import Checkpoint, Hardware, Pipeline, Plan, make_plan
 from layerstream.stages.arena import ring_bytes
+from layerstream.stages.batch import Residence
 from layerstream.stages.compute import Batch
 from layerstream.tools.console.arguments import byte_count, positive_int
 
@@ -145,7 +146,7 @@ async def _plan(folder: Path, reader: str) -> Plan:
         layer_batch_size=1,
         throttle_bytes_per_second=_THROTTLE_BYTES_PER_SECOND if reader == "throttled" else None,
     )
-    batches = tuple(replace(batch, host_resident=False) for batch in plan.batches)
+    batches = tuple(batch.with_residence(Residence.STREAMED) for batch in plan.batches)
     arena_bytes = ring_bytes([batch.host_bytes for batch in batches], slots=_SLOTS)
     return replace(plan, batches=batches, host_arena_bytes=arena_bytes)
 

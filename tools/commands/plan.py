@@ -164,9 +164,13 @@ def _plan(
         layer_batch_size=args.layer_batch_size,
         adapters=size,
     )
-    # What is in the layers when tables are, less what is without them.
-    whole = planned_layers(checkpoint, groups, experts_on_demand=on_cpu)
-    table_bytes = sum(each.nbytes for each in whole) - sum(each.nbytes for each in layers)
+    streamed_bytes = sum(
+        layer.nbytes + sum(experts.nbytes for experts in layer.experts) for layer in layers
+    )
+    table_bytes = (
+        sum(checkpoint.tensors[name].nbytes for group in groups for name in group.tensors)
+        - streamed_bytes
+    )
     notes = list(plan.notes)
     if table_bytes:
         notes.append(

@@ -72,7 +72,7 @@ class Profile:
     @property
     def forecast(self) -> PredictionCheck:
         """The steady sweeps compared with the plan's prediction."""
-        predictions = PredictionChecker(on_gpu=self.plan.device_memory is not None)
+        predictions = PredictionChecker(on_gpu=not self.plan.on_cpu)
         for seconds in self.steady_seconds:
             predictions.count(self.predicted, seconds)
         # In a long run only the latest sweeps have timings by stage.

@@ -84,20 +84,15 @@ class MachineState:
     def _memory(self, reserved_bytes: int) -> list[dict[str, Any]]:
         """What is held now: requests with what they have reserved, all else as planned."""
         plan, sides = self._model.plan, []
-        on_host = plan.device_memory is None or plan.kv_cache_on_host
-        for name, memory, requests in (
-            ("VRAM", plan.device_memory, not on_host),
-            ("Host RAM", plan.host_memory, on_host),
-        ):
-            if memory is None:
-                continue
+        held = plan.host_memory if plan.on_cpu or plan.kv_cache_on_host else plan.device_memory
+        for name, memory in plan.memories.items():
             parts = memory_parts(memory)
             parts.pop("workload")
-            if requests:
+            if memory is held:
                 parts["requests"] = reserved_bytes
             sides.append(
                 {
-                    "name": name,
+                    "name": name[:1].upper() + name[1:],
                     "budget_bytes": memory.budget_bytes,
                     "parts": [{"name": part, "bytes": nbytes} for part, nbytes in parts.items()],
                 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.text import first_names
 
 __all__ = ["all_parts", "choose_files"]
 
@@ -30,7 +31,7 @@ def choose_files(path: Path, names: Sequence[str]) -> Sequence[str]:
     if len(models) > 1:
         choices = [parts[0] for parts in models.values()]
         raise CheckpointError(
-            f"{path} holds {len(models)} GGUF models ({_few(choices)}): open one of these files "
+            f"{path} holds {len(models)} GGUF models ({first_names(choices, 12)}): open one of these files "
             "instead of the folder."
         )
     return all_parts(next(iter(models.values()))[0])
@@ -50,8 +51,3 @@ def all_parts(name: str) -> Sequence[str]:
     return tuple(
         f"{part['model']}-{number:05}-of-{part['count']}.gguf" for number in range(1, count + 1)
     )
-
-
-def _few(names: Sequence[str], *, count: int = 12) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -6,7 +6,7 @@ a key; ``data/<key>``, the memory.
 
 import math
 from collections.abc import Generator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from layerstream.pipeline.checkpoint.formats.format import (
     ByteRange,
@@ -23,8 +23,8 @@ from layerstream.pipeline.checkpoint.formats.zip_directory import (
     Entry,
     content_of,
     read_directory,
+    refuse,
 )
-from layerstream.stages.errors import CheckpointError
 
 __all__ = ["TORCH_BIN"]
 
@@ -44,7 +44,7 @@ def _read_header(file: WeightFile, number: int) -> HeaderReader:
     """See ``Format.read_header``."""
     start = yield ByteRange(offset=0, length=16)
     if start.startswith(_OLD):
-        _refuse(
+        refuse(
             file,
             "is in torch's format from before version 1.6",
             "load it with torch.load, and write it again with torch.save or safetensors",
@@ -54,14 +54,14 @@ def _read_header(file: WeightFile, number: int) -> HeaderReader:
     yield from _check_records(entries, folder, file)
     entry = entries.get(f"{folder}/data.pkl")
     if entry is None or entry.nbytes > _MAX_PICKLE_BYTES:
-        _refuse(
+        refuse(
             file, "has no data.pkl that describes its tensors, so that it is no file of torch.save"
         )
     content = yield from _small(entry, file)
     try:
         state = read_tensor_pickle(content)
     except ValueError as error:
-        _refuse(file, f"holds a pickle that is {error}", f"if you trust it, {_WRITE_AGAIN}")
+        refuse(file, f"holds a pickle that is {error}", f"if you trust it, {_WRITE_AGAIN}")
     tensors = _named_tensors(state, file)
     starts: dict[str, int] = {}
     for tensor in tensors.values():
@@ -83,9 +83,9 @@ def _check_records(
     """Refuse an archive that torch does not read, or reads as something else than little-endian tensors."""
     stray = next((name for name in entries if not name.startswith(f"{folder}/")), None)
     if stray is not None:
-        _refuse(file, f"has an entry {quoted(stray)} outside of the folder of the others")
+        refuse(file, f"has an entry {quoted(stray)} outside of the folder of the others")
     if f"{folder}/constants.pkl" in entries:
-        _refuse(file, "is a TorchScript program, not weights", "export its weights")
+        refuse(file, "is a TorchScript program, not weights", "export its weights")
     records = {}
     for name in _RECORDS:
         entry = entries.get(f"{folder}/{name}")
@@ -93,13 +93,13 @@ def _check_records(
             records[name] = yield from _small(entry, file)
     order = records.get("byteorder", b"little")
     if order != b"little":
-        _refuse(file, "is of a big-endian machine", _WRITE_AGAIN)
+        refuse(file, "is of a big-endian machine", _WRITE_AGAIN)
     version = records.get(".data/version") or records.get("version") or b""
     numbers = [version, *(records[name] for name in _NUMBERS if name in records)]
     if not all(record.isascii() for record in records.values()):
-        _refuse(file, "has records that are no text")
+        refuse(file, "has records that are no text")
     if not all(number.strip().isdigit() for number in numbers) or int(version) not in _VERSIONS:
-        _refuse(file, f"is of a version of torch.save that is not supported ({quoted(version)})")
+        refuse(file, f"is of a version of torch.save that is not supported ({quoted(version)})")
 
 
 def _small(entry: Entry | None, file: WeightFile) -> Generator[ByteRange, bytes, bytes]:
@@ -118,7 +118,7 @@ def _start_of(
     # torch gives memory of another size as it happens to be.
     if entry is None or nbytes != entry.nbytes:
         found = "is not there" if entry is None else f"has {entry.nbytes:,}"
-        _refuse(
+        refuse(
             file, f"has a tensor in memory {quoted(storage.key)} of {nbytes:,} bytes, which {found}"
         )
     start = yield from content_of(entry, file)
@@ -127,11 +127,11 @@ def _start_of(
 
 def _named_tensors(state: Any, file: WeightFile) -> dict[str, PickledTensor]:
     if not isinstance(state, dict):
-        _refuse(file, f"holds a {type(state).__name__}, not a dict of tensors", _WRITE_AGAIN)
+        refuse(file, f"holds a {type(state).__name__}, not a dict of tensors", _WRITE_AGAIN)
     for name, tensor in state.items():
         if type(name) is not str or type(tensor) is not PickledTensor:
             kind = type(tensor).__name__.removeprefix("Pickled")
-            _refuse(
+            refuse(
                 file,
                 f"holds {kind} by the name {quoted(name)}, where only named tensors are allowed",
                 _WRITE_AGAIN,
@@ -149,7 +149,7 @@ def _info(
     values = 0 if empty else 1 + sum((size - 1) * stride for size, stride in pairs)
     storage_bytes = tensor.storage.values * _ITEM_BYTES.get(tensor.storage.dtype, 1)
     if not empty and (tensor.offset + values) * item_bytes > storage_bytes:
-        _refuse(file, f"has a tensor {quoted(name)} that ends behind its memory")
+        refuse(file, f"has a tensor {quoted(name)} that ends behind its memory")
     contiguous = [math.prod(size for size, _ in pairs[at + 1 :]) for at in range(len(pairs))]
     in_order = empty or contiguous == [stride for _, stride in pairs]
     return TensorInfo(
@@ -161,10 +161,6 @@ def _info(
         nbytes=values * item_bytes,
         strided=None if in_order else (shape, strides),
     )
-
-
-def _refuse(file: WeightFile, fault: str, remedy: str = "download it again") -> NoReturn:
-    raise CheckpointError(f"{file.path} {fault}: {remedy}.")
 
 
 TORCH_BIN = Format(

@@ -34,7 +34,6 @@ __all__ = [
     "same",
     "scale_at",
     "short_at",
-    "signed_at",
     "vector_of",
 ]
 
@@ -171,7 +170,6 @@ def _nan_exponent(builder: Any, value: Any) -> Any:
 
 # Integers come as 64 bits: numba's arithmetic has no narrower ones, and mixes signed and unsigned into floats.
 byte_at = _loader(_I8, types.int64, _unsigned)
-signed_at = _loader(_I8, types.int64, lambda builder, value: builder.sext(value, _I64))
 short_at = _loader(_I16, types.int64, _unsigned)
 half_at = _loader(_I16, types.float32, _half)
 halved_exponent_at = _loader(_I8, types.float32, _halved_exponent)
