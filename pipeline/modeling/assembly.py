@@ -1,7 +1,7 @@
 """Prepares a traced model for streaming: which weights are in which layer, which are gathered, and what is bound."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,11 @@ from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
-from layerstream.pipeline.modeling.packed_weight import exact_tile_bytes, exact_tokens
+from layerstream.pipeline.modeling.packed_weight import (
+    exact_tile_bytes,
+    exact_tokens,
+    tile_bytes,
+)
 from layerstream.pipeline.modeling.table_source import TableSource
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
@@ -158,6 +162,9 @@ class Assembly:
             tile_bytes=max(self._tile_sizes(layer), default=0)
             if self._unpacks_by_tiles
             else max(map(unpacking_bytes, recipes), default=0),
+            exact_tile_bytes=max(self._tile_sizes(layer, exact_tile_bytes), default=0)
+            if self._unpacks_by_tiles
+            else 0,
             once_bytes=sum(
                 self._packed_linear[name].nbytes
                 for name in layer.recipes
@@ -189,10 +196,12 @@ class Assembly:
             bindings.append(binding)
         return bindings
 
-    def _tile_sizes(self, layer: ModelLayer) -> list[int]:
+    def _tile_sizes(
+        self, layer: ModelLayer, size_of: Callable[[PackedRows], int] = tile_bytes
+    ) -> list[int]:
         """What all tiles take for each of a layer's packed weights and experts."""
         weights = [
-            exact_tile_bytes(self._packed_linear[name])
+            size_of(self._packed_linear[name])
             for name in layer.recipes
             if name in self._packed_linear
         ]
@@ -200,7 +209,8 @@ class Assembly:
         return [self._tile_count * nbytes for nbytes in weights]
 
     def _make_tiles(self, once_bytes: int) -> Tiles | None:
-        nbytes = max(size for layer in self.layers for size in [0, *self._tile_sizes(layer)])
+        sizes = [self._tile_sizes(layer, exact_tile_bytes) for layer in self.layers]
+        nbytes = max([0, *chain.from_iterable(sizes)])
         if not nbytes:
             return None
         return Tiles(

@@ -59,6 +59,8 @@ class PlannedLayer:
     """Tensors that computation makes from them before use."""
     tile_bytes: int = 0
     """What packed weights are unpacked into piece by piece, or what unpacking takes besides ``scratch_bytes``."""
+    exact_tile_bytes: int = 0
+    """The same for exact kernels, if that is more: where products by tiles have other bits, prompts need whole matrices."""
     once_bytes: int = 0
     """What its packed weights take unpacked."""
     always_resident: bool = False

@@ -7,6 +7,7 @@ predicted (``cost_model``); the fastest is chosen. The plan also records its pre
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -120,20 +121,23 @@ def plan_model(
     running: Plan | None = None,
 ) -> Plan:
     """The plan for a model, all that is known of it given; see ``make_plan``."""
+    make_layouts = partial(
+        Layouts,
+        file_bytes=[file.size_bytes for file in checkpoint.files],
+        reads_host_images=hardware.device == "cpu",
+    )
     problem = Problem(
         checkpoint=checkpoint,
         hardware=hardware,
         choices=choices if running is None else _as_running(choices, running),
-        layouts=Layouts(
-            layers,
-            file_bytes=[file.size_bytes for file in checkpoint.files],
-            reads_host_images=hardware.device == "cpu",
-        ),
+        layouts=make_layouts(layers),
         memory=memory,
         loaded_code_bytes=loaded_code_bytes,
         adapters=adapters,
         **({} if running is None else _fixed_by(running)),
     )
+    if not problem.fused_tokens:
+        problem = replace(problem, layouts=make_layouts(list(map(_for_exact_kernels, layers))))
     try:
         candidates = search(problem)
     except PlanError:
@@ -143,6 +147,10 @@ def plan_model(
         slots = replace(problem.choices, slots=choices.slots)
         candidates = search(problem := replace(problem, choices=slots, arenas=None))
     return _plan(problem, candidates)
+
+
+def _for_exact_kernels(layer: PlannedLayer) -> PlannedLayer:
+    return replace(layer, tile_bytes=max(layer.tile_bytes, layer.exact_tile_bytes))
 
 
 def _as_running(choices: PlanChoices, running: Plan) -> PlanChoices:
