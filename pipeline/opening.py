@@ -61,8 +61,8 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     on_cpu = await finish_in_thread(
         options.on_cpu
     )  # opening a GPU for the first time takes seconds
-    if on_cpu:
-        limit_library_memory()  # before worker threads have heaps of their own
+    # Before worker threads have heaps of their own.
+    mapped_from_bytes = limit_library_memory() if on_cpu else None
     budget = as_budget(options.budget, on_cpu=on_cpu)
     # Not ``finish_in_thread``: a download cannot be interrupted, and nothing has to wait for its end.
     sources = await asyncio.to_thread(_find, options)
@@ -76,7 +76,9 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     )
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
     traced, assembly = await finish_in_thread(
-        lambda: _trace(checkpoint, sources, options, on_cpu=on_cpu)
+        lambda: _trace(
+            checkpoint, sources, options, on_cpu=on_cpu, mapped_from_bytes=mapped_from_bytes
+        )
     )
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.pretrained.device, measure=options.measure
@@ -155,7 +157,12 @@ def _read_ahead(
 
 
 def _trace(
-    checkpoint: Checkpoint, sources: Sources, options: Options, *, on_cpu: bool
+    checkpoint: Checkpoint,
+    sources: Sources,
+    options: Options,
+    *,
+    on_cpu: bool,
+    mapped_from_bytes: int | None,
 ) -> tuple[TracedModel, Assembly]:
     given = options.pretrained
     config, unused = config_of(
@@ -194,4 +201,5 @@ def _trace(
         adapters=adapters,
         experts_on_demand=on_cpu,
         unpacks_by_tiles=on_cpu,
+        mapped_from_bytes=mapped_from_bytes,
     )

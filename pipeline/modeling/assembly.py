@@ -54,6 +54,7 @@ class Assembly:
         adapters: Those in the traced model.
         experts_on_demand: Leave experts that can be read one by one out of the layers.
         unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
+        mapped_from_bytes: See ``measure_memory``.
     """
 
     layers: tuple[ModelLayer, ...]
@@ -80,6 +81,7 @@ class Assembly:
         adapters: Adapters | None = None,
         experts_on_demand: bool = False,
         unpacks_by_tiles: bool = False,
+        mapped_from_bytes: int | None = None,
     ) -> None:
         self.traced = traced
         self.adapters = adapters or Adapters({})
@@ -89,7 +91,9 @@ class Assembly:
         self._unpacks_by_tiles = unpacks_by_tiles
         self._tile_count = tile_count(workload.batch_size if workload else 1)
         self._packed = _packed(traced) if unpacks_by_tiles else {}
-        traces, memory = trace_uses(traced, self.adapters, workload, device)
+        traces, memory = trace_uses(
+            traced, self.adapters, workload, device, mapped_from_bytes=mapped_from_bytes
+        )
         self.written_buffers = frozenset(path for trace in traces for path in trace.written)
         self.own_buffer_bytes = written_bytes(traced.module, self.written_buffers)
         self.memory = self._with_own_buffers(memory, workload)

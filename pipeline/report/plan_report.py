@@ -172,10 +172,7 @@ def _memory_facts(plan: Plan) -> Iterator[tuple[str, str | Bar]]:
     yield "host RAM", _memory_bar(plan.host_memory)
     if plan.overhead_bytes:
         size = format_bytes(plan.overhead_bytes)
-        yield (
-            "in addition",
-            f"{size} of loaded code, compiled kernels and the like, which is left free",
-        )
+        yield "in addition", f"{size} of code loaded for the model, which is left free"
 
 
 def _slots(plan: Plan) -> str:
