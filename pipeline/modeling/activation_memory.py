@@ -87,6 +87,7 @@ class PromptPass:
             self._live,
         )
         self._output: Any = None
+        self._cached: list[int] = []
         self._peak_bytes = self._peak_taken_bytes = 0
         self.inputs = self._inputs(workload.prompt_tokens, workload.prompt_tokens)
 
@@ -122,14 +123,14 @@ class PromptPass:
         self._peak_taken_bytes = self._live.peak_taken_bytes
 
     def memory(self) -> WorkloadMemory | None:
-        """The memory of the workload, for which the last token's pass runs too; None if one of the two passes fails."""
+        """The memory of the workload, for which the last token's pass runs too; None if the prompt's has failed."""
         if self._output is None:
             return None
         try:
             return self._memory()
         except Exception as error:  # noqa: BLE001 - a model without values may raise anything
             logger.debug("the activations of a step were not measured: %s", error)
-            return None
+            return self._memory_of_prompt()
 
     def _memory(self) -> WorkloadMemory:
         workload = self._workload
@@ -137,7 +138,7 @@ class PromptPass:
         argument, cache = _cache_of(output)
         encoded = getattr(output, "encoder_last_hidden_state", None)
         del output
-        prompt = _storages((cache, encoded))
+        self._cached = prompt = _storages((cache, encoded))
         # A model without a cache computes all tokens again for each one.
         total = workload.prompt_tokens + workload.new_tokens
         inputs = self._inputs(1 if argument or self._has_encoder else total, total)
@@ -171,6 +172,20 @@ class PromptPass:
             # The cache counts once: what was alive before it was complete may be more than what is taken beside it.
             prefill_taken_bytes=max(prefill, prefill_taken),
             decode_taken_bytes=max(decode, self._live.peak_taken_bytes - kv_taken),
+        )
+
+    def _memory_of_prompt(self) -> WorkloadMemory:
+        """The memory of the workload if all tokens cache as much as those of the prompt, and a step takes no more than it."""
+        cached, tokens = sum(self._cached), self._workload.prompt_tokens
+        prefill = self._peak_bytes - cached
+        taken = max(prefill, self._peak_taken_bytes - sum(map(self._live.taken, self._cached)))
+        return WorkloadMemory(
+            kv_bytes=-(-cached * (tokens + self._workload.new_tokens) // tokens),
+            prefill_bytes=prefill,
+            decode_bytes=prefill,
+            measured=True,
+            prefill_taken_bytes=taken,
+            decode_taken_bytes=taken,
         )
 
     def _inputs(self, tokens: int, total_tokens: int) -> dict[str, Any]:
