@@ -61,8 +61,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     on_cpu = await finish_in_thread(
         options.on_cpu
     )  # opening a GPU for the first time takes seconds
-    # Before worker threads have heaps of their own.
-    mapped_from_bytes = limit_library_memory() if on_cpu else None
+    mapped_from_bytes = limit_library_memory() if on_cpu else None  # before threads have heaps
     budget = as_budget(options.budget, on_cpu=on_cpu)
     # Not ``finish_in_thread``: a download cannot be interrupted, and nothing has to wait for its end.
     sources = await asyncio.to_thread(_find, options)

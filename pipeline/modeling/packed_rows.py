@@ -72,6 +72,8 @@ class PackedRows:
     """The last two dimensions of the parameter are exchanged at the end: these are its rows before that."""
     order: torch.Tensor | None = field(repr=False, compare=False)
     """int64 ``[rows]``: for each row of the parameter, which row of the only matrix it is; None unless scattered."""
+    exact_tokens: int | None = None
+    """Up to how many tokens products by tiles have the bits of the whole product; None: always."""
 
     @property
     def nbytes(self) -> int:
@@ -137,12 +139,11 @@ class PackedRows:
         ):
             matrix = self.matrices[number]
             tensors = [parts[name] for name in matrix.parts]
-            if count == out.shape[1]:
-                matrix.packing.multiply(tensors, begin, inputs, out)
-                continue
-            part = torch.empty((len(inputs), count))
+            is_all = count == out.shape[1]
+            part = out if is_all else torch.empty((len(inputs), count))
             matrix.packing.multiply(tensors, begin, inputs, part)
-            out[:, at : at + count] = part
+            if not is_all:
+                out[:, at : at + count] = part
 
     def pieces(self, begin: int, end: int) -> Iterator[RowPiece]:
         """What rows ``begin`` to ``end`` consist of, in order; none if they are scattered."""

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import CPU
 from support.models import CACHE, CASES, save_model
+from support.selection import covering
 
 from layerstream.pipeline import Checkpoint, Workload
 from layerstream.pipeline.modeling.activation_memory import PromptPass, measure_memory
@@ -65,29 +66,34 @@ def cache_bytes(cache: Any) -> int:
     return sum(state.untyped_storage().nbytes() for state in states)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *((case, torch.bfloat16) for case in GENERATING),
-        *((case, dtype) for case in ROUTING for dtype in (torch.float32, torch.float16)),
-    ],
+@covering(
+    model={
+        f"{case}-{dtype}": (case, dtype)
+        for cases, dtypes in (
+            (GENERATING, [torch.bfloat16]),
+            (ROUTING, [torch.float32, torch.float16]),
+        )
+        for case in cases
+        for dtype in dtypes
+    },
+    batch=[1, 3],
 )
 @torch.no_grad()
 def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
-    case: str, dtype: torch.dtype, batch: int
+    model: tuple[str, torch.dtype], batch: int
 ) -> None:
+    case, dtype = model
     memory = measure_memory(
         built(case, on_meta=True, dtype=dtype),
         Workload(batch_size=batch, prompt_tokens=PROMPT, new_tokens=1),
     )
     assert memory is not None
     assert memory.measured
-    model = built(case, on_meta=False, dtype=dtype)
+    real = built(case, on_meta=False, dtype=dtype)
     prompt = inputs(batch, PROMPT, PROMPT, padded=batch > 1)
     step = inputs(batch, 1, PROMPT + 1, padded=batch > 1)
     with LiveBytes() as live:
-        output = model(**prompt)
+        output = real(**prompt)
         sampled(output.logits)
     name = CACHE if CACHE in output else "cache_params"
     cache = output[name]
@@ -95,7 +101,7 @@ def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
     prefill, cache_bytes_now = live.peak_bytes, live.now_bytes
     live.peak_bytes = live.now_bytes
     with live:
-        output = model(**step, **{name: cache})
+        output = real(**step, **{name: cache})
         sampled(output.logits)
     del output
     counters = 8 * len(cache.layers)  # a sliding window keeps its size in a tensor
@@ -232,8 +238,7 @@ def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path
     assert estimated.kv_bytes >= measured.kv_bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tokens", [(1, 16), (1, 512), (1, 4096), (8, 128)], ids=str)
+@covering(family=list(FAMILIES), tokens=[(1, 16), (1, 512), (1, 4096), (8, 128)])
 def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
     six_layers = scaled(FAMILIES[family].config, layers=6, hidden=None, vocab=None)
     settings = {**six_layers, "dtype": "bfloat16"}

@@ -21,7 +21,7 @@ from typing import Any
 
 from layerstream.stages.process.usage import anonymous_bytes
 
-__all__ = ["Row", "run_row"]
+__all__ = ["BudgetRow", "run_row"]
 
 _SAMPLE_SECONDS = 0.001
 _NEW_TOKENS = 4
@@ -36,7 +36,7 @@ Tell = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class BudgetRow:
     """What one process does."""
 
     folder: str
@@ -53,7 +53,7 @@ class Row:
     """Whether the machine is probed, as users have it."""
 
 
-def run_row(row: Row, *, seconds: float) -> dict[str, Any]:
+def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
     """Run ``row`` in a process forked from this one, which has loaded the libraries; returns what it told, and its peaks.
 
     After ``seconds`` it is killed.
@@ -87,7 +87,7 @@ def run_row(row: Row, *, seconds: float) -> dict[str, Any]:
     return {**told, "peaks": peaks, "peak_bytes": max(peaks.values(), default=0)}
 
 
-def _be_child(row: Row, sending: int) -> None:
+def _be_child(row: BudgetRow, sending: int) -> None:
     """Run ``row`` and end this process."""
     try:
         with os.fdopen(sending, "wb", buffering=0) as pipe:
@@ -103,7 +103,7 @@ def _be_child(row: Row, sending: int) -> None:
         os._exit(0)
 
 
-def _stream_row(row: Row, tell: Tell) -> None:
+def _stream_row(row: BudgetRow, tell: Tell) -> None:
     """Do what ``row`` says in this process, and ``tell`` phases and results."""
     import torch
     import transformers
@@ -143,7 +143,7 @@ def _plan_within(factor: float, tell: Tell) -> None:
     opening.make_plan = plan  # type: ignore[assignment]
 
 
-async def _stream(row: Row, tell: Tell, model_class: type[Any]) -> None:
+async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
     from layerstream.pipeline import AdmissionError, StreamedModel, Workload
 
     _plan_within(row.factor, tell)
@@ -184,7 +184,7 @@ async def _stream(row: Row, tell: Tell, model_class: type[Any]) -> None:
     tell({"status": "done", "left_bytes": anonymous_bytes()})
 
 
-def _inputs(module: Any, row: Row) -> dict[str, Any]:
+def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
     """The inputs of a request of exactly the workload."""
     import inspect
 
@@ -239,7 +239,7 @@ def _fitting(tokens: int, config: Any) -> int:
     return min([tokens, *most])
 
 
-async def _eight_at_once(model: Any, row: Row) -> None:
+async def _eight_at_once(model: Any, row: BudgetRow) -> None:
     """Requests of several lengths, a third of which are cancelled when they have run for a while."""
     rng = random.Random(7)
 

@@ -23,7 +23,7 @@ from layerstream.tools.benchmarks.budget_models import (
     fitted_config,
     write_model,
 )
-from layerstream.tools.benchmarks.budget_row import Row, run_row
+from layerstream.tools.benchmarks.budget_row import BudgetRow, run_row
 from layerstream.tools.console.arguments import positive_int
 from layerstream.tools.console.tables import print_table
 
@@ -132,7 +132,7 @@ def _run_model(
         nbytes = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
         for each in missing:
             given = {name: each[name] for name in ("model", *names)}
-            row = Row(folder=model, measure=args.measure, **given)
+            row = BudgetRow(folder=model, measure=args.measure, **given)
             yield {**each, **run_row(row, seconds=args.row_seconds), "model_bytes": nbytes}
 
 

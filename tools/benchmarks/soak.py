@@ -177,8 +177,7 @@ async def _soak(
 ) -> dict[str, Any]:
     observed = Observations(ready_bytes=_anonymous_bytes(pid), ready_threads=_threads(pid))
     clients = asyncio.Semaphore(args.at_once)
-    # Kept connections would count as open descriptors.
-    limits = httpx2.Limits(max_keepalive_connections=0)
+    limits = httpx2.Limits(max_keepalive_connections=0)  # kept ones would be open descriptors
     async with httpx2.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
 
         async def run_request(number: int) -> None:
@@ -218,6 +217,7 @@ async def _soak(
         "threads_when_ready": observed.ready_threads,
         "threads": [halfway[0], at_end[0]],
         "descriptors": [halfway[1], at_end[1]],
+        "idle_bytes": [halfway[2], at_end[2]],
         "ready_bytes": observed.ready_bytes,
         "peak_bytes": observed.peak_bytes,
     }
@@ -321,15 +321,15 @@ def _anonymous_bytes(pid: int) -> int:
     return 1024 * sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", text)))
 
 
-async def _usage_when_idle(http: httpx2.AsyncClient, pid: int) -> tuple[int, int]:
-    """Wait until the server is idle; returns its threads and descriptors."""
+async def _usage_when_idle(http: httpx2.AsyncClient, pid: int) -> tuple[int, int, int]:
+    """Wait until the server is idle; returns its threads, descriptors and bytes."""
     names = ("open_answers", "requests_riding", "requests_waiting", "reserved_bytes")
     async with asyncio.timeout(60):
         while any(  # noqa: ASYNC110 - another process cannot set an event
             [await _metric(http, f"layerstream_{name}") for name in names]
         ):
             await asyncio.sleep(0.05)
-    return _threads(pid), len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+    return _threads(pid), len(os.listdir(f"/proc/{pid}/fd")), _anonymous_bytes(pid)  # noqa: PTH208
 
 
 def _threads(pid: int) -> int:
