@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES, is_encoder_decoder
 from layerstream.pipeline.modeling.clone import clone_modules
@@ -145,6 +144,8 @@ class PromptPass:
         if argument:
             inputs[argument] = cache
         if encoded is not None:
+            from transformers.modeling_outputs import BaseModelOutput
+
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
             del inputs["input_ids"]
         if not self._generates:

@@ -133,7 +133,8 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
     left, right, *rest = args
     if left.dim() == 2 and right.dim() == 3 and (rest or kwargs.get("offs") is not None):  # noqa: PLR2004 - rows, and a matrix for each group of them
         out_dtype = kwargs.get("out_dtype") or left.dtype
-        return left.new_empty((left.shape[0], right.shape[2]), dtype=out_dtype)
+        made: torch.Tensor = left.new_empty((left.shape[0], right.shape[2]), dtype=out_dtype)
+        return made
     in_bfloat16 = [
         each.bfloat16() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
         for each in args

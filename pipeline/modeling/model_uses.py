@@ -35,9 +35,11 @@ def trace_uses(
     memories: list[WorkloadMemory | None] = []
     for use in adapters.uses(traced.module):
         use()
-        prompt_pass = workload and PromptPass.of(
-            traced.module, workload, device, mapped_from_bytes=mapped_from_bytes
-        )
+        prompt_pass = None
+        if workload is not None:
+            prompt_pass = PromptPass.of(
+                traced.module, workload, device, mapped_from_bytes=mapped_from_bytes
+            )
         traces += trace_execution(traced.module, prompt_pass, names)
         memory = prompt_pass.memory() if prompt_pass else None
         if memory is None and prompt_pass and workload:

@@ -126,7 +126,9 @@ def _plan_within(factor: float, tell: Tell) -> None:
     """Have models planned within ``factor`` times the least budget, which is only known when they are traced."""
     from layerstream.pipeline import Budget, PlanError, opening
 
-    make_plan = opening.make_plan
+    module: Any = opening
+
+    make_plan = module.make_plan
 
     def plan(*args: Any, **named: Any) -> Any:
         least = None
@@ -140,7 +142,7 @@ def _plan_within(factor: float, tell: Tell) -> None:
         tell({"least_bytes": least, "budget_bytes": budget})
         return make_plan(*args, **{**named, "budget": Budget(host=budget)})
 
-    opening.make_plan = plan  # type: ignore[assignment]
+    module.make_plan = plan
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:

@@ -131,7 +131,7 @@ def _run_model(
             return
         nbytes = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
         for each in missing:
-            given = {name: each[name] for name in ("model", *names)}
+            given: dict[str, Any] = {name: each[name] for name in ("model", *names)}
             row = BudgetRow(folder=model, measure=args.measure, **given)
             yield {**each, **run_row(row, seconds=args.row_seconds), "model_bytes": nbytes}
 
