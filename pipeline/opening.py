@@ -66,8 +66,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     on_cpu = await finish_in_thread(
         options.on_cpu
     )  # opening a GPU for the first time takes seconds
-    if on_cpu:
-        limit_library_memory()  # before worker threads have heaps of their own
+    mapped_from_bytes = limit_library_memory() if on_cpu else None  # before threads have heaps
     budget = as_budget(options.budget, on_cpu=on_cpu) or Budget()
     choices = replace(options.choices, budget=budget)
     # Not ``finish_in_thread``: a download cannot be interrupted, and nothing has to wait for its end.
@@ -82,7 +81,9 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     )
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
     traced, assembly = await finish_in_thread(
-        lambda: _trace(checkpoint, sources, options, on_cpu=on_cpu)
+        lambda: _trace(
+            checkpoint, sources, options, on_cpu=on_cpu, mapped_from_bytes=mapped_from_bytes
+        )
     )
     hardware = options.hardware or await Hardware.probe(
         checkpoint, device=options.pretrained.device, measure=options.measure
@@ -149,7 +150,12 @@ def _read_ahead(
 
 
 def _trace(
-    checkpoint: Checkpoint, sources: Sources, options: Options, *, on_cpu: bool
+    checkpoint: Checkpoint,
+    sources: Sources,
+    options: Options,
+    *,
+    on_cpu: bool,
+    mapped_from_bytes: int | None,
 ) -> tuple[TracedModel, Assembly]:
     given = options.pretrained
     config, unused = config_of(
@@ -188,4 +194,5 @@ def _trace(
         adapters=adapters,
         experts_on_demand=on_cpu,
         unpacks_by_tiles=on_cpu,
+        mapped_from_bytes=mapped_from_bytes,
     )

@@ -152,6 +152,7 @@ def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Est
         memory=memory,
         on_cpu=opening.plan.on_cpu,
         plan=opening.plan,
+        measured=opening.assembly.memory,
         own_buffer_bytes=opening.assembly.own_buffer_bytes,
     )
 

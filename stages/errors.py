@@ -47,7 +47,16 @@ class ReadError(CheckpointError):
 
 
 class PlanError(LayerstreamError):
-    """Raised when no plan fits the budget, or when a plan does not fit the machine or the files."""
+    """Raised when no plan fits the budget, or when a plan does not fit the machine or the files.
+
+    Args:
+        message: What is wrong, and what to do.
+        needed_bytes: The least budget that a plan fits, of the memory that is too small; None if that is not the reason.
+    """
+
+    def __init__(self, message: str = "", *, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class DeviceError(LayerstreamError):

@@ -20,7 +20,7 @@ from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
 from layerstream.pipeline.modeling.model_uses import trace_uses
 from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
-from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
+from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_parameters
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.packed_weight import (
     exact_tile_bytes,
@@ -58,6 +58,7 @@ class Assembly:
         adapters: Those in the traced model.
         experts_on_demand: Leave experts that can be read one by one out of the layers.
         unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
+        mapped_from_bytes: See ``measure_memory``.
     """
 
     layers: tuple[ModelLayer, ...]
@@ -84,6 +85,7 @@ class Assembly:
         adapters: Adapters | None = None,
         experts_on_demand: bool = False,
         unpacks_by_tiles: bool = False,
+        mapped_from_bytes: int | None = None,
     ) -> None:
         self.traced = traced
         self.adapters = adapters or Adapters({})
@@ -92,8 +94,10 @@ class Assembly:
         places = places_of(traced)
         self._unpacks_by_tiles = unpacks_by_tiles
         self._tile_count = tile_count(workload.batch_size if workload else 1)
-        self._packed = _packed(traced) if unpacks_by_tiles else {}
-        traces, memory = trace_uses(traced, self.adapters, workload, device)
+        self._packed = packed_parameters(traced.recipes) if unpacks_by_tiles else {}
+        traces, memory = trace_uses(
+            traced, self.adapters, workload, device, mapped_from_bytes=mapped_from_bytes
+        )
         self.written_buffers = frozenset(path for trace in traces for path in trace.written)
         self.own_buffer_bytes = written_bytes(traced.module, self.written_buffers)
         self.memory = self._with_own_buffers(memory, workload)
@@ -105,10 +109,7 @@ class Assembly:
         }
         self._packed_linear = {
             name: dataclasses.replace(
-                rows,
-                exact_tokens=exact_tokens(rows.rows, rows.columns, rows.dtype)
-                if unpacks_by_tiles
-                else None,
+                rows, exact_tokens=exact_tokens(rows.rows, rows.columns, rows.dtype)
             )
             for name, rows in self._packed.items()
             if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()))
@@ -276,16 +277,6 @@ class Assembly:
             if not layer.always_resident
             for path in layer.modules
         }
-
-
-def _packed(traced: TracedModel) -> dict[str, PackedRows]:
-    """The parameters whose rows are packed, by the names of their recipes."""
-    found = {
-        name: packed_rows(recipe)
-        for name, recipe in traced.recipes.items()
-        if recipe.pieces is None
-    }
-    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def _only_multiplied(traced: TracedModel, places: Sequence[WeightPlace]) -> bool:

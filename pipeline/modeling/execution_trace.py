@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.meta_pass import meta_pass
+from layerstream.pipeline.modeling.meta_pass import meta_pass, put_on_meta
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 
 __all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "most_complete_first", "trace_execution"]
@@ -124,18 +124,13 @@ def _install_tracing(
         How many weights there are, and the meta tensors in place of what has values already, by their paths.
     """
     weights = 0
-    others: dict[str, torch.Tensor] = {}
+    others = put_on_meta(root)
     call_stack = _record_calls(root, events)
     for path, module in root.named_modules():
-        tables = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}  # noqa: SLF001
-        vars(module).update(tables)
-        for table in tables.values():
+        for table in (module._parameters, module._buffers):  # noqa: SLF001 - the clone's own
             for name, tensor in table.items():
-                if tensor is None:
-                    continue
                 full_name = f"{path}.{name}" if path else name
-                if not tensor.is_meta:
-                    table[name] = others[full_name] = tensor.to("meta")
+                if tensor is None or full_name in others:
                     continue
                 if streamed is not None and full_name not in streamed:
                     continue

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["meta_pass", "on_meta"]
+__all__ = ["meta_pass", "on_meta", "put_on_meta"]
 
 _aten = torch.ops.aten
 
@@ -68,6 +69,24 @@ def on_meta() -> Iterator[None]:
                 _replaced_in_thread(compiled, "__call__", lambda _: _flex_shapes)
             )
         yield
+
+
+def put_on_meta(clone: nn.Module) -> dict[str, torch.Tensor]:
+    """Put meta tensors in place of what a clone has values of; returns them, without plain attributes, by their paths."""
+    moved: dict[str, torch.Tensor] = {}
+    for path, module in clone.named_modules():
+        attributes = vars(module)
+        tables = {name: dict(attributes[name]) for name in ("_parameters", "_buffers")}
+        attributes.update(tables)
+        for table in tables.values():
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta:
+                    moved[f"{path}.{name}" if path else name] = table[name] = tensor.to("meta")
+        # Tables of positions may be plain attributes.
+        for name, value in list(attributes.items()):
+            if type(value) is torch.Tensor and not value.is_meta:
+                attributes[name] = value.to("meta")
+    return moved
 
 
 @contextmanager
@@ -135,7 +154,12 @@ class _FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """The product of experts: on the meta device torch takes bfloat16 only, while its kernels take other dtypes too."""
+    """The product of experts: on the meta device torch takes bfloat16 only, and rows of multiples of 16 bytes; its kernels on a CPU take others, too."""
+    left, right, *rest = args
+    if left.dim() == 2 and right.dim() == 3 and (rest or kwargs.get("offs") is not None):  # noqa: PLR2004 - rows, and a matrix for each group of them
+        out_dtype = kwargs.get("out_dtype") or left.dtype
+        made: torch.Tensor = left.new_empty((left.shape[0], right.shape[2]), dtype=out_dtype)
+        return made
     in_bfloat16 = [
         each.bfloat16() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
         for each in args

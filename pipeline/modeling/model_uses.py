@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerstream.pipeline.modeling.activation_memory import PromptPass
+from layerstream.pipeline.modeling.activation_memory import PromptPass, measure_memory
 from layerstream.pipeline.modeling.adapters import Adapters
 from layerstream.pipeline.modeling.execution_trace import (
     ExecutionTrace,
@@ -19,20 +19,35 @@ __all__ = ["trace_uses"]
 
 
 def trace_uses(
-    traced: TracedModel, adapters: Adapters, workload: Workload | None, device: torch.device | None
+    traced: TracedModel,
+    adapters: Adapters,
+    workload: Workload | None,
+    device: torch.device | None,
+    *,
+    mapped_from_bytes: int | None = None,
 ) -> tuple[Sequence[ExecutionTrace], WorkloadMemory | None]:
     """Traces of the model's passes, the most complete one first, and the memory that ``workload`` takes at most.
 
-    The memory is None without a workload, or if it could not be measured.
+    The memory is None without a workload, or if it could not be measured. ``mapped_from_bytes``: see ``measure_memory``.
     """
     names = traced.recipes.keys() | traced.aliases.keys()
     traces: list[ExecutionTrace] = []
     memories: list[WorkloadMemory | None] = []
     for use in adapters.uses(traced.module):
         use()
-        prompt_pass = None if workload is None else PromptPass.of(traced.module, workload, device)
+        prompt_pass = None
+        if workload is not None:
+            prompt_pass = PromptPass.of(
+                traced.module, workload, device, mapped_from_bytes=mapped_from_bytes
+            )
         traces += trace_execution(traced.module, prompt_pass, names)
-        memories.append(prompt_pass.memory() if prompt_pass else None)
+        memory = prompt_pass.memory() if prompt_pass else None
+        if memory is None and prompt_pass and workload:
+            # Some models refuse the parameters that record their uses.
+            memory = measure_memory(
+                traced.module, workload, device, mapped_from_bytes=mapped_from_bytes
+            )
+        memories.append(memory)
     adapters.activate(traced.module, adapters.default)
     measured = [each for each in memories if each is not None]
     memory = WorkloadMemory.largest(measured) if len(measured) == len(memories) else None

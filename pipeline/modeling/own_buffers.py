@@ -47,8 +47,8 @@ class OwnBuffers:
     def __init__(self, root: nn.Module, written: Collection[str] = ()) -> None:
         self._file: int | None = None
         self._size = 0
-        # The tree's own buffers, by their ids: each with its version, which counts writes, and with its place in the file.
-        self._places: dict[int, tuple[torch.Tensor, int, int]] = {}
+        # The tree's own buffers, by their ids: each with its version, which counts writes.
+        self._in_file: dict[int, tuple[torch.Tensor, int]] = {}
         self._shared: dict[int, torch.Tensor] = {}
         large = list(_large_buffers(root))
         self._shared = {
@@ -88,7 +88,7 @@ class OwnBuffers:
             offset = offsets[buffer.untyped_storage().data_ptr()]
             if id(buffer) not in mapped:
                 mapped[id(buffer)] = own = _at(mapping, offset, buffer)
-                self._places[id(own)] = own, own._version, offset  # noqa: SLF001 - autograd's own
+                self._in_file[id(own)] = own, own._version  # noqa: SLF001 - autograd's own
             table[name] = mapped[id(buffer)]
 
     def of_clone(self, buffers: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -96,11 +96,11 @@ class OwnBuffers:
         mapping = None
         clones = {}
         for buffer in buffers:
-            _, version, offset = self._places.get(id(buffer), (None, None, 0))
+            _, version = self._in_file.get(id(buffer), (None, None))
             # One that was changed or replaced since, by a user or by a call without a request, is not that in the file.
             if version is not None and version == buffer._version:  # noqa: SLF001 - autograd's own
                 mapping = self._mapping() if mapping is None else mapping
-                clones[id(buffer)] = _at(mapping, offset, buffer)
+                clones[id(buffer)] = _at(mapping, 0, buffer)  # it begins where the tree's own does
             elif id(buffer) not in self._shared:
                 clones[id(buffer)] = buffer.clone()
         return clones

@@ -18,7 +18,7 @@ from layerstream.pipeline.modeling.unpacking import Unpack
 from layerstream.pipeline.planning.tiles import tile_rows
 from layerstream.stages.unpack.packing import Packing
 
-__all__ = ["PackedMatrix", "PackedRows", "RowPiece", "RowRun", "packed_rows"]
+__all__ = ["PackedMatrix", "PackedRows", "RowPiece", "RowRun", "packed_parameters", "packed_rows"]
 
 _aten = torch.ops.aten
 
@@ -173,6 +173,12 @@ class PackedRows:
         # Permutations stay within a head, so these are the same rows in another order, or few more.
         packing.unpack(tensors, low, scratch[: high - low])
         torch.index_select(scratch[: high - low], 0, rows - low, out=out)
+
+
+def packed_parameters(recipes: Mapping[str, Recipe]) -> dict[str, PackedRows]:
+    """The parameters whose rows are packed, by the names of their recipes."""
+    made = ((name, each) for name, each in recipes.items() if each.pieces is None)
+    return {name: rows for name, each in made if (rows := packed_rows(each)) is not None}
 
 
 def packed_rows(recipe: Recipe) -> PackedRows | None:

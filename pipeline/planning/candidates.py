@@ -1,7 +1,6 @@
 """Finds the candidates for a plan that fit, and the fastest of them. Pure."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -84,18 +83,12 @@ class _Search:
         return dataclasses.replace(candidate, prediction=cost_model.predict(candidate.placement))
 
     def _fitting(self) -> list[PricedCandidate]:
-        # A plan is not refused because of the overhead of requests, but plans that leave memory for it come first.
-        for kv_on_host, with_overhead in itertools.product(self._kv_places(), (True, False)):
-            found = [
-                candidate
-                for reader in self._readers()
-                for candidate in self._candidates(
-                    self._placer(reader, kv_on_host=kv_on_host), with_overhead=with_overhead
-                )
-            ]
+        for kv_on_host in self._kv_places():
+            placers = [self._placer(reader, kv_on_host=kv_on_host) for reader in self._readers()]
+            found = [candidate for placer in placers for candidate in self._candidates(placer)]
             if found:
                 return found
-        raise PlanError(self._refusal())
+        raise self._refusal()
 
     def _readers(self) -> tuple[ReaderKind, ...]:
         if not self._problem.mappable:
@@ -133,20 +126,21 @@ class _Search:
             vram_budget_bytes=problem.vram_budget_bytes,
             host_reserved_bytes=_HOST_FIXED_BYTES
             + problem.unpacked_once.nbytes
+            + problem.request_overhead_bytes
             + (requests if problem.on_cpu else kv),
             vram_reserved_bytes=0
             if problem.on_cpu
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
-            overhead_bytes=problem.overhead_bytes,
+            overhead_bytes=problem.loaded_code_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
             adapter_bytes=problem.adapters.nbytes,
         )
 
-    def _candidates(self, placer: Placer, *, with_overhead: bool) -> Iterator[PricedCandidate]:
+    def _candidates(self, placer: Placer) -> Iterator[PricedCandidate]:
         problem = self._problem
         priced = partial(self._priced, placer, self._cost_model())
-        spare = MemoryBytes(-problem.request_overhead_bytes if with_overhead else 0, 0)
+        spare = MemoryBytes(0, 0)
         for size in self._sizes():
             batches = placer.batches(size, arenas=problem.arenas)
             for slots in self._slots(placer):
@@ -258,8 +252,8 @@ class _Search:
         arenas = problem.arenas or placer.arenas(batches, problem.choices.slots or 1)
         return placer.need(batches, arenas)
 
-    def _refusal(self) -> str:
-        """The message if nothing fits, for the choices that need the least."""
+    def _refusal(self) -> PlanError:
+        """The error if nothing fits, for the choices that need the least."""
         placers = [
             self._placer(reader, kv_on_host=kv_on_host)
             for reader in self._readers()
@@ -279,11 +273,12 @@ class _Search:
             if placer.expert_bytes
             else ""
         )
-        return (
+        return PlanError(
             f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time{experts}: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
             f"{format_bytes(reserved)} are reserved for the workload); raise the budget, or ask for fewer tokens "
-            "at a time"
+            "at a time",
+            needed_bytes=needed,
         )
 
 

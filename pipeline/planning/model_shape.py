@@ -66,6 +66,7 @@ def shape_of(config: Config | None) -> ModelShape | None:
     hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _number(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     layers += _number(config, "num_decoder_layers", "decoder_layers")
+    layers = layers or len(_layer_kinds(config) or ())
     if not hidden or not 0 < layers <= _MOST_LAYERS:
         return None
     heads = _number(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -139,9 +140,7 @@ def _layers(config: Config, layers: int) -> tuple[tuple[int | None, ...], int]:
     window = _number(config, "sliding_window") or None
     if config.get("use_sliding_window") is False:
         window = None
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        kinds = [str(kind) for kind in kinds]
+    if (kinds := _layer_kinds(config)) is not None:
         recurrent = sum(kind in {"linear_attention", "mamba", "conv", "hybrid"} for kind in kinds)
         windows = tuple(
             window if kind == "sliding_attention" else None
@@ -159,6 +158,11 @@ def _layers(config: Config, layers: int) -> tuple[tuple[int | None, ...], int]:
     return windows, layers if "mamba_d_state" in config else 0
 
 
+def _layer_kinds(config: Config) -> list[str] | None:
+    kinds = config.get("layer_types", config.get("layers_block_type"))
+    return [str(kind) for kind in kinds] if isinstance(kinds, list) else None
+
+
 def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
     """Of a recurrent layer: elements of its state per sequence, and float32 elements per token of a prompt."""
     kernel = _number(config, "conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim") or 4
@@ -172,8 +176,9 @@ def _recurrence(config: Config, hidden: int) -> tuple[int, int]:
         state = 2 * heads * key * value + (2 * key_heads * key + heads * value) * kernel
         return state, heads * (4 * _CHUNK_TOKENS + 6 * (key + value))
     inner = _number(config, "intermediate_size") if "state_size" in config else 0
+    inner = inner or _number(config, "mamba_num_heads") * _number(config, "mamba_head_dim")
     inner = inner or (_number(config, "expand", "mamba_expand") or 2) * hidden
-    width = _number(config, "state_size", "mamba_d_state") or 16
+    width = _number(config, "state_size", "mamba_d_state", "ssm_state_size") or 16
     state = inner * (2 * width + kernel) + 2 * _number(config, "n_groups") * width * kernel
     return state, 4 * inner * width
 

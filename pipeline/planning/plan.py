@@ -100,7 +100,7 @@ class MemoryUse:
     resident_bytes: int
     """Resident layer batches."""
     reserved_bytes: int
-    """KV cache, activations and scratch of the workload."""
+    """KV cache, activations and scratch of the workload, and what libraries take for its requests."""
     expert_bytes: int = 0
     """Cells of experts that are read on demand, and the buffers that they are read into."""
     adapter_bytes: int = 0
@@ -150,7 +150,7 @@ class Plan:
     kv_cache_bytes: int
     """Of that, the KV cache."""
     overhead_bytes: int
-    """Host memory not counted above: loaded code, and memory of requests besides tensors."""
+    """Host memory not counted above: code that was loaded for the model, for which no plan is refused."""
     kv_cache_on_host: bool
     """Whether the KV cache is in host RAM, and is copied to the device layer by layer."""
     always_resident: tuple[int, ...]

@@ -92,11 +92,6 @@ class Problem:
         """Memory of the workload's requests besides weights."""
         return 0 if self.memory is None else self.memory.reserved_bytes
 
-    @property
-    def overhead_bytes(self) -> int:
-        """Memory of this process besides the plan: loaded code, and the overhead of requests."""
-        return self.loaded_code_bytes + self.request_overhead_bytes
-
     @cached_property
     def request_overhead_bytes(self) -> int:
         """Memory of the workload's requests on a CPU besides tensors."""

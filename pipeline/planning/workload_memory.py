@@ -7,7 +7,7 @@ from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_
 from layerstream.pipeline.planning.plan import Workload
 from layerstream.stages.memory import round_up
 
-__all__ = ["WorkloadMemory", "estimate_memory", "has_sinks"]
+__all__ = ["WASTE", "WorkloadMemory", "estimate_memory", "has_sinks"]
 
 _FLOAT32_BYTES = 4
 
@@ -16,7 +16,8 @@ _SAMPLING_BYTES = 24
 
 # Memory of a process for activations, divided by the bytes alive: glibc keeps freed blocks in the thread's heap. 1.1 to
 # 1.9 times was measured for dense models, with sequences of 128 to 2048 tokens; caching allocators of GPUs round up.
-_WASTE = 2
+# Large blocks are not kept where the C library maps them one by one.
+WASTE = 2
 
 # Finding the bucket of a pair of positions by their distance: six tensors of int64, and comparisons of them.
 _BUCKET_BYTES = 50
@@ -36,6 +37,10 @@ class WorkloadMemory:
     """In a pass on the meta device; otherwise estimated from the config."""
     own_buffer_bytes: int = 0
     """Buffers of the model that each request has of its own."""
+    prefill_taken_bytes: int | None = None
+    """What a process takes for the bytes of the prompt; None if that is only known to be ``WASTE`` times these at most."""
+    decode_taken_bytes: int | None = None
+    """The same for a token more."""
 
     @property
     def peak_bytes(self) -> int:
@@ -45,35 +50,50 @@ class WorkloadMemory:
     @property
     def reserved_bytes(self) -> int:
         """The most that a process allocates, including the overhead of allocators."""
-        most = max(self.prefill_bytes, self.decode_bytes)
-        return self.kv_bytes + _WASTE * most + self.own_buffer_bytes
+        return self.kv_bytes + max(self.taken_bytes) + self.own_buffer_bytes
 
     @property
     def spare_bytes(self) -> int:
         """The part of the reserved memory that is free while no prompt is processed."""
-        return _WASTE * max(0, self.prefill_bytes - self.decode_bytes)
+        prefill, decode = self.taken_bytes
+        return max(0, prefill - decode)
+
+    @property
+    def taken_bytes(self) -> tuple[int, int]:
+        """What a process takes besides the cache for the prompt, and for a token more."""
+        prefill, decode = self.prefill_taken_bytes, self.decode_taken_bytes
+        return (
+            WASTE * self.prefill_bytes if prefill is None else prefill,
+            WASTE * self.decode_bytes if decode is None else decode,
+        )
 
     @classmethod
     def largest(cls, memories: Sequence["WorkloadMemory"]) -> "WorkloadMemory | None":
         """What is enough for each of ``memories``, different ways to compute the same; None without any."""
         if not memories:
             return None
+        taken = [each.taken_bytes for each in memories]
         return cls(
             kv_bytes=max(each.kv_bytes for each in memories),
             prefill_bytes=max(each.prefill_bytes for each in memories),
             decode_bytes=max(each.decode_bytes for each in memories),
             measured=all(each.measured for each in memories),
             own_buffer_bytes=max(each.own_buffer_bytes for each in memories),
+            prefill_taken_bytes=max(prefill for prefill, _ in taken),
+            decode_taken_bytes=max(decode for _, decode in taken),
         )
 
     def scaled(self, times: int) -> "WorkloadMemory":
         """The memory of ``times`` as many sequences."""
+        prefill, decode = self.taken_bytes
         return WorkloadMemory(
             kv_bytes=times * self.kv_bytes,
             prefill_bytes=times * self.prefill_bytes,
             decode_bytes=times * self.decode_bytes,
             measured=self.measured,
             own_buffer_bytes=times * self.own_buffer_bytes,
+            prefill_taken_bytes=times * prefill,
+            decode_taken_bytes=times * decode,
         )
 
 

@@ -23,8 +23,13 @@ from layerstream.pipeline.modeling.call_arguments import (
 from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
-from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks
+from layerstream.pipeline.planning.workload_memory import (
+    WorkloadMemory,
+    estimate_memory,
+    has_sinks,
+)
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
+from layerstream.pipeline.scheduling.reserved_share import Parts, ReservedShare
 
 __all__ = ["Estimator", "RequestCost"]
 
@@ -60,6 +65,7 @@ class Estimator:
         memory: The memory for all requests together.
         on_cpu: Activations are in host memory, where libraries take memory for a request besides tensors.
         plan: The running plan; if the memory of ``workload`` was measured for it, estimates are scaled to that.
+        measured: That memory.
         own_buffer_bytes: What each request takes for buffers of its own; part of the plan's memory for ``workload``.
     """
 
@@ -72,28 +78,32 @@ class Estimator:
         memory: RequestMemory,
         on_cpu: bool = False,
         plan: Plan | None = None,
+        measured: WorkloadMemory | None = None,
         own_buffer_bytes: int = 0,
     ) -> None:
         self._module = module
         self._config = config
         self._workload = workload
         self._memory = memory
-        self._sinks = has_sinks(name for name, _ in module.named_parameters())
-        self._scales = (1.0, 1.0)
-        if plan is not None:
-            own = workload.batch_size * own_buffer_bytes
-            estimated, whole = self._estimated(workload), plan.workload_bytes - own
-            cache = plan.kv_cache_bytes
-            both = _ratio(whole, sum(estimated))
-            self._scales = (both, both)
-            if memory.is_split:
-                self._scales = (_ratio(cache, estimated[0]), _ratio(whole - cache, estimated[1]))
+        own = workload.batch_size * own_buffer_bytes
+        self._share = ReservedShare(
+            config,
+            workload=workload,
+            sinks=has_sinks(name for name, _ in module.named_parameters()),
+            reserved=None
+            if plan is None
+            else Parts(plan.kv_cache_bytes, plan.workload_bytes - own - plan.kv_cache_bytes),
+            measured=measured,
+        )
         self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
         text = text_config_of(module.config) if hasattr(module, "config") else None
         has_head = hasattr(module, "get_output_embeddings") and module.get_output_embeddings()
-        self._vocabulary_size = getattr(text, "vocab_size", 0) if has_head is not None else 0
+        # What is reserved for a model that does not generate was measured with the logits of all tokens.
+        counted = measured is not None and measured.measured and not module.can_generate()
+        has_logits = has_head is not None and not counted
+        self._vocabulary_size = getattr(text, "vocab_size", 0) if has_logits else 0
         self._item_bytes = getattr(module, "dtype", torch.float32).itemsize
         widths = (getattr(text, name, 0) for name in ("num_hidden_layers", "hidden_size"))
         layers, width = (each if isinstance(each, int) else 0 for each in widths)
@@ -213,26 +223,18 @@ class Estimator:
             prompt_tokens=pass_tokens,
             new_tokens=max(cached_tokens - pass_tokens, 1),
         )
-        cache, other = self._estimated(workload)
+        cache, other = self._share.of(workload)
         cache = max(cache, shape.held_bytes)
         if not shape.is_known:
-            reserved, batch_size = self._estimated(self._workload), self._workload.batch_size
-            cache = max(cache, rows * reserved[0] // batch_size)
-            other = max(other, rows * reserved[1] // batch_size)
+            reserved, batch_size = self._share.of(self._workload), self._workload.batch_size
+            cache = max(cache, rows * reserved.cache // batch_size)
+            other = max(other, rows * reserved.other // batch_size)
         other += more_bytes
         if not self._memory.is_split:
             return RequestMemory(shared_bytes=cache + other)
         on_host = cache // (2 if half_on_device else 1) if shape.on_host else 0
         in_vram = cache - on_host if shape.cached else 0
         return RequestMemory(shared_bytes=other + in_vram, cache_bytes=on_host)
-
-    def _estimated(self, workload: Workload) -> tuple[int, int]:
-        """KV cache and activations of ``workload``."""
-        memory = estimate_memory(self._config, workload, sinks=self._sinks)
-        if memory is None:
-            return 0, 0
-        cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes
-        return int(self._scales[0] * cache), int(self._scales[1] * other)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
         """Memory of a request for buffers of its own, and what libraries take besides tensors."""
@@ -279,7 +281,3 @@ class Estimator:
             alone = self._memory
             return replace(cost, memory=alone, chunk_tokens=None, step_tokens=0, step_bytes=0)
         raise cost.memory.refusal(request, self._memory)
-
-
-def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:
-    return reserved_bytes / estimated_bytes if reserved_bytes and estimated_bytes else 1.0

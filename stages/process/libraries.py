@@ -33,12 +33,16 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 _TRIMMING_SHARE = 0.05
 
 
-def limit_library_memory() -> None:
+def limit_library_memory() -> int | None:
     """Make the libraries keep less, in all of this process, so that it stays within a budget.
 
     oneDNN then keeps at most ``KERNELS_KEPT`` compiled kernels. It reads that from the environment when it is first
     used, so nothing changes in a process that has multiplied 16-bit matrices before. What the environment already
     sets for kernels, heaps and mapped blocks is left as it is.
+
+    Returns:
+        The size in bytes from which the C library maps blocks one by one, so that nothing of them is kept when they are
+        freed; None if it may keep all.
     """
     kernels = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     if not kernels.isdecimal() or int(kernels) > KERNELS_KEPT:
@@ -49,6 +53,7 @@ def limit_library_memory() -> None:
         )
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(_KEPT_PER_THREAD))
     library = ctypes.CDLL(None)
+    taken = set[int]()
     for variable, tunable, option, value in (
         ("MALLOC_ARENA_MAX", "arena_max", _M_ARENA_MAX, _HEAPS),
         ("MALLOC_MMAP_THRESHOLD_", "mmap_threshold", _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES),
@@ -56,6 +61,10 @@ def limit_library_memory() -> None:
         set_already = variable in os.environ or tunable in os.environ.get("GLIBC_TUNABLES", "")
         if not set_already and hasattr(library, "mallopt"):  # glibc's own
             library.mallopt(option, value)
+            taken.add(option)
+    # Another allocator that was preloaded answers calls, but not this one.
+    replaced = "malloc" in os.environ.get("LD_PRELOAD", "")
+    return _MAPPED_FROM_BYTES if _M_MMAP_THRESHOLD in taken and not replaced else None
 
 
 class LibraryMemory:

@@ -13,6 +13,7 @@ from support.models import save_model
 from support.streaming import bits_equal
 
 from layerstream.pipeline import Budget, StreamedModel, Workload, load_streamed
+from layerstream.pipeline.modeling.own_buffers import OwnBuffers
 
 MIB = 1 << 20
 OPTIONS = {"device": "cpu", "budget": Budget(host="64MiB"), "layer_batch_size": 1}
@@ -118,3 +119,19 @@ def test_a_buffer_that_the_user_has_changed_is_what_requests_compute_with(tmp_pa
 
 
 KEPT = {"do_sample": False, "return_dict_in_generate": True}
+
+
+def test_each_of_several_large_buffers_has_its_own_values_in_a_clone() -> None:
+    root = torch.nn.Module()
+    for number in range(4):
+        root.register_buffer(f"table{number}", torch.full((MIB,), float(number))[5 * number :])
+    values = [buffer.clone() for buffer in root.buffers()]
+    buffers = OwnBuffers(root)
+    clones = buffers.of_clone(root.buffers())
+    try:
+        for buffer, value in zip(root.buffers(), values, strict=True):
+            assert bits_equal(clones[id(buffer)], value)
+            clones[id(buffer)].fill_(9)
+            assert bits_equal(buffer, value)
+    finally:
+        buffers.close()

@@ -126,8 +126,8 @@ def test_on_a_cpu_requests_have_the_reserved_and_the_free_memory_and_their_overh
     overhead = tree_bytes(module) + SCRATCH_BYTES
     plan = with_free(plan, "host_memory", plan.overhead_bytes + 5 * MIB)
     assert request_bytes(plan, module) == plan.workload_bytes + 5 * MIB + 3 * overhead
-    # The overhead of requests is in the plan already: it is not free a second time.
-    plan = with_free(plan, "host_memory", plan.overhead_bytes - MIB)
+    # Loaded code may have taken what was free.
+    plan = replace(with_free(plan, "host_memory", MIB), overhead_bytes=2 * MIB)
     assert request_bytes(plan, module) == plan.workload_bytes + 4 * MIB + 3 * overhead
     assert request_bytes(replace(plan, workload=None), module) == plan.workload_bytes + 4 * MIB
 

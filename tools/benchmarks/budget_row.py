@@ -1,0 +1,266 @@
+"""One row of the budget benchmark: a process that streams one model within one budget, and what it took in memory.
+
+The parent samples the anonymous memory of the process as the kernel counts it, from the time at which all code is loaded and
+no model is open.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import random
+import re
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerstream.stages.process.usage import anonymous_bytes
+
+__all__ = ["BudgetRow", "run_row"]
+
+_SAMPLE_SECONDS = 0.001
+_NEW_TOKENS = 4
+# Names of the most tokens that a model has positions for.
+_POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length"),
+    *("max_seq_len", "max_source_positions"),
+)
+_SPARE_POSITIONS = 8  # some models number positions from 2 on
+
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetRow:
+    """What one process does."""
+
+    folder: str
+    model: str
+    """The class of transformers."""
+    batch: int
+    prompt: int
+    reader: str
+    factor: float
+    """The budget, in times of the least one."""
+    concurrent: bool = False
+    """Eight requests at once, some of which are cancelled, instead of one of exactly the workload."""
+    measure: bool = False
+    """Whether the machine is probed, as users have it."""
+
+
+def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
+    """Run ``row`` in a process forked from this one, which has loaded the libraries; returns what it told, and its peaks.
+
+    After ``seconds`` it is killed.
+    """
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_child(row, sending)
+    os.close(sending)
+    told: dict[str, Any] = {"status": "killed"}
+    peaks: dict[str, int] = {}
+    deadline, text = time.monotonic() + seconds, b""
+    while True:
+        ready, _, _ = select.select([receiving], [], [], _SAMPLE_SECONDS)
+        if ready:
+            if not (piece := os.read(receiving, 1 << 16)):
+                break
+            text += piece
+            *lines, text = text.split(b"\n")
+            for line in lines:
+                told |= json.loads(line)
+        if "phase" in told:
+            now = _anonymous_bytes_of(child) - told["idle_bytes"]
+            peaks[told["phase"]] = max(peaks.get(told["phase"], 0), now)
+        if time.monotonic() > deadline:
+            told["status"] = "took too long"
+            os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+    os.close(receiving)
+    os.waitpid(child, 0)
+    return {**told, "peaks": peaks, "peak_bytes": max(peaks.values(), default=0)}
+
+
+def _be_child(row: BudgetRow, sending: int) -> None:
+    """Run ``row`` and end this process."""
+    try:
+        with os.fdopen(sending, "wb", buffering=0) as pipe:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+
+            def tell(what: Mapping[str, Any]) -> None:
+                pipe.write(json.dumps(what).encode() + b"\n")
+
+            _stream_row(row, tell)
+    finally:
+        os._exit(0)
+
+
+def _stream_row(row: BudgetRow, tell: Tell) -> None:
+    """Do what ``row`` says in this process, and ``tell`` phases and results."""
+    import torch
+    import transformers
+    import transformers.generation
+
+    try:
+        model_class = getattr(transformers, row.model)
+        torch.nn.Linear(64, 64)(torch.ones(1, 64))
+        gc.collect()
+        tell({"idle_bytes": anonymous_bytes()})
+        tell({"phase": "opening"})
+        asyncio.run(_stream(row, tell, model_class))
+    except Exception as error:  # noqa: BLE001 - it is told
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        tell({"status": type(error).__name__, "why": f"{error} ({where})"[:400]})
+
+
+def _plan_within(factor: float, tell: Tell) -> None:
+    """Have models planned within ``factor`` times the least budget, which is only known when they are traced."""
+    from layerstream.pipeline import Budget, PlanError, opening
+
+    module: Any = opening
+
+    make_plan = module.make_plan
+
+    def plan(*args: Any, **named: Any) -> Any:
+        least = None
+        try:
+            make_plan(*args, **{**named, "budget": Budget(host=1)})
+        except PlanError as error:
+            least = error.needed_bytes
+        if least is None:
+            raise ValueError("there is no least budget")
+        budget = int(factor * least)
+        tell({"least_bytes": least, "budget_bytes": budget})
+        return make_plan(*args, **{**named, "budget": Budget(host=budget)})
+
+    module.make_plan = plan
+
+
+async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
+    from layerstream.pipeline import AdmissionError, StreamedModel, Workload
+
+    _plan_within(row.factor, tell)
+    async with StreamedModel.open(
+        row.folder,
+        device="cpu",
+        workload=Workload(batch_size=row.batch, prompt_tokens=row.prompt, new_tokens=_NEW_TOKENS),
+        reader=row.reader,
+        model_class=model_class,
+        measure=row.measure,
+    ) as model:
+        plan = model.plan
+        tell(
+            {
+                "workload_bytes": plan.workload_bytes,
+                "kv_bytes": plan.kv_cache_bytes,
+                "overhead_bytes": plan.overhead_bytes,
+                "planned_bytes": plan.host_memory.used_bytes,
+                "memory": asdict(plan.host_memory),
+                "decode_residents": len(plan.decode_residents),
+                "notes": list(plan.notes),
+            }
+        )
+        inputs = _inputs(model.module, row)
+        if row.concurrent:
+            tell({"phase": "eight at once"})
+            await _eight_at_once(model, row)
+        elif "input_ids" in inputs and model.module.can_generate():
+            tell({"phase": "generate"})
+            await model.generate(**inputs, max_new_tokens=_NEW_TOKENS, num_beams=1, do_sample=False)
+        if not row.concurrent:
+            tell({"phase": "forward"})
+            try:
+                await model.forward(**inputs)
+            except AdmissionError as error:
+                tell({"refused": str(error)[:200]})
+        tell({"phase": "closing"})
+    tell({"status": "done", "left_bytes": anonymous_bytes()})
+
+
+def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
+    """The inputs of a request of exactly the workload."""
+    import inspect
+
+    import torch
+
+    accepted = inspect.signature(module.forward).parameters
+    if "input_ids" in accepted:
+        return _tokens(module, row.batch, row.prompt)
+    config = getattr(module.config, "vision_config", None) or module.config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    channels = getattr(config, "num_channels", 3)
+    mel_bins = getattr(config, "num_mel_bins", 80)
+    frames = 2 * getattr(config, "max_source_positions", 1500)
+    shapes = {
+        "pixel_values": (row.batch, channels, height, width),
+        "input_features": (row.batch, mel_bins, frames),
+        "input_values": (row.batch, 16 * row.prompt),
+    }
+    made = {
+        name: torch.randn(shape).to(module.dtype)
+        for name, shape in shapes.items()
+        if name in accepted
+    }
+    if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        made["decoder_input_ids"] = torch.ones((row.batch, 4), dtype=torch.long)
+    return made
+
+
+def _tokens(module: Any, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+    import torch
+
+    text = module.config.get_text_config()
+    length = _fitting(tokens, text)
+    generator = torch.Generator().manual_seed(seed)
+    words = min(getattr(text, "vocab_size", 0) or 100, 1000)
+    ids = torch.randint(3, words, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _config_of(folder: str) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def _fitting(tokens: int, config: Any) -> int:
+    """The length of a prompt of ``tokens``, or of as many as the model has positions for."""
+    values = [getattr(config, name, None) for name in _POSITIONS]
+    taken = _SPARE_POSITIONS + _NEW_TOKENS
+    most = [value - taken for value in values if isinstance(value, int) and value > taken]
+    return min([tokens, *most])
+
+
+async def _eight_at_once(model: Any, row: BudgetRow) -> None:
+    """Requests of several lengths, a third of which are cancelled when they have run for a while."""
+    rng = random.Random(7)
+
+    async def one(number: int) -> None:
+        length = rng.randint(max(8, row.prompt // 4), row.prompt)
+        inputs = _tokens(model.module, 1, length, seed=number)
+        inputs |= {"max_new_tokens": _NEW_TOKENS, "num_beams": 1, "do_sample": False}
+        request = asyncio.ensure_future(model.generate(**inputs))
+        if number % 3 == 0:
+            await asyncio.wait([request], timeout=rng.random())
+            request.cancel()
+        await asyncio.gather(request, return_exceptions=number % 3 == 0)
+
+    await asyncio.gather(*map(one, range(8)))
+
+
+def _anonymous_bytes_of(process: int) -> int:
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # it has ended
+        return 0
+    return 1024 * sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", text)))
