@@ -236,12 +236,17 @@ class Plan:
 
         return replace(self, batches=tuple(map(streamed, self.batches)))
 
+    @property
+    def maps_in_place(self) -> bool:
+        """Whether computation uses the mapped files themselves."""
+        return self.device_memory is None and self.reader is ReaderKind.MMAP
+
     def while_decoding(self) -> Self:
         """The plan while no prompt is processed: with its decode residents."""
         decode_residents = set(self.decode_residents)
         on_cpu = self.device_memory is None
         # A mapped host image is in the page cache, and takes no memory of ours.
-        on_host = on_cpu and self.reader is not ReaderKind.MMAP
+        on_host = on_cpu and not self.maps_in_place
 
         def resident(batch: LayerBatch) -> LayerBatch:
             if batch.index not in decode_residents:
