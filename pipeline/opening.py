@@ -92,6 +92,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         layers=assembly.planned(checkpoint),
         memory=assembly.memory,
         held_bytes=held_bytes,
+        slots=options.slots,
         adapters=assembly.adapters.size,
     )
     plan = await finish_in_thread(
@@ -101,7 +102,6 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
             reader=options.reader,
             throttle_bytes_per_second=options.throttle_bytes_per_second,
             layer_batch_size=options.layer_batch_size,
-            slots=options.slots,
         )
     )
     _report(checkpoint, traced, hardware, options)
