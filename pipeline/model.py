@@ -46,7 +46,7 @@ class StreamedModel:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._resources = AsyncExitStack()
-        self._guard = ReadGuard(options.hanging_read_seconds)
+        self._guard = ReadGuard(options.hanging_read_seconds, options.reopened_within_seconds)
         self._running: Runtime | None = None
         self._lifetime = Lifetime(
             "the model",
@@ -103,7 +103,7 @@ class StreamedModel:
             revision: The revision of a hub id.
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
                 with it, and closing does not wait for it.
-            reopened_within_seconds: After an I/O error, requests wait so long for ``reopen`` before they fail, too.
+            reopened_within_seconds: After an I/O error, requests wait so long for ``reopen``, or for their own reads to succeed.
             base: The model, if ``source`` is an adapter alone; by default the one that its config names.
             adapters: Folders or hub ids of adapters, by the names by which requests choose them.
             model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
@@ -222,8 +222,8 @@ class StreamedModel:
     async def replan(self, *, budget: BudgetLike = None) -> Plan:
         """Make a new plan with the rates measured so far, and switch to it between two sweeps.
 
-        Layer batches, slots and reader stay, and with them what was read ahead and all KV caches; where all was resident and no longer
-        fits, slots are made, and ``timings()`` begin anew. Which layers are resident may change. Running requests continue, and keep
+        Layer batches and reader stay, and with them all KV caches; so do slots and what was read ahead, but where nothing fits beside
+        them, there are other slots, and ``timings()`` begin anew. Which layers are resident may change. Running requests continue, and keep
         what they have reserved until they end, even if the new budget is smaller. Waiting requests that need more than
         there is now are refused.
 
@@ -258,8 +258,8 @@ class StreamedModel:
         """Open the files again after streaming has failed, and go on with the same plan. May be called again if that fails.
 
         Requests under way wait for it, if ``reopened_within_seconds`` allow, and go on where they were, with equal results: a pass
-        that waits for a layer batch holds no weights, and its KV cache lies elsewhere. Those whose own computation,
-        embedding rows or experts failed have failed. ``timings()`` begin anew. What a hung read may still write into stays taken until it returns.
+        that waits for a layer batch holds no weights, and its KV cache lies elsewhere. Embedding rows and experts, which a pass
+        reads for itself, need no reopening. ``timings()`` begin anew. What a hung read may still write into stays taken until it returns.
 
         Raises:
             CheckpointError: The files cannot be opened, or have changed: then open another model.

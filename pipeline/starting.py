@@ -44,8 +44,8 @@ class Runtime:
         """Switch to ``plan`` between two sweeps, and call ``then``."""
 
         async def adopt() -> None:
-            if _arenas(self.stream.pipeline.plan) == (0, 0) != _arenas(plan):
-                # All was resident: there are no slots to stream through.
+            if _arenas(self.stream.pipeline.plan) != _arenas(plan):
+                # All was resident and there are no slots to stream through, or they are too many.
                 await self.stream.reopen(plan)
                 self.scheduler.go_on_with(self.stream.pipeline)
             else:
@@ -125,6 +125,9 @@ async def start_model(
         cache_on_host=plan.kv_cache_on_host,
         adapters=assembly.adapters,
     )
+    if plan.maps_in_place:
+        for calls in (scheduler, engine.threads):
+            guard.give_up_when_stopped(calls, in_page_faults=True)
     reads.wait = weakly(engine.passes.wait)  # tables have the reads: see ``Engine.count_edits``
     if stream.pipeline.experts is not None:
         stream_experts(

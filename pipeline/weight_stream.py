@@ -94,7 +94,6 @@ class WeightStream:
         async with self._changing:
             if not self._closed:
                 await self._close_pipeline()
-                self._guard.resume()
                 self.pipeline = self._pipeline(plan or self.pipeline.plan)
                 await self.open()
             if self._closed:

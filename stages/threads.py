@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from layerstream.stages.errors import ClosedError, DeviceError
+from layerstream.stages.process.loop_end import end_with_loop
 from layerstream.stages.process.thread_pool import ThreadPool
 from layerstream.stages.readers.guard import ReadGuard
 
@@ -143,7 +144,7 @@ def weakly(method: Callable[P, T]) -> Callable[P, T | None]:
 class Lifetime:
     """The task in which something is opened, stays open and is closed: each once, whatever tasks ask for it and are cancelled.
 
-    Closing what is being opened ends the opening. If the event loop ends first, and cancels the task, that closes too; and
+    Closing what is being opened ends the opening. If the event loop ends first, or is closed, that closes too; and
     so does the garbage collector, if nothing refers to this object any more: while it is open, its task does not.
 
     Args:
@@ -212,6 +213,7 @@ class Lifetime:
         self._opened = opened = self._loop.create_future()
         task = asyncio.create_task(self._live(), name=f"layerstream-{self._what}")
         self._alive.add(task)
+        end_with_loop(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             Lifetime._alive.discard(task)
@@ -285,4 +287,9 @@ async def _all_done(
             cancelled = error
             on_cancel()
     if cancelled is not None:
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            del (
+                cancelled
+            )  # it refers to this frame, and so to itself and to what the calls have returned

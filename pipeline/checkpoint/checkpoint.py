@@ -6,11 +6,12 @@ in how they read; both use the same functions to interpret the bytes.
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import aiofiles
 
@@ -34,6 +35,8 @@ from layerstream.stages.errors import CheckpointError
 from layerstream.stages.readers.guard import ReadGuard
 
 __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,18 +81,21 @@ class Checkpoint:
         Raises:
             CheckpointError: Files are missing, truncated, corrupt or contradict one another.
         """
-        watching = _unwatched if guard is None else guard.watching
-        with watching(Path(path), 0):
-            listing = list_files(Path(path), choice)
-        documents = {path: _read_document(path, watching) for path in listing.documents}
-        problems, headers = Problems(), []
-        with watching(listing.folder, 0):
-            selection = select_files(listing, documents, problems)
-        for number, file in enumerate(selection.files):
-            with problems.noted():
-                headers.append(_read_header(file, number, watching))
-        problems.raise_all(selection.path)
-        return cls._from_headers(selection, headers)
+        with ExitStack() as ending:
+            if guard is None:
+                guard = ReadGuard()
+                ending.callback(guard.close)
+            with guard.watching(Path(path)):
+                listing = list_files(Path(path), choice)
+            documents = {path: _read_document(path, guard) for path in listing.documents}
+            problems, headers = Problems(), []
+            with guard.watching(listing.folder):
+                selection = select_files(listing, documents, problems)
+            for number, file in enumerate(selection.files):
+                with problems.noted():
+                    headers.append(_read_header(file, number, guard))
+            problems.raise_all(selection.path)
+            return cls._from_headers(selection, headers)
 
     @classmethod
     async def open_async(cls, path: str | os.PathLike[str]) -> Self:
@@ -167,50 +173,68 @@ def _check_weight_map(selection: Selection, tensors: Mapping[str, TensorInfo]) -
             )
 
 
-# Watches over a read of a path at an offset.
-_Watching = Callable[[Path, int], AbstractContextManager[None]]
-
-
-def _unwatched(_path: Path, _offset: int) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def _read_document(path: Path, watching: _Watching) -> bytes:
-    with translated_os_errors(path), watching(path, 0):
-        return path.read_bytes()
+def _read_document(path: Path, guard: ReadGuard) -> bytes:
+    with translated_os_errors(path):
+        return guard.run(path.read_bytes, path=path)
 
 
 async def _read_document_async(path: Path) -> bytes:
-    with translated_os_errors(path):
+    async def read() -> bytes:
         async with aiofiles.open(path, "rb") as stream:
             return await stream.read()
 
+    with translated_os_errors(path):
+        return await _repeated(read, path)
 
-def _read_header(file: WeightFile, number: int, watching: _Watching) -> Header:
+
+def _read_header(file: WeightFile, number: int, guard: ReadGuard) -> Header:
     with translated_os_errors(file.path), ExitStack() as opened:
-        with watching(file.path, 0):
-            stream = opened.enter_context(file.path.open("rb"))
+        stream = guard.run(lambda: file.path.open("rb"), path=file.path)
+        opened.enter_context(stream)
+
+        def read(asked: ByteRange) -> bytes:
+            stream.seek(asked.offset)
+            return stream.read(asked.length)
+
         reader = read_header(file, number)
         asked = _advance(reader, None)
         while isinstance(asked, ByteRange):
-            with watching(file.path, asked.offset):
-                stream.seek(asked.offset)
-                content = stream.read(asked.length)
+            content = guard.run(partial(read, asked), path=file.path, offset=asked.offset)
             asked = _advance(reader, content)
         return asked
 
 
 async def _read_header_async(file: WeightFile, number: int) -> Header:
     with translated_os_errors(file.path):
-        async with aiofiles.open(file.path, "rb") as stream:
+        async with AsyncExitStack() as opened:
+            stream = await _repeated(lambda: aiofiles.open(file.path, "rb"), file.path)
+            opened.push_async_callback(stream.close)
+
+            async def read(asked: ByteRange) -> bytes:
+                await stream.seek(asked.offset)
+                return await stream.read(asked.length)
+
             reader = read_header(file, number)
             asked = _advance(reader, None)
             while isinstance(asked, ByteRange):
-                await stream.seek(asked.offset)
-                content = await stream.read(asked.length)
+                content = await _repeated(partial(read, asked), file.path, asked.offset)
                 # Headers of 100 MB take seconds to parse.
                 asked = await asyncio.to_thread(_advance, reader, content)
             return asked
+
+
+async def _repeated(read: Callable[[], Awaitable[T]], path: Path, offset: int = 0) -> T:
+    """What ``read`` returns, at the latest at its fourth attempt, as in ``ReadGuard.run``."""
+    guard, attempt = ReadGuard(), 1
+    while True:
+        try:
+            return await read()
+        except OSError as error:
+            pause = guard.pause_seconds(error, attempt, path=path, offset=offset)
+            if pause is None:
+                raise
+        attempt += 1
+        await asyncio.sleep(pause)
 
 
 def _advance(reader: HeaderReader, content: bytes | None) -> ByteRange | Header:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -46,17 +47,17 @@ class TableSource:
         guard: ReadGuard | None = None,
         reads: InterruptibleReads | None = None,
     ) -> None:
+        self._guard = ReadGuard() if guard is None else guard.part()
         self._index = {number: index for index, number in enumerate(files)}
         versions = [file.version for file in files.values() if file.version is not None]
         self._files = WeightFiles(
             [file.path for file in files.values()],
+            self._guard,
             expected=versions if len(versions) == len(files) else (),
         )
         # Of rows that lie anywhere the system would read ahead 128 KiB each.
         for descriptor in self._files.descriptors:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        self._guard = guard or ReadGuard()
-        self._owns_guard = guard is None
         self._reads = reads
 
     def path(self, file: int) -> Path:
@@ -73,7 +74,7 @@ class TableSource:
         if self._reads is None:
             self._read(spans)
         else:
-            self._reads.run(lambda: self._read(spans))
+            self._reads.run(partial(self._read, spans))
 
     def _read(self, spans: Sequence[FileSpan]) -> None:
         with ExitStack() as uses:
@@ -86,15 +87,14 @@ class TableSource:
                 with self._guard.watching(self.path(file), offset):
                     os.posix_fadvise(descriptors[file], offset, len(buffer), os.POSIX_FADV_WILLNEED)
             for file, offset, buffer in spans:
-                self._files.read(self._index[file], offset, buffer, self._guard)
+                self._files.read(self._index[file], offset, buffer)
             for file in descriptors:
                 self._files.refuse_change(self._index[file])
 
     def close(self) -> None:
         """Refuse further reads. A descriptor in use is closed when the last read in progress ends."""
         self._files.close()
-        if self._owns_guard:
-            self._guard.close()
+        self._guard.close()
 
     def __enter__(self) -> Self:
         return self

@@ -273,10 +273,13 @@ class _Search:
             if placer.expert_bytes
             else ""
         )
+        size = self._problem.choices.layer_batch_size or 1
+        unit = "layer" if size == 1 else f"layer batch of {size} blocks"
+        smaller = "open the model anew with smaller ones (running, it keeps its own), " * (size > 1)
         return PlanError(
-            f"the {side} budget of {format_bytes(have)} cannot hold one layer at a time{experts}: at least "
+            f"the {side} budget of {format_bytes(have)} cannot hold one {unit} at a time{experts}: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
-            f"{format_bytes(reserved)} are reserved for the workload); raise the budget, or ask for fewer tokens "
+            f"{format_bytes(reserved)} are reserved for the workload); raise the budget, {smaller}or ask for fewer tokens "
             "at a time",
             needed_bytes=needed,
         )

@@ -247,17 +247,20 @@ class Plan:
 
         return replace(self, batches=tuple(map(streamed, self.batches)))
 
+    @property
+    def maps_in_place(self) -> bool:
+        """Whether computation uses the mapped files themselves."""
+        return self.on_cpu and self.reader is ReaderKind.MMAP
+
     def while_decoding(self) -> Self:
         """The plan while no prompt is processed: with its decode residents."""
         decode_residents = set(self.decode_residents)
-        mapped = self.reader is ReaderKind.MMAP
 
         def resident(batch: LayerBatch) -> LayerBatch:
             if batch.index not in decode_residents:
                 return batch
-            return batch.with_residence(
-                batch.residence_on_cpu(mapped=mapped) if self.on_cpu else Residence.DEVICE
-            )
+            on_cpu = batch.residence_on_cpu(mapped=self.maps_in_place)
+            return batch.with_residence(on_cpu if self.on_cpu else Residence.DEVICE)
 
         return replace(self, batches=tuple(map(resident, self.batches)))
 

@@ -81,8 +81,8 @@ def make_plan(
         kernels: "exact", "fused" or "auto": see ``Kernels``.
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
         adapters: What the model's adapters take; they are resident.
-        running: The plan of a running pipeline, which is to switch to the new one: batches, slots, arenas, reader, kernels
-            and place of the KV cache stay for its requests. Without arenas, as all is resident, it may get some.
+        running: The plan of a running pipeline, which is to switch to the new one: batches, reader, kernels, cells of experts
+            and place of the KV cache stay for its requests; and so do slots, unless nothing fits then.
 
     Raises:
         PlanError: No plan fits the budget, or an argument is invalid.
@@ -141,7 +141,7 @@ def plan_model(
     try:
         candidates = search(problem)
     except PlanError:
-        if running is None or running.host_arena_bytes or running.device_arena_bytes:
+        if running is None:
             raise
         # All is resident, so there is no ring whose slots could not change.
         slots = replace(problem.choices, slots=choices.slots)

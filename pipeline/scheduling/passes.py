@@ -233,8 +233,8 @@ class PassRunner:
         if (wake := self._wake) is not None:
             wake()
 
-    def wait(self, future: Future[Any]) -> None:
-        """Block until ``future`` is done, and so bytes have arrived that this pass needs.
+    def wait(self, future: Future[Any], at_most_seconds: float | None = None) -> None:
+        """Block until ``future`` is done, and so bytes have arrived that this pass needs, or for so many seconds.
 
         Raises:
             PassCancelled: The request was cancelled first.
@@ -244,11 +244,11 @@ class PassRunner:
         self._wake = woken.set  # first, since ``cancel`` sets first what is asked next
         try:
             if not self.cancelled:
-                woken.wait()
+                woken.wait(at_most_seconds)
         finally:
             self._wake = None
         if not future.done():
-            raise PassCancelled
+            self.check_cancelled()
 
     def abandon(self) -> None:
         """End the pass that an interrupt left unfinished, if there is one."""

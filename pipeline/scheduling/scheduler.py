@@ -246,6 +246,17 @@ class SweepScheduler(PassStates):
         self._fail_waiting(error)
         self._between_sweeps.fail(copy_of(error))
 
+    def abandon(self, _error: Callable[[], BaseException]) -> bool:
+        """Wait no more for passes that hold layer batches, which hang in page faults. What they compute with is mapped, and stays."""
+
+        def give_up() -> None:
+            for state in self._states.values():
+                state.release()
+            self._changed.set()
+
+        self.call_on_loop(give_up)
+        return False  # nothing is told of it: the threads of the passes are given up as well
+
     async def aclose(self) -> None:
         """Stop. Passes under way get a ClosedError when they next want a batch."""
         self._fail(ClosedError("the model was closed while it was computing"))

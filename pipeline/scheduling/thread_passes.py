@@ -64,13 +64,17 @@ class ThreadPasses:
             return None
         return getattr(self._local, "runner", None)
 
-    def wait(self, future: Future[Any]) -> None:
-        """Block until ``future`` is done, or the request of the calling thread is cancelled, which raises PassCancelled."""
+    def wait(self, future: Future[Any], at_most_seconds: float | None = None) -> None:
+        """Block until ``future`` is done, or the request of the calling thread is cancelled, which raises PassCancelled.
+
+        Raises:
+            TimeoutError: It took too long; only in a thread without a request.
+        """
         runner = self.current()
         if runner is None:
-            future.exception()
+            future.exception(at_most_seconds)
         else:
-            runner.wait(future)
+            runner.wait(future, at_most_seconds)
 
     @contextmanager
     def waiting(self) -> Iterator[Callable[[Future[Any]], None]]:

@@ -68,8 +68,7 @@ class Pipeline:
         self._stages: asyncio.Task[None] | None = None
         self._resources = Resources()
         self._device, self._reader = device, reader
-        self._guard = guard or ReadGuard()
-        self._owns_guard = guard is None
+        self._guard = ReadGuard() if guard is None else guard.part()
         self._adopting = asyncio.Lock()  # while it is held, sweeps are refused
         self._lifetime = Lifetime(
             "the pipeline",
@@ -146,8 +145,7 @@ class Pipeline:
             try:
                 await finish_in_thread(self._resources.close, without_thread=True)
             finally:  # a device that has failed may say so
-                if self._owns_guard:
-                    self._guard.close()
+                self._guard.close()
 
     def sweep(self, route: Sequence[int] | None = None) -> Sweep:
         """One pass over the layer batches: ``async for batch in pipeline.sweep()``.

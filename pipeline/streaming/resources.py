@@ -87,6 +87,7 @@ class Resources:
                 plan.experts,
                 passing_cells=plan.shared_expert_cells,
                 reader=self.reader,
+                guard=guard,
                 file_bytes=[file.nbytes for file in plan.files],
                 threads=plan.reads_in_flight,
                 request_bytes=request_bytes(
@@ -104,6 +105,8 @@ class Resources:
         release(self.transfer_threads.close)
         self.compute_threads = Threads("compute", 1)
         release(self.compute_threads.close)
+        if self.mapped is not None:
+            guard.give_up_when_stopped(self.compute_threads, in_page_faults=True)
 
     def occupancy(self) -> tuple[Occupancy, ...]:
         """How full each ring of slots has been."""
@@ -125,8 +128,7 @@ def open_reader(plan: Plan, guard: ReadGuard) -> Reader:
     paths = [Path(file.path) for file in plan.files]
     for path, file in zip(paths, plan.files, strict=True):
         try:
-            with guard.watching(path):
-                size = path.stat().st_size
+            size = guard.run(path.stat, path=path).st_size
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened ({error.strerror}); restore it"

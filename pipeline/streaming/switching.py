@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from layerstream.pipeline.planning.plan import Plan, ReaderKind
+from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.streaming.resources import Resources
 from layerstream.stages.batch import Residence
 from layerstream.stages.channel import Channel
@@ -25,10 +25,9 @@ def check_compatible(old: Plan, new: Plan) -> None:
         raise PlanError(
             "the running plan and the new one differ in more than their residents; open the model anew"
         )
-    in_place = new.reader is ReaderKind.MMAP and new.on_cpu
     slot_bytes = [
         (
-            0 if in_place or batch.host_resident else batch.host_bytes,
+            0 if new.maps_in_place or batch.host_resident else batch.host_bytes,
             0 if batch.device_resident else batch.device_bytes,
         )
         for batch in new.batches

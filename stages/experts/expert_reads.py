@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from layerstream.stages.experts.cells import Cell
 from layerstream.stages.experts.expert_set import ExpertRead, ExpertSet
 from layerstream.stages.memory import HostMemory, round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.threads import Threads
 
@@ -22,12 +24,16 @@ class ExpertReads:
 
     Args:
         reader: The files.
+        guard: What fails is repeated with its patience.
         threads: How many requests are in flight.
         request_bytes: The size of the largest one.
     """
 
-    def __init__(self, reader: Reader, *, threads: int, request_bytes: int) -> None:
+    def __init__(
+        self, reader: Reader, *, guard: ReadGuard, threads: int, request_bytes: int
+    ) -> None:
         self._reader = reader
+        self._guard = guard
         self._request_bytes = request_bytes
         self._lock = threading.Lock()
         self._bytes = 0
@@ -49,7 +55,9 @@ class ExpertReads:
         staging = self._staging_buffer()
         padded = round_up(read.extent.nbytes, BLOCK_BYTES)
         try:
-            self._reader.read(read.extent, memoryview(staging.data)[:padded])
+            self._guard.patiently(
+                partial(self._reader.read, read.extent, memoryview(staging.data)[:padded])
+            )
         except Exception as error:
             error.add_note(f"layerstream: reading expert {expert} of {experts.module}")
             raise

@@ -15,6 +15,7 @@ from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
 from layerstream.stages.experts.regions import CellRegions
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, ExpertUsage, UsageCounter
 from layerstream.stages.experts.whole_calls import WholeCalls
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.telemetry.spans import ExpertCounts
 
@@ -36,6 +37,7 @@ class ExpertStore:
         sets: The experts of each layer, with the layer's quota of cells.
         passing_cells: How many more there are of each size, for what is only passing through; otherwise used like all others.
         reader: The files.
+        guard: What fails is repeated with its patience.
         file_bytes: The size of each file.
         threads: How many requests are in flight.
         request_bytes: The size of one.
@@ -47,6 +49,7 @@ class ExpertStore:
         *,
         passing_cells: int,
         reader: Reader,
+        guard: ReadGuard,
         file_bytes: Sequence[int],
         threads: int,
         request_bytes: int,
@@ -67,7 +70,7 @@ class ExpertStore:
         self._resources = ExitStack()
         self._cells = CellRegions(self.sets, passing_cells)
         self._resources.callback(self._cells.close)
-        self._reads = ExpertReads(reader, threads=threads, request_bytes=request_bytes)
+        self._reads = ExpertReads(reader, guard=guard, threads=threads, request_bytes=request_bytes)
         self._resources.callback(self._reads.close)
         self._whole = WholeCalls()
         self._resources.callback(self._whole.close)

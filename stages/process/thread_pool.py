@@ -10,6 +10,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from layerstream.stages.process.forks import refuse_fork
+
 __all__ = ["ThreadPool"]
 
 # At the interpreter's exit, calls in progress may take so long: torch's must not be cut off in the middle.
@@ -59,8 +61,10 @@ class ThreadPool:
         """Queue ``call``.
 
         Raises:
+            ClosedError: This process was forked from that of the pool: it has none of the threads.
             RuntimeError: The pool is closed.
         """
+        refuse_fork(self._process)
         future: Future[Any] = Future()
         with self._shared.changed:
             if self._shared.closed:

@@ -33,7 +33,7 @@ class DirectReader:
     Args:
         paths: The weight files.
         expected: The versions that they have to be; by default any.
-        guard: Watches over the reads; by default one of its own.
+        guard: Watches over the reads; stopped or closed, the reader leaves it as it is. By default one of its own.
 
     Raises:
         ReadError: A file cannot be opened, or is of another version.
@@ -46,13 +46,13 @@ class DirectReader:
         expected: Sequence[FileVersion] = (),
         guard: ReadGuard | None = None,
     ) -> None:
-        self._guard = guard or ReadGuard()
-        self._owns_guard = guard is None
+        self._guard = ReadGuard() if guard is None else guard.part()
         # For each file; None if it is among those whose filesystem refuses direct reads.
         self._direct: list[WeightFiles | None] = [None] * len(paths)
         self._refused = set() if hasattr(os, "O_DIRECT") else {*range(len(paths))}
         with ExitStack() as undo:
-            self._buffered = WeightFiles(paths, expected=expected)
+            undo.callback(self._guard.close)
+            self._buffered = WeightFiles(paths, self._guard, expected=expected)
             undo.callback(self.close)
             for file in {*range(len(paths))} - self._refused:
                 self._open_directly(file, expected[file : file + 1])
@@ -61,7 +61,9 @@ class DirectReader:
     def _open_directly(self, file: int, expected: Sequence[FileVersion]) -> None:
         path = self._buffered.paths[file]
         try:
-            self._direct[file] = WeightFiles([path], os.O_DIRECT, expected=expected)
+            self._direct[file] = WeightFiles(
+                [path], self._guard, flags=os.O_DIRECT, expected=expected
+            )
         except ReadError as error:
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in _REFUSED:
@@ -98,28 +100,23 @@ class DirectReader:
 
     def _read_direct(self, direct: WeightFiles, extent: Extent, into: memoryview) -> bool:
         """Whether ``extent`` could be read directly; if not, it has to be a buffered read."""
-        (path,) = direct.paths
         try:
-            with direct.in_use(0) as descriptor:
-                return self._read_blocks(descriptor, path, extent, into)
+            with direct.in_use(0):
+                return self._read_blocks(direct, extent, into)
         except ClosedError:  # another thread's read was refused meanwhile, or the reader is closed
             return False
 
-    def _read_blocks(self, descriptor: int, path: Path, extent: Extent, into: memoryview) -> bool:
+    def _read_blocks(self, direct: WeightFiles, extent: Extent, into: memoryview) -> bool:
         done = 0
-
-        def read() -> int:
-            return os.preadv(descriptor, [into[done:]], extent.offset + done)
-
         while done < extent.nbytes:
             try:
-                got = self._guard.run(read, path=path, offset=extent.offset + done)
+                got = direct.read_once(0, extent.offset + done, into[done:])
             except OSError as error:
                 # Some filesystems refuse only at the first read, not when the file is opened.
                 if error.errno in _REFUSED and done == 0:
                     self.fall_back(extent.file, error)
                     return False
-                raise WeightFiles.error(path, extent.offset + done, error) from error
+                raise WeightFiles.error(direct.paths[0], extent.offset + done, error) from error
             if done + got >= extent.nbytes:
                 break
             # A short read may end inside a block; the next one has to begin on a block again.
@@ -131,7 +128,7 @@ class DirectReader:
         return True
 
     def _read_buffered(self, extent: Extent, into: memoryview) -> None:
-        self._buffered.read(extent.file, extent.offset, into[: extent.nbytes], self._guard)
+        self._buffered.read(extent.file, extent.offset, into[: extent.nbytes])
         if hasattr(os, "posix_fadvise"):
             descriptor = self._buffered.descriptors[extent.file]
             os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
@@ -146,5 +143,4 @@ class DirectReader:
         for direct in self._direct:
             if direct is not None:
                 direct.close()
-        if self._owns_guard:
-            self._guard.close()
+        self._guard.close()

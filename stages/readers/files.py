@@ -3,9 +3,10 @@
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +55,7 @@ class WeightFiles:
 
     Args:
         paths: The files.
+        guard: Watches over opening and reading them.
         flags: For ``os.open``, in addition to those for reading.
         expected: The versions that they have to be; by default any.
 
@@ -62,15 +64,22 @@ class WeightFiles:
     """
 
     def __init__(
-        self, paths: Sequence[Path], flags: int = 0, *, expected: Sequence[FileVersion] = ()
+        self,
+        paths: Sequence[Path],
+        guard: ReadGuard,
+        *,
+        flags: int = 0,
+        expected: Sequence[FileVersion] = (),
     ) -> None:
         self.paths = paths
+        self._guard = guard
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | flags
         self.descriptors: list[int] = []
         self._versions: list[FileVersion] = []
         with ExitStack() as opened:
             for path in paths:
                 try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+                    descriptor = guard.run(partial(os.open, path, self._flags), path=path)
                     opened.callback(os.close, descriptor)
                     self._versions.append(FileVersion.of(os.fstat(descriptor)))
                 except OSError as error:
@@ -118,8 +127,33 @@ class WeightFiles:
         Raises:
             ReadError: It was written to.
         """
-        now = FileVersion.of(os.fstat(self.descriptors[file]))
+        now = FileVersion.of(self.status(file))
         self._versions[file].refuse_change(self.paths[file], now)
+
+    def status(self, file: int) -> os.stat_result:
+        """What the system knows of ``file``.
+
+        Raises:
+            ReadError: Nothing, any more: of a network file that was lost, for one.
+        """
+        try:
+            return os.fstat(self.descriptors[file])
+        except OSError as error:
+            raise self.error(self.paths[file], 0, error) from error
+
+    def open_again(self, file: int) -> None:
+        """Let the descriptor of ``file``, which is in use, lead to what its path leads to now, if that is the same file.
+
+        The disk may have been detached and be back, or the network file may have a new handle: the old ones fail for ever.
+        """
+        path = self.paths[file]
+        with suppress(OSError), self._guard.watching(path):
+            descriptor = os.open(path, self._flags)
+            try:
+                if FileVersion.of(os.fstat(descriptor)) == self._versions[file]:
+                    os.dup2(descriptor, self.descriptors[file], inheritable=False)
+            finally:
+                os.close(descriptor)
 
     @staticmethod
     def error(path: Path, offset: int, error: OSError) -> ReadError:
@@ -129,29 +163,39 @@ class WeightFiles:
             "check the disk and that the file is readable"
         )
 
-    def read(self, file: int, offset: int, buffer: memoryview, guard: ReadGuard) -> None:
+    def read_once(self, file: int, offset: int, buffer: memoryview) -> int:
+        """Read into ``buffer`` with one system call, or a few if that fails; returns how many bytes came.
+
+        Raises:
+            OSError: What the last of them has raised.
+        """
+        return self._guard.run(
+            # Not a function of ours: an error's traceback would keep what it refers to, and so the arena.
+            partial(os.preadv, self.descriptors[file], [buffer], offset),
+            path=self.paths[file],
+            offset=offset,
+            before_last=partial(self.open_again, file),
+        )
+
+    def read(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` through the page cache.
 
         Raises:
             ReadError: The file is too short, or the disk reports an error.
         """
-        path, done = self.paths[file], 0
-
-        def read() -> int:
-            return os.preadv(self.descriptors[file], [buffer[done:]], offset + done)
-
+        done = 0
         while done < len(buffer):
             try:
-                got = guard.run(read, path=path, offset=offset + done)
+                got = self.read_once(file, offset + done, buffer[done:])
             except OSError as error:
-                raise self.error(path, offset + done, error) from error
+                raise self.error(self.paths[file], offset + done, error) from error
             if got == 0:
                 raise self.ends_early(file, offset + len(buffer), at=offset + done)
             done += got
 
     def ends_early(self, file: int, needed: int, *, at: int) -> ReadError:
         """The error to raise when reading ``file``, of which ``needed`` bytes are needed, ends at ``at``."""
-        size = os.fstat(self.descriptors[file]).st_size
+        size = self.status(file).st_size
         if size < needed:
             return self.shrank(file, needed)
         return ReadError(
@@ -161,7 +205,7 @@ class WeightFiles:
 
     def shrank(self, file: int, needed: int) -> ReadError:
         """The error to raise when ``file`` has fewer than ``needed`` bytes."""
-        size = os.fstat(self.descriptors[file]).st_size
+        size = self.status(file).st_size
         return ReadError(
             f"{self.paths[file]}: holds {size} bytes now, but {needed} are needed: it was changed while it "
             "was streamed; restore the file and open the model again"

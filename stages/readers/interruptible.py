@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from layerstream.stages.readers.guard import ReadGuard
@@ -17,23 +19,32 @@ class InterruptibleReads:
     """Makes reads in threads of its own, while the threads that need them wait for them.
 
     Args:
-        guard: Gives them up when it is stopped and a read hangs.
+        guard: Gives them up when it is stopped and a read hangs. What fails is repeated with its patience.
 
     Attributes:
-        wait: Blocks until a future is done. It may raise instead, which leaves the read to itself: so the read has to refer to
-            the memory that it fills.
+        wait: Blocks until a future is done, or some seconds have passed, if they are given. It may raise instead, which leaves
+            the read to itself: so the read has to refer to the memory that it fills.
     """
 
     def __init__(self, guard: ReadGuard) -> None:
         self._threads = Threads("rows", _THREADS)
         guard.give_up_when_stopped(self._threads)
-        self.wait: Callable[[Future[Any]], object] = Future.exception
+        self._guard = guard
+        self.wait: Callable[[Future[Any], float | None], object] = Future.exception
 
     def run(self, read: Callable[[], None]) -> None:
         """Make ``read``, and wait for it."""
+        self._guard.patiently(partial(self._run_once, read), pause=self._pause)
+
+    def _pause(self, seconds: float) -> None:
+        # In the thread that needs the read, so that a disk that fails takes no thread from reads of others.
+        with suppress(TimeoutError):
+            self.wait(self._guard.stopped, seconds)
+
+    def _run_once(self, read: Callable[[], None]) -> None:
         future = self._threads.submit(read)
         try:
-            self.wait(future)
+            self.wait(future, None)
             future.result()
         finally:
             del future  # its exception would refer to this frame, and so to itself

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +38,13 @@ class MmapReader:
     devices copy from slots, which ``read`` fills.
 
     A file that shrinks while it is mapped kills the process with SIGBUS at the next access. So size and time of the
-    last change are checked before each batch; truncation between that check and the batch's last use still does.
+    last change are checked before each batch; truncation between that check and the batch's last use still does, and so
+    does an I/O error there. A page that never comes there holds up the computation: closing leaves it behind.
 
     Args:
         paths: The weight files.
         expected: The versions that they have to be; by default any.
-        guard: Watches over the reads; by default one of its own.
+        guard: Watches over the reads; stopped or closed, the reader leaves it as it is. By default one of its own.
 
     Raises:
         ReadError: A file cannot be opened or mapped, or is of another version.
@@ -55,17 +57,19 @@ class MmapReader:
         expected: Sequence[FileVersion] = (),
         guard: ReadGuard | None = None,
     ) -> None:
-        self._guard = guard or ReadGuard()
-        self._owns_guard = guard is None
+        self._guard = ReadGuard() if guard is None else guard.part()
         self._maps: list[mmap.mmap] = []
         self._tensors: list[torch.Tensor] = []
         self._faulted_in_at: dict[Extent, float] = {}
         self._images: dict[int, Image] = {}
+        self._watched = ExitStack()
         with ExitStack() as undo:
-            self._files = WeightFiles(paths, expected=expected)
+            undo.callback(self._guard.close)
+            self._files = WeightFiles(paths, self._guard, expected=expected)
             undo.callback(self.close)
             for path, descriptor in zip(paths, self._files.descriptors, strict=True):
                 self._maps.append(self._map(path, descriptor))
+            self._watched.enter_context(self._guard.mapping(paths[0]))
             self._addresses = [address_of(mapping) for mapping in self._maps]
             self._tensors += [tensor_over(mapping) for mapping in self._maps]
             # Of files that this user neither owns nor may write, mincore claims that every page is in memory.
@@ -124,7 +128,7 @@ class MmapReader:
         path = self._files.paths[extent.file]
         mapped = self._tensors[extent.file]  # while this refers to it, it stays mapped
         try:
-            self._guard.run(lambda: self._populate(extent), path=path, offset=extent.offset)
+            self._guard.run(partial(self._populate, extent), path=path, offset=extent.offset)
         except OSError as error:
             raise WeightFiles.error(path, extent.offset, error) from error
         finally:
@@ -186,7 +190,7 @@ class MmapReader:
             os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _check(self, file: int, needed: int) -> None:
-        if os.fstat(self._files.descriptors[file]).st_size < needed:
+        if self._files.status(file).st_size < needed:
             raise self._files.shrank(file, needed)
         self._files.refuse_change(file)
 
@@ -204,5 +208,5 @@ class MmapReader:
             except BufferError:
                 logger.debug("a mapping stays until its last view is dropped")
         self._files.close()
-        if self._owns_guard:
-            self._guard.close()
+        self._watched.close()
+        self._guard.close()

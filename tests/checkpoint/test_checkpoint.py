@@ -1,17 +1,21 @@
 """Opening checkpoints: real ones equal what safetensors reads, broken ones are refused in one clear sentence."""
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import aiofiles
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerstream.pipeline.checkpoint import checkpoint as checkpoint_module
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.stages.errors import CheckpointError
+from layerstream.stages.readers import guard as guard_module
 
 INDEX = "model.safetensors.index.json"
 DTYPES = [
@@ -267,3 +271,29 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     (weights(tmp_path) / "model.safetensors").chmod(0)
     with pytest.raises(CheckpointError, match="permission denied"):
         Checkpoint.open(tmp_path)
+
+
+@openings
+@pytest.mark.parametrize(("times", "opens"), [(3, True), (4, False)])
+def test_headers_that_cannot_be_read_for_a_moment_are_read_at_the_fourth_attempt(
+    opened, times, opens, sharded, monkeypatch
+):
+    failed = {}
+
+    def failing(works):
+        def fail_first(path, *given, **named):
+            failed[path] = failed.get(path, 0) + 1
+            if failed[path] <= times:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return works(path, *given, **named)
+
+        return fail_first
+
+    monkeypatch.setattr(guard_module, "_PAUSES_SECONDS", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(checkpoint_module.Path, "open", failing(Path.open))
+    monkeypatch.setattr(checkpoint_module.aiofiles, "open", failing(aiofiles.open))
+    if opens:
+        assert opened(sharded).tensors
+    else:
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            opened(sharded)

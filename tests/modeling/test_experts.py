@@ -28,6 +28,7 @@ from layerstream.stages.experts.expert_set import request_bytes
 from layerstream.stages.experts.lease import Lease, WaitFor
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.guard import ReadGuard
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -197,11 +198,11 @@ class Streamed:
         path = folder / "experts"
         path.write_bytes(contents)
         self._reader = DirectReader([path])
-        sets = [lay_out_experts(source, layer="", cells=cells)]
         self.store = ExpertStore(
-            sets,
+            sets := [lay_out_experts(source, layer="", cells=cells)],
             passing_cells=4,
             reader=self._reader,
+            guard=ReadGuard(),
             file_bytes=[len(contents)],
             threads=2,
             request_bytes=request_bytes([source.expert_bytes], most=1 << 20),

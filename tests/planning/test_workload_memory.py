@@ -243,8 +243,7 @@ def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path
 @covering(family=list(FAMILIES), tokens=[(1, 16), (1, 512), (1, 4096), (8, 128)])
 def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
     six_layers = scaled(FAMILIES[family].config, layers=6, hidden=None, vocab=None)
-    settings = {**six_layers, "dtype": "bfloat16"}
-    config = transformers.AutoConfig.for_model(**settings)
+    config = transformers.AutoConfig.for_model(**(settings := {**six_layers, "dtype": "bfloat16"}))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     workload = Workload(batch_size=tokens[0], prompt_tokens=tokens[1], new_tokens=16)

@@ -10,7 +10,7 @@ from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import save_model
 
-from layerstream.pipeline import Budget, StreamedModel, Workload
+from layerstream.pipeline import Budget, PlanError, StreamedModel, Workload
 
 
 @pytest.mark.parametrize("budget", [None, Budget(host="60%")], ids=["default", "a share"])
@@ -60,6 +60,52 @@ def test_a_plan_with_everything_resident_can_be_planned_smaller_and_larger_again
             assert (await model.generate(input_ids=prompt, **options)).equal(expected)
             await model.replan(budget=Budget(host=2 << 30))
             assert (await model.generate(input_ids=prompt, **options)).equal(expected)
+
+    with nothing_left_behind():
+        run(scenario())
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_a_budget_for_fewer_slots_than_there_are_makes_other_slots_unless_they_were_asked_for(
+    tmp_path: Path, slots: int | None
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    folder = save_model(tmp_path / "model", "llama", **sizes)
+    prompt, greedy = torch.arange(5, 12)[None], {"max_new_tokens": 40, "do_sample": False}
+
+    async def scenario() -> None:
+        options = {"layer_batch_size": 2, "slots": slots, "measure": False, "reader": "direct"}
+        workload = Workload(prompt_tokens=8, new_tokens=40)
+
+        def opened(budget: Budget) -> StreamedModel:
+            return StreamedModel.open(
+                folder, device="cpu", budget=budget, workload=workload, **options
+            )
+
+        async with opened(Budget(host="1GiB")) as model:
+            fixed = model.plan.host_memory.reserved_bytes
+            batch = max(each.host_bytes for each in model.plan.batches)
+            expected = await model.generate(input_ids=prompt, **greedy)
+        async with opened(Budget(host=fixed + 3 * batch + batch // 2)) as model:
+            assert model.plan.host_slots > 1
+            request = asyncio.create_task(model.generate(input_ids=prompt, **greedy))
+            small = Budget(host=fixed + batch + batch // 2)
+            if slots is None:
+                plan = await model.replan(budget=small)
+                assert (plan.host_slots, plan.layer_batch_size) == (1, 2)
+                assert plan.host_memory.taken_bytes <= small.host
+                assert (
+                    model._running.stream.pipeline._resources.arenas[0].capacity_bytes <= small.host
+                )
+            else:
+                with pytest.raises(
+                    PlanError, match=r"layer batch of 2 blocks .* anew with smaller"
+                ):
+                    await model.replan(budget=small)
+            assert (await request).equal(expected)
+            with pytest.raises(PlanError, match=r"layer batch of 2 blocks .* anew with smaller"):
+                await model.replan(budget=Budget(host=fixed + batch // 2))
+            assert (await model.generate(input_ids=prompt, **greedy)).equal(expected)
 
     with nothing_left_behind():
         run(scenario())

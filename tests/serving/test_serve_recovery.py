@@ -14,6 +14,7 @@ from support.loop import run, turns
 from support.models import inputs_for, save_model
 from support.streaming import open_streaming
 
+from layerstream.pipeline import ReadError
 from layerstream.stages.readers import guard as guard_module
 
 pytest.importorskip("prometheus_client", reason="needs layerstream[serve]")
@@ -27,8 +28,11 @@ class Health:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.failure: str | None = None
+        self.stopping = asyncio.Event()
 
     def streaming_failed(self, error: BaseException | None) -> None:
+        self.failure = None if error is None else str(error)
         self.told.append("works" if error is None else f"failed: {error}")
 
 
@@ -72,6 +76,30 @@ def test_a_model_is_reopened_with_growing_pauses_until_it_works(
             assert "Input/output error" in health.told[0]
             assert health.told[-1] == "works"
             assert model.failure is None
+
+    with nothing_left_behind():
+        run(main())
+
+
+def test_a_request_that_fails_alone_is_not_held_against_the_service_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerstream.tools.serving import recovery
+
+    folder = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr(recovery, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(recovery, "_FIRST_PAUSE_SECONDS", 0.01)
+
+    async def main() -> None:
+        health: Any = Health()
+        async with await open_streaming(folder) as model, recovery.Recovery(model, health):
+            health.streaming_failed(ReadError("the rows of a table cannot be read"))
+            while health.failure is not None:
+                await turns(1)
+            health.stopping.set()
+            health.streaming_failed(ReadError("the service is stopped"))
+            await turns(50)
+            assert health.failure == "the service is stopped"
 
     with nothing_left_behind():
         run(main())

@@ -13,7 +13,7 @@ from support.random_files import SIZE, random_files
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.readers import guard as guard_module
+from layerstream.stages.readers import watch as watch_module
 from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
@@ -145,7 +145,7 @@ def test_a_read_that_hangs_is_reported_with_its_file_and_offset(kind, files, mon
     guard = ReadGuard(0.02)
     reader = kind(files, guard=guard)
     logged = threading.Event()
-    monkeypatch.setattr(guard_module.logger, "warning", lambda *_: logged.set())
+    monkeypatch.setattr(watch_module.logger, "warning", lambda *_: logged.set())
     extent = Extent(file=1, offset=BLOCK_BYTES, nbytes=BLOCK_BYTES)
     preadv = os.preadv
     with Gate() as gate, ThreadPoolExecutor(1) as pool:

@@ -18,6 +18,7 @@ from layerstream.stages.errors import ReadError
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
 from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.throttled import ThrottledReader
 
@@ -330,5 +331,7 @@ def test_a_file_that_cannot_be_opened_without_permission_is_named(files, monkeyp
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "open", denied)
+    guard = ReadGuard()
     with pytest.raises(ReadError, match=r"a\.bin.*Permission denied"):
-        WeightFiles(files)
+        WeightFiles(files, guard)
+    guard.close()

@@ -7,7 +7,7 @@ import pytest
 from support.checkpoints import GPU, arranged, plan_for, write_checkpoint
 from support.fake_device import FakeDevice
 from support.leaks import nothing_left_behind, our_tasks
-from support.loop import Interrupted, run
+from support.loop import Interrupted, run, turns
 from support.models import save_model
 from support.streaming import SMALL
 
@@ -134,3 +134,34 @@ def test_a_loop_that_ends_closes_what_is_open(tmp_path, opened):
     run(main())
     with nothing_left_behind():
         run(main())
+
+
+@pytest.mark.parametrize("turns_before", [None, 3])
+@pytest.mark.parametrize("opened", [OpenedPipeline, OpenedModel])
+def test_a_loop_that_is_merely_closed_closes_what_is_open_or_being_opened(
+    tmp_path, opened, turns_before
+):
+    case = opened(tmp_path)
+
+    async def main():
+        made = case.make()
+        opening = asyncio.create_task(made.__aenter__())
+        if turns_before is None:
+            return await opening
+        await turns(turns_before)
+        return opening
+
+    def run_and_close():
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(main())
+        finally:
+            loop.close()
+
+    run(main())
+    with nothing_left_behind():
+        opening = run_and_close()
+        if turns_before is not None:
+            with pytest.raises(ClosedError):
+                opening.result()
+    case.check_closed()

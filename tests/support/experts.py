@@ -13,6 +13,7 @@ from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 from layerstream.stages.experts.lease import Lease
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
+from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 
 __all__ = ["FailingReader", "RandomExperts", "idle_cells"]
@@ -97,6 +98,7 @@ class RandomExperts:
             self.sets(cells),
             passing_cells=shared,
             reader=reader,
+            guard=ReadGuard(),
             file_bytes=[len(each) for each in self._contents],
             threads=threads,
             request_bytes=request_bytes(

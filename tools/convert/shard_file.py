@@ -45,6 +45,7 @@ class SourceReader:
         self._guard = ReadGuard()
         self._files = WeightFiles(
             [file.path for file in checkpoint.files],
+            self._guard,
             expected=[file.version for file in checkpoint.files if file.version is not None],
         )
 
@@ -55,7 +56,7 @@ class SourceReader:
             ReadError: The disk reports an error, or the file was changed.
         """
         memory = torch.empty(count, dtype=torch.uint8)
-        self._files.read(info.file, info.offset + first, memory.numpy().data, self._guard)
+        self._files.read(info.file, info.offset + first, memory.numpy().data)
         self._files.refuse_change(info.file)
         return memory
 

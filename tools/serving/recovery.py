@@ -21,9 +21,11 @@ _LONGEST_PAUSE_SECONDS = 60.0
 class Recovery:
     """As a context manager: while the block runs, a model that has failed is reopened until it works again.
 
+    A request may fail alone, if its own reads do: nothing is reopened then, but health is told after the same pauses.
+
     Args:
         model: The model, open.
-        answers: Are told that streaming has failed, and that it works again.
+        answers: Are told that streaming has failed, and that it works again; and tell if a request has failed by itself.
     """
 
     def __init__(self, model: StreamedModel, answers: Answers) -> None:
@@ -49,18 +51,18 @@ class Recovery:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if (failure := self._model.failure) is not None:
-                await self._reopen(failure)
+                self._answers.streaming_failed(failure)
+                # Not the error itself, whose frames may refer to slots.
+                await self._reopen(f"streaming has failed ({failure}); the model is reopened")
+            elif self._answers.failure is not None and not self._answers.stopping.is_set():
+                # A request's own reads, of embedding rows or experts. Who asks /health may send no others until it is well.
+                await self._reopen(f"{self._answers.failure} Requests are expected to work")
 
-    async def _reopen(self, failure: BaseException) -> None:
+    async def _reopen(self, why: str) -> None:
         """Try once. The pauses grow until the model has worked for longer than the longest of them."""
         if time.monotonic() - self._reopened_seconds > 2 * _LONGEST_PAUSE_SECONDS:
             self._pause_seconds = _FIRST_PAUSE_SECONDS
-        self._answers.streaming_failed(failure)
-        logger.warning(
-            "streaming has failed (%s); the model is reopened in %g s",
-            str(failure),  # not the error itself, whose frames may refer to slots
-            self._pause_seconds,
-        )
+        logger.warning("%s in %g s", why, self._pause_seconds)
         await asyncio.sleep(self._pause_seconds)
         self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
         self._reopened_seconds = time.monotonic()
@@ -70,4 +72,4 @@ class Recovery:
             logger.warning("the model cannot be reopened: %s", str(error))
         else:
             self._answers.streaming_failed(None)
-            logger.info("the model was reopened")
+            logger.info("the model works again, as far as is known")
