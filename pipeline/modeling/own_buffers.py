@@ -47,8 +47,8 @@ class OwnBuffers:
     def __init__(self, root: nn.Module, written: Collection[str] = ()) -> None:
         self._file: int | None = None
         self._size = 0
-        # The tree's own buffers, by their ids: each with its version, which counts writes, and with its place in the file.
-        self._places: dict[int, tuple[torch.Tensor, int, int]] = {}
+        # The tree's own buffers in the file, by their ids: each with its version, which counts writes.
+        self._versions: dict[int, tuple[torch.Tensor, int]] = {}
         self._shared: dict[int, torch.Tensor] = {}
         large = list(_large_buffers(root))
         self._shared = {
@@ -87,8 +87,9 @@ class OwnBuffers:
         for _, table, name, buffer in large:
             offset = offsets[buffer.untyped_storage().data_ptr()]
             if id(buffer) not in mapped:
-                mapped[id(buffer)] = own = _at(mapping, offset, buffer)
-                self._places[id(own)] = own, own._version, offset  # noqa: SLF001 - autograd's own
+                place = offset // buffer.itemsize + buffer.storage_offset()
+                mapped[id(buffer)] = own = _at(mapping, place, buffer)
+                self._versions[id(own)] = own, own._version  # noqa: SLF001 - autograd's own
             table[name] = mapped[id(buffer)]
 
     def of_clone(self, buffers: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -96,11 +97,11 @@ class OwnBuffers:
         mapping = None
         clones = {}
         for buffer in buffers:
-            _, version, offset = self._places.get(id(buffer), (None, None, 0))
+            _, version = self._versions.get(id(buffer), (None, None))
             # One that was changed or replaced since, by a user or by a call without a request, is not that in the file.
             if version is not None and version == buffer._version:  # noqa: SLF001 - autograd's own
                 mapping = self._mapping() if mapping is None else mapping
-                clones[id(buffer)] = _at(mapping, offset, buffer)
+                clones[id(buffer)] = _at(mapping, buffer.storage_offset(), buffer)
             elif id(buffer) not in self._shared:
                 clones[id(buffer)] = buffer.clone()
         return clones
@@ -123,10 +124,9 @@ class OwnBuffers:
             self._file = None
 
 
-def _at(mapping: torch.Tensor, offset: int, buffer: torch.Tensor) -> torch.Tensor:
-    """A tensor like ``buffer`` whose memory begins at ``offset`` of ``mapping``."""
+def _at(mapping: torch.Tensor, place: int, buffer: torch.Tensor) -> torch.Tensor:
+    """A tensor like ``buffer`` whose memory begins ``place`` elements behind the beginning of ``mapping``."""
     with torch.inference_mode(mode=False):
-        place = offset // buffer.itemsize + buffer.storage_offset()
         own = torch.empty(0, dtype=buffer.dtype, device="cpu")
         return own.set_(mapping.untyped_storage(), place, buffer.shape, buffer.stride())
 
