@@ -55,6 +55,15 @@ class Admission:
         if self._closed is not None:
             reservation.set_exception(ClosedError(self._closed))
             return
+        if reservation.nbytes > self.memory_bytes:  # it became less since the request was priced
+            reservation.set_exception(
+                refusal(
+                    what="a request",
+                    need_bytes=reservation.nbytes,
+                    memory_bytes=self.memory_bytes,
+                )
+            )
+            return
         self._queue.append(reservation)
         self._grant()
 
