@@ -201,7 +201,6 @@ class Assembly:
         return Tiles(
             nbytes=nbytes // self._tile_count,
             count=self._tile_count,
-            threads=torch.get_num_threads(),
             once_bytes=once_bytes,
         )
 

@@ -1,5 +1,6 @@
 """Banks: what a module computes with in place of its experts, while it holds their cells."""
 
+import itertools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ __all__ = ["Bank", "Banks", "PackedBanks", "StoredBanks", "group_bytes"]
 
 # What is unpacked at once, unless a single expert is larger: it should still be in a cache when it is multiplied with.
 _GROUP_BYTES = 16 << 20
-_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,32 +133,22 @@ class PackedBanks:
         out: torch.Tensor,
         scratch: torch.Tensor,
     ) -> None:
-        """Unpack ``parameter`` of the experts in ``cells`` into ``out``, in all threads."""
+        """Unpack ``parameter`` of the experts in ``cells`` into ``out``."""
         target = scratch.view(parameter.dtype) if parameter.transposed else out
         rows = target.view(len(cells), parameter.rows, -1)
-        work = [
-            (number, piece, first, min(first + _CHUNK_ROWS, piece.rows))
-            for number in range(len(cells))
-            for piece in parameter.pieces
-            for first in range(0, piece.rows, _CHUNK_ROWS)
-        ]
         parts = {
             name: lease.region.strided(self._views[name])
             for piece in parameter.pieces
             for name in piece.parts
         }
-
-        def run(begin: int, end: int) -> None:
-            for number, piece, first, last in work[begin:end]:
-                piece.packing.unpack(
-                    [parts[name][cells[number]] for name in piece.parts],
-                    first,
-                    rows[number, piece.at + first : piece.at + last],
-                )
-
         nbytes = sum(each.nbytes for each in parts.values()) // lease.region.count * len(cells)
         with self._tiles.unpacking(nbytes):
-            self._tiles.share(len(work), run, least=1)
+            for (number, cell), piece in itertools.product(enumerate(cells), parameter.pieces):
+                piece.packing.unpack(
+                    [parts[name][cell] for name in piece.parts],
+                    0,
+                    rows[number, piece.at : piece.at + piece.rows],
+                )
         if parameter.transposed:
             out.copy_(rows.transpose(1, 2))
 

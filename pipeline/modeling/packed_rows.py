@@ -137,12 +137,11 @@ class PackedRows:
         ):
             matrix = self.matrices[number]
             tensors = [parts[name] for name in matrix.parts]
-            if count == out.shape[1]:
-                matrix.packing.multiply(tensors, begin, inputs, out)
-                continue
-            part = torch.empty((len(inputs), count))
+            is_all = count == out.shape[1]
+            part = out if is_all else torch.empty((len(inputs), count))
             matrix.packing.multiply(tensors, begin, inputs, part)
-            out[:, at : at + count] = part
+            if not is_all:
+                out[:, at : at + count] = part
 
     def pieces(self, begin: int, end: int) -> Iterator[RowPiece]:
         """What rows ``begin`` to ``end`` consist of, in order; none if they are scattered."""

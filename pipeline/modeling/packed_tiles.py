@@ -1,10 +1,8 @@
-"""Memory that packed weights are unpacked into, the threads that unpack, and the time that it takes."""
+"""Memory that packed weights are unpacked into, and the time that it takes."""
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,16 +15,15 @@ __all__ = ["Tiles"]
 
 
 class Tiles:
-    """Memory for tiles, and threads that unpack into it, for all packed weights of a model.
+    """Memory for tiles, for all packed weights of a model.
 
     Args:
         nbytes: Of the largest tile.
         count: How many computations run at once, each with a tile of its own; a further one waits.
-        threads: How many threads unpack a tile together, the computing one included.
         once_bytes: Memory for weights that are unpacked once for several passes.
     """
 
-    def __init__(self, *, nbytes: int, count: int, threads: int, once_bytes: int = 0) -> None:
+    def __init__(self, *, nbytes: int, count: int, once_bytes: int = 0) -> None:
         self.nbytes = nbytes
         self._clock = Clock("unpack")
         self._counting = threading.Lock()
@@ -35,10 +32,6 @@ class Tiles:
         self._left = count
         self._changed = threading.Condition()
         self._held = threading.local()
-        self._threads = threads
-        self._executor = (
-            ThreadPoolExecutor(threads - 1, "layerstream-unpack") if threads > 1 else None
-        )
 
     @contextmanager
     def tile(self) -> Iterator[torch.Tensor]:
@@ -65,26 +58,6 @@ class Tiles:
                 self._free.append(memory)
                 self._changed.notify()
 
-    def share(self, count: int, work: Callable[[int, int], None], *, least: int) -> None:
-        """Run ``work(begin, end)`` for equal parts of ``count`` items in all threads; returns when all are done.
-
-        ``least``: How many items are worth another thread.
-        """
-        parts = min(self._threads, max(1, count // least))
-        cuts = [count * part // parts for part in range(parts + 1)]
-        others = []
-        try:
-            if self._executor is not None:
-                others = [
-                    self._executor.submit(work, begin, end)
-                    for begin, end in itertools.pairwise(cuts[1:])
-                ]
-            work(cuts[0], cuts[1])
-        finally:
-            wait(others)  # they write into the tile
-        for each in others:
-            each.result()
-
     @contextmanager
     def unpacking(self, nbytes: int) -> Iterator[None]:
         """Count the time that unpacking ``nbytes``, as they are packed, takes in here."""
@@ -99,8 +72,6 @@ class Tiles:
             return self._clock.sums()
 
     def close(self) -> None:
-        """End the threads, and free the memory that no computation has."""
-        if self._executor is not None:
-            self._executor.shutdown()
+        """Free the memory that no computation has."""
         with self._changed:
             self._free.clear()

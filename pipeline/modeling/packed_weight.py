@@ -21,8 +21,6 @@ from layerstream.pipeline.planning.tiles import tile_rows
 
 __all__ = ["PackedWeight", "tile_bytes", "tiles_are_exact"]
 
-# Rows; waking a thread takes some ten microseconds.
-_WORTH_A_THREAD = 64
 _aten = torch.ops.aten
 
 
@@ -115,7 +113,7 @@ class PackedWeight(Streams, nn.Parameter):
             self._rows.unpack(self._parts, first, part, scratch=scratch)
 
     def _tile(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
-        """Some rows, unpacked into ``memory`` by all threads."""
+        """Some rows, unpacked into ``memory``."""
         rows, tiles = self._rows, self._tiles
         assert tiles is not None  # noqa: S101
         nbytes = count * rows.columns * rows.dtype.itemsize
@@ -125,11 +123,7 @@ class PackedWeight(Streams, nn.Parameter):
                 scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
                 rows.unpack(self._parts, first, plain, scratch=scratch)
                 return plain
-            tiles.share(
-                count,
-                lambda begin, end: rows.unpack(self._parts, first + begin, plain[begin:end]),
-                least=_WORTH_A_THREAD,
-            )
+            rows.unpack(self._parts, first, plain)
         return plain
 
     def _unpacked_once(self) -> torch.Tensor | None:
@@ -146,28 +140,17 @@ class PackedWeight(Streams, nn.Parameter):
                     self._unpack_all(plain, scratch.view(-1, rows.columns))
                 return
             with tiles.unpacking(self._packed_bytes(rows.rows)):
-                tiles.share(
-                    rows.rows,
-                    lambda begin, end: rows.unpack(self._parts, begin, plain[begin:end]),
-                    least=_WORTH_A_THREAD,
-                )
+                rows.unpack(self._parts, 0, plain)
 
         memory = tiles.once.get(id(self), rows.nbytes, unpack)
         return None if memory is None else memory.view(rows.dtype).view(form)
 
     def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product without unpacking: summed in float32, and rounded at the end."""
-        rows, tiles = self._rows, self._tiles
-        assert tiles is not None  # noqa: S101
-        flat = inputs.reshape(-1, rows.columns).float()
+        rows = self._rows
+        flat = inputs.reshape(-1, rows.columns).float().contiguous()
         sums = torch.empty((len(flat), rows.rows))
-
-        def multiply(begin: int, end: int) -> None:
-            part = torch.empty((len(flat), end - begin))
-            rows.multiply(self._parts, begin, flat, part)
-            sums[:, begin:end] = part
-
-        tiles.share(rows.rows, multiply, least=_WORTH_A_THREAD)
+        rows.multiply(self._parts, 0, flat, sums)
         if rows.order is not None:
             sums = sums[:, rows.order]
         if bias is not None:

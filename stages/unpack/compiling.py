@@ -4,6 +4,7 @@ numba and llvmlite are optional. Without them, or on a processor that does not c
 torch takes over, much more slowly; ``why_not_compiled`` says why.
 """
 
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = [
     "Kernel",
     "compile_seconds",
@@ -29,6 +32,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Numbers: some ten microseconds of unpacking.
+_WORTH_A_THREAD = 1 << 17
 _KERNELS = "layerstream.stages.unpack.kernels"
 
 
@@ -40,7 +45,10 @@ class _Cache:
 
 
 class Kernel:
-    """A function that is compiled once for each combination of its arrays' types. It runs without the interpreter's lock."""
+    """A function that is compiled once for each combination of its arrays' types. It runs without the interpreter's lock.
+
+    It is ``function(begin, end, *arguments)``, for some rows of its output; the rows are shared among torch's threads.
+    """
 
     def __init__(self, function: Callable[..., None], folder: Path | None) -> None:
         self.name = function.__name__
@@ -52,12 +60,13 @@ class Kernel:
         self._ready: set[str] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, *arguments: Any) -> None:
-        """Run the kernel; the first time for its types, compile it before."""
+    def __call__(self, numbers: int, rows: int, *arguments: Any) -> None:
+        """Run the kernel for so many packed numbers and rows; the first time for its types, compile it before."""
+        threads = min(torch.get_num_threads(), max(1, numbers // _WORTH_A_THREAD))
         types = "".join(_type_of(each) for each in arguments)
         if types not in self._ready:
-            self._compile(types, arguments)
-        self._dispatcher(*arguments)
+            self._compile(types, (threads, rows, arguments))
+        self._dispatcher(threads, rows, arguments)
 
     def _compile(self, types: str, arguments: tuple[Any, ...]) -> None:
         import numba
@@ -85,7 +94,10 @@ class Kernel:
     def _new_dispatcher(self, folder: Path | None) -> Any:
         import numba
 
-        dispatcher = numba.njit(nogil=True)(self._function)
+        from layerstream.stages.unpack.kernels.team import in_threads
+
+        kernel = in_threads(self._function, has_openmp=_has_openmp())
+        dispatcher = numba.njit(nogil=True)(kernel)
         if folder is not None:
             _keep_in(dispatcher, folder)
         return dispatcher
@@ -158,7 +170,7 @@ def _usable(folder: Path | None) -> Path | None:
     if folder is None:
         return None
     # numba looks only at the file of the function itself, not at what the function is made of.
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"openmp" if _has_openmp() else b"")
     for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
         digest.update(path.read_bytes())
     own = folder / f"kernels-{digest.hexdigest()[:16]}"
@@ -171,6 +183,14 @@ def _usable(folder: Path | None) -> Path | None:
         logger.info("%s: compiled kernels are not kept, since the folder is not writable", own)
         return None
     return own
+
+
+@functools.cache
+def _has_openmp() -> bool:
+    """Whether kernels can call the OpenMP that torch has loaded, by the names that GCC gives it (others know them, too)."""
+    symbols = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    return all(hasattr(symbols, name) for name in names)
 
 
 _CONFIG_LOCK = threading.Lock()

@@ -17,7 +17,6 @@ from layerstream.stages.unpack.packing import (
 from layerstream.stages.unpack.plain.gguf_blocks import BLOCK_VALUES
 from layerstream.stages.unpack.products import (
     check_product,
-    memory_for_sums,
     multiply_plainly,
     multiply_tokens,
 )
@@ -107,7 +106,8 @@ class GgufPacking:
         like = torch.float32 if self.arithmetic == "float32" else out.dtype
         blocks = self.columns // block.columns
         if (kernel := compiled(block.module, block.kernel)) is not None:
-            kernel(byte_array(packed), first, len(out), blocks, storage_array(out), LIKE[like])
+            arguments = byte_array(packed), first, blocks, storage_array(out), LIKE[like]
+            kernel(out.numel(), len(out), *arguments)
             return
         values = BLOCK_VALUES[self.encoding]
         source = packed.reshape(-1, block.nbytes)[first * blocks : (first + len(out)) * blocks]
@@ -128,8 +128,7 @@ class GgufPacking:
             multiply_plainly(lambda row, tile: self.unpack(parts, row, tile), first, inputs, out)
             return
         blocks = self.columns // block.columns
-        sums = memory_for_sums()
-        arguments = (byte_array(packed), first, out.shape[1], blocks, self.columns, sums)
+        arguments = (byte_array(packed), first, out.shape[1], blocks, self.columns)
         multiply_tokens(kernel, arguments, inputs, out)
 
     def _checked(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:

@@ -10,7 +10,10 @@ __all__ = ["LIKE", "Packing", "byte_array", "check_rows", "check_window", "stora
 
 
 class Packing(Protocol):
-    """How a matrix is packed. Implementations are frozen and hashable, and may be used by several threads at once."""
+    """How a matrix is packed. Implementations are frozen and hashable, and may be used by several threads at once.
+
+    They compute in as many threads as torch's operations do.
+    """
 
     @property
     def encoding(self) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-__all__ = ["check_product", "memory_for_sums", "multiply_plainly", "multiply_tokens"]
+from layerstream.stages.unpack.compiling import Kernel
+
+__all__ = ["check_product", "multiply_plainly", "multiply_tokens"]
 
 # A kernel unpacks a row once for so many tokens.
 _TOKENS = 4
@@ -30,22 +31,19 @@ def check_product(encoding: str, *, columns: int, inputs: torch.Tensor, out: tor
 
 
 def multiply_tokens(
-    kernel: Callable[..., None], arguments: tuple[Any, ...], inputs: torch.Tensor, out: torch.Tensor
+    kernel: Kernel, arguments: tuple[Any, ...], inputs: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Run a kernel for all tokens, some at a time; ``arguments`` come before inputs, a tuple of tokens, and outputs."""
+    rows = out.shape[1]
+    numbers = rows * inputs.shape[1]
     first = 0
     while first < len(inputs):
         # Kernels are compiled for one, two and four tokens.
         count = next(number for number in (_TOKENS, 2, 1) if first + number <= len(inputs))
         chosen = slice(first, first + count)
         flat = inputs[chosen].reshape(-1).numpy(), out[chosen].reshape(-1).numpy()
-        kernel(*arguments, flat[0], (0,) * count, flat[1])
+        kernel(numbers, rows, *arguments, flat[0], (0,) * count, flat[1])
         first += count
-
-
-def memory_for_sums() -> Any:
-    """An array that kernels of ``kernels/products.py`` add products up in: 64 numbers for each token."""
-    return np.empty(_TOKENS * 64, np.float32)
 
 
 def multiply_plainly(

@@ -100,8 +100,8 @@ class ScaledRows:
             return
         # What is rounded to the output's dtype anyway needs no rounding before.
         rounding = torch.float32 if self.rounding == out.dtype else self.rounding
-        geometry = tuple(self.geometry)
-        kernel(*self._arguments(), LIKE[rounding], geometry, first, len(out), storage_array(out))
+        arguments = (*self._arguments(), LIKE[rounding], tuple(self.geometry), first)
+        kernel(out.numel(), len(out), *arguments, storage_array(out))
 
     def multiply(self, first: int, inputs: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply inputs with rows from ``first`` on."""

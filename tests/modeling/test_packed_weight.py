@@ -14,7 +14,7 @@ from layerstream.pipeline.modeling.packed_tiles import Tiles
 
 
 def test_as_many_computations_as_there_are_tiles_run_at_once_and_others_wait() -> None:
-    tiles = Tiles(nbytes=64, count=2, threads=1)
+    tiles = Tiles(nbytes=64, count=2)
     began, go_on = [threading.Event() for _ in range(3)], threading.Event()
 
     def compute(number: int) -> None:
@@ -37,26 +37,11 @@ def test_as_many_computations_as_there_are_tiles_run_at_once_and_others_wait() -
 
 
 def test_a_thread_that_has_the_only_tile_gets_another_instead_of_waiting_for_itself() -> None:
-    tiles = Tiles(nbytes=64, count=1, threads=1)
+    tiles = Tiles(nbytes=64, count=1)
     with tiles.tile() as one, tiles.tile() as other:
         assert one.data_ptr() != other.data_ptr()
     with tiles.tile() as again:
         assert again.data_ptr() == one.data_ptr()
-    tiles.close()
-
-
-def test_an_error_in_any_thread_that_unpacks_reaches_the_caller_after_all_have_ended() -> None:
-    tiles = Tiles(nbytes=64, count=1, threads=3)
-    ended = []
-
-    def work(begin: int, _end: int) -> None:
-        if begin:
-            raise ValueError(f"from {begin}")
-        ended.append(begin)
-
-    with pytest.raises(ValueError, match="from"):
-        tiles.share(300, work, least=64)
-    assert ended == [0]
     tiles.close()
 
 
@@ -85,7 +70,7 @@ def test_inputs_that_do_not_fit_are_refused_as_by_a_plain_weight(
 
 
 def test_the_time_of_unpacking_is_counted_tile_by_tile() -> None:
-    tiles = Tiles(nbytes=64, count=1, threads=1)
+    tiles = Tiles(nbytes=64, count=1)
     began = time.perf_counter()
     for nbytes in (7, 9):
         with tiles.unpacking(nbytes):

@@ -1,7 +1,7 @@
 """GGUF's blocks of 32 numbers with one scale, and IQ4_XS, which has eight of them.
 
-Each kernel takes the packed bytes, the first row, the number of rows and of blocks in a row, the output, and an array of the
-type that intermediate results are rounded to. What is stored is rounded by ``put_both``.
+Each kernel writes rows ``begin`` to ``end`` of the output. It takes the packed bytes, which of their rows is the output's first, the
+number of blocks in a row, the output, and an array of the type that intermediate results are rounded to. What is stored is rounded by ``put_both``.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ from layerstream.stages.unpack.kernels.vectors import (
 __all__ = ["iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 
 
-def q8_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q8_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale (half), 32 signed bytes."""
-    at = first * blocks * 34
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 34
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         put_both(
@@ -41,10 +41,10 @@ def q8_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 34
 
 
-def q4_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q4_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale (half), 16 bytes; the lower four bits are numbers 0 to 15, the upper 16 to 31."""
-    at = first * blocks * 18
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 18
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
@@ -58,10 +58,10 @@ def q4_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 18
 
 
-def q4_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q4_1(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale, minimum (halves), 16 bytes as in Q4_0."""
-    at = first * blocks * 20
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 20
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
@@ -76,10 +76,10 @@ def q4_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 20
 
 
-def q5_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q5_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale (half), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
-    at = first * blocks * 22
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 22
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 6)
@@ -91,10 +91,10 @@ def q5_0(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 22
 
 
-def q5_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q5_1(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale, minimum (halves), the fifth bits of 32 numbers, 16 bytes as in Q4_0."""
-    at = first * blocks * 24
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 24
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
@@ -111,10 +111,10 @@ def q5_1(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 24
 
 
-def iq4_nl(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def iq4_nl(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale (half), 16 bytes as in Q4_0, whose numbers stand for 16 levels."""
-    at = first * blocks * 18
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 18
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
@@ -128,10 +128,10 @@ def iq4_nl(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
         at += 18
 
 
-def iq4_xs(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def iq4_xs(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block of 256: scale (half), two upper bits of eight scales, their lower four bits, eight times the bytes of IQ4_NL."""
-    at = first * blocks * 136
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 136
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         scale = rounded(like, half_at(packed, at))
         upper = short_at(packed, at + 2)
         for group in range(8):
@@ -150,10 +150,10 @@ def iq4_xs(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any)
         at += 136
 
 
-def mxfp4(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def mxfp4(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: exponent (one byte), 16 bytes as in Q4_0 with e2m1 numbers. All products are exact."""
-    at = first * blocks * 17
-    for start in range(0, rows * blocks * 32, 32):
+    at = (first + begin) * blocks * 17
+    for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = halved_exponent_at(packed, at)
         quants = bytes16_at(packed, at + 1)

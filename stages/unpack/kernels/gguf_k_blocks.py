@@ -13,10 +13,10 @@ from layerstream.stages.unpack.kernels.vectors import bytes16_at, half_at
 __all__ = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
-def q2_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q2_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: 16 bytes of scale (lower four bits) and minimum, 64 bytes of four numbers, scale and minimum of them (halves)."""
-    at = first * blocks * 84
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 84
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         scale = rounded(like, half_at(packed, at + 80))
         minimum = rounded(like, half_at(packed, at + 82))
         both = bytes16_at(packed, at)
@@ -34,10 +34,10 @@ def q2_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 84
 
 
-def q3_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q3_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: 32 bytes of third bits, 64 bytes of four numbers, 16 scales of six bits, their scale (half)."""
-    at = first * blocks * 110
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 110
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         scale = rounded(like, half_at(packed, at + 108))
         # From two bytes before the scales on: the last block may be the end of the memory.
         parts = rounded(like, signed_floats(q3_scales(bytes16_at(packed, at + 94))) * scale)
@@ -54,10 +54,10 @@ def q3_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 110
 
 
-def q4_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q4_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: scale and minimum of eight scales and minima of six bits (12 bytes), 128 bytes of two numbers."""
-    at = first * blocks * 144
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 144
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         factors = floats(six_bits(bytes16_at(packed, at)))
         parts = rounded(like, factors * half_at(packed, at))
         least = rounded(like, factors * half_at(packed, at + 2))
@@ -79,10 +79,10 @@ def q4_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 144
 
 
-def q5_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q5_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: as Q4_K, with 32 bytes of fifth bits before the numbers: bit n for those of group n."""
-    at = first * blocks * 176
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 176
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         factors = floats(six_bits(bytes16_at(packed, at)))
         parts = rounded(like, factors * half_at(packed, at))
         least = rounded(like, factors * half_at(packed, at + 2))
@@ -105,10 +105,10 @@ def q5_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -
         at += 176
 
 
-def q6_k(packed: Any, first: int, rows: int, blocks: int, out: Any, like: Any) -> None:
+def q6_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, like: Any) -> None:
     """Block: 128 bytes of lower four bits, 64 of upper two, 16 scales (signed bytes), their scale (half)."""
-    at = first * blocks * 210
-    for start in range(0, rows * blocks * 256, 256):
+    at = (first + begin) * blocks * 210
+    for start in range(begin * blocks * 256, end * blocks * 256, 256):
         scales = signed_floats(bytes16_at(packed, at + 192))
         parts = rounded(like, scales * half_at(packed, at + 208))
         for half in range(2):

@@ -1,12 +1,13 @@
 """Products of packed matrices with a few inputs: what ``put`` would store is multiplied and summed instead.
 
-Each product unpacks a row once for up to four tokens. Its arguments are those of the kernel that unpacks, with an array for
-the sums, a matrix of inputs (tokens, columns), a tuple with one element for each token, and the output (tokens, rows).
+Each product unpacks a row once for up to four tokens. Its arguments are those of the kernel that unpacks, with the number of rows of
+the output, a matrix of inputs (tokens, columns), a tuple with one element for each token, and the output (tokens, rows).
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba.extending import register_jitable
 
 from layerstream.stages.unpack.kernels import gguf_blocks, gguf_k_blocks
@@ -28,28 +29,34 @@ __all__ = [
     "q8_0",
 ]
 
+# For each token.
+_SUMS = 64
+
 
 def _of_blocks(unpack: Callable[..., None]) -> Callable[..., None]:
     rows_of = register_jitable(unpack)
 
     def product(
+        begin: int,
+        end: int,
         packed: Any,
         first: int,
         rows: int,
         blocks: int,
         columns: int,
-        sums: Any,
         inputs: Any,
         tokens: Any,
         out: Any,
     ) -> None:
-        for row in range(rows):
+        sums = np.empty(_SUMS * len(tokens), np.float32)
+        for row in range(begin, end):
             sums[:] = 0
-            rows_of(packed, first + row, 1, blocks, (sums, inputs, columns, tokens), sums)
+            rows_of(0, 1, packed, first + row, blocks, (sums, inputs, columns, tokens), sums)
             for token in range(len(tokens)):
                 out[token * rows + row] = total(sums, token)
 
-    product.__name__ = f"product_{unpack.__name__}"
+    # Native code is found by this name.
+    product.__name__ = product.__qualname__ = f"product_{unpack.__name__}"
     return product
 
 

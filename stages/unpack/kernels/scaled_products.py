@@ -28,6 +28,8 @@ _NARROW = 32
 
 
 def scaled_product(
+    begin: int,
+    end: int,
     packed: Any,
     scales: Any,
     zeros: Any,
@@ -42,13 +44,13 @@ def scaled_product(
 ) -> None:
     """Multiply rows with the inputs (tokens, columns).
 
-    The arguments are those of the kernels in ``scaled_rows``, without what products are rounded to; ``tokens`` is a tuple with
-    one element for each token, and ``out`` is (tokens, rows).
+    The arguments are those of the kernels in ``scaled_rows``, without what products are rounded to; ``rows`` are those of the output
+    (tokens, rows), and ``tokens`` is a tuple with one element for each token.
     """
     columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
     # A chunk of 64 columns has one scale, or two.
     apart = 1 if width == _NARROW else 0
-    for row in range(first, first + rows):
+    for row in range(first + begin, first + end):
         at = row * row_bytes
         band = row // height % bands * groups
         totals, sums, seen = no_totals(tokens), no_sums(tokens), no_bytes64()

@@ -1,7 +1,8 @@
 """Matrices whose scales are tensors of their own: one for a block of rows and columns. Numbers of 8 bits, or of 4.
 
 Both kernels take the bytes of the weights, of the scales and of the zero points, three arrays whose types tell how to read
-numbers and scales and what to round products to, the geometry (``scaled_rows.Geometry``), the first row, and the output.
+numbers and scales and what to round products to, the geometry (``scaled_rows.Geometry``), which row is the output's first, and the
+output, of which they write rows ``begin`` to ``end``.
 """
 
 from typing import Any
@@ -43,6 +44,8 @@ def zero_point(
 
 
 def scaled_bytes(
+    begin: int,
+    end: int,
     packed: Any,
     scales: Any,
     zeros: Any,
@@ -51,22 +54,21 @@ def scaled_bytes(
     like: Any,
     geometry: Any,
     first: int,
-    rows: int,
     out: Any,
 ) -> None:
     """Unpack rows of one byte for each number."""
     columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
-    for row in range(first, first + rows):
+    for row in range(first + begin, first + end):
         at, start = row * row_bytes, (row - first) * columns
         band = row // height % bands * groups
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
             zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
-            column, end = group * width, min(columns, (group + 1) * width)
+            column, last = group * width, min(columns, (group + 1) * width)
             # The unit is multiplied with the scale, once, unless that might not be finite.
             whole = scale * unit_of(number_like)
-            most = end if abs(scale) < _LARGE_SCALE else column
+            most = last if abs(scale) < _LARGE_SCALE else column
             while column + 64 <= most:
                 for chain in range(0, 4, 2):
                     place = column + 16 * chain
@@ -86,13 +88,15 @@ def scaled_bytes(
                 )
                 put(out, start + column, rounded(like, number * whole), column >> 4 & 3)
                 column += 16
-            while column < end:
+            while column < last:
                 number = less(numbers(number_like, bytes1_at(packed, at + column)), zeros, zero)
                 put(out, start + column, rounded(like, number * scale), 1)
                 column += 1
 
 
 def scaled_nibbles(
+    begin: int,
+    end: int,
     packed: Any,
     scales: Any,
     zeros: Any,
@@ -101,20 +105,19 @@ def scaled_nibbles(
     like: Any,
     geometry: Any,
     first: int,
-    rows: int,
     out: Any,
 ) -> None:
     """Unpack rows of two numbers for each byte, the first in the lower four bits."""
     columns, row_bytes, height, width, bands, groups, zero_bits, matrix_rows = geometry
-    for row in range(first, first + rows):
+    for row in range(first + begin, first + end):
         at, start = row * row_bytes, (row - first) * columns
         band = row // height % bands * groups
         for group in range(groups):
             index = band + group
             scale = scale_at(scale_like, scales, index)
             zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
-            column, end = group * width, min(columns, (group + 1) * width)
-            while column & 1 == 0 and column + 64 <= end:
+            column, last = group * width, min(columns, (group + 1) * width)
+            while column & 1 == 0 and column + 64 <= last:
                 for half in range(2):
                     place = column + 32 * half
                     both = bytes16_at(packed, at + (place >> 1))
@@ -125,8 +128,8 @@ def scaled_nibbles(
                     one, two = rounded(like, one * scale), rounded(like, two * scale)
                     put_both(out, start + place, one, two, 2 * half)
                 column += 64
-            while column < end:
-                if column & 1 == 0 and column + 32 <= end:
+            while column < last:
+                if column & 1 == 0 and column + 32 <= last:
                     chain = column >> 4 & 2
                     both = bytes16_at(packed, at + (column >> 1))
                     low, high = both & 15, both >> 4

@@ -75,6 +75,31 @@ def test_the_next_process_takes_compiled_kernels_from_the_folder(folder):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb?")} == kept
 
 
+def test_kernels_that_different_processes_have_compiled_do_not_run_in_one_anothers_place(tmp_path):
+    code = """
+import sys
+import torch
+from layerstream.stages.unpack import compiling
+from layerstream.stages.unpack.samples import sample
+folder, *encodings = sys.argv[1:]
+compiling.set_cache_folder(folder)
+for encoding in encodings:
+    packing, parts = sample(encoding, rows=2)
+    parts[0].copy_(torch.arange(parts[0].numel()).view(parts[0].shape) % 59)
+    plain, product = torch.empty(2, 4096), torch.empty(1, 2)
+    packing.unpack(parts, 0, plain)
+    packing.multiply(parts, 0, torch.ones(1, 4096), product)
+    print((product - plain.sum(1)).abs().max() <= 1e-5 * plain.abs().sum(1).max())
+    print(plain[0, :64].tolist())
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
+    encodings = "Q4_K", "Q8_0"
+    alone = [subprocess.check_output([*command, each], text=True) for each in encodings]
+    together = subprocess.check_output([*command, *encodings], text=True)
+    assert together == "".join(alone)
+    assert together.count("True") == 2
+
+
 @pytest.mark.usefixtures("folder")
 def test_a_folder_that_cannot_be_made_is_done_without(tmp_path):
     (tmp_path / "file").touch()
