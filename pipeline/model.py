@@ -200,7 +200,7 @@ class StreamedModel:
         return await self.engine.generate(inputs, named)
 
     def check(self, *inputs: Any, **named: Any) -> int:
-        """Bytes that such a ``generate`` would reserve; raises what it would before it begins. May be called in any thread."""
+        """Bytes that such a ``generate`` reserves (n fit in n times that); raises what it would first. For any thread."""
         return self.engine.check(inputs, named)
 
     async def stream(

@@ -55,7 +55,7 @@ class Runtime:
             await finish_in_thread(self.scheduler.device.trim)  # for other processes
             opening = self.opening
             memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
-            self.scheduler.residency.replace(plan, request_bytes=memory.shared_with_residents_bytes)
+            self.scheduler.residency.replace(plan, request_bytes=memory.shared_bytes)
             self.engine.resize(memory)
             then()
 
@@ -93,7 +93,7 @@ async def start_model(
     buffers = await finish_in_thread(lambda: OwnBuffers(module, assembly.written_buffers))
     resources.callback(buffers.close)
     memory = request_memory_of(plan, module, opening.checkpoint.config)
-    residency = Residency(plan, request_bytes=memory.shared_with_residents_bytes)
+    residency = Residency(plan, request_bytes=memory.shared_bytes)
     always_bound = _always_bound(assembly, plan)
     stream = WeightStream(
         residency.first,

@@ -170,7 +170,9 @@ def test_a_cache_that_the_caller_keeps_between_passes_counts_only_while_a_pass_r
                 assert model.stats().reserved_bytes == 0
                 if past is not None:
                     cache = {CACHE: past}
-                    assert estimate((new,), cache).nbytes > estimate((new,), {}).nbytes
+                    assert (
+                        estimate((new,), cache).memory.nbytes > estimate((new,), {}).memory.nbytes
+                    )
                 past = output[CACHE]
                 ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
             assert torch.equal(ids, expected)

@@ -1,20 +1,18 @@
 """Workers that are forked while a drop-in is open: they end, and say why its model is not theirs."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forked import run_forked
 from support.models import save_model
 
 BEFORE = """
-import multiprocessing, os, sys, torch
+import multiprocessing, os, sys, torch, warnings
 from concurrent.futures import ProcessPoolExecutor
 from layerstream.pipeline import load_streamed
 
 IDS = torch.tensor([[3, 4]])
+warnings.simplefilter("ignore")
 
 def use():
     for call in (lambda: model(input_ids=IDS), lambda: model.generate(input_ids=IDS, max_new_tokens=2)):
@@ -74,20 +72,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(program: str, model: Path) -> list[str]:
     """Run ``program`` in a process of its own, and return its lines; all its processes are killed if it hangs."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", BEFORE + program + AFTER, str(model)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, output
-    return output.splitlines()
+    result = run_forked(model, program=BEFORE + program + AFTER, seconds=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("worker", WORKERS.values(), ids=WORKERS)

@@ -14,6 +14,7 @@ from support.models import save_model
 from support.quantized import save_quantised
 
 MIB = 1 << 20
+pytestmark = pytest.mark.timeout(400)  # for a minute's work, on a busy machine
 
 # Prints the anonymous memory of a process that has all of its imports but no model, then streams one.
 PROGRAM = """
@@ -87,7 +88,9 @@ def test_a_model_streams_in_a_cgroup_of_the_idle_process_and_its_budget(
     assert report["added"] <= 1.05 * budget
 
 
-@pytest.mark.parametrize("quantiser", ["fp8-blocks", "int4-groups"])
+@pytest.mark.parametrize(
+    "quantiser", ["int4-groups", pytest.param("fp8-blocks", marks=pytest.mark.extended)]
+)
 def test_a_packed_model_streams_within_its_budget(
     tmp_path: Path, idle_bytes: int, quantiser: str
 ) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, inputs_for, save_model
+from support.selection import covering
 from support.streaming import SMALL, bits_equal, open_streaming, tensors_of
 
 from layerstream.pipeline import (
@@ -21,8 +22,7 @@ from layerstream.pipeline import (
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@covering(case=list(CASES), dtype=[torch.float32, torch.bfloat16])
 def test_outputs_and_greedy_tokens_are_those_of_from_pretrained(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -45,7 +45,7 @@ def test_outputs_and_greedy_tokens_are_those_of_from_pretrained(
                 assert torch.equal(tokens, reference.generate(**prompt, **GREEDY))
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
 
 
 @pytest.mark.parametrize("reader", ["direct", "mmap"])
@@ -275,4 +275,4 @@ def test_opens_and_closes_leave_nothing(tmp_path: Path) -> None:
                 await model.forward(**inputs_for("llama"))
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())

@@ -15,7 +15,7 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-.}
 rehearse=
-tests=(-m cuda)
+tests=(-m cuda --extended)
 case "${1:-}" in
     '') ;;
     --rehearse) rehearse=--rehearse; tests=(-k stand-in) ;;

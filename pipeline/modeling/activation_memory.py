@@ -7,7 +7,6 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
+from layerstream.pipeline.modeling.meta_pass import meta_pass
 from layerstream.pipeline.planning.plan import Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 
-__all__ = ["LiveBytes", "PromptPass", "measure_memory"]
+__all__ = ["LiveBytes", "PromptPass"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,48 +32,25 @@ _BASE_OPERATIONS = 2000
 _MATH_BACKEND = 0
 
 
-def measure_memory(
-    module: Any, workload: Workload, device: torch.device | None = None
-) -> WorkloadMemory | None:
-    """The memory of ``workload`` in ``module``, a transformers model on the meta device; None if it cannot be measured.
+class PromptPass:
+    """The forward pass that processes a workload's prompt, and its memory.
 
     Args:
-        module: Its weights and buffers are not counted.
+        module: A transformers model on the meta device, whose weights and buffers are not counted.
         workload: Every sequence is as long as the prompt; with more than one, padding is assumed.
         device: The device that will compute it, which decides the memory of attention; the CPU by default.
     """
-    prompt_pass = PromptPass.of(module, workload, device)
-    if prompt_pass is None:
-        return None
-    clone = clone_modules(module)  # outside: its copies of buffers are not activations
-    try:
-        with torch.no_grad(), prompt_pass.counting():
-            prompt_pass.finish(clone(**prompt_pass.inputs))
-    except Exception as error:  # noqa: BLE001 - a model without values may raise anything
-        logger.debug("the prompt's activations were not measured: %s", error)
-    return prompt_pass.memory()
 
-
-class PromptPass:
-    """The forward pass that processes a workload's prompt, and its memory."""
-
-    inputs: Mapping[str, Any]
-    """Its arguments."""
-
-    def __init__(self, module: Any, workload: Workload, device: torch.device | None = None) -> None:
+    def __init__(self, module: Any, workload: Workload, device: torch.device | None) -> None:
         self._module = module
         self._workload = workload
         self._live = LiveBytes(
             limit=_BASE_OPERATIONS + _OPERATIONS_PER_MODULE * sum(1 for _ in module.modules())
         )
-        self._modes = (
-            _FusedAttention(device or torch.device("cpu")),
-            FakeValues(padded=workload.batch_size > 1),
-            self._live,
-        )
+        # Fake values are below these, and count nothing that they make.
+        self._observers = (_FusedAttention(device or torch.device("cpu")), self._live)
         self._output: Any = None
         self._peak_bytes = 0
-        self.inputs = self._inputs(workload.prompt_tokens, workload.prompt_tokens)
 
     @classmethod
     def of(
@@ -87,19 +63,10 @@ class PromptPass:
             return None
         return cls(module, workload, device)
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count the bytes that are alive while the block runs; all its tensors are on the meta device."""
-        with ExitStack() as stack:
-            stack.enter_context(on_meta())
-            for mode in self._modes:
-                stack.enter_context(mode)
-            yield
-
-    def finish(self, output: Any) -> None:
-        """Take the output of the pass. Call it inside ``counting``."""
-        _sample_token(output.logits)
-        self._output = output
+    def run(self, clone: Any) -> None:
+        """Process the prompt with ``clone``, one of the module."""
+        tokens = self._workload.prompt_tokens
+        self._output = self._pass(clone, self._inputs(tokens, tokens))
         self._peak_bytes = self._live.peak_bytes
 
     def memory(self) -> WorkloadMemory | None:
@@ -120,20 +87,30 @@ class PromptPass:
         inputs = self._inputs(1, workload.prompt_tokens + workload.new_tokens)
         if argument:
             inputs[argument] = cache
-        clone = clone_modules(self._module)
-        with torch.no_grad(), self.counting():
+        clone = clone_modules(self._module)  # its copies of buffers are not activations
+
+        def step(**inputs: Any) -> Any:
             _extend_cache(cache, workload.new_tokens - 1)
             self._live.peak_bytes = self._live.now_bytes
-            output = clone(**inputs)
-            _sample_token(output.logits)
-        _, cache = _cache_of(output)
-        kv_bytes = _storage_bytes(cache)
+            return clone(**inputs)
+
+        _, cache_at_end = _cache_of(self._pass(step, inputs))
+        kv_bytes = _storage_bytes(cache_at_end)
         return WorkloadMemory(
             kv_bytes=kv_bytes,
             # A sliding window may keep all of a long prompt until the next token; that memory is freed then.
             prefill_bytes=self._peak_bytes - min(prompt_bytes, kv_bytes),
             decode_bytes=self._live.peak_bytes - kv_bytes,
             measured=True,
+        )
+
+    def _pass(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        return meta_pass(
+            model,
+            inputs,
+            observers=self._observers,
+            then=lambda output: _sample_token(output.logits),
+            padded=self._workload.batch_size > 1,
         )
 
     def _inputs(self, tokens: int, total_tokens: int) -> dict[str, Any]:

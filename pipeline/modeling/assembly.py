@@ -22,7 +22,7 @@ from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_rows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
-from layerstream.pipeline.modeling.packed_weight import tile_bytes, tiles_are_exact
+from layerstream.pipeline.modeling.packed_weight import exact_tile_bytes, exact_tokens
 from layerstream.pipeline.modeling.table_source import TableSource
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
@@ -100,9 +100,14 @@ class Assembly:
             if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
         self._packed_linear = {
-            name: rows
+            name: dataclasses.replace(
+                rows,
+                exact_tokens=exact_tokens(rows.rows, rows.columns, rows.dtype)
+                if unpacks_by_tiles
+                else None,
+            )
             for name, rows in self._packed.items()
-            if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()), rows)
+            if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()))
         }
         self.layers = model_layers(traced, checkpoint, self._places, traces)
         given = (traced, checkpoint, self._places, self._packed)
@@ -187,7 +192,7 @@ class Assembly:
     def _tile_sizes(self, layer: ModelLayer) -> list[int]:
         """What all tiles take for each of a layer's packed weights and experts."""
         weights = [
-            tile_bytes(self._packed_linear[name])
+            exact_tile_bytes(self._packed_linear[name])
             for name in layer.recipes
             if name in self._packed_linear
         ]
@@ -273,11 +278,10 @@ def _packed(traced: TracedModel) -> dict[str, PackedRows]:
     return {name: rows for name, rows in found.items() if rows is not None}
 
 
-def _only_multiplied(traced: TracedModel, places: Sequence[WeightPlace], rows: PackedRows) -> bool:
-    """Whether linear layers alone use a weight, and products with tiles of it have equal bits."""
+def _only_multiplied(traced: TracedModel, places: Sequence[WeightPlace]) -> bool:
+    """Whether linear layers alone use a weight."""
     modules = [traced.module.get_submodule(place.module) for place in places]
-    linear = all(isinstance(module, nn.Linear) for module in modules)
-    return bool(modules) and linear and tiles_are_exact(rows.rows, rows.columns, rows.dtype)
+    return bool(modules) and all(isinstance(module, nn.Linear) for module in modules)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

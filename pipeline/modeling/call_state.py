@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES, by_name, given_cache
+from layerstream.pipeline.modeling.clone import IMMUTABLE
 from layerstream.pipeline.modeling.edits import streams
 
 __all__ = ["CallState", "call_with_state"]
@@ -41,18 +42,19 @@ class CallState:
             # Not setattr, by which a module would register what it gets.
             table = module._buffers if name in module._buffers else vars(module)  # noqa: SLF001
             table[name] = value
-        self._before = {key: _frozen(value) for key, value in _state_of(root)}
+        self._before = [(path, table, _Snapshot(table)) for path, table in _tables_of(root)]
 
     def keep(self, result: Any) -> None:
         """Give what the call has changed to the caches in its result."""
-        missing = object()
-        changed = {
-            key: value
-            for key, value in _state_of(self._root)
-            if not _is_same(self._before.get(key, missing), value)
+        caches = _caches_in(result)
+        if not caches:
+            return
+        state = self._carried | {
+            (path, name): value
+            for path, table, before in self._before
+            for name, value in before.changed(table)
         }
-        state = self._carried | changed
-        for cache in _caches_in(result) if state else ():
+        for cache in caches if state else ():
             vars(cache)[_ATTRIBUTE] = state
 
 
@@ -67,28 +69,50 @@ def call_with_state(
     return result
 
 
-def _state_of(root: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
-    """All attributes and buffers that a call may leave something in."""
+def _tables_of(root: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All tables of attributes and of buffers that a call may leave something in, with the paths of their modules."""
     for path, module in root.named_modules():
-        for name, value in vars(module).items():
-            if name not in _MACHINERY and not isinstance(value, nn.Module) and not callable(value):
-                yield (path, name), value
-        for name, buffer in module._buffers.items():  # noqa: SLF001
-            if buffer is None or not streams(buffer):
-                yield (path, name), buffer
+        yield path, vars(module)
+        if module._buffers:  # noqa: SLF001
+            yield path, module._buffers  # noqa: SLF001
 
 
-def _frozen(value: Any) -> tuple[Any, Any]:
-    """``value``, and what shows that it was changed in place."""
+class _Snapshot:
+    """The values in ``table`` before a call. Thousands, for each request: most are compared by identity alone."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self._values = dict(table)
+        self._contents = {
+            name: _contents(value)
+            for name, value in table.items()
+            if name not in _MACHINERY and type(value) not in IMMUTABLE and _has_contents(value)
+        }
+
+    def changed(self, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What ``table`` has now that it did not have, except modules, functions and weights that stream."""
+        for name, value in table.items():
+            if name in _MACHINERY or (
+                self._values.get(name, self) is value
+                and (name not in self._contents or _is_same(self._contents[name], value))
+            ):
+                continue
+            if not (callable(value) or streams(value)):  # modules can be called
+                yield name, value
+
+
+def _has_contents(value: Any) -> bool:
+    return type(value) in _COLLECTIONS or isinstance(value, torch.Tensor)
+
+
+def _contents(value: Any) -> Any:
+    """What shows that ``value`` was changed in place."""
     if isinstance(value, torch.Tensor):
-        return value, None if value.is_inference() else value._version  # noqa: SLF001 - autograd's own
-    return value, type(value)(value) if type(value) in _COLLECTIONS else None
+        return None if value.is_inference() else value._version  # noqa: SLF001 - autograd's own
+    return type(value)(value)
 
 
-def _is_same(before: Any, value: Any) -> bool:
-    if not isinstance(before, tuple) or before[0] is not value:
-        return False
-    kept, now = before[1], _frozen(value)[1]
+def _is_same(kept: Any, value: Any) -> bool:
+    now = _contents(value)
     if type(value) not in _COLLECTIONS:
         return bool(kept == now)
     if len(kept) != len(now):

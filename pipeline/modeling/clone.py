@@ -12,9 +12,10 @@ from torch import nn
 
 from layerstream.pipeline.modeling.own_buffers import is_small
 
-__all__ = ["OwnBuffersOf", "clone_modules"]
+__all__ = ["IMMUTABLE", "OwnBuffersOf", "clone_modules"]
 
-_IMMUTABLE = frozenset({bool, int, float, str, type(None), torch.dtype, type})
+# Kinds of values that nothing changes.
+IMMUTABLE = frozenset({bool, int, float, str, type(None), torch.dtype, type})
 _COLLECTIONS = frozenset({dict, OrderedDict, list, set})
 
 OwnBuffersOf = Callable[[Iterable[torch.Tensor]], dict[int, torch.Tensor]]
@@ -47,16 +48,16 @@ def clone_modules(root: nn.Module, own_buffers: OwnBuffersOf | None = None) -> A
     with torch.inference_mode(mode=False), torch.no_grad():
         clones |= (own_buffers or _copies_of_small)(buffers)
     for module in modules:
-        attributes = vars(clones[id(module)])
-        # list(): a thread without a clone may be changing the tree itself meanwhile.
-        for name, value in list(vars(module).items()):
+        # A copy first: a thread without a clone may be changing the tree itself meanwhile.
+        attributes = vars(module).copy()
+        for name, value in attributes.items():
             kind = type(value)
             # By far the most: a model has thousands of attributes, and each request begins with a clone.
-            if kind in _IMMUTABLE or name == "_parameters":
-                attributes[name] = value
-            else:
-                is_empty = kind in _COLLECTIONS and not value
-                attributes[name] = kind() if is_empty else _clone_value(value, clones, model_code)
+            if kind in IMMUTABLE or name == "_parameters":
+                continue
+            is_empty = kind in _COLLECTIONS and not value
+            attributes[name] = kind() if is_empty else _clone_value(value, clones, model_code)
+        vars(clones[id(module)]).update(attributes)
     return clones[id(root)]
 
 

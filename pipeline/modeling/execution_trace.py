@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
-from layerstream.pipeline.modeling.meta_pass import FakeValues, on_meta
+from layerstream.pipeline.modeling.meta_pass import meta_pass
+from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 
 __all__ = ["ExecutionTrace", "ModuleCall", "WeightUse", "most_complete_first", "trace_execution"]
 
@@ -73,9 +75,11 @@ def trace_execution(
     whose uses are recorded, if not all are.
     """
     traces = []
-    first: list[PromptPass | dict[str, torch.Tensor]] = [] if prompt_pass is None else [prompt_pass]
-    for inputs in chain(first, _dummy_inputs(model)):
-        trace, has_unused = _trace_pass(model, inputs, streamed)
+    first = [] if prompt_pass is None else [prompt_pass.run]
+    others = (partial(meta_pass, inputs=inputs) for inputs in _dummy_inputs(model))
+    runs: Iterable[Callable[[Any], object]] = chain(first, others)
+    for run in runs:
+        trace, has_unused = _trace_pass(model, run, streamed)
         traces.append(trace)
         if trace.complete and not has_unused:
             break
@@ -94,22 +98,15 @@ def most_complete_first(traces: Iterable[ExecutionTrace]) -> list[ExecutionTrace
 
 
 def _trace_pass(
-    root: Any,
-    inputs: PromptPass | dict[str, torch.Tensor],
-    streamed: Container[str] | None,
+    root: Any, run: Callable[[Any], object], streamed: Container[str] | None
 ) -> tuple[ExecutionTrace, bool]:
-    """The trace of the pass with ``inputs``, and whether it has not used all weights."""
+    """The trace of the pass that ``run`` makes with a clone, and whether it has not used all weights."""
     clone = clone_modules(root)
     events: list[ModuleCall | WeightUse] = []
     weights, others = _install_tracing(clone, events, streamed)
     complete = True
     try:
-        if isinstance(inputs, PromptPass):
-            with torch.no_grad(), inputs.counting():
-                inputs.finish(clone(**inputs.inputs))
-        else:
-            with torch.no_grad(), on_meta(), FakeValues():
-                clone(**inputs)
+        run(clone)
     except Exception as error:  # noqa: BLE001 - a model may raise anything for made-up inputs
         logger.debug("no forward pass on the meta device: %s", error)
         complete = False
@@ -143,13 +140,13 @@ def _install_tracing(
                 if streamed is not None and full_name not in streamed:
                     continue
 
-                def record_use(func: Any, first: bool, full_name: str = full_name) -> None:
+                def record_use(func: Any, is_written: bool, full_name: str = full_name) -> None:
                     events.append(
                         WeightUse(
                             tensor=full_name,
                             within=tuple(call_stack),
                             looks_up=func is _aten.embedding.default,
-                            writes=first and func._schema.is_mutable,  # noqa: SLF001 - no public way to ask
+                            writes=is_written,
                         )
                     )
 
@@ -176,42 +173,36 @@ def _record_calls(root: nn.Module, events: list[ModuleCall | WeightUse]) -> list
     return call_stack
 
 
-class _TracingParameter(nn.Parameter):
+class _TracingParameter(WrapperTensor, nn.Parameter):
     """A weight without data that records the operations that use it."""
 
     meta_tensor: torch.Tensor
     record_use: Callable[[Any, bool], None]
-    """Takes an operation, and whether the weight is its first argument."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
+    """Takes an operation, and whether it changes the weight in place."""
 
     @staticmethod
     def __new__(
         cls: type[Self], tensor: torch.Tensor, record_use: Callable[[Any, bool], None]
     ) -> Self:
         """A parameter in place of ``tensor``, a meta tensor."""
-        parameter: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's own idiom
-            cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        parameter = cls.without_memory(
+            tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
         parameter.meta_tensor, parameter.record_use = tensor.detach(), record_use
         return parameter
 
+    def plain(self, func: Any, *, is_written: bool) -> torch.Tensor:
+        """Record the operation, and compute with a plain meta tensor."""
+        self.record_use(func, is_written)
+        return self.meta_tensor
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Record the operation, and compute with plain meta tensors."""
-        if func in {_aten.detach.default, _aten.alias.default}:
-            return args[0]
-
-        def unwrap(leaf: Any) -> Any:
-            if not isinstance(leaf, cls):
-                return leaf
-            leaf.record_use(func, leaf is args[0])
-            return leaf.meta_tensor
-
-        result = func(*pytree.tree_map(unwrap, args), **pytree.tree_map(unwrap, kwargs or {}))
-        if func.is_view and isinstance(args[0], cls):
+        """Let views record their uses, too."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.is_view and isinstance(args[0], cls) and result is not args[0]:
             # Computing with a view after the module that made it has returned needs the weight too.
             record_use = args[0].record_use
             return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, record_use), result)

@@ -11,10 +11,10 @@ from itertools import accumulate
 from typing import Any, Self
 
 import torch
-from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.table_source import FileSpan, TableSource
+from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ModelError
 from layerstream.stages.unpack.packing import Packing
@@ -34,7 +34,7 @@ _VECTOR_BYTES = 64
 _aten = torch.ops.aten
 
 
-class GatheredTable(Streams, torch.nn.Parameter):
+class GatheredTable(Streams, WrapperTensor, torch.nn.Parameter):
     """An embedding's weight that stays in its files.
 
     To torch it is a parameter of the table's shape (rows, width), dtype and device. Looking rows up gives the same
@@ -50,10 +50,6 @@ class GatheredTable(Streams, torch.nn.Parameter):
     _row_bytes: int
     """In the files."""
     _is_copied: bool
-
-    # torch's functions run unchanged, down to the operations that __torch_dispatch__ gets. So metadata is torch's own,
-    # and every computation with the table arrives there.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
 
     @staticmethod
     def __new__(
@@ -76,9 +72,7 @@ class GatheredTable(Streams, torch.nn.Parameter):
             raise ModelError(
                 f"An embedding table has rows and a width, not the shape {tuple(shape)}."
             )
-        table: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
-        )
+        table: Self = cls.without_memory(shape, dtype=dtype, device=device)
         table._source, table._extents = source, tuple(extents)
         table._packing, table._is_copied = packing, is_copied
         table._row_bytes = sum(extent.nbytes for extent in extents) // max(1, shape[0])
@@ -99,22 +93,17 @@ class GatheredTable(Streams, torch.nn.Parameter):
         """Gather rows; other operations get the whole table, if it is small."""
         if func is _aten.embedding.default and isinstance(args[0], cls):
             return args[0]._gather(args[1])  # noqa: SLF001 - of this class
-        if func in {_aten.detach.default, _aten.alias.default}:
-            return args[0]
+        return super().__torch_dispatch__(func, _types, args, kwargs)
 
-        def read_whole(leaf: Any) -> Any:
-            if not isinstance(leaf, cls):
-                return leaf
-            is_written = func._schema.is_mutable and leaf is args[0]  # noqa: SLF001 - no public way to ask
-            if leaf.nbytes > SMALL_WEIGHT_BYTES or is_written:
-                raise _refusal(str(func))
-            # Mostly transformers computes with the bytes in the mapped file, and some kernels give other bits at other
-            # addresses modulo the widest vectors.
-            offset = 0 if leaf._is_copied else leaf._extents[0].offset  # noqa: SLF001
-            table = empty_congruent(leaf.shape, leaf.dtype, offset)
-            return leaf._read(list(range(leaf.shape[0])), table).to(leaf.device)  # noqa: SLF001
-
-        return func(*pytree.tree_map(read_whole, args), **pytree.tree_map(read_whole, kwargs or {}))
+    def plain(self, func: Any, *, is_written: bool) -> torch.Tensor:
+        """Read the whole table, if it is small."""
+        if self.nbytes > SMALL_WEIGHT_BYTES or is_written:
+            raise _refusal(str(func))
+        # Mostly transformers computes with the bytes in the mapped file, and some kernels give other bits at other
+        # addresses modulo the widest vectors.
+        offset = 0 if self._is_copied else self._extents[0].offset
+        table = empty_congruent(self.shape, self.dtype, offset)
+        return self._read(list(range(self.shape[0])), table).to(self.device)
 
     # The next two would give access to the table's memory, which does not exist.
 

@@ -2,14 +2,14 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FakeValues", "on_meta"]
+__all__ = ["meta_pass", "on_meta"]
 
 _aten = torch.ops.aten
 
@@ -18,6 +18,31 @@ _MAX_FAKE_VALUES = 10_000
 
 # Two passes at once might leave each other's replacements in place for good.
 _META_PASS_LOCK = threading.RLock()
+
+
+def meta_pass(
+    model: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    observers: Iterable[AbstractContextManager[Any]] = (),
+    then: Callable[[Any], object] = lambda _: None,
+    padded: bool = False,
+) -> Any:
+    """The output of a pass of ``model``, whose weights are on the meta device.
+
+    Args:
+        model: A clone: the pass may change its attributes.
+        inputs: Its arguments, on the meta device, too.
+        observers: Modes of torch, which see what the pass does; the last one sees it first.
+        then: What is done with the output, seen by the observers.
+        padded: Whether sequences of the batch have different lengths.
+    """
+    with torch.no_grad(), on_meta(), _FakeValues(padded=padded), ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer)
+        output = model(**inputs)
+        then(output)
+    return output
 
 
 @contextmanager
@@ -72,7 +97,7 @@ def _flex_shapes(query: torch.Tensor, _: Any, value: torch.Tensor, **options: An
     return (output, sums) if options.get("return_lse") else output
 
 
-class FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes up the values that a model reads from tensors, so that a pass on the meta device goes on.
 
     Args:

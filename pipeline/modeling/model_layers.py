@@ -3,21 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from torch import nn
+from itertools import groupby
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import Layer, LayerKind, group_layers, joined
 from layerstream.pipeline.modeling.execution_trace import ExecutionTrace
-from layerstream.pipeline.modeling.layer_usage import (
-    intervals_of,
-    layer_of_modules,
-    layer_of_tensors,
-    modules_to_hook,
-    parent_of,
-    used_outside_layer,
-    visits_of,
-)
+from layerstream.pipeline.modeling.layer_usage import LayerUsage, parent_of
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.errors import ModelError
@@ -62,16 +53,21 @@ def model_layers(
     _refuse_writes(traced, traces)
     shared = [name for name, where in places.items() if len(where) > 1]
     recipe_at = {where[0].path: name for name, where in places.items() if len(where) == 1}
-    grouped = _group(traced, checkpoint, recipe_at)
-    grouped = _split(traced.module, grouped, traces)
-    layer_of_tensor = layer_of_tensors(grouped)
-    layer_of_module = layer_of_modules(traced.module, layer_of_tensor)
-    unhooked = _unhooked(traced.module, traces, layer_of_tensor, layer_of_module)
-    visits = visits_of(traces, layer_of_module) or [layer.name for layer in grouped]
-    first_visits, repeated = _first_visits(visits)
-    hooked = modules_to_hook(traces, layer_of_module)
+    grouped = LayerUsage(traced.module, _group(traced, checkpoint, recipe_at), traces)
+    usage = grouped.with_layers(_split(grouped))
+    # No call of a module shows when these are needed.
+    unhooked = {
+        path
+        for path, weight in usage.weights.items()
+        if usage.is_used_outside(weight)
+        or usage.shares_module(weight)
+        or usage.is_recurrent(weight)
+    }
+    visits = usage.visits()
+    visit_counts = Counter(name for name, _ in groupby(visits))
+    hooked = usage.modules_to_hook()
     layers = []
-    for layer in _by_first_visit(grouped, first_visits):
+    for layer in _by_first_visit(usage.layers, visits):
         recipes = tuple(recipe_at[path] for path in layer.tensors if path not in unhooked)
         if recipes:
             layers.append(
@@ -79,12 +75,8 @@ def model_layers(
                     name=layer.name,
                     kind=layer.kind,
                     recipes=recipes,
-                    modules=tuple(
-                        path
-                        for path, name in layer_of_module.items()
-                        if name == layer.name and path in hooked
-                    ),
-                    always_resident=layer.name in repeated,
+                    modules=tuple(hooked[layer.name]),
+                    always_resident=visit_counts[layer.name] > 1,
                 )
             )
     resident = (*shared, *(recipe_at[path] for path in sorted(unhooked)))
@@ -113,23 +105,6 @@ def _shared_layer(recipes: tuple[str, ...], *, taken: Collection[str]) -> ModelL
     )
 
 
-def _unhooked(
-    root: nn.Module,
-    traces: Sequence[ExecutionTrace],
-    layer_of_tensor: Mapping[str, str],
-    layer_of_module: Mapping[str, str],
-) -> set[str]:
-    """Tensors that must be resident, because no call of a module shows when they are needed."""
-    unhooked = used_outside_layer(traces, layer_of_tensor, layer_of_module)
-    for path, layer in layer_of_tensor.items():
-        module = parent_of(path)
-        # Recurrent modules keep a second list of their parameters, which binding would not update.
-        is_recurrent = isinstance(root.get_submodule(module), nn.RNNBase)
-        if is_recurrent or layer_of_module.get(module) != layer:  # with other layers in its module
-            unhooked.add(path)
-    return unhooked
-
-
 def _group(
     traced: TracedModel, checkpoint: Checkpoint, recipe_at: Mapping[str, str]
 ) -> tuple[Layer, ...]:
@@ -143,28 +118,28 @@ def _group(
     )
 
 
-def _split(
-    root: nn.Module, grouped: Sequence[Layer], traces: Sequence[ExecutionTrace]
-) -> tuple[Layer, ...]:
+def _split(usage: LayerUsage) -> list[Layer]:
     """Split layers whose tensors are used at different times of a pass, with other layers in between."""
-    if not traces:
-        return tuple(grouped)
-    intervals = intervals_of(traces[0], layer_of_tensors(grouped))
-    parts = {layer.name: _parts(layer, intervals) for layer in grouped}
-    all_parts = [part for layer in grouped for part in parts[layer.name]]
+    intervals = usage.intervals()
+    parts = {layer.name: _parts(layer, intervals) for layer in usage.layers}
+    all_parts = [part for layer in usage.layers for part in parts[layer.name]]
     counts = Counter(part.name for part in all_parts)
     # Do not split off a part whose weights are used by no module of its own.
-    stray = _used_outside(root, all_parts, traces) - _used_outside(root, grouped, traces)
-    return tuple(
+    stray = _used_outside(usage.with_layers(all_parts)) - _used_outside(usage)
+    return [
         part
-        for layer in grouped
+        for layer in usage.layers
         for part in (
             [layer]
             if stray.intersection(layer.tensors)
             or any(counts[part.name] > 1 for part in parts[layer.name])
             else parts[layer.name]
         )
-    )
+    ]
+
+
+def _used_outside(usage: LayerUsage) -> set[str]:
+    return {path for path, weight in usage.weights.items() if usage.is_used_outside(weight)}
 
 
 def _parts(layer: Layer, intervals: Mapping[str, set[int]]) -> list[Layer]:
@@ -182,26 +157,9 @@ def _parts(layer: Layer, intervals: Mapping[str, set[int]]) -> list[Layer]:
     ]
 
 
-def _used_outside(
-    root: nn.Module, layers: Sequence[Layer], traces: Sequence[ExecutionTrace]
-) -> set[str]:
-    layer_of_tensor = layer_of_tensors(layers)
-    return used_outside_layer(traces, layer_of_tensor, layer_of_modules(root, layer_of_tensor))
-
-
-def _first_visits(visits: Sequence[str]) -> tuple[dict[str, int], set[str]]:
-    """When each layer is first visited, and the layers that are visited again after another one."""
-    first_visits: dict[str, int] = {}
-    repeated: set[str] = set()
-    for number, name in enumerate(visits):
-        if name in first_visits and visits[number - 1] != name:
-            repeated.add(name)
-        first_visits.setdefault(name, number)
-    return first_visits, repeated
-
-
-def _by_first_visit(layers: Sequence[Layer], first_visits: Mapping[str, int]) -> list[Layer]:
+def _by_first_visit(layers: Sequence[Layer], visits: Sequence[str]) -> list[Layer]:
     """``layers`` in the order of first visits; one that was not visited stays behind its predecessor."""
+    first_visits = {name: number for number, name in reversed(list(enumerate(visits)))}
     position, keyed = -1, []
     for layer in layers:
         position = first_visits.get(layer.name, position)

@@ -72,6 +72,8 @@ class PackedRows:
     """The last two dimensions of the parameter are exchanged at the end: these are its rows before that."""
     order: torch.Tensor | None = field(repr=False, compare=False)
     """int64 ``[rows]``: for each row of the parameter, which row of the only matrix it is; None unless scattered."""
+    exact_tokens: int | None = None
+    """Up to how many tokens products by tiles have the bits of the whole product; None: always."""
 
     @property
     def nbytes(self) -> int:

@@ -2,29 +2,35 @@
 
 A matrix that is unpacked as a whole takes memory for all of it, and is written to and read from RAM once more. A tile fits
 a processor's cache: it is unpacked, multiplied with, and overwritten by the next one. Each element of a product is a sum
-over one row of the weight, so tiles give equal bits, as far as the kernels do; ``tiles_are_exact`` tries them.
+over one row of the weight, but in which order a kernel adds up may depend on the number of rows: for few tokens it does not, for
+prompts it often does (oneDNN, AMX). ``exact_tokens`` tries it; prompts of more tokens get the whole matrix.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 from layerstream.pipeline.planning.tiles import tile_rows
 
-__all__ = ["PackedWeight", "tile_bytes", "tiles_are_exact"]
+__all__ = ["PackedWeight", "exact_tile_bytes", "exact_tokens", "tile_bytes"]
 
-_aten = torch.ops.aten
+# Numbers of tokens that are tried: those of decoding, and of prompts.
+_FEW, _MANY = (1, 2, 3, 5, 8), (12, 16, 33, 200)
+# A larger matrix is tried with fewer rows: how kernels divide large ones does not depend on how large they are.
+_TRIED_BYTES = 64 << 20
+_TRIED_ROWS = 64
 
 
-class PackedWeight(Streams, nn.Parameter):
+class PackedWeight(Streams, WrapperTensor, nn.Parameter):
     """A parameter that is there in packed form.
 
     To torch it has the plain weight's shape, dtype and device. ``torch.nn.functional.linear`` multiplies with it tile by
@@ -52,8 +58,8 @@ class PackedWeight(Streams, nn.Parameter):
         Without ``tiles``, linear layers unpack it whole as well; with ``fused_tokens``, they multiply up to so many tokens
         with it without unpacking it.
         """
-        weight: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+        weight: Self = cls.without_memory(
+            shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
         weight._rows, weight._parts, weight._tiles = rows, parts, tiles
         weight._fused_tokens = fused_tokens
@@ -63,7 +69,9 @@ class PackedWeight(Streams, nn.Parameter):
         return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Multiply by tiles in linear layers; metadata and everything else are torch's own."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch's own idiom
@@ -71,18 +79,9 @@ class PackedWeight(Streams, nn.Parameter):
                 return _linear(*args, **kwargs)
             return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Unpack the whole weight for ``func``."""
-        if func in {_aten.detach.default, _aten.alias.default}:
-            return args[0]
-
-        def unpack(leaf: Any) -> Any:
-            return leaf.unpacked() if isinstance(leaf, cls) else leaf
-
-        return func(*pytree.tree_map(unpack, args), **pytree.tree_map(unpack, kwargs or {}))
+    def plain(self, _func: Any, *, is_written: bool) -> torch.Tensor:  # noqa: ARG002 - a copy may be written to
+        """Unpack the whole weight for an operation."""
+        return self.unpacked()
 
     def unpacked(self) -> torch.Tensor:
         """The plain weight, in memory of its own."""
@@ -169,7 +168,9 @@ def _linear(
         return weight._multiplied(inputs, bias)  # noqa: SLF001
     if (plain := weight._unpacked_once()) is not None:  # noqa: SLF001
         return nn.functional.linear(inputs, plain, bias)
-    step = rows.tile_rows
+    is_exact = rows.exact_tokens is None or inputs.numel() <= rows.exact_tokens * rows.columns
+    # Fused kernels promise no bits.
+    step = rows.tile_rows if is_exact or weight._fused_tokens else rows.rows  # noqa: SLF001
     if step == rows.rows:
         with tiles.tile() as memory:
             return nn.functional.linear(inputs, weight._tile(0, step, memory), bias)  # noqa: SLF001
@@ -188,24 +189,44 @@ def tile_bytes(rows: PackedRows) -> int:
     return matrix_tile_bytes(rows.rows, rows.nbytes) * (1 if rows.order is None else 2)
 
 
+def exact_tile_bytes(rows: PackedRows) -> int:
+    """The same where bits have to be equal for any number of tokens."""
+    if rows.exact_tokens is None:
+        return tile_bytes(rows)
+    return rows.nbytes * (1 if rows.order is None else 2)
+
+
 @functools.cache
-def tiles_are_exact(
-    rows: int, columns: int, dtype: torch.dtype, *, tokens: tuple[int, ...] = (1, 5, 33)
-) -> bool:
-    """Whether products by tiles have the bits of the whole product here, for a matrix of this form."""
+def exact_tokens(rows: int, columns: int, dtype: torch.dtype) -> int | None:
+    """Up to how many tokens products by tiles have the bits of the whole product here, for a matrix of this form; None: always.
+
+    Tried are a few numbers of tokens. Terms cancel one another, so that results consist of what rounding has left over: sums in
+    another order differ in nearly every element, where those of random numbers do so in one of many thousands.
+    """
     step = tile_rows(rows, columns, dtype.itemsize)
     if step == rows:
-        return True
-    # Two tiles and a ragged one have all the seams that more would have.
-    height = min(rows, 2 * step + rows % step)
+        return None
+    height = min(rows, max(2 * step + rows % step, _TRIED_BYTES // columns // dtype.itemsize))
+    weight, inputs = _cancelling(height, columns, dtype)
+
+    def is_exact(count: int) -> bool:
+        some = inputs[:, :count]
+        tiles = [nn.functional.linear(some, part) for part in torch.split(weight, step)]
+        return torch.equal(nn.functional.linear(some, weight), torch.cat(tiles, dim=-1))
+
+    # In this order, since numbers that are likely to differ end the trial.
+    if all(map(is_exact, reversed(_FEW + _MANY))):
+        return None
+    return max(itertools.takewhile(is_exact, _FEW), default=0)
+
+
+def _cancelling(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix and inputs whose products are zero but for rounding."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.rand((height, columns), generator=generator).sub_(0.5).to(dtype)
-    for count in tokens:
-        inputs = torch.rand((1, count, columns), generator=generator).sub_(0.5).to(dtype)
-        whole = nn.functional.linear(inputs, weight)
-        tiled = torch.cat(
-            [nn.functional.linear(inputs, part) for part in torch.split(weight, step)], dim=-1
-        )
-        if not torch.equal(whole, tiled):
-            return False
-    return True
+    half, odd = divmod(columns, 2)
+    order = torch.randperm(half, generator=generator)
+    made = torch.randn((_TRIED_ROWS + max(_MANY), half), generator=generator)
+    weight, inputs = made[:_TRIED_ROWS], made[_TRIED_ROWS:]
+    both = torch.cat([weight, -weight[:, order], torch.zeros(len(weight), odd)], dim=1).to(dtype)
+    twice = torch.cat([inputs, inputs[:, order], torch.zeros(len(inputs), odd)], dim=1).to(dtype)
+    return both.repeat(-(-rows // _TRIED_ROWS), 1)[:rows], twice[None]

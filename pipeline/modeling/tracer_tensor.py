@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.byte_runs import Run, Runs, merge_runs, propagate_runs
+from layerstream.pipeline.modeling.wrapper_tensor import IDENTITIES, WrapperTensor
 from layerstream.stages.errors import ModelError
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
 _aten = torch.ops.aten
 
 _OPERATION_NUMBERS = count()
-
-_IDENTITIES = frozenset({_aten.alias.default, _aten.detach.default})
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ VOID = Void(Storage())
 Node = Source | Output | Void
 
 
-class Tracer(torch.Tensor):
+class Tracer(WrapperTensor):
     """A tensor without data that records how it was made.
 
     It claims to be on the meta device and ignores requests to move: where real tensors are is decided when the
@@ -93,19 +92,15 @@ class Tracer(torch.Tensor):
     runs: Runs | None
     """The checkpoint bytes that are its elements in logical order; None if it is not made of such runs."""
 
-    # As in torch's own wrappers: only the operations that arrive at __torch_dispatch__ matter.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
-
     @staticmethod
     def __new__(
         cls: type[Self], meta_tensor: torch.Tensor, *, value: Node, runs: Runs | None
     ) -> Self:
         """Wrap a meta tensor."""
-        tracer: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's own idiom
-            cls,
+        tracer = cls.without_memory(
             meta_tensor.shape,
             strides=meta_tensor.stride(),
-            storage_offset=meta_tensor.storage_offset(),
+            storage_offset=int(meta_tensor.storage_offset()),
             dtype=meta_tensor.dtype,
             device=torch.device("meta"),
         )
@@ -138,7 +133,7 @@ class Tracer(torch.Tensor):
     ) -> Any:
         """Record an operation."""
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "device"}
-        if func in _IDENTITIES or (
+        if func in IDENTITIES or (
             func is _aten._to_copy.default and _returns_self(args[0], **kwargs)  # noqa: SLF001
         ):
             return cls(args[0].meta_tensor, value=args[0].value, runs=args[0].runs)

@@ -4,7 +4,7 @@ from collections import deque
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from layerstream.pipeline.scheduling.request_memory import refusal
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.stages.errors import ClosedError
 
 __all__ = ["Admission", "Reservation"]
@@ -16,13 +16,13 @@ class Reservation(Future[None]):
     Wait for it in a thread with ``result()``, on the event loop with ``asyncio.wrap_future``.
 
     Args:
-        nbytes: The memory that it needs.
+        memory: What it needs.
         threads: The worker threads that it needs: 1 or 0.
     """
 
-    def __init__(self, nbytes: int, *, threads: int) -> None:
+    def __init__(self, memory: RequestMemory, *, threads: int) -> None:
         super().__init__()
-        self.nbytes = nbytes
+        self.memory = memory
         self.threads = threads
 
 
@@ -33,13 +33,16 @@ class Admission:
     the order of the queue: a small request that would fit does not overtake a large one that waits.
 
     Args:
-        memory_bytes: Memory for KV caches and activations of all requests together.
+        memory: That for KV caches and activations of all requests together.
         threads: The number of worker threads.
+
+    Attributes:
+        reserved: What requests have been granted.
     """
 
-    def __init__(self, *, memory_bytes: int, threads: int) -> None:
-        self.memory_bytes = memory_bytes
-        self.reserved_bytes = 0
+    def __init__(self, *, memory: RequestMemory, threads: int) -> None:
+        self.memory = memory
+        self.reserved = RequestMemory()
         self._free_threads = threads
         self._queue: deque[Reservation] = deque()
         self._granted: set[Reservation] = set()
@@ -55,14 +58,8 @@ class Admission:
         if self._closed is not None:
             reservation.set_exception(ClosedError(self._closed))
             return
-        if reservation.nbytes > self.memory_bytes:  # it became less since the request was priced
-            reservation.set_exception(
-                refusal(
-                    what="a request",
-                    need_bytes=reservation.nbytes,
-                    memory_bytes=self.memory_bytes,
-                )
-            )
+        if not reservation.memory.fits(self.memory):  # there is less since it was priced
+            reservation.set_exception(reservation.memory.refusal("a request", self.memory))
             return
         self._queue.append(reservation)
         self._grant()
@@ -71,21 +68,19 @@ class Admission:
         """Free what ``reservation`` has, or remove it from the queue. May be called again."""
         if reservation in self._granted:
             self._granted.remove(reservation)
-            self.reserved_bytes -= reservation.nbytes
+            self.reserved = self.reserved.minus(reservation.memory)
             self._free_threads += reservation.threads
         elif reservation in self._queue:
             self._queue.remove(reservation)
             reservation.cancel()
         self._grant()
 
-    def resize(self, memory_bytes: int) -> None:
+    def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests. What is granted stays; reservations that can never be granted fail."""
-        self.memory_bytes = memory_bytes
-        for waiting in [each for each in self._queue if each.nbytes > memory_bytes]:
+        self.memory = memory
+        for waiting in [each for each in self._queue if not each.memory.fits(memory)]:
             self._queue.remove(waiting)  # otherwise all behind it would wait for ever
-            error = refusal(
-                what="a request that waits", need_bytes=waiting.nbytes, memory_bytes=memory_bytes
-            )
+            error = waiting.memory.refusal("a request that waits", memory)
             with suppress(InvalidStateError):  # the caller cancelled it
                 waiting.set_exception(error)
         self._grant()
@@ -100,15 +95,13 @@ class Admission:
     def _grant(self) -> None:
         while self._queue:
             first = self._queue[0]
-            if (
-                first.nbytes > self.memory_bytes - self.reserved_bytes
-                or first.threads > self._free_threads
-            ):
+            reserved = self.reserved.plus(first.memory)
+            if not reserved.fits(self.memory) or first.threads > self._free_threads:
                 return
             self._queue.popleft()
             if not first.set_running_or_notify_cancel():
                 continue
             self._granted.add(first)
-            self.reserved_bytes += first.nbytes
+            self.reserved = reserved
             self._free_threads -= first.threads
             first.set_result(None)

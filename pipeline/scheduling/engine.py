@@ -75,9 +75,7 @@ class Engine:
         self._scheduler = scheduler
         self._device = device
         self._estimator = estimator
-        self.requests = Requests(
-            scheduler, memory_bytes=memory.nbytes, threads=threads, guard=guard
-        )
+        self.requests = Requests(scheduler, memory=memory, threads=threads, guard=guard)
         self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
         self.threads = Threads("pass", threads)
         self._leftovers = LibraryMemory()
@@ -93,13 +91,14 @@ class Engine:
         return await self._run("generate", lambda model: model.generate, inputs, named)
 
     def check(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> int:
-        """Bytes that such a generation would reserve; raises what it would before it waits. May be called in any thread."""
+        """See ``StreamedModel.check``. With two memories, a request counts by the larger one of its shares of either."""
         self.requests.check_open()
         self._scheduler.check()
         named = self._adapters.without_choice(named)
         if self._cache_on_host:
             named = with_host_cache(self._module, "generate", inputs, named)
-        return self._estimator.generation(inputs, named).nbytes
+        needed = self._estimator.generation(inputs, named).memory
+        return needed.share_of(self.requests.memory)
 
     async def _run(
         self, method: str, call: MethodOf, inputs: Sequence[Any], named: Mapping[str, Any]
@@ -228,17 +227,17 @@ class Engine:
         """Change the memory for all requests together; those that run keep what they have."""
         self._memory = memory
         if self._edits is not None:
-            self._edits.available_bytes = memory.nbytes
+            self._edits.available_bytes = memory.shared_bytes
             memory = memory.without(self._edits.nbytes)
-            self._scheduler.residency.resize(memory.shared_with_residents_bytes)
+            self._scheduler.residency.resize(memory.shared_bytes)
         self._estimator.resize(memory)
-        self.requests.resize(memory.nbytes)
+        self.requests.resize(memory)
 
     def count_edits(self, edits: Edits) -> None:
         """Let weights that the user replaces or adds take memory of requests."""
         self._edits = edits
         edits.know(self._module)
-        edits.available_bytes = self._memory.nbytes
+        edits.available_bytes = self._memory.shared_bytes
         # The event loop has the edits, and would keep the model of a user who has dropped it.
         edits.on_change = weakly(self._edited)
 
@@ -284,7 +283,7 @@ class Engine:
             generator=generator,
             runner=runner,
             passes_before=runner.passes,
-            reservation=Reservation(cost.nbytes, threads=threads),
+            reservation=Reservation(cost.memory, threads=threads),
         )
         if cost.chunk_tokens is not None:
             request.named["prefill_chunk_size"] = cost.chunk_tokens

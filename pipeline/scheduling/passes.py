@@ -61,11 +61,7 @@ class Scheduler(Protocol):
         """The pass computes again."""
 
     def pass_ended(
-        self,
-        runner: "PassRunner",
-        released: Event | None,
-        entry: str,
-        visited: tuple[int, ...] | None,
+        self, runner: "PassRunner", released: Event | None, visited: tuple[int, ...] | None
     ) -> None:
         """The pass has ended. ``visited``: its batches, in order; None if it did not complete."""
 
@@ -122,11 +118,11 @@ class PassRunner:
 
     @property
     def demand_bytes(self) -> int | None:
-        """Memory that its request needs during this pass, in addition to the layers; None if unknown."""
+        """What its request needs during this pass of the memory that layers are in, too; None if unknown."""
         if self.cost is None:
             return None
         is_step = self.passes and self.tokens is not None and self.tokens <= self.cost.step_tokens
-        return self.cost.step_bytes if is_step else self.cost.nbytes
+        return self.cost.step_bytes if is_step else self.cost.memory.shared_bytes
 
     def enter(
         self, module: torch.nn.Module, entry: str, inputs: Sequence[Any], named: Mapping[str, Any]
@@ -283,9 +279,7 @@ class PassRunner:
         finally:  # also on a device that has failed: other passes must not wait for this one
             self._held = None
             route = visited if outcome == "completed" else None
-            self._scheduler.call_on_loop(
-                self._scheduler.pass_ended, self, released, self._entry, route
-            )
+            self._scheduler.call_on_loop(self._scheduler.pass_ended, self, released, route)
             if self.turn is not None:
                 self.turn.leave(outcome)
 

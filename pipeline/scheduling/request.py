@@ -15,6 +15,7 @@ import torch
 from layerstream.pipeline.scheduling.admission import Admission, Reservation
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request_cost import RequestCost
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats, outcome_of
 from layerstream.stages.errors import AdmissionError, ClosedError
@@ -62,18 +63,18 @@ class Requests:
 
     Args:
         scheduler: Makes the sweeps that they take part in.
-        memory_bytes: Memory for all of them together.
+        memory: That for all of them together.
         threads: The number of worker threads.
         guard: Watches over the reads.
     """
 
     def __init__(
-        self, scheduler: SweepScheduler, *, memory_bytes: int, threads: int, guard: ReadGuard
+        self, scheduler: SweepScheduler, *, memory: RequestMemory, threads: int, guard: ReadGuard
     ) -> None:
         self._scheduler = scheduler
         self._guard = guard
         self._process = os.getpid()
-        self._admission = Admission(memory_bytes=memory_bytes, threads=threads)
+        self._admission = Admission(memory=memory, threads=threads)
         self._counters = Counters()
         self._active: set[Request] = set()
         self._idle = asyncio.Event()
@@ -105,17 +106,18 @@ class Requests:
             ClosedError: As for ``check_open``.
         """
         self.check_open()
-        if nbytes > self._admission.memory_bytes:
+        memory = RequestMemory(shared_bytes=nbytes)
+        if not memory.fits(self._admission.memory):
             raise AdmissionError(
                 f"{method} needs {format_bytes(nbytes)} for what it computes, but there are "
-                f"{format_bytes(self._admission.memory_bytes)} for requests; open the model with a larger budget"
+                f"{format_bytes(self._admission.memory.shared_bytes)} for requests; open the model with a larger budget"
             )
         request = Request(
             number=self.number(),
             method=method,
-            cost=RequestCost(nbytes=nbytes, sequences=0, prompt_tokens=0, new_tokens=0),
+            cost=RequestCost(memory=memory, sequences=0, prompt_tokens=0, new_tokens=0),
             runner=PassRunner(self._scheduler),
-            reservation=Reservation(nbytes, threads=0),
+            reservation=Reservation(memory, threads=0),
         )
         outcome: Outcome = "completed"
         try:
@@ -148,7 +150,7 @@ class Requests:
         """``request`` was admitted and begins."""
         self._counters.started += 1
         self._scheduler.request_began(request.runner)
-        extra = {"request_id": request.number, "reserved_bytes": request.cost.nbytes}
+        extra = {"request_id": request.number, "reserved_bytes": request.cost.memory.nbytes}
         logger.debug("request %d (%s) admitted", request.number, request.method, extra=extra)
         if request.cost.chunk_tokens is not None:
             self._counters.chunked += 1
@@ -187,9 +189,14 @@ class Requests:
         if not self._active:
             self._idle.set()
 
-    def resize(self, memory_bytes: int) -> None:
+    @property
+    def memory(self) -> RequestMemory:
+        """That for all of them together."""
+        return self._admission.memory
+
+    def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests together; those that run keep what they have."""
-        self._admission.resize(memory_bytes)
+        self._admission.resize(memory)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until all earlier ones have ended."""
@@ -211,8 +218,8 @@ class Requests:
             waiting=self._admission.waiting,
             running=sum(request.reservation.done() for request in self._active),
             in_sweep=self._scheduler.passes_in_sweep,
-            reserved_bytes=self._admission.reserved_bytes,
-            reservable_bytes=self._admission.memory_bytes,
+            reserved_bytes=self._admission.reserved.nbytes,
+            reservable_bytes=self._admission.memory.nbytes,
             hanging_reads=self._guard.hanging(),
             failure=self._scheduler.failure,
             reopened=self._scheduler.reopened,

@@ -24,7 +24,7 @@ from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.planning.overheads import overheads
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks, workload_bytes
-from layerstream.pipeline.scheduling.request_memory import Parts, RequestMemory
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 __all__ = ["Estimator", "RequestCost"]
 
@@ -36,8 +36,7 @@ _SMALLEST_CHUNK = 32
 class RequestCost:
     """The memory that a request needs, and the numbers of tokens that it depends on."""
 
-    nbytes: int
-    """Bytes of the memory for all requests."""
+    memory: RequestMemory
     sequences: int
     """Rows in the caller's batch."""
     prompt_tokens: int
@@ -88,10 +87,7 @@ class Estimator:
             both = _ratio(whole, sum(estimated))
             self._scales = (both, both)
             if memory.is_split:
-                self._scales = (
-                    _ratio(cache, estimated.cache),
-                    _ratio(whole - cache, estimated.other),
-                )
+                self._scales = (_ratio(cache, estimated[0]), _ratio(whole - cache, estimated[1]))
         self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
@@ -123,22 +119,17 @@ class Estimator:
         if named.get("output_hidden_states"):
             logits += shape.rows * shape.length * self._states_bytes
         overhead = self._overhead_bytes(shape.rows * shape.length, logits=shape.rows * positions)
-        parts = self._parts(
+        memory = self._needed(
             shape,
             rows=shape.rows,
             pass_tokens=shape.length,
             cached_tokens=shape.length + shape.past + shape.decoder,
-        ).plus(logits + overhead)
+            more_bytes=logits + overhead,
+        )
         return self._checked(
             f"a forward pass over {shape.rows} x {shape.length} tokens",
             shape,
-            parts,
-            RequestCost(
-                nbytes=self._memory.taken_by(parts),
-                sequences=shape.rows,
-                prompt_tokens=0,
-                new_tokens=0,
-            ),
+            RequestCost(memory=memory, sequences=shape.rows, prompt_tokens=0, new_tokens=0),
         )
 
     def generation(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> RequestCost:
@@ -160,58 +151,59 @@ class Estimator:
         rows = shape.rows * branches
         candidates = settings.candidates()
         guided = settings.get("guidance_scale") not in (None, 1)
-        if guided:
-            rows *= 2  # a second pass without the prompt, with its own cache
-        other = rows * candidates * self._vocabulary_size * 12  # logits, scores, softmax in float32
-        scores = settings.number("output_scores", 0) + settings.number("output_logits", 0)
-        other += scores * rows * new * self._vocabulary_size * 4
+        rows *= 2 if guided else 1  # a second pass without the prompt, with its own cache
+        # Logits, scores, softmax in float32; and the scores that are returned.
+        returned = settings.number("output_scores", 0) + settings.number("output_logits", 0)
+        other = rows * (candidates * 12 + returned * new * 4) * self._vocabulary_size
         other += self._assistant_bytes(named, rows=rows, tokens=prompt + new)
 
-        def parts_with(pass_tokens: int, *, largest: int) -> Parts:
+        def memory_with(pass_tokens: int, *, largest: int) -> RequestMemory:
             # What libraries keep after the largest pass, one over the prompt, stays until the end.
             kept = self._overhead_bytes(rows * largest, logits=rows * (1 + candidates))
-            return self._parts(
+            return self._needed(
                 shape,
                 rows=rows,
                 pass_tokens=pass_tokens,
                 cached_tokens=prompt + shape.decoder + new,
+                more_bytes=other + kept,
                 half_on_device=guided,
-            ).plus(other + kept)
+            )
 
         cached = settings.get("use_cache") is not False
         chunk = settings.get("prefill_chunk_size")
         first = min(shape.length, chunk) if isinstance(chunk, int) else shape.length
-        parts = parts_with(max(first, candidates) if cached else prompt + new, largest=first)
+        memory = memory_with(max(first, candidates) if cached else prompt + new, largest=first)
         smaller = None
-        if not self._fits(parts) and chunk is None and self._may_chunk(settings, named, shape):
-            smaller = self._chunk_tokens(shape.length, lambda n: parts_with(n, largest=n))
-            parts = parts if smaller is None else parts_with(smaller, largest=smaller)
-        step = parts_with(1 + candidates, largest=smaller or first) if cached else parts
+        fits = memory.fits(self._memory)
+        if not fits and chunk is None and self._may_chunk(settings, named, shape):
+            smaller = self._chunk_tokens(shape.length, lambda n: memory_with(n, largest=n))
+            memory = memory if smaller is None else memory_with(smaller, largest=smaller)
+        step = memory_with(1 + candidates, largest=smaller or first) if cached else memory
         return self._checked(
             f"generating {shape.rows} x ({prompt} + {new}) tokens",
             shape,
-            parts,
             RequestCost(
-                nbytes=self._memory.taken_by(parts),
+                memory=memory,
                 sequences=shape.rows,
                 prompt_tokens=shape.prefix,
                 new_tokens=new,
                 chunk_tokens=smaller,
                 step_tokens=rows * (1 + candidates) if cached else 0,
-                step_bytes=min(map(self._shared_with_residents_bytes, (parts, step))),
+                step_bytes=min(memory.shared_bytes, step.shared_bytes),
             ),
         )
 
-    def _parts(
+    def _needed(
         self,
         shape: InputShape,
         *,
         rows: int,
         pass_tokens: int,
         cached_tokens: int,
+        more_bytes: int,
         half_on_device: bool = False,
-    ) -> Parts:
-        """KV cache for ``cached_tokens`` in each row, and activations of a pass over ``pass_tokens`` of them.
+    ) -> RequestMemory:
+        """KV cache for ``cached_tokens`` in each row, activations of a pass over ``pass_tokens`` of them, and more.
 
         ``half_on_device``: half of the rows have another cache, which the call makes itself on the device.
         """
@@ -225,26 +217,22 @@ class Estimator:
         cache = max(cache, shape.held_bytes)
         if not shape.is_known:
             reserved, batch_size = self._estimated(self._workload), self._workload.batch_size
-            cache = max(cache, rows * reserved.cache // batch_size)
-            other = max(other, rows * reserved.other // batch_size)
+            cache = max(cache, rows * reserved[0] // batch_size)
+            other = max(other, rows * reserved[1] // batch_size)
+        other += more_bytes
         if not self._memory.is_split:
-            return Parts(cache, other)
+            return RequestMemory(shared_bytes=cache + other)
         on_host = cache // (2 if half_on_device else 1) if shape.on_host else 0
-        return Parts(on_host, other + (cache - on_host if shape.cached else 0))
+        in_vram = cache - on_host if shape.cached else 0
+        return RequestMemory(shared_bytes=other + in_vram, cache_bytes=on_host)
 
-    def _estimated(self, workload: Workload) -> Parts:
+    def _estimated(self, workload: Workload) -> tuple[int, int]:
         """KV cache and activations of ``workload``."""
         memory = estimate_memory(self._config, workload, sinks=self._sinks)
         if memory is None:
-            return Parts(0, 0)
+            return 0, 0
         cache, other = memory.kv_bytes, memory.reserved_bytes - memory.kv_bytes
-        return Parts(int(self._scales[0] * cache), int(self._scales[1] * other))
-
-    def _fits(self, parts: Parts) -> bool:
-        return self._memory.taken_by(parts) <= self._memory.nbytes
-
-    def _shared_with_residents_bytes(self, parts: Parts) -> int:
-        return parts.other if self._memory.is_split else sum(parts)
+        return int(self._scales[0] * cache), int(self._scales[1] * other)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
         """Memory of a request for buffers of its own, and what libraries take besides tensors."""
@@ -275,25 +263,23 @@ class Estimator:
             and (given_cache(named) is None or (shape.on_host and not shape.past))
         )
 
-    def _chunk_tokens(self, length: int, parts_with: Callable[[int], Parts]) -> int | None:
+    def _chunk_tokens(self, length: int, memory_with: Callable[[int], RequestMemory]) -> int | None:
         """The size of the largest piece of a prompt that fits: a half, a quarter and so on; None if none does."""
         pieces = 2
         while (chunk := -(-length // pieces)) >= _SMALLEST_CHUNK:
-            if self._fits(parts_with(chunk)):
+            if memory_with(chunk).fits(self._memory):
                 return chunk
             pieces *= 2
         return None
 
-    def _checked(
-        self, request: str, shape: InputShape, parts: Parts, cost: RequestCost
-    ) -> RequestCost:
-        if self._fits(parts):
+    def _checked(self, request: str, shape: InputShape, cost: RequestCost) -> RequestCost:
+        if cost.memory.fits(self._memory):
             return cost
         if not shape.is_known:
             # Inputs of unknown size: refuse nothing on a guess, but run it alone.
-            alone = self._memory.nbytes
-            return replace(cost, nbytes=alone, chunk_tokens=None, step_tokens=0, step_bytes=0)
-        raise self._memory.refusal(request, parts)
+            alone = self._memory
+            return replace(cost, memory=alone, chunk_tokens=None, step_tokens=0, step_bytes=0)
+        raise cost.memory.refusal(request, self._memory)
 
 
 def _ratio(reserved_bytes: int, estimated_bytes: int) -> float:

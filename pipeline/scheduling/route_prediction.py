@@ -22,21 +22,6 @@ class RoutePrediction:
     def __init__(self, batches: Iterable[int]) -> None:
         self._all = tuple(batches)
         self._visited: dict[tuple[Hashable | None, str], tuple[int, ...]] = {}
-        self._entries: dict[Hashable, str] = {}
-        self._surprising: set[Hashable] = set()
-
-    def begin(self, key: Hashable, entry: str) -> None:
-        """A pass of ``key`` begins in the module at ``entry``."""
-        self._entries[key] = entry
-
-    def end(self, key: Hashable) -> None:
-        """The pass of ``key`` has ended."""
-        self._entries.pop(key, None)
-        self._surprising.discard(key)
-
-    def surprised(self, key: Hashable) -> None:
-        """The pass of ``key`` wants a batch that was not expected."""
-        self._surprising.add(key)
 
     def remember(self, key: Hashable | None, entry: str, visited: tuple[int, ...]) -> None:
         """A pass of ``key``, or of any key if that is None, visited these batches."""
@@ -47,11 +32,13 @@ class RoutePrediction:
         for known in [known for known in self._visited if known[0] is key]:
             del self._visited[known]
 
-    def expected(self, key: Hashable, index: int) -> list[int]:
-        """Indices of the batches that the pass of ``key`` will visit, from layer batch ``index`` on."""
-        entry = self._entries[key]
+    def expected(self, key: Hashable, entry: str, index: int, *, is_surprising: bool) -> list[int]:
+        """Indices of the batches that a pass of ``key`` will visit, from layer batch ``index`` on.
+
+        ``is_surprising``: It has wanted a batch that was not expected.
+        """
         known = self._visited.get((key, entry)) or self._visited.get((None, entry), self._all)
-        route = self._all if key in self._surprising else known
+        route = self._all if is_surprising else known
         return sorted({index, *(other for other in route if other > index)})
 
 

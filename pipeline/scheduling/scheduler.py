@@ -16,7 +16,8 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
-from layerstream.pipeline.scheduling.pass_states import PassStates, fail_future
+from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
+from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline
@@ -113,12 +114,12 @@ class SweepScheduler(PassStates):
     async def _run(self) -> None:
         try:
             while True:
-                await self._until(lambda: bool(self._waiting or self._between_sweeps))
+                await self._until(lambda: self._has_waiting() or bool(self._between_sweeps))
                 await self._between_sweeps.run()
                 await self._wait_for_late_passes()
-                if self._waiting:
+                if self._has_waiting():
                     await self._place_residents()
-                if self._waiting:  # they may all have been cancelled while residents changed
+                if self._has_waiting():  # they may all have been cancelled while residents changed
                     await self._sweep()
         except asyncio.CancelledError:
             self._fail(ClosedError("the model was closed while it was computing"))
@@ -159,17 +160,24 @@ class SweepScheduler(PassStates):
         """Take the next sweeps from ``pipeline``. To be called between two sweeps."""
         self._pipeline = pipeline
         # No pass holds a batch; those that wait join the next sweep.
-        self._in_sweep.clear()
+        for state in self._states.values():
+            state.route = None
         self._events.clear()
+
+    def _has_waiting(self) -> bool:
+        return bool(self._in(PassPhase.WAITING))
 
     async def _wait_for_late_passes(self) -> None:
         """Wait a little for requests between two passes."""
         patience = max(_PATIENCE_SECONDS, _PATIENCE_SHARE * self._sweep_seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                await self._until(lambda: not self._between_passes or not self._waiting)
+                await self._until(
+                    lambda: not self._in(PassPhase.EXPECTED) or not self._has_waiting()
+                )
         # Those that are late are not waited for again before they have taken part in a sweep.
-        self._between_passes.clear()
+        for state in self._in(PassPhase.EXPECTED):
+            state.expect_no_more()
 
     async def _place_residents(self) -> None:
         """Have the residents that the waiting passes leave memory for."""
@@ -181,7 +189,7 @@ class SweepScheduler(PassStates):
                 self.residency.refused(plan, error, instead=self._pipeline.plan)
 
     def _placement(self) -> Plan:
-        return self.residency.plan_for(self._demands(self._waiting))
+        return self.residency.plan_for(self._demands())
 
     async def _sweep(self) -> None:
         """Make one sweep with all passes that wait."""
@@ -206,8 +214,11 @@ class SweepScheduler(PassStates):
         """
         passes: dict[PassRunner, tuple[int, int | None]] = {}
         try:
-            while any(self._in_sweep.values()) and (batch := await sweep.receive()) is not None:
-                for runner in self._in_sweep:  # now, since later it may be in its next pass
+            while any(route for _, route in self._in_sweep()):
+                batch = await sweep.receive()
+                if batch is None:
+                    break
+                for runner, _ in self._in_sweep():  # now, since later it may be in its next pass
                     passes.setdefault(runner, (runner.passes, runner.tokens))
                 bound = Bound(
                     batch, self._bindings[batch.index], self.device, passes=self.passes_in_sweep
@@ -243,6 +254,6 @@ class SweepScheduler(PassStates):
             self._waiting_fails.cancel()
         if not self._task.done():
             # Passes compute with the batches they hold, which must not be overwritten.
-            await self._until(lambda: not self._holders)
+            await self._until(lambda: not self._is_held())
         self._task.cancel()
         await asyncio.wait([self._task])

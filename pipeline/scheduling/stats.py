@@ -58,7 +58,7 @@ class Stats:
     riders_aboard: int
     """Forward passes that take part in the sweep under way."""
     reserved_bytes: int
-    """Memory of running requests; with KV caches in host RAM, the larger ones of their shares of either memory."""
+    """Memory of running requests; with KV caches in host RAM, of both memories together."""
     reservable_bytes: int
     """All memory for requests."""
     open_seconds: float

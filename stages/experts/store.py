@@ -54,7 +54,8 @@ class ExpertStore:
         self.sets = tuple(sets)
         self._file_bytes = tuple(file_bytes)
         self._request_bytes = request_bytes
-        self._lock = threading.Lock()
+        # Of its thread: a read that has ended when it gets its callback calls that at once, in the thread that began it.
+        self._lock = threading.RLock()
         self._waiting: list[Future[None]] = []  # for cells
         self._closed = False
         self._wanted = self._hits = 0

@@ -12,6 +12,7 @@ peft = pytest.importorskip("peft", reason="adapters need PEFT")
 import transformers  # noqa: E402
 from support.adapters import load_with_peft, lora, save_adapter  # noqa: E402
 from support.models import CASES, inputs_for  # noqa: E402
+from support.selection import covering  # noqa: E402
 from support.traced import Save  # noqa: E402
 
 from layerstream.pipeline import Budget, load_streamed  # noqa: E402
@@ -101,8 +102,7 @@ def assert_equals_peft(base: Path, folder: Path, case: str, dtype: torch.dtype) 
         assert torch.equal(logits(model, case, dtype, adapter="default"), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LORAS)
+@covering(name=list(LORAS), dtype=[torch.float32, torch.bfloat16])
 def test_a_lora_computes_as_with_peft(
     save: Save, tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
@@ -112,8 +112,7 @@ def test_a_lora_computes_as_with_peft(
     assert_equals_peft(base, folder, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@covering(kind=list(KINDS), dtype=[torch.float32, torch.bfloat16])
 def test_other_kinds_of_adapters_compute_as_with_peft(
     save: Save, tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from support.loop import run
 from support.models import CASES, inputs_for, save_model
+from support.selection import covering
 from support.streaming import open_streaming
 from transformers import initialization, modeling_utils
 from transformers.integrations import moe
@@ -120,8 +121,7 @@ def models_built(case: str, dtype: torch.dtype) -> list[Any]:
     return [build(), alone]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@covering(case=list(CASES), dtype=[torch.bfloat16, torch.float16])
 def test_a_model_built_alone_has_the_dtypes_of_transformers(case: str, dtype: torch.dtype) -> None:
     found = []
     for model in models_built(case, dtype):

@@ -15,6 +15,7 @@ import transformers
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, save_model
+from support.selection import covering
 from support.streaming import SMALL, bits_equal, open_streaming
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -29,6 +30,7 @@ from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+DTYPES = [torch.float32, torch.bfloat16]
 SETTINGS = {
     "qwen3-moe": {"num_experts": 8},
     "mixtral": {"num_local_experts": 8},
@@ -55,9 +57,7 @@ def all_home(model: StreamedModel) -> bool:
 # -- whole models ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", [None, "eager"], ids=["default", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", SETTINGS)
+@covering(case=list(SETTINGS), dtype=DTYPES, implementation=[None, "eager"])
 def test_a_model_computes_what_transformers_computes(
     tmp_path: Path, case: str, dtype: torch.dtype, implementation: str | None
 ) -> None:
@@ -246,9 +246,9 @@ class Streamed:
         return not any(cell.users for each in regions for cell in each._cells.values())
 
 
-@pytest.mark.parametrize("kind", [MixtralExperts, GptOssExperts])
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@covering(
+    kind=[MixtralExperts, GptOssExperts], implementation=["grouped_mm", "eager"], dtype=DTYPES
+)
 def test_any_number_of_tokens_and_cells_gives_equal_bits(
     tmp_path: Path, kind: type[Any], implementation: str, dtype: torch.dtype
 ) -> None:

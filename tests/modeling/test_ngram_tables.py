@@ -154,7 +154,7 @@ def test_logits_are_equal_within_a_budget_that_the_table_exceeds(
             for output, logits in zip(both, expected, strict=True):
                 assert bits_equal(output.logits, logits)
 
-    run(main(), seconds=60)
+    run(main())
 
 
 def test_a_prompt_in_pieces_finds_the_rows_of_its_whole(folder: Path, whole: Any) -> None:
@@ -180,7 +180,7 @@ def test_a_prompt_in_pieces_finds_the_rows_of_its_whole(folder: Path, whole: Any
                 whole.generate(input_ids=ids, **settings),
             )
 
-    run(main(), seconds=60)
+    run(main())
 
 
 def test_rows_alone_are_read_each_once(folder: Path, whole: Any) -> None:
@@ -196,7 +196,7 @@ def test_rows_alone_are_read_each_once(folder: Path, whole: Any) -> None:
             table_bytes = sum(len(span.buffer) for span in spans if len(span.buffer) % 256)
             assert table_bytes == len(rows) * ROW_BYTES
 
-    run(main(), seconds=60)
+    run(main())
 
 
 def test_the_disk_reads_the_blocks_of_these_rows_alone(
@@ -225,7 +225,7 @@ def test_the_disk_reads_the_blocks_of_these_rows_alone(
             cached = sum(cached_pages(file.path) for file in checkpoint.files)
             assert len(blocks) <= cached <= len(blocks) + others
 
-    run(main(), seconds=60)
+    run(main())
 
 
 def test_a_plan_from_names_alone_leaves_the_table_in_its_files(folder: Path) -> None:

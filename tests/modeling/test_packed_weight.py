@@ -10,7 +10,14 @@ from support.loop import run
 from support.quantized import save_quantised
 
 from layerstream.pipeline import StreamedModel
+from layerstream.pipeline.modeling.packed_rows import PackedMatrix, PackedRows, RowRun
 from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.packed_weight import (
+    PackedWeight,
+    exact_tile_bytes,
+    exact_tokens,
+)
+from layerstream.stages.unpack.integers import IntPacking
 
 
 def test_as_many_computations_as_there_are_tiles_run_at_once_and_others_wait() -> None:
@@ -78,4 +85,45 @@ def test_the_time_of_unpacking_is_counted_tile_by_tile() -> None:
     times = tiles.times()
     assert (times.items, times.bytes) == (2, 16)
     assert began <= times.spans[0].start_seconds <= times.spans[1].stop_seconds
+    tiles.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_with_packed_weights_have_the_bits_of_plain_ones_for_any_number_of_tokens(
+    dtype: torch.dtype,
+) -> None:
+    """Terms cancel, so that sums in another order differ nearly everywhere: on processors with AMX, those of tiles do."""
+    rows, columns = 4608, 2048
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randint(-127, 128, (rows, columns // 2), generator=generator)
+    order = torch.randperm(columns // 2, generator=generator)
+    numbers = torch.cat([half, -half[:, order]], dim=1) + 128
+    parts = {"w": numbers.to(torch.uint8).view(torch.int32), "s": torch.ones(rows, 1).bfloat16()}
+    packing = IntPacking(bits=8, columns=columns)
+    packed_rows = PackedRows(
+        matrices=(PackedMatrix(packing=packing, parts=("w", "s"), rows=rows, columns=columns),),
+        dtype=dtype,
+        rows=rows,
+        columns=columns,
+        runs=(RowRun(0, 0, rows),),
+        transposed=False,
+        order=None,
+        exact_tokens=exact_tokens(rows, columns, dtype),
+    )
+    tiles = Tiles(nbytes=exact_tile_bytes(packed_rows), count=1)
+    weight = PackedWeight(
+        packed_rows,
+        parts,
+        shape=(rows, columns),
+        requires_grad=False,
+        tiles=tiles,
+    )
+    plain = weight.unpacked()
+    some = torch.randn((300, columns // 2), generator=generator)
+    inputs = torch.cat([some, some[:, order]], dim=1).to(dtype)
+    with torch.inference_mode():
+        for count in (1, 2, 4, 7, 8, 9, 15, 24, 33, 64, 200, 300):
+            expected = torch.nn.functional.linear(inputs[:count], plain)
+            found = torch.nn.functional.linear(inputs[:count], weight)
+            assert torch.equal(found, expected), count
     tiles.close()

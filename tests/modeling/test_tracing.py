@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.models import CASES
+from support.selection import covering
 from support.traced import Save, equal_with_strides, join_pieces, rewrite, trace
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -68,8 +69,7 @@ def assert_as_loaded(folder: Path, model: str = "", **kwargs: Any) -> TracedMode
     return traced
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES)
+@covering(case=list(CASES), dtype=[torch.float32, torch.bfloat16])
 def test_every_weight_is_what_from_pretrained_loads(
     save: Save, case: str, dtype: torch.dtype
 ) -> None:

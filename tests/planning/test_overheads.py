@@ -47,12 +47,16 @@ def overhead_bytes(module: Any, dtype: str, call: str, *shape: int, **options: A
     config = module.config.to_dict() | {"dtype": dtype}
     on_cpu, on_gpu = (
         Estimator(
-            module, config, workload=SMALL, memory=RequestMemory(nbytes=1 << 50), on_cpu=on_cpu
+            module,
+            config,
+            workload=SMALL,
+            memory=RequestMemory(shared_bytes=1 << 50),
+            on_cpu=on_cpu,
         )
         for on_cpu in (True, False)
     )
     arguments = {"input_ids": torch.ones(shape, dtype=torch.long), **options}
-    cpu, gpu = (getattr(each, call)((), arguments).nbytes for each in (on_cpu, on_gpu))
+    cpu, gpu = (getattr(each, call)((), arguments).memory.nbytes for each in (on_cpu, on_gpu))
     return cpu - gpu
 
 

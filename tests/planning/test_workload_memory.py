@@ -11,15 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import CPU
 from support.models import CACHE, CASES, save_model
+from support.selection import covering
 
 from layerstream.pipeline import Checkpoint, Workload
-from layerstream.pipeline.modeling.activation_memory import LiveBytes, measure_memory
+from layerstream.pipeline.modeling.activation_memory import LiveBytes, PromptPass
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.config import load_config, resolve_model_class
+from layerstream.pipeline.modeling.execution_trace import trace_execution
 from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.assumptions import rates_of
 from layerstream.pipeline.planning.compute_cost import ComputeCost
-from layerstream.pipeline.planning.workload_memory import estimate_memory, has_sinks, kv_bytes
+from layerstream.pipeline.planning.workload_memory import (
+    WorkloadMemory,
+    estimate_memory,
+    has_sinks,
+    kv_bytes,
+)
 from layerstream.tools.synthetic.families import FAMILIES, scaled
 
 PROMPT = 24
@@ -57,35 +64,51 @@ def sampled(logits: torch.Tensor) -> None:
     sorted_scores.softmax(dim=-1).cumsum(dim=-1)
 
 
+def measure_memory(
+    module: Any, workload: Workload, device: torch.device | None = None
+) -> WorkloadMemory | None:
+    """As it is measured when a model is opened: in the pass that records when weights are used."""
+    prompt_pass = PromptPass.of(module, workload, device)
+    if prompt_pass is None:
+        return None
+    trace_execution(module, prompt_pass)
+    return prompt_pass.memory()
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a cache of transformers keeps alive."""
     states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
     return sum(state.untyped_storage().nbytes() for state in states)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *((case, torch.bfloat16) for case in GENERATING),
-        *((case, dtype) for case in ROUTING for dtype in (torch.float32, torch.float16)),
-    ],
+@covering(
+    model={
+        f"{case}-{dtype}": (case, dtype)
+        for cases, dtypes in (
+            (GENERATING, [torch.bfloat16]),
+            (ROUTING, [torch.float32, torch.float16]),
+        )
+        for case in cases
+        for dtype in dtypes
+    },
+    batch=[1, 3],
 )
 @torch.no_grad()
 def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
-    case: str, dtype: torch.dtype, batch: int
+    model: tuple[str, torch.dtype], batch: int
 ) -> None:
+    case, dtype = model
     memory = measure_memory(
         built(case, on_meta=True, dtype=dtype),
         Workload(batch_size=batch, prompt_tokens=PROMPT, new_tokens=1),
     )
     assert memory is not None
     assert memory.measured
-    model = built(case, on_meta=False, dtype=dtype)
+    real = built(case, on_meta=False, dtype=dtype)
     prompt = inputs(batch, PROMPT, PROMPT, padded=batch > 1)
     step = inputs(batch, 1, PROMPT + 1, padded=batch > 1)
     with LiveBytes() as live:
-        output = model(**prompt)
+        output = real(**prompt)
         sampled(output.logits)
     name = CACHE if CACHE in output else "cache_params"
     cache = output[name]
@@ -93,7 +116,7 @@ def test_a_pass_on_the_meta_device_counts_what_a_real_one_takes(
     prefill, cache_bytes_now = live.peak_bytes, live.now_bytes
     live.peak_bytes = live.now_bytes
     with live:
-        output = model(**step, **{name: cache})
+        output = real(**step, **{name: cache})
         sampled(output.logits)
     del output
     counters = 8 * len(cache.layers)  # a sliding window keeps its size in a tensor
@@ -132,8 +155,7 @@ def test_the_estimated_cache_is_never_below_the_measured_one(case: str, tmp_path
     assert estimated.kv_bytes >= measured.kv_bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tokens", [(1, 16), (1, 512), (1, 4096), (8, 128)], ids=str)
+@covering(family=list(FAMILIES), tokens=[(1, 16), (1, 512), (1, 4096), (8, 128)])
 def test_the_estimate_is_near_what_is_measured(family: str, tokens: tuple[int, int]) -> None:
     six_layers = scaled(FAMILIES[family].config, layers=6, hidden=None, vocab=None)
     settings = {**six_layers, "dtype": "bfloat16"}

@@ -30,7 +30,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 def enqueue(admission: Admission, nbytes: int, *, threads: int = 1) -> Reservation:
     """A reservation that is granted or waits in the queue."""
-    reservation = Reservation(nbytes, threads=threads)
+    reservation = Reservation(RequestMemory(shared_bytes=nbytes), threads=threads)
     admission.enqueue(reservation)
     return reservation
 
@@ -39,41 +39,41 @@ def enqueue(admission: Admission, nbytes: int, *, threads: int = 1) -> Reservati
 
 
 def test_a_small_request_does_not_overtake_a_large_one_that_waits() -> None:
-    admission = Admission(memory_bytes=10, threads=9)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=9)
     first = enqueue(admission, 6)
     large, small = enqueue(admission, 8), enqueue(admission, 1)
     assert (first.done(), large.done(), small.done()) == (True, False, False)
     admission.release(first)
     assert (large.done(), small.done()) == (True, True)
-    assert (admission.reserved_bytes, admission.waiting) == (9, 0)
+    assert (admission.reserved.nbytes, admission.waiting) == (9, 0)
 
 
 def test_a_request_that_leaves_the_queue_lets_those_behind_it_begin() -> None:
-    admission = Admission(memory_bytes=10, threads=9)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=9)
     enqueue(admission, 6)
     large, small = enqueue(admission, 8), enqueue(admission, 1)
     admission.release(large)
     assert large.cancelled()
     assert small.done()
-    assert admission.reserved_bytes == 7
+    assert admission.reserved.nbytes == 7
 
 
 def test_with_less_memory_granted_requests_keep_theirs_and_those_that_can_never_fit_fail() -> None:
-    admission = Admission(memory_bytes=10, threads=9)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=9)
     first = enqueue(admission, 6)
     large, small = enqueue(admission, 8), enqueue(admission, 5)
-    admission.resize(7)
+    admission.resize(RequestMemory(shared_bytes=7))
     assert isinstance(large.exception(timeout=0), AdmissionError)
-    assert (admission.reserved_bytes, admission.waiting) == (6, 1)
-    admission.resize(11)
+    assert (admission.reserved.nbytes, admission.waiting) == (6, 1)
+    admission.resize(RequestMemory(shared_bytes=11))
     assert small.done()
     admission.release(first)
     admission.release(large)
-    assert admission.reserved_bytes == 5
+    assert admission.reserved.nbytes == 5
 
 
 def test_requests_wait_for_worker_threads_too() -> None:
-    admission = Admission(memory_bytes=10, threads=1)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=1)
     first, second = enqueue(admission, 1), enqueue(admission, 1)
     assert (first.done(), second.done()) == (True, False)
     admission.release(first)
@@ -81,7 +81,7 @@ def test_requests_wait_for_worker_threads_too() -> None:
 
 
 def test_closing_fails_waiting_requests_and_new_ones() -> None:
-    admission = Admission(memory_bytes=10, threads=1)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=1)
     enqueue(admission, 10)
     waiting = enqueue(admission, 1)
     admission.close("closed")
@@ -94,14 +94,14 @@ def test_closing_fails_waiting_requests_and_new_ones() -> None:
 def test_memory_and_threads_are_never_exceeded_and_all_are_freed(
     steps: list[tuple[int, int, bool]],
 ) -> None:
-    admission = Admission(memory_bytes=10, threads=3)
+    admission = Admission(memory=RequestMemory(shared_bytes=10), threads=3)
     active: list[Reservation] = []
     for nbytes, threads, leaves in steps:
         active.append(enqueue(admission, nbytes, threads=threads))
         if leaves:
             admission.release(active.pop(len(active) // 2))
         granted = [each for each in active if each.done()]
-        assert admission.reserved_bytes == sum(each.nbytes for each in granted) <= 10
+        assert admission.reserved.nbytes == sum(each.memory.nbytes for each in granted) <= 10
         assert sum(each.threads for each in granted) <= 3
         # First come, first served: no request that is granted came after one that waits.
         assert [each.done() for each in active] == sorted(
@@ -109,7 +109,7 @@ def test_memory_and_threads_are_never_exceeded_and_all_are_freed(
         )
     for each in active:
         admission.release(each)
-    assert (admission.reserved_bytes, admission.waiting) == (0, 0)
+    assert (admission.reserved.nbytes, admission.waiting) == (0, 0)
 
 
 # -- requests ------------------------------------------------------------------------------------
@@ -203,14 +203,14 @@ def estimator_for(folder: Path, memory_bytes: int = 1 << 40) -> tuple[Estimator,
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = module.config.to_dict()
     return Estimator(
-        module, config, workload=SMALL, memory=RequestMemory(nbytes=memory_bytes)
+        module, config, workload=SMALL, memory=RequestMemory(shared_bytes=memory_bytes)
     ), config
 
 
 def test_a_generation_as_large_as_the_workload_takes_what_the_plan_reserves(tmp_path: Path) -> None:
     estimator, config = estimator_for(save_model(tmp_path / "model", "llama"))
     cost = estimator.generation((), {"input_ids": torch.ones((1, 8)).long(), **GREEDY})
-    assert cost.nbytes == workload_bytes(config, SMALL)[0]
+    assert cost.memory.nbytes == workload_bytes(config, SMALL)[0]
     assert (cost.sequences, cost.prompt_tokens, cost.new_tokens) == (1, 8, 8)
 
 
@@ -236,7 +236,7 @@ def test_the_options_of_a_generation_are_in_its_estimate(
     estimator, _ = estimator_for(save_model(tmp_path / "model", "llama"))
 
     def estimate(options: dict[str, Any]) -> int:
-        return estimator.generation((IDS,), options).nbytes
+        return estimator.generation((IDS,), options).memory.nbytes
 
     assert estimate(less) < estimate(more)
 
@@ -247,7 +247,8 @@ def test_the_states_of_all_layers_are_in_the_estimate_of_a_pass_that_keeps_them(
     folder = save_model(tmp_path / "model", "llama")
     estimator, config = estimator_for(folder)
     plain, keeping = (
-        estimator.forward((IDS,), {"output_hidden_states": keep}).nbytes for keep in (False, True)
+        estimator.forward((IDS,), {"output_hidden_states": keep}).memory.nbytes
+        for keep in (False, True)
     )
     item_bytes = transformers.AutoModelForCausalLM.from_pretrained(folder).dtype.itemsize
     states = (config["num_hidden_layers"] + 1) * config["hidden_size"] * item_bytes
@@ -261,16 +262,18 @@ def test_inputs_that_are_not_tokens_count_as_a_workload_and_are_never_refused(
     module = transformers.ViTForImageClassification.from_pretrained(folder)
     config = module.config.to_dict()
     reserved = workload_bytes(config, SMALL)[0]
-    estimator = Estimator(module, config, workload=SMALL, memory=RequestMemory(nbytes=reserved))
+    estimator = Estimator(
+        module, config, workload=SMALL, memory=RequestMemory(shared_bytes=reserved)
+    )
     for images in (1, 5):
         cost = estimator.forward((torch.ones((images, 3, 32, 32)),), {})
-        assert cost.nbytes == reserved
+        assert cost.memory.nbytes == reserved
 
 
 def test_attention_with_sinks_reserves_all_scores(tmp_path: Path) -> None:
     estimator, config = estimator_for(save_model(tmp_path / "model", "gpt-oss"))
     cost = estimator.forward((torch.ones((1, 512)).long(),), {})
-    assert cost.nbytes > 3 * config["num_attention_heads"] * 512 * 512 * 4
+    assert cost.memory.nbytes > 3 * config["num_attention_heads"] * 512 * 512 * 4
 
 
 # -- long prompts --------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def test_a_prompt_in_pieces_keeps_what_libraries_take_for_one_piece(tmp_path: Pa
     folder = save_model(tmp_path / "model", "llama", torch_dtype="float32")
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = module.config.to_dict() | {"dtype": "float32"}
-    memory = RequestMemory(nbytes=1 << 40)
+    memory = RequestMemory(shared_bytes=1 << 40)
     beside, alone = (
         Estimator(module, config, workload=SMALL, memory=memory, on_cpu=on_cpu)
         for on_cpu in (True, False)
@@ -311,7 +314,9 @@ def test_a_prompt_in_pieces_keeps_what_libraries_take_for_one_piece(tmp_path: Pa
 
     def kept(**options: Any) -> int:
         prompt = {"input_ids": torch.ones((1, 600)).long(), **GREEDY, **options}
-        return beside.generation((), prompt).nbytes - alone.generation((), prompt).nbytes
+        return (
+            beside.generation((), prompt).memory.nbytes - alone.generation((), prompt).memory.nbytes
+        )
 
     assert kept(prefill_chunk_size=64) < kept()
 
@@ -329,11 +334,11 @@ def test_the_drop_in_reserves_memory_for_generate_and_forward(tmp_path: Path) ->
         streamed = vars(model)["_layerstream_close"].model
 
         def record(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            seen.append(streamed.engine.requests._admission.reserved_bytes)
+            seen.append(streamed.engine.requests._admission.reserved.nbytes)
             return scores
 
         model.generate(IDS, **GREEDY, logits_processor=[record])
-        assert set(seen) == {streamed.engine._estimator.generation((IDS,), GREEDY).nbytes}
+        assert set(seen) == {streamed.engine._estimator.generation((IDS,), GREEDY).memory.nbytes}
         model(IDS)
         with pytest.raises(AdmissionError, match="a forward pass over 4000 x 4000 tokens"):
             model(torch.ones((4000, 4000), dtype=torch.long))

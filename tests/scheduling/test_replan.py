@@ -26,6 +26,7 @@ from layerstream.pipeline import (
 )
 from layerstream.pipeline.machine.measurement import Origin
 from layerstream.pipeline.planning.replan import learn
+from layerstream.pipeline.scheduling.pass_state import PassPhase
 from layerstream.stages.compute import Sweep
 
 MIB = 1 << 20
@@ -189,9 +190,7 @@ def test_a_prompt_that_arrives_while_residents_take_its_memory_gets_it_back_befo
             sweep, allowed = pipeline.sweep, []
 
             def starting(route: Sequence[int]) -> Sweep:
-                runners = {*scheduler._running, *scheduler._waiting}
-                demands = [runner.demand_bytes for runner in runners]
-                allowed.append(scheduler.residency.allows(pipeline.plan, demands))
+                allowed.append(scheduler.residency.allows(pipeline.plan, scheduler._demands()))
                 return sweep(route)
 
             pipeline.sweep = starting  # type: ignore[assignment, method-assign]
@@ -202,7 +201,7 @@ def test_a_prompt_that_arrives_while_residents_take_its_memory_gets_it_back_befo
                 prompt = asyncio.create_task(
                     model.generate(input_ids=long, max_new_tokens=1, **GREEDY)
                 )
-                await scheduler._until(lambda: len(scheduler._waiting) == 2)
+                await scheduler._until(lambda: len(scheduler._in(PassPhase.WAITING)) == 2)
             await asyncio.gather(short, prompt)
             assert len(allowed) > 2
             assert all(allowed)

@@ -1,13 +1,11 @@
 """`layerstream batch`: the same answers as the model's, in order, whenever it was killed in between."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import COMMAND, ForkedProcess
 from support.leaks import our_threads
 from support.server import wait_until
 from support.service import HOST, MESSAGES, PROMPTS, Reference
@@ -73,13 +71,12 @@ def test_a_killed_run_is_taken_up_and_the_file_is_the_same(folder: Path, tmp_pat
     assert main(arguments(folder, source, whole)) == 0
     # Slow enough to be killed in the middle.
     slow = arguments(folder, source, target, "--at-once", "2", "--throttle", "32MiB")
-    command = [sys.executable, "-m", "layerstream.tools.cli", *slow]
     for lines in (2, 6):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = ForkedProcess(COMMAND, slow, stdin=0, stdout=1, stderr=2)
         try:
             wait_until(lambda: answered(target) >= lines)  # noqa: B023
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
     with target.open("ab") as file:
         file.write(b'{"id": "half of a li')

@@ -176,7 +176,7 @@ def test_eight_concurrent_clients_each_get_their_own_text(
             texts = await asyncio.gather(*map(complete, PROMPTS))
         assert texts == [reference.text(prompt, 32) for prompt in PROMPTS]
 
-    run(main(), seconds=60)
+    run(main())
 
 
 def test_the_model_is_listed(client: Any) -> None:

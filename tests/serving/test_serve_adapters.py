@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
 pytest.importorskip("prometheus_client", reason="needs layerstream[serve]")
 
 from support.adapters import load_with_peft, lora, save_adapter  # noqa: E402
+from support.forked import run_forked  # noqa: E402
 from support.loop import run  # noqa: E402
 from support.server import Server, running_server, save_chat_model  # noqa: E402
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 NAMES = ("french", "law.v2", "org/poems")
 MEMORY = ("--concurrent", "4", "--prompt-tokens", "64", "--new-tokens", "32", "--reader", "direct")
-_COMMAND = (sys.executable, "-m", "layerstream.tools.cli")
 PROMPT, TOKENS = "Once upon a time", 12
 
 
@@ -157,12 +155,6 @@ def test_generate_and_plan_take_an_adapter(
 
 
 def _run(command: str, *arguments: Any) -> str:
-    done = subprocess.run(
-        [*_COMMAND, command, *map(str, arguments), "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_forked(command, *arguments, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return done.stdout

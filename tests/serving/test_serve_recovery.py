@@ -74,4 +74,4 @@ def test_a_model_is_reopened_with_growing_pauses_until_it_works(
             assert model.failure is None
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())

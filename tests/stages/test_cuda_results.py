@@ -20,6 +20,7 @@ from support.gpu_models import (
 from support.gpus import SECONDS, SLEEP_CYCLES, StandIn, needs_cuda
 from support.loop import run
 from support.models import inputs_for, save_model
+from support.selection import covering
 
 from layerstream.pipeline import Budget, StreamedModel, load_streamed
 
@@ -42,8 +43,7 @@ ARCHITECTURES = [
 GENERATIVE = {"llama", "llama-tied", "qwen3", "qwen3-moe", "gemma3", "gpt2", "falcon", "t5"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ARCHITECTURES)
+@covering(case=ARCHITECTURES, dtype=[torch.float32, torch.bfloat16])
 def test_results_are_those_of_the_unstreamed_model_bit_for_bit(gpu, case, dtype, tmp_path):
     folder = save_model(tmp_path / "model", case, dtype)
     model, inputs = reference(folder, case, dtype, gpu), inputs_for(case, dtype)

@@ -77,7 +77,7 @@ def test_a_model_whose_disk_works_again_is_reopened_and_computes_the_same(case, 
             assert model.plan is plan
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
 
 
 def test_requests_that_wait_go_on_where_they_were_with_equal_results(case, disk):
@@ -104,7 +104,7 @@ def test_requests_that_wait_go_on_where_they_were_with_equal_results(case, disk)
             assert model.stats().reopened == 2
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
 
 
 def test_requests_wait_no_longer_than_they_may(case, disk):
@@ -127,7 +127,7 @@ def test_requests_wait_no_longer_than_they_may(case, disk):
                 await until_failed(model)
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())
 
 
 def test_a_model_is_closed_while_it_has_failed_or_is_being_reopened(case, disk, monkeypatch):
@@ -166,4 +166,4 @@ def test_a_model_is_closed_while_it_has_failed_or_is_being_reopened(case, disk, 
                 await request
 
     with nothing_left_behind():
-        run(main(), seconds=60)
+        run(main())

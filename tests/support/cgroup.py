@@ -29,7 +29,7 @@ def memory_cgroup() -> Iterator[MemoryCgroup]:
 
 
 def run_in(
-    group: MemoryCgroup, program: str, *arguments: str, limit_bytes: int, seconds: float = 100
+    group: MemoryCgroup, program: str, *arguments: str, limit_bytes: int, seconds: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python ``program`` inside ``group``, limited to ``limit_bytes``."""
     group.limit(limit_bytes)

@@ -48,6 +48,7 @@ def _descriptors() -> dict[str, str]:
 
 
 def _maps() -> set[int]:
+    """Open maps among what was made since the last ``gc.freeze``."""
     # type(), because isinstance() asks lazy modules for their class, which warns
     return {id(each) for each in gc.get_objects() if type(each) is mmap.mmap and not each.closed}
 
@@ -59,12 +60,15 @@ def nothing_left_behind(*, collect: bool = True) -> Iterator[None]:
     Args:
         collect: Allow for maps that the garbage collector finds.
     """
-    descriptors, maps = _descriptors(), _maps()
+    # What was there before needs no second look. Looking at every object of torch and transformers takes longer than most tests.
+    gc.collect()
+    gc.freeze()
+    descriptors = _descriptors()
     yield
     threads = our_threads()
     assert threads == [], threads
     left = {name: at for name, at in _descriptors().items() if descriptors.get(name) != at}
     assert left == {}, left
-    if collect and not _maps() <= maps:
+    if collect and _maps():
         gc.collect()  # an exception and its frames may be a cycle
-    assert _maps() <= maps, "a map was left behind"
+    assert not _maps(), "a map was left behind"

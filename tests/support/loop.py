@@ -11,7 +11,11 @@ __all__ = ["Interrupted", "happens", "run", "turns"]
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T], *, seconds: float = 30) -> T:
+# Less than pytest's own limit, and so many that a busy machine does not take them.
+_SECONDS = 100
+
+
+def run(main: Coroutine[Any, Any, T], *, seconds: float = _SECONDS) -> T:
     """Run ``main`` on a new event loop. If it hangs, this fails with the traceback of where it hung."""
 
     async def bounded() -> T:
@@ -23,7 +27,7 @@ def run(main: Coroutine[Any, Any, T], *, seconds: float = 30) -> T:
 
 async def happens(event: threading.Event) -> None:
     """Wait for an event set by another thread, not for ever: that would keep the loop from closing."""
-    assert await asyncio.to_thread(event.wait, 20), "it did not happen"
+    assert await asyncio.to_thread(event.wait, _SECONDS), "it did not happen"
 
 
 async def turns(count: int = 10) -> None:

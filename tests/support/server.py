@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerstream.tools.synthetic.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, tokenizer_files
+from support.forked import COMMAND, ForkedProcess
 from support.models import save_model
 
 __all__ = ["CONTEXT_TOKENS", "Server", "running_server", "save_chat_model", "wait_until"]
 
 CONTEXT_TOKENS = 8192
-_COMMAND = (sys.executable, "-W", "error", "-m", "layerstream.tools.cli", "serve")
 _TIMEOUT_SECONDS = (
     300  # for operations of a second; on a busy machine pytest's own limit comes first
 )
@@ -35,8 +32,14 @@ _TEMPLATE = (
 )
 
 
-def save_chat_model(folder: Path, *, template: bool = True) -> Path:
-    """Save a tiny model with byte tokens. It generates ASCII and some Latin-1, so that its texts are varied."""
+def save_chat_model(folder: Path, *, template: bool = True, ends: bool = True) -> Path:
+    """Save a tiny model with byte tokens. It generates ASCII and some Latin-1, so that its texts are varied.
+
+    Args:
+        folder: Where it is saved.
+        template: Whether it has a chat template.
+        ends: Whether it ever ends an answer by itself.
+    """
     save_model(
         folder,
         "llama",
@@ -50,7 +53,7 @@ def save_chat_model(folder: Path, *, template: bool = True) -> Path:
         pad_token_id=PAD,
     )
     tensors = load_file(folder / "model.safetensors")
-    printable = torch.tensor([*range(32, 127), 0xC3, *range(0xA0, 0xB0), EOS])
+    printable = torch.tensor([*range(32, 127), 0xC3, *range(0xA0, 0xB0), *([EOS] if ends else [])])
     head = torch.zeros_like(tensors["lm_head.weight"])
     head[printable] = tensors["lm_head.weight"][printable]
     tensors["lm_head.weight"] = head
@@ -78,13 +81,17 @@ class Server:
         self.lines: list[str] = []
         self.url = ""
         self._started = threading.Event()
-        self.process = subprocess.Popen(
-            [*_COMMAND, str(model), "--device", "cpu", "--port", "0", *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        reading, writing = os.pipe()
+        self.process = ForkedProcess(
+            COMMAND,
+            ["serve", model, "--device", "cpu", "--port", "0", *options],
+            stdin=0,
+            stdout=1,
+            stderr=writing,
+            environment={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
-        self._reader = threading.Thread(target=self._read)
+        os.close(writing)
+        self._reader = threading.Thread(target=self._read, args=(reading,))
         self._reader.start()
 
     def wait_until_ready(self) -> None:
@@ -96,9 +103,8 @@ class Server:
     def log(self) -> str:
         return "".join(self.lines)
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor) as lines:
             for line in lines:
                 self.lines.append(line)
                 if (found := re.search(r"ready on (http://\S+)", line)) is not None:
@@ -108,7 +114,7 @@ class Server:
 
     def stop(self) -> int:
         """Terminate it as a service manager does; returns its exit code."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         return self.wait()
 
     def wait(self) -> int:

@@ -4,12 +4,12 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from support.forked import COMMAND, ForkedProcess
 
 __all__ = ["Terminal", "in_terminal"]
 
@@ -20,7 +20,7 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 class Terminal:
     """The user's side of the terminal."""
 
-    def __init__(self, descriptor: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, descriptor: int, process: ForkedProcess) -> None:
         self._descriptor = descriptor
         self._raw = b""
         self._seen = 0  # characters of ``text`` up to the latest match
@@ -85,16 +85,15 @@ def in_terminal(*arguments: str | Path, program: str | None = None) -> Iterator[
     """Run the ``layerstream`` command, or ``program`` with these arguments, in a terminal during the block."""
     ours, theirs = pty.openpty()
     _resize(ours, columns=200)
-    code = program or "import sys; from layerstream.tools.cli import main; sys.exit(main())"
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        process = ForkedProcess(
+            program or COMMAND,
+            arguments,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            start_new_session=True,
-            preexec_fn=_take_terminal,  # noqa: PLW1509 - no threads of the child exist yet
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+            environment={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+            leads_terminal=True,
         )
     finally:
         os.close(theirs)
@@ -112,11 +111,3 @@ def _resize(descriptor: int, *, columns: int) -> None:
     import termios
 
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-
-def _take_terminal() -> None:
-    """Make stdin the terminal from which Ctrl-C comes."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -3,13 +3,13 @@
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import transformers
+from support.forked import run_forked
 from support.models import save_model
 from support.server import save_chat_model
 from support.terminal import Terminal, in_terminal
@@ -72,15 +72,8 @@ def say(terminal: Terminal, text: str) -> str:
     return terminal.text[before:]
 
 
-def piped(model: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from layerstream.tools.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, "chat", str(model), *options],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def piped(model: Path, text: str | bytes, *options: str) -> subprocess.CompletedProcess[str]:
+    return run_forked("chat", model, *options, text=text)
 
 
 # -- in a terminal ---------------------------------------------------------------------------------
@@ -177,8 +170,9 @@ def test_in_a_narrow_terminal_what_is_waited_for_takes_one_line() -> None:
         assert terminal.text.endswith("(another on")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(model: Path) -> None:
-    with chatting(model, *LONG) as terminal:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
+    endless = save_chat_model(tmp_path / "model", ends=False)
+    with chatting(endless, *LONG) as terminal:
         terminal.type("Hello\n")
         terminal.expect("Hello\n.{20}")
         terminal.type("\x03")
@@ -208,13 +202,7 @@ def test_without_a_terminal_lines_are_read_and_answers_alone_go_to_stdout(
 
 
 def test_bytes_that_are_no_text_end_nothing(model: Path) -> None:
-    program = "import sys; from layerstream.tools.cli import main; sys.exit(main())"
-    result = subprocess.run(
-        [sys.executable, "-c", program, "chat", str(model), *SHORT],
-        input=b"\xff\xfe\n",
-        capture_output=True,
-        check=False,
-    )
+    result = piped(model, b"\xff\xfe\n", *SHORT)
     assert result.returncode == 0, result.stderr
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.forked import run_forked
 from support.gguf_models import save_gguf_model
 from support.models import save_model
 from support.quantized import save_quantised
@@ -113,9 +114,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -
 @pytest.mark.parametrize(("name", "at"), [("pwrite", 40), ("fsync", 4), ("replace", 6)])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(case: Case, name: str, at: int) -> None:
     command = ["convert", str(case.source), str(case.folder), *ARGUMENTS]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, name, str(at), *command], check=False, timeout=100
-    )
+    killed = run_forked(name, str(at), *command, program=KILLED)
     assert killed.returncode == -signal.SIGKILL
     assert case.convert() == 0
     assert contents(case.folder) == case.expected

@@ -9,8 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.forked import run_forked
 from support.hub import Hub
 from support.server import save_chat_model
+
+from layerstream.tools.cli import main
 
 RUN = "from layerstream.tools.cli import main; raise SystemExit(main())"
 TAKE = f"from layerstream.tools.commands import demo; demo.HUB_MODEL = 'org/name'; {RUN}"
@@ -66,22 +69,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_what_is_streamed_stands_beside_what_the_page_cache_gives(tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    made = python(
-        RUN,
-        "make-checkpoint",
-        folder,
-        "--like",
-        "demo",
-        "--layers",
-        "24",
-        "--hidden",
-        "1024",
-        cache=tmp_path,
-    )
-    assert made.returncode == 0, made.stderr
-    result = python(
-        RUN, "demo", folder, "--max-new-tokens", "3", "--device", "cpu", "--json", cache=tmp_path
-    )
+    shape = ("--like", "demo", "--layers", "24", "--hidden", "1024")
+    assert main(["make-checkpoint", str(folder), *shape]) == 0
+    result = run_forked("demo", folder, "--max-new-tokens", "3", "--device", "cpu", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["host_budget_bytes"] == report["model_bytes"] // 3

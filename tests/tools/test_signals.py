@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 from support.models import save_model
+from support.selection import covering
 
 from layerstream.tools.compare import cgroups
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-MOMENTS = 6  # for each command
+MOMENTS = range(6)
 # Two, on a machine with nothing else to do.
 MOST_SECONDS = 8
 COMMANDS = {
@@ -60,8 +61,7 @@ def handles_signals(process: subprocess.Popen[str]) -> bool:
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
-@pytest.mark.parametrize("command", COMMANDS)
+@covering(command=list(COMMANDS), moment=MOMENTS)
 def test_a_signal_at_any_moment_ends_a_command_silently(
     command: str, moment: int, model: Path
 ) -> None:

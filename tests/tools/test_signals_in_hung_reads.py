@@ -1,11 +1,11 @@
 """A file that hangs, in a system call that no signal interrupts, while a command opens a model: signals still end it."""
 
-import signal
-import subprocess
-import sys
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from support.forked import ForkedProcess
 from support.models import save_model
 
 # A mutex that is taken already stands for the hung read: the kernel goes on waiting for it after each signal.
@@ -40,18 +40,22 @@ COMMANDS = {
 def test_a_signal_ends_a_command_whose_file_hangs(tmp_path: Path, command: str) -> None:
     model = save_model(tmp_path / "model", "llama")
     options = [str(tmp_path / each) if each == "DST" else each for each in COMMANDS[command]]
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, command, str(model), *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile("w+") as errors, Path(os.devnull).open() as nothing:
+        process = ForkedProcess(
+            PROGRAM,
+            [command, model, *options],
+            stdin=nothing.fileno(),
+            stdout=writing,
+            stderr=errors.fileno(),
+        )
+        os.close(writing)
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "hangs\n"
-            process.send_signal(signal.SIGTERM)
-            _, error = process.communicate(timeout=30)
+            with os.fdopen(reading) as output:
+                assert output.readline() == "hangs\n"
+                process.terminate()
+                assert process.wait(30) == 143
         finally:
             process.kill()
-    assert (process.returncode, error) == (143, "")
+        errors.seek(0)
+        assert errors.read() == ""

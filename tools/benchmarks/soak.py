@@ -177,8 +177,7 @@ async def _soak(
 ) -> dict[str, Any]:
     observed = Observations(ready_bytes=_anonymous_bytes(pid), ready_threads=_threads(pid))
     clients = asyncio.Semaphore(args.at_once)
-    # Kept connections would count as open descriptors.
-    limits = httpx2.Limits(max_keepalive_connections=0)
+    limits = httpx2.Limits(max_keepalive_connections=0)  # kept ones would be open descriptors
     async with httpx2.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
 
         async def run_request(number: int) -> None:
@@ -218,7 +217,6 @@ async def _soak(
         "threads_when_ready": observed.ready_threads,
         "threads": [halfway[0], at_end[0]],
         "descriptors": [halfway[1], at_end[1]],
-        # Code that the first request of an API imports is in there, but not in the idle process.
         "idle_bytes": [halfway[2], at_end[2]],
         "ready_bytes": observed.ready_bytes,
         "peak_bytes": observed.peak_bytes,

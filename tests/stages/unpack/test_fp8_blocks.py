@@ -15,6 +15,7 @@ from support.packed import (
     difficult_scales,
     unpacked,
 )
+from support.selection import covering
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -50,8 +51,10 @@ def assert_dequantized(weights, scales, **choices):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, *EXPONENTS])
-@pytest.mark.parametrize("grid", [(3, 5), (300, 1), (1, 1), (2, 10), (300, 160)], ids=str)
+@covering(
+    grid=[(3, 5), (300, 1), (1, 1), (2, 10), (300, 160)],
+    stored=[torch.float32, torch.bfloat16, torch.float16, *EXPONENTS],
+)
 def test_fp8_has_the_bits_that_transformers_gives_it(grid, stored):
     for dtype in FP8:
         assert_dequantized(random_bytes(*SHAPE).view(dtype), random_scales(grid, stored))
@@ -99,17 +102,13 @@ def decompressed(weights, scales, **choices):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("strategy", "grid", "block"),
-    [
-        ("tensor", (1,), None),
-        ("channel", (300, 1), None),
-        ("group", (300, 5), None),
-        ("block", (3, 2), (128, 128)),
-    ],
+@covering(
+    strategy=["tensor", "channel", "group", "block"],
+    stored=DTYPES,
 )
-def test_compressed_tensors_multiply_in_the_dtype_of_the_scales(strategy, grid, block, stored):
+def test_compressed_tensors_multiply_in_the_dtype_of_the_scales(strategy, stored):
+    grid = {"tensor": (1,), "channel": (300, 1), "group": (300, 5), "block": (3, 2)}[strategy]
+    block = (128, 128) if strategy == "block" else None
     choices = {"group_size": 32} if strategy == "group" else {}
     choices |= {"block_structure": list(block)} if block else {}
     weights = random_bytes(*SHAPE).view(torch.float8_e4m3fn)

@@ -15,6 +15,7 @@ from support.packed import (
     difficult_scales,
     unpacked,
 )
+from support.selection import covering
 
 from layerstream.stages.unpack.integers import IntPacking
 
@@ -49,10 +50,12 @@ def assert_decompressed(bits, parts, reference):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("bits", [4, 8])
+@covering(
+    bits=[4, 8],
+    strategy=list(STRATEGIES),
+    symmetric={"symmetric": True, "asymmetric": False},
+    stored=DTYPES,
+)
 def test_packed_integers_have_the_bits_that_decompression_gives_them(
     bits, strategy, symmetric, stored
 ):
@@ -74,9 +77,11 @@ def test_packed_integers_have_the_bits_that_decompression_gives_them(
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@covering(
+    strategy=list(STRATEGIES),
+    symmetric={"symmetric": True, "asymmetric": False},
+    stored=DTYPES,
+)
 def test_plain_integers_have_the_bits_that_decompression_gives_them(strategy, symmetric, stored):
     state = {
         "weight": random_integers(8, ROWS, COLUMNS),
