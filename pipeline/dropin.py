@@ -187,7 +187,7 @@ def load_streamed(source: str | os.PathLike[str], **options: Any) -> Any:
     It is an instance of its transformers class; ``close()`` it, or use it as a context manager.
 
     Each call, from any thread, is a request: it waits for the memory that it may need, and frees it when it returns.
-    Weights may be replaced; copies, saving and conversions are refused.
+    Weights may be replaced, embeddings resized, and the model saved, with little memory; copies and conversions are refused.
     What you keep of a result is not in the budget, as with any transformers model. That includes
     its KV cache, which counts during a call that gets it.
 

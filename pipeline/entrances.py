@@ -24,10 +24,7 @@ REFUSED: Mapping[str, str] = {
     **NOT_SHARED,
     "compile": _COMING_AND_GOING,
     "gather_sharded_state_dict_for_save": _ITS_FILES,
-    "push_to_hub": "its weights are in their files already; upload those",
-    "resize_token_embeddings": "its tables stay in their files; resize them with from_pretrained, and save the model",
     "save_distributed_checkpoint": _ITS_FILES,
-    "save_pretrained": _ITS_FILES,
 }
 
 

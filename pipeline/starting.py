@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from layerstream.pipeline.entrances import guard_entrances
+from layerstream.pipeline.entrances import guard_entrances, with_methods
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
 from layerstream.pipeline.modeling.binding import Binding
 from layerstream.pipeline.modeling.edits import guard_conversions
@@ -15,6 +15,8 @@ from layerstream.pipeline.modeling.tied_parameters import list_tied_once
 from layerstream.pipeline.opening import Opening
 from layerstream.pipeline.options import Options
 from layerstream.pipeline.planning.plan import Plan, Workload
+from layerstream.pipeline.resizing import resizing_method
+from layerstream.pipeline.saving import saving_method
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
 from layerstream.pipeline.scheduling.request_cost import Estimator
@@ -81,6 +83,7 @@ async def start_model(
         PlanError: The plan keeps KV caches on the host, and this model's cannot be.
     """
     plan, module, assembly = opening.plan, opening.module, opening.assembly
+    kind = type(module)
     if plan.kv_cache_on_host:
         check_host_cache(module)
     device = await finish_in_thread(lambda: open_device(plan.device))
@@ -139,6 +142,11 @@ async def start_model(
             tiles=assembly.tiles,
         )
     engine.count_edits(assembly.edits)
+    methods = {
+        "resize_token_embeddings": resizing_method(kind, opening, engine),
+        "save_pretrained": saving_method(kind, opening, engine),
+    }
+    module.__class__ = with_methods(type(module), methods)
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
     resources.push_async_callback(finish_in_thread, engine.threads.close, without_thread=True)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.

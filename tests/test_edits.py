@@ -1,6 +1,7 @@
 """Edits of a drop-in's weights have the effect that they have on a model in memory, or are refused in one sentence."""
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel
+from support.adapters import load_with_peft, lora, save_adapter
 from support.loop import turns
 from support.models import CASES, inputs_for, save_model
 from support.streaming import bits_equal
@@ -161,7 +164,6 @@ def test_experts_that_are_read_on_demand_cannot_be_edited(
 COPIES: dict[str, Callable[[Any, Path], Any]] = {
     "copied": lambda model, _: copy.deepcopy(model),
     "pickled": lambda model, _: pickle.dumps(model),
-    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
 }
 
 
@@ -177,6 +179,31 @@ def test_what_would_copy_a_drop_in_is_refused_before_anything_is_done(
             COPIES[name](model, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
         assert bits_equal(model(**inputs).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
+def test_adapters_that_peft_injects_take_memory_of_requests_while_they_are_there(
+    tmp_path: Path,
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    kind = transformers.LlamaForCausalLM
+    adapter = save_adapter(folder, tmp_path / "adapter", lora(r=64), model_class=kind)
+    inputs = inputs_for("llama")
+    expected = load_with_peft(folder, adapter, model_class=kind)(**inputs).logits
+    with load_streamed(folder, **options) as model, torch.no_grad():
+        stats = model._layerstream_close.model.stats
+        model(**inputs)
+        before = stats().reservable_bytes
+        with_adapter = PeftModel.from_pretrained(model, adapter).eval()
+        assert bits_equal(with_adapter(**inputs).logits, expected)
+        parameters = with_adapter.named_parameters()
+        added_bytes = sum(each.nbytes for name, each in parameters if "lora" in name)
+        assert stats().reservable_bytes == before - added_bytes
+        with_adapter.unload()
+        del with_adapter, parameters
+        gc.collect()
+        model(**inputs)
+        assert stats().reservable_bytes == before
 
 
 PARTS = {

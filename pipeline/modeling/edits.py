@@ -93,13 +93,15 @@ def refuse_replaced(module: nn.Module, kept: Mapping[str, Any], path: str) -> No
 
 
 class Edits:
-    """The weights of one model that the user has replaced."""
+    """The weights of one model that the user has replaced or added."""
 
     def __init__(self) -> None:
         self._places: defaultdict[str, list[Place]] = defaultdict(list)
         self._found: dict[tuple[int, str], torch.Tensor] = {}
         self._lock = threading.Lock()
         self._counted = 0
+        self._own_modules: frozenset[int] = frozenset()
+        self._added: list[weakref.ref[torch.Tensor]] = []
         self.available_bytes: int | None = None
         """What the budget leaves for requests and replaced weights together; None if it is not known."""
         self.on_change: Callable[[], None] | None = None
@@ -110,11 +112,28 @@ class Edits:
         self._places[name] += places
         parameter.layerstream_replace = lambda value: self._replace(name, value)
 
+    def know(self, root: nn.Module) -> None:
+        """All modules of ``root`` are the model's own: what is added to it later is the user's."""
+        self._own_modules = frozenset(map(id, root.modules()))
+
+    def count_added(self, root: nn.Module) -> None:
+        """Count the parameters of modules that the user has added, such as adapters that PEFT injects."""
+        added = (each for each in root.modules() if id(each) not in self._own_modules)
+        tables = (list(each._parameters.values()) for each in added)  # noqa: SLF001
+        self._added = [
+            weakref.ref(each)
+            for table in tables
+            for each in table
+            if each is not None and not streams(each)
+        ]
+        self._count()
+
     @property
     def nbytes(self) -> int:
-        """What all replaced weights take; one memory counts once."""
+        """What all replaced weights, and those that were added, take; one memory counts once."""
         storages = {}
-        for parameter in list(self._found.values()):
+        added = [found for each in self._added if (found := each()) is not None]
+        for parameter in [*self._found.values(), *added]:
             if not parameter.is_meta:
                 storage = parameter.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
@@ -140,13 +159,13 @@ class Edits:
                 f"{name} cannot be replaced by a tensor of {format_bytes(nbytes)}, which would be resident: the budget "
                 f"leaves {format_bytes(self.available_bytes)} for requests and replaced weights; raise the budget"
             )
-        for table, leaf in self._places[name]:
-            if streams(table[leaf]):
-                with torch.inference_mode(mode=False):
-                    table[leaf] = nn.Parameter(
-                        value.detach(), requires_grad=table[leaf].requires_grad
-                    )
-                self.found((table, leaf))
+        places = [(table, leaf) for table, leaf in self._places[name] if streams(table[leaf])]
+        with torch.inference_mode(mode=False):
+            needs_gradient = any(table[leaf].requires_grad for table, leaf in places)
+            parameter = nn.Parameter(value.detach(), requires_grad=needs_gradient)
+        for table, leaf in places:  # one parameter for all of them: they are tied
+            table[leaf] = parameter
+            self.found((table, leaf))
 
     def _count(self) -> None:
         counted = self.nbytes

@@ -7,6 +7,7 @@ import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.packed_form import PackedForm
+from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.pipeline.modeling.binding import source_name
 from layerstream.pipeline.modeling.gathered_table import (
     SMALL_WEIGHT_BYTES,
@@ -24,6 +25,8 @@ from layerstream.stages.readers.interruptible import InterruptibleReads
 __all__ = [
     "extents_of",
     "make_fetch",
+    "read_weight",
+    "reading_bytes",
     "sources_of",
     "table_extents",
     "table_source",
@@ -66,6 +69,35 @@ def make_fetch(
         return tensor.to(device)
 
     return fetch
+
+
+def reading_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The memory that ``read_weight`` takes, the weight included."""
+    dtype: torch.dtype = getattr(torch, recipe.dtype)
+    weight = torch.Size(recipe.shape).numel() * dtype.itemsize
+    if recipe.pieces is not None:
+        return weight
+    sources = sum(checkpoint.tensors[name].nbytes for name in recipe.sources)
+    return sources + recipe.scratch_bytes + unpacking_bytes(recipe) + weight
+
+
+def read_weight(recipe: Recipe, reader: SourceReader) -> torch.Tensor:
+    """The whole of a recipe's tensor, in memory of its own on the CPU."""
+    infos = reader.checkpoint.tensors
+    if recipe.pieces is None:
+        sources = {
+            name: reader.read(infos[name], 0, infos[name].nbytes)
+            .view(getattr(torch, infos[name].dtype))
+            .view(infos[name].shape)
+            for name in recipe.sources
+        }
+        return recipe.replay(sources)
+    weight = torch.empty(recipe.shape, dtype=getattr(torch, recipe.dtype))
+    raw = weight.view(-1).view(torch.uint8)
+    for piece in recipe.pieces:
+        piece_bytes = raw[piece.offset : piece.offset + piece.nbytes]
+        reader.read_into(infos[piece.source], piece.source_offset, piece_bytes)
+    return weight
 
 
 def table_source(

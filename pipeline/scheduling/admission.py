@@ -58,6 +58,9 @@ class Admission:
         if self._closed is not None:
             reservation.set_exception(ClosedError(self._closed))
             return
+        if not reservation.memory.fits(self.memory):  # there is less since it was priced
+            reservation.set_exception(reservation.memory.refusal("a request", self.memory))
+            return
         self._queue.append(reservation)
         self._grant()
 

@@ -1,7 +1,6 @@
 """Runs requests: each waits for its memory, then computes in a thread, with its own clone of the model."""
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -80,7 +79,6 @@ class Engine:
         self.passes = ThreadPasses(scheduler, module, begin_pass=self._begin_pass)
         self.threads = Threads("pass", threads)
         self._leftovers = LibraryMemory()
-        self._numbers = itertools.count(1)
 
     # -- requests of tasks on the event loop -----------------------------------------------------
 
@@ -236,8 +234,9 @@ class Engine:
         self.requests.resize(memory)
 
     def count_edits(self, edits: Edits) -> None:
-        """Let weights that the user replaces take memory of requests."""
+        """Let weights that the user replaces or adds take memory of requests."""
         self._edits = edits
+        edits.know(self._module)
         edits.available_bytes = self._memory.shared_bytes
         # The event loop has the edits, and would keep the model of a user who has dropped it.
         edits.on_change = weakly(self._edited)
@@ -259,6 +258,8 @@ class Engine:
         whole_model: bool = True,
     ) -> Request:
         self.requests.check_open()
+        if self._edits is not None:
+            self._edits.count_added(self._module)
         named = dict(named)
         call = self._adapters.chosen(call, named)
         generator = named.pop("generator", None) if method == "generate" else None
@@ -273,7 +274,7 @@ class Engine:
         runner = runner or PassRunner(self._scheduler)
         runner.cost = cost
         request = Request(
-            number=next(self._numbers),
+            number=self.requests.number(),
             method=method,
             cost=cost,
             call=call,

@@ -1,10 +1,12 @@
 """The requests of one model, from their start to their end: queued, counted and logged."""
 
 import asyncio
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +17,12 @@ from layerstream.pipeline.scheduling.passes import PassRunner
 from layerstream.pipeline.scheduling.request_cost import RequestCost
 from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
-from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats
-from layerstream.stages.errors import ClosedError
+from layerstream.pipeline.scheduling.stats import Counters, Outcome, Stats, outcome_of
+from layerstream.stages.errors import AdmissionError, ClosedError
 from layerstream.stages.process.forks import refuse_fork
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
+from layerstream.stages.text import format_bytes
 
 __all__ = ["CLOSED", "MethodOf", "Request", "Requests"]
 
@@ -33,20 +36,20 @@ CLOSED = "the model was closed before this request's turn came"
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """One call of ``forward`` or ``generate``, or of the module itself."""
+    """One call of ``forward`` or ``generate``, or of the module itself; or other work that takes memory of requests."""
 
     number: int
     method: str
-    """"forward" or "generate"."""
+    """"forward", "generate", or what else it does."""
     cost: RequestCost
-    call: MethodOf
-    inputs: Sequence[Any]
-    named: dict[str, Any]
     runner: PassRunner
     reservation: Reservation
-    generator: torch.Generator | None
+    call: MethodOf = lambda model: model
+    inputs: Sequence[Any] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+    generator: torch.Generator | None = None
     """The generator that it samples from, instead of torch's default one."""
-    passes_before: int
+    passes_before: int = 0
     """Passes that its runner has made for earlier requests."""
     tokens: int = 0
     """Tokens generated so far; written only in the thread of its passes."""
@@ -56,7 +59,7 @@ class Request:
 
 
 class Requests:
-    """The requests that wait or run. For the event loop only, except ``check_open``.
+    """The requests that wait or run. For the event loop only, unless a method says otherwise.
 
     Args:
         scheduler: Makes the sweeps that they take part in.
@@ -76,6 +79,7 @@ class Requests:
         self._active: set[Request] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._numbers = itertools.count(1)
         self._refusing: str | None = None  # why no more requests are taken
 
     def check_open(self) -> None:
@@ -88,6 +92,44 @@ class Requests:
         if self._refusing is not None:
             self._scheduler.call_on_loop(self.refused)
             raise ClosedError(self._refusing)
+
+    def number(self) -> int:
+        """The number of a new request. May be called in any thread."""
+        return next(self._numbers)
+
+    @contextmanager
+    def borrowed(self, method: str, nbytes: int) -> Iterator[None]:
+        """Have ``nbytes`` of the requests' memory while the block runs, which makes no pass. Not on the event loop.
+
+        Raises:
+            AdmissionError: There is less for all requests together.
+            ClosedError: As for ``check_open``.
+        """
+        self.check_open()
+        memory = RequestMemory(shared_bytes=nbytes)
+        if not memory.fits(self._admission.memory):
+            raise AdmissionError(
+                f"{method} needs {format_bytes(nbytes)} for what it computes, but there are "
+                f"{format_bytes(self._admission.memory.shared_bytes)} for requests; open the model with a larger budget"
+            )
+        request = Request(
+            number=self.number(),
+            method=method,
+            cost=RequestCost(memory=memory, sequences=0, prompt_tokens=0, new_tokens=0),
+            runner=PassRunner(self._scheduler),
+            reservation=Reservation(memory, threads=0),
+        )
+        outcome: Outcome = "completed"
+        try:
+            self._scheduler.call_on_loop(self.enqueue, request, request.reservation)
+            request.reservation.result()
+            self._scheduler.call_on_loop(self.started, request)
+            yield
+        except BaseException as error:
+            outcome = outcome_of(error)
+            raise
+        finally:
+            self._scheduler.call_on_loop(self.ended, request, outcome)
 
     def refused(self) -> None:
         """Count a request that was refused."""

@@ -56,7 +56,22 @@ class _ScratchThroughView(_Scratch):
         return False
 
 
-KINDS = [_Scratch, _ScratchForLong, _ScratchThroughView]
+class _ScratchTwice(_Scratch):
+    """Has two such buffers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("second", torch.zeros(MIB), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, **named: Any) -> Any:
+        count = input_ids.numel()
+        self.second[-count:] = 2 * input_ids.flatten()
+        output = super().forward(input_ids, **named)
+        output.logits = output.logits + self.second[-count:].view(*input_ids.shape, 1)
+        return output
+
+
+KINDS = [_Scratch, _ScratchForLong, _ScratchThroughView, _ScratchTwice]
 
 
 def prompts(count: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import transformers
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
+from support.adapters import lora, save_adapter
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, inputs_for, save_model
@@ -17,7 +18,7 @@ from support.streaming import bits_equal, open_streaming
 from support.traced import rewrite
 from transformers import CompressedTensorsConfig
 
-from layerstream.pipeline import StreamedModel
+from layerstream.pipeline import StreamedModel, load_streamed
 from layerstream.tools.cli import main
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -213,6 +214,37 @@ def test_files_of_torch_save_convert_to_the_same_bytes(tmp_path: Path) -> None:
     mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert mine.keys() == theirs.keys()
     assert all(bits_equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_adapter_beside_a_model_applies_to_the_converted_one(tmp_path: Path) -> None:
+    source = save(tmp_path / "model")
+    save_adapter(source, source, lora(), model_class=transformers.LlamaForCausalLM)
+    folder = converted(source, "fp8")
+    inputs = inputs_for("llama")
+    with (
+        load_streamed(folder, device="cpu", measure=False) as model,
+        load_streamed(folder, device="cpu", measure=False, adapters={"same": source}) as both,
+    ):
+        logits = model(**inputs).logits
+        assert bits_equal(both(**inputs, adapter="same").logits, logits)
+    for path in folder.glob("adapter_*"):
+        path.unlink()
+    with load_streamed(folder, device="cpu", measure=False) as model:
+        assert not torch.equal(model(**inputs).logits, logits)
+
+
+def test_an_adapter_alone_is_not_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "model")
+    adapter = save_adapter(
+        base, tmp_path / "adapter", lora(), model_class=transformers.LlamaForCausalLM
+    )
+    assert main(["convert", str(adapter), str(tmp_path / "new"), "--to", "fp8"]) == 1
+    error = capsys.readouterr().err
+    assert f"{adapter} holds an adapter alone" in error
+    assert f"convert its base model, {base}" in error
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_report_tells_the_error_of_each_layer_and_what_was_left(

@@ -20,9 +20,9 @@ from support.models import save_model
 from support.quantized import save_quantised
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.tools.cli import main
 from layerstream.tools.convert import journal
-from layerstream.tools.convert.shard_file import SourceReader
 
 MIB = 1 << 20
 ARGUMENTS = ("--to", "int4", "--group-size", "16", "--max-shard-size", "12KB")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from support.adapters import lora, save_adapter
 from support.checkpoints import CPU, plan_for
 from support.models import save_model
 
+from layerstream.pipeline.checkpoint.adapter_folder import resolve_sources
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import Activity
 from layerstream.stages.telemetry.timings import Timings
@@ -86,6 +89,25 @@ def test_weights_without_a_config_are_streamed_without_computation(
     assert report["measured_sweeps"] == 1
 
 
+def test_an_adapter_alone_is_profiled_with_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_model(tmp_path / "model", "llama")
+    kind = transformers.LlamaForCausalLM
+    adapter = save_adapter(base, tmp_path / "adapter", lora(), model_class=kind)
+    resident = []
+    for options in ([], ["--no-compute"]):
+        for path in (adapter, base):
+            arguments = ["--sweeps", "1", "--no-ceiling", "--json", "--device", "cpu", *options]
+            assert main(["profile", str(path), *arguments]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["model"] == str(path)
+            assert report["measured_sweeps"] == 1
+            resident.append(report["adapter_bytes"])
+    assert resident[0] > 0 == resident[1]
+    assert resident[2] > 0 == resident[3]
+
+
 def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> None:
     args = argparse.Namespace(
         device="cpu",
@@ -102,7 +124,9 @@ def test_a_model_with_encoder_and_decoder_can_be_profiled(tmp_path: Path) -> Non
         sweeps=2,
         experts=None,
     )
-    profile = asyncio.run(profile_model(save_model(tmp_path / "t5", "t5"), args=args))
+    profile = asyncio.run(
+        profile_model(resolve_sources(save_model(tmp_path / "t5", "t5")), args=args)
+    )
     assert len(profile.sweep_seconds) == 2
     assert profile.steady.stages[2].items == len(profile.plan.batches)
 

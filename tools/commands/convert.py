@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerstream.stages.errors import CheckpointError
 from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import add_output_arguments, byte_count, positive_int
 from layerstream.tools.console.progress import progress, waiting
@@ -63,13 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     # Here, since they load torch.
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
+    from layerstream.pipeline.checkpoint.adapter_folder import resolve_sources
     from layerstream.tools.convert.conversion import convert, plan_conversion
     from layerstream.tools.convert.encoding import Encoding, Target
     from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     encoding = Encoding.of(Target(args.to), args.group_size)
-    checkpoint = open_checkpoint(resolve_model_path(args.source))
+    sources = resolve_sources(args.source)
+    if sources.model != sources.source:
+        raise CheckpointError(
+            f"{sources.source} holds an adapter alone, which stays as it is: convert its base model, {sources.model}, and open "
+            "the adapter with the result as --base."
+        )
+    checkpoint = open_checkpoint(sources.model)
     with waiting("reading headers"):
         conversion = plan_conversion(
             checkpoint, args.folder, encoding, max_shard_bytes=args.max_shard_size

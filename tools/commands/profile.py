@@ -20,6 +20,7 @@ from layerstream.tools.console.arguments import (
 )
 from layerstream.tools.console.plot import require_matplotlib, write_timeline
 from layerstream.tools.console.tables import print_table
+from layerstream.tools.running.adapters import add_adapter_arguments, find_model
 from layerstream.tools.running.sweeps import Profile, profile_model
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype_argument(without)
     add_model_arguments(parser)
+    add_adapter_arguments(parser, named=False)
     parser.add_argument(
         "--throttle", type=byte_count, metavar="SIZE", help="read at this many bytes per second"
     )
@@ -95,23 +97,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    from layerstream.pipeline.checkpoint.hub import resolve_model_path
-
     # Refuse paths that cannot be written before the sweeps, not after.
     for path in (args.trace, args.plot):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     if args.plot is not None:
         require_matplotlib()
-    path = resolve_model_path(args.model)
-    profile = asyncio.run(profile_model(path, args=args))
+    sources = find_model(args)
+    profile = asyncio.run(profile_model(sources, args=args))
     logger.info(profile.plan.describe())
     if args.trace is not None:
         profile.timings.write_trace(args.trace)
     if args.plot is not None:
         write_timeline(profile.timings, args.plot)
     if args.json:
-        print(json.dumps({"model": str(path), **profile.to_json()}, indent=2))
+        print(json.dumps({"model": str(sources.source), **profile.to_json()}, indent=2))
     else:
         _print_report(profile)
     return 0

@@ -13,6 +13,8 @@ from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.layers import group_layers
+from layerstream.pipeline.checkpoint.snapshot_files import ADAPTER_WEIGHT_FILES
+from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.text import format_bytes
 from layerstream.tools.convert.encoding import Encoding
@@ -25,7 +27,7 @@ from layerstream.tools.convert.journal import (
 )
 from layerstream.tools.convert.layout import ConvertedShard, files_of, lay_out
 from layerstream.tools.convert.selection import ChosenWeights, check_loads, choose_weights
-from layerstream.tools.convert.shard_file import LayerError, SourceReader, is_intact, write_shard
+from layerstream.tools.convert.shard_file import LayerError, is_intact, write_shard
 
 __all__ = ["Conversion", "Converted", "convert", "plan_conversion"]
 
@@ -259,7 +261,8 @@ def _documents(
     for path in sorted(source.iterdir()):
         small = path.suffix in _COPIED or path.name.startswith(_COPIED_NAMES)
         other = path.name in weights or path.name.endswith(".index.json") or path.name == _CONFIG
-        if small and not other and path.is_file():
+        beside = path.name in ADAPTER_WEIGHT_FILES  # computes with the converted model, too
+        if (beside or (small and not other)) and path.is_file():
             documents[path.name] = path
     if len(shards) > 1:
         places = {name: shard.file_name for shard in shards for name in shard.places}

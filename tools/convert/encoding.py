@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from layerstream.pipeline.checkpoint.formats.safetensors_writing import StoredTensor
 from layerstream.stages.errors import CheckpointError
 
-__all__ = ["EncodedRows", "Encoding", "Part", "Target"]
+__all__ = ["EncodedRows", "Encoding", "Target"]
 
 _WORD_BITS = 32
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -23,21 +24,11 @@ class Target(StrEnum):
     INT4 = "int4"
 
 
-class Part(NamedTuple):
-    """One of the tensors that a weight is stored as."""
-
-    name: str
-    """The last part of the tensor's name."""
-    dtype: str
-    """torch's name."""
-    shape: tuple[int, ...]
-
-
 class EncodedRows(NamedTuple):
     """Some rows of a weight, converted."""
 
     parts: dict[str, torch.Tensor]
-    """By ``Part.name``, the same rows of each part; the shape is not among them."""
+    """By ``StoredTensor.name``, the same rows of each part; the shape is not among them."""
     squared_error: float
     """The sum of the squares of what conversion changed."""
     squared_weight: float
@@ -122,16 +113,16 @@ class Encoding:
             return f"columns are no multiple of {_WORD_BITS // self.bits}"
         return None
 
-    def parts(self, dtype: str, rows: int, columns: int) -> tuple[Part, ...]:
+    def parts(self, dtype: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
         """What a weight of this dtype and shape is stored as."""
-        scale = Part("weight_scale", dtype, (rows, columns // (self.group_size or columns)))
+        scale = StoredTensor("weight_scale", dtype, (rows, columns // (self.group_size or columns)))
         if not self.packs:
-            return Part("weight", "float8_e4m3fn", (rows, columns)), scale
+            return StoredTensor("weight", "float8_e4m3fn", (rows, columns)), scale
         packed = (rows, columns * self.bits // _WORD_BITS)
         return (
-            Part("weight_packed", "int32", packed),
+            StoredTensor("weight_packed", "int32", packed),
             scale,
-            Part("weight_shape", "int64", (2,)),
+            StoredTensor("weight_shape", "int64", (2,)),
         )
 
     def encode(self, weight: torch.Tensor) -> EncodedRows | None:

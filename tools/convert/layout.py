@@ -1,20 +1,19 @@
 """Which tensors a converted checkpoint has, in which files and where: known before anything is converted. Pure."""
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo, WeightFile
-from layerstream.pipeline.checkpoint.formats.safetensors import DTYPES
+from layerstream.pipeline.checkpoint.formats.safetensors_writing import (
+    WRITABLE_DTYPES,
+    SafetensorsLayout,
+    StoredTensor,
+)
 from layerstream.stages.errors import CheckpointError
-from layerstream.tools.convert.encoding import Encoding, Part
+from layerstream.tools.convert.encoding import Encoding
 
 __all__ = ["ConvertedShard", "ConvertedTensor", "files_of", "lay_out"]
-
-_PREFIX_BYTES = 8
-_CODES = {dtype: (code, bits) for code, (dtype, bits) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +23,8 @@ class ConvertedTensor:
     source: TensorInfo
     converted: bool
     """Whether it is rounded; else its values stay as they are."""
-    parts: tuple[Part, ...]
-    """What it is stored as; ``Part.name`` is the whole name of a tensor in the result."""
+    parts: tuple[StoredTensor, ...]
+    """What it is stored as; ``StoredTensor.name`` is the whole name of a tensor in the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +84,8 @@ def _tensor(
         parts = tuple(
             part._replace(name=stem + part.name) for part in encoding.parts(info.dtype, *info.shape)
         )
-    elif info.dtype in _CODES:
-        parts = (Part(info.name, info.dtype, info.logical_shape),)
+    elif info.dtype in WRITABLE_DTYPES:
+        parts = (StoredTensor(info.name, info.dtype, info.logical_shape),)
     else:
         raise CheckpointError(
             f"{checkpoint.files[info.file].path}: tensor {info.name!r} is of dtype {info.dtype}, which safetensors "
@@ -101,7 +100,7 @@ def _groups(
     group: list[ConvertedTensor] = []
     group_bytes = 0
     for tensor in tensors:
-        nbytes = sum(map(_nbytes, tensor.parts))
+        nbytes = sum(part.nbytes for part in tensor.parts)
         if group and group_bytes + nbytes > max_shard_bytes:
             yield tuple(group)
             group, group_bytes = [], 0
@@ -111,37 +110,8 @@ def _groups(
 
 
 def _shard(name: str, number: int, tensors: tuple[ConvertedTensor, ...]) -> ConvertedShard:
-    # As the format's own writer sorts: wide elements first, so that all are aligned, then by name.
-    parts = sorted(
-        (part for tensor in tensors for part in tensor.parts),
-        key=lambda part: (-_CODES[part.dtype][1], part.name),
-    )
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for part in parts:
-        begin, end = end, end + _nbytes(part)
-        code, bits = _CODES[part.dtype]
-        shape = part.shape if bits >= 8 else (*part.shape[:-1], 2 * part.shape[-1])  # noqa: PLR2004 - two to a byte
-        entries[part.name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _PREFIX_BYTES)
-    header = len(text).to_bytes(_PREFIX_BYTES, "little") + text
-    places = {}
-    offset = len(header)
-    for part in parts:
-        places[part.name] = TensorInfo(
-            name=part.name,
-            dtype=part.dtype,
-            shape=part.shape,
-            file=number,
-            offset=offset,
-            nbytes=_nbytes(part),
-        )
-        offset += _nbytes(part)
+    stored = (part for tensor in tensors for part in tensor.parts)
+    header, places, nbytes = SafetensorsLayout.of(stored, {"format": "pt"}, number=number)
     return ConvertedShard(
-        file_name=name, header=header, tensors=tensors, places=places, nbytes=offset
+        file_name=name, header=header, tensors=tensors, places=places, nbytes=nbytes
     )
-
-
-def _nbytes(part: Part) -> int:
-    return math.prod(part.shape) * max(_CODES[part.dtype][1] // 8, 1)

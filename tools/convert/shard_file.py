@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.pipeline.checkpoint.formats.safetensors_writing import write_at
+from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.stages.errors import CheckpointError
-from layerstream.stages.readers.files import WeightFiles
-from layerstream.stages.readers.guard import ReadGuard
 from layerstream.tools.convert.encoding import Encoding
 from layerstream.tools.convert.layout import ConvertedShard, ConvertedTensor
 
-__all__ = ["LayerError", "SourceReader", "is_intact", "write_shard"]
+__all__ = ["LayerError", "is_intact", "write_shard"]
 
 # What is computed from so many bytes stays in a processor's cache; larger blocks are slower, and take up to 30 times as
 # much memory.
@@ -35,35 +34,6 @@ class LayerError(NamedTuple):
         return (
             float((self.squared_error / self.squared_weight) ** 0.5) if self.squared_weight else 0.0
         )
-
-
-class SourceReader:
-    """Reads the tensors of a checkpoint, some bytes at a time. Close it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._guard = ReadGuard()
-        self._files = WeightFiles(
-            [file.path for file in checkpoint.files],
-            self._guard,
-            expected=[file.version for file in checkpoint.files if file.version is not None],
-        )
-
-    def read(self, info: TensorInfo, first: int, count: int) -> torch.Tensor:
-        """Bytes ``first`` to ``first + count`` of a tensor.
-
-        Raises:
-            ReadError: The disk reports an error, or the file was changed.
-        """
-        memory = torch.empty(count, dtype=torch.uint8)
-        self._files.read(info.file, info.offset + first, memory.numpy().data)
-        self._files.refuse_change(info.file)
-        return memory
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
-        self._guard.close()
 
 
 def write_shard(
@@ -102,10 +72,10 @@ def write_shard(
         def write(name: str, values: torch.Tensor) -> None:
             data = _bytes_of(values).numpy().data
             checksums[name] = zlib.crc32(data, checksums[name])
-            _write_all(descriptor, data, shard.places[name].offset + written[name])
+            write_at(descriptor, data, shard.places[name].offset + written[name])
             written[name] += len(data)
 
-        _write_all(descriptor, memoryview(shard.header), 0)
+        write_at(descriptor, memoryview(shard.header), 0)
         for tensor in shard.tensors:
             if tensor.converted:
                 for found in _convert(tensor, reader, encoding, write, advance):
@@ -184,9 +154,3 @@ def _bytes_of(values: torch.Tensor) -> torch.Tensor:
 
 def _combined(checksums: Mapping[str, int]) -> int:
     return zlib.crc32(repr(sorted(checksums.items())).encode())
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)

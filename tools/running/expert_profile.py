@@ -1,6 +1,6 @@
 """What a generation's choice of experts would have hit in memory, for ``layerstream profile --experts``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,12 @@ class ExpertProfile:
         return found
 
 
-async def profile_experts(model: "StreamedModel", *, prompt: Any, tokens: int) -> ExpertProfile:
+async def profile_experts(
+    model: "StreamedModel", *, prompt: Any, tokens: int, options: Mapping[str, Any]
+) -> ExpertProfile:
     """Sample ``tokens`` after ``prompt``, record which experts they are routed to, and replay that.
+
+    ``options``: Others of the request.
 
     Raises:
         ModelError: Experts are not read on demand.
@@ -107,7 +111,11 @@ async def profile_experts(model: "StreamedModel", *, prompt: Any, tokens: int) -
     route = ExpertRoute(most=_MOST_DEMANDS)
     decoded = 0
     async for _ in model.stream(
-        input_ids=prompt, max_new_tokens=tokens + 1, min_new_tokens=tokens + 1, do_sample=True
+        input_ids=prompt,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        do_sample=True,
+        **options,
     ):
         if not decoded:  # the prompt's; what follows is decoding
             store.record(route)

@@ -20,10 +20,12 @@ from layerstream.stages.telemetry.forecast import (
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
 from layerstream.tools.console.progress import late_progress, waiting
+from layerstream.tools.running.adapters import adapter_size, open_options, request_options
 from layerstream.tools.running.expert_profile import ExpertProfile, profile_experts
 
 if TYPE_CHECKING:
     from layerstream.pipeline import Hardware, Plan
+    from layerstream.pipeline.checkpoint.adapter_folder import Sources
     from layerstream.stages.compute import Batch
 
 __all__ = ["Profile", "profile_model"]
@@ -100,6 +102,7 @@ class Profile:
             "layer_batches": len(self.plan.batches),
             "layer_batch_size": self.plan.layer_batch_size,
             "disk_bytes_per_sweep": self.plan.disk_bytes_per_sweep,
+            "adapter_bytes": (self.plan.device_memory or self.plan.host_memory).adapter_bytes,
             "prompt_tokens": self.prompt_tokens,
             "first_sweep_seconds": self.sweep_seconds[0],
             "sweep_seconds": list(self.sweep_seconds),
@@ -131,9 +134,9 @@ class _Streamed:
     experts: Callable[[], Awaitable[ExpertProfile]] | None = None
 
 
-async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
-    """Open the model at ``path`` and measure ``args.sweeps`` sweeps."""
-    open_as = _open_model if _can_compute(path, args) else _open_weights
+async def profile_model(sources: "Sources", *, args: argparse.Namespace) -> Profile:
+    """Open the model, with its adapters, and measure ``args.sweeps`` sweeps."""
+    open_as = _open_model if _can_compute(sources.model, args) else _open_weights
     if args.experts is not None and open_as is _open_weights:
         raise ModelError(
             "--experts needs computation: leave out --no-compute, and install layerstream[hf]"
@@ -141,7 +144,7 @@ async def profile_model(path: Path, *, args: argparse.Namespace) -> Profile:
     times: list[tuple[float, float]] = []
     async with AsyncExitStack() as stack:
         with waiting("opening the model"):
-            opened = await stack.enter_async_context(open_as(path, args))
+            opened = await stack.enter_async_context(open_as(sources, args))
         async with _progress_shown(opened, sweeps=args.sweeps):
             for _ in range(args.sweeps):
                 began = time.perf_counter()
@@ -187,10 +190,10 @@ def _steady(timings: Timings, times: list[tuple[float, float]]) -> Timings:
 
 
 @asynccontextmanager
-async def _open_weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_Streamed]:
+async def _open_weights(sources: "Sources", args: argparse.Namespace) -> AsyncIterator[_Streamed]:
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
 
-    checkpoint = await Checkpoint.open_async(path)
+    checkpoint = await Checkpoint.open_async(sources.model)
     hardware = await Hardware.probe(checkpoint, device=args.device)
     plan = make_plan(
         checkpoint,
@@ -199,6 +202,7 @@ async def _open_weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_
         reader=args.reader,
         throttle_bytes_per_second=args.throttle,
         layer_batch_size=args.layer_batch_size,
+        adapters=adapter_size(sources),
     )
 
     def count_tensors(batch: "Batch", seen: int) -> int:
@@ -215,11 +219,11 @@ async def _open_weights(path: Path, args: argparse.Namespace) -> AsyncIterator[_
 
 
 @asynccontextmanager
-async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_Streamed]:
+async def _open_model(sources: "Sources", args: argparse.Namespace) -> AsyncIterator[_Streamed]:
     from layerstream.pipeline import Budget, StreamedModel, Workload
 
     async with StreamedModel.open(
-        path,
+        sources.source,
         device=args.device,
         budget=Budget(vram=args.vram, host=args.host),
         workload=Workload(
@@ -230,11 +234,13 @@ async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_St
         kernels=args.kernels,
         throttle_bytes_per_second=args.throttle,
         layer_batch_size=args.layer_batch_size,
+        **open_options(args),
     ) as model:
         inputs = _forward_inputs(model.module, args.prompt_tokens)
+        chosen = request_options(args)
 
         async def sweep() -> None:
-            output = await model.forward(**inputs)
+            output = await model.forward(**inputs, **chosen)
             # A GPU has finished only when a value of the result is read, as decoding does too.
             await asyncio.to_thread(output[0].flatten()[-1].item)
 
@@ -244,7 +250,9 @@ async def _open_model(path: Path, args: argparse.Namespace) -> AsyncIterator[_St
             prompt_tokens=args.prompt_tokens,
             timings=model.timings,
             sweep=sweep,
-            experts=lambda: profile_experts(model, prompt=inputs["input_ids"], tokens=args.experts),
+            experts=lambda: profile_experts(
+                model, prompt=inputs["input_ids"], tokens=args.experts, options=chosen
+            ),
         )
 
 

@@ -1,0 +1,42 @@
+"""Reads tensors of a checkpoint outside of sweeps: to write them to other files."""
+
+import torch
+
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.stages.readers.files import WeightFiles
+from layerstream.stages.readers.guard import ReadGuard
+
+__all__ = ["SourceReader"]
+
+
+class SourceReader:
+    """Reads the tensors of a checkpoint, some bytes at a time. Close it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._guard = ReadGuard()
+        self._files = WeightFiles(
+            [file.path for file in checkpoint.files],
+            self._guard,
+            expected=[file.version for file in checkpoint.files if file.version is not None],
+        )
+
+    def read(self, info: TensorInfo, first: int, count: int) -> torch.Tensor:
+        """Bytes ``first`` to ``first + count`` of a tensor.
+
+        Raises:
+            ReadError: The disk reports an error, or the file was changed.
+        """
+        memory = torch.empty(count, dtype=torch.uint8)
+        self.read_into(info, first, memory)
+        return memory
+
+    def read_into(self, info: TensorInfo, first: int, memory: torch.Tensor) -> None:
+        """Fill ``memory``, of type uint8, with the bytes of a tensor from ``first`` on; raises as ``read``."""
+        self._files.read(info.file, info.offset + first, memory.numpy().data)
+        self._files.refuse_change(info.file)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+        self._guard.close()

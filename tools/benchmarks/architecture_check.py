@@ -1,0 +1,261 @@
+"""One class of transformers: built tiny, and compared as a drop-in with what from_pretrained loads."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerstream.pipeline import (
+    AdmissionError,
+    Budget,
+    LayerstreamError,
+    PlanError,
+    StreamedModel,
+    Workload,
+    load_streamed,
+)
+from layerstream.tools.benchmarks.tiny_models import inputs_of, tiny_models
+
+__all__ = ["check"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_WORKLOAD = Workload(prompt_tokens=8, new_tokens=8)
+_GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+_MIB = 1 << 20
+
+
+def check(name: str, folder: Path) -> dict[str, Any]:
+    """The row of a class: what was compared, and how it came out."""
+    import transformers
+
+    torch.set_num_threads(1)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return {"outcome": "not built", "detail": "transformers does not export it"}
+    model, why = _built(kind)
+    if model is None:
+        return {"outcome": "not built", "detail": why}
+    compared: list[str] = []
+    for dtype in _DTYPES:
+        label = str(dtype).removeprefix("torch.")
+        path = folder / label
+        try:
+            model.to(dtype).save_pretrained(path)
+            reference = kind.from_pretrained(path, dtype=dtype).eval()
+        except Exception as error:  # noqa: BLE001
+            return {
+                "outcome": "not built",
+                "detail": f"transformers does not load it: {error!r:.200}",
+            }
+        found = _compare(kind, path, reference, dtype)
+        if isinstance(found, dict):
+            return {**found, "dtype": label, "compared": compared}
+        compared += [f"{label} {each}" for each in found]
+    if not compared:
+        return {"outcome": "not built", "detail": "no inputs that it takes"}
+    return {"outcome": "equal", "compared": compared}
+
+
+def _built(kind: type[Any]) -> tuple[Any, str]:
+    """A tiny model that computes, or why there is none."""
+    why: list[str] = []
+    try:
+        for build in tiny_models(kind):
+            try:
+                model = build()
+            except Exception as error:  # noqa: BLE001 - the next one may keep the rule that this one breaks
+                why.append(f"{error!r:.200}")
+                continue
+            if _working_inputs(model, torch.float32) is not None:
+                return model, ""
+            why.append(f"no inputs that it takes: {_last_error}")
+    except Exception as error:  # noqa: BLE001
+        why.append(f"{error!r:.200}")
+    return None, why[0]
+
+
+_last_error = ""
+
+
+def _working_inputs(model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    global _last_error  # noqa: PLW0603 - one check per process
+    _last_error = ""
+    for inputs in inputs_of(model, dtype):
+        try:
+            _call(partial(model, **inputs))
+        except Exception as error:  # noqa: BLE001
+            _last_error = _last_error or f"{error!r:.200}"
+        else:
+            return dict(inputs)
+    return None
+
+
+def _call(work: Callable[[], Any]) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return work()
+
+
+def _compare(
+    kind: type[Any], path: Path, reference: Any, dtype: torch.dtype
+) -> dict[str, Any] | list[str]:
+    """The names of what is equal, or the row of what is not."""
+    inputs = _working_inputs(reference, dtype)
+    if inputs is None:
+        return []  # transformers itself cannot compute it in this dtype
+    works = {
+        "forward": lambda model: model(**_copied(inputs)),
+        "steps": lambda model: _steps(model, _copied(inputs)),
+        "generate": lambda model: model.generate(
+            **_prompt(_copied(inputs)), **_GREEDY, **_start(model)
+        ),
+    }
+    expected: dict[str, list[torch.Tensor]] = {}
+    for name, work in works.items():
+        try:
+            first, second = (_tensors(_call(partial(work, reference))) for _ in range(2))
+        except Exception:  # noqa: BLE001, S112 - then it cannot do that
+            continue
+        if first and _equal(first, second):
+            expected[name] = first
+    threads = threading.active_count()
+    for budget in _budgets(kind, path):
+        if isinstance(budget, dict):
+            return budget
+        found = _compare_streamed(kind, path, works, expected, budget)
+        if found is not None:
+            break
+    else:
+        return {"outcome": "refused", "detail": "no budget up to 512 MiB is enough"}
+    if isinstance(found, list) and threading.active_count() > threads:
+        return {"outcome": "failed", "detail": "threads are left"}
+    return found
+
+
+def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Some models write to their inputs."""
+    return {name: each.clone() for name, each in inputs.items()}
+
+
+def _prompt(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in inputs.items() if name != "decoder_input_ids"}
+
+
+def _start(model: Any) -> dict[str, int]:
+    """The token that a decoder begins with, where the default config names none."""
+    needs = model.config.is_encoder_decoder
+    return {"decoder_start_token_id": 1} if needs else {}
+
+
+def _steps(model: Any, inputs: dict[str, Any]) -> list[Any]:
+    """The prompt's pass, and two that go on with its cache."""
+    outputs = [model(**inputs, use_cache=True)]
+    ids: Any = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    for _ in range(2):
+        names = ("cache", "past_key_values", "cache_params")
+        found = next(n for n in names if outputs[-1].get(n) is not None)
+        step = {found: outputs[-1][found]}
+        if "decoder_input_ids" in inputs:
+            step["decoder_input_ids"] = ids[:, -1:]
+            step["encoder_outputs"] = (outputs[0].encoder_last_hidden_state,)
+        else:
+            step["input_ids"] = ids[:, -1:]
+        outputs.append(model(**step, use_cache=True))
+    return [output.get("logits", output[0]) for output in outputs]
+
+
+def _budgets(kind: type[Any], path: Path) -> Iterator[Any]:
+    """Budgets from the least in which it streams; or the row that says why it does not open."""
+    try:
+        least = asyncio.run(_least_bytes(kind, path))
+    except LayerstreamError as error:
+        yield {"outcome": "refused", "detail": f"{type(error).__name__}: {error}"}
+        return
+    for more in (0, 32, 128, 512):
+        yield Budget(host=least + more * _MIB)
+
+
+async def _least_bytes(kind: type[Any], path: Path) -> int:
+    """Memory in which two layer batches fit beside what has to be resident."""
+    options: dict[str, Any] = {"device": "cpu", "workload": _WORKLOAD, "layer_batch_size": 1}
+    async with StreamedModel.open(
+        path, budget="2GiB", measure=False, model_class=kind, **options
+    ) as model:
+        plan = model.plan
+    sizes = [batch.host_bytes + batch.device_bytes for batch in plan.batches]
+    pinned = sum(
+        size for size, batch in zip(sizes, plan.batches, strict=True) if "shared" in batch.layers
+    )
+    return plan.host_memory.reserved_bytes + pinned + 2 * max(sizes)
+
+
+def _compare_streamed(
+    kind: type[Any],
+    path: Path,
+    works: dict[str, Callable[[Any], Any]],
+    expected: dict[str, list[torch.Tensor]],
+    budget: Budget,
+) -> dict[str, Any] | list[str] | None:
+    """As ``_compare``; None if the budget is too small."""
+    name = "open"
+    try:
+        with load_streamed(
+            path,
+            device="cpu",
+            budget=budget,
+            workload=_WORKLOAD,
+            layer_batch_size=1,
+            measure=False,
+            model_class=kind,
+        ) as model:
+            for name, tensors in expected.items():
+                found = _tensors(_call(partial(works[name], model)))
+                if not _equal(tensors, found):
+                    return {"outcome": "different", "detail": f"{name}: {_gap(tensors, found)}"}
+    except (AdmissionError, PlanError):
+        return None
+    except LayerstreamError as error:
+        return {"outcome": "refused", "detail": f"{name}: {type(error).__name__}: {error}"}
+    except Exception as error:  # noqa: BLE001
+        import traceback
+
+        trace = traceback.format_exc()[-3000:]
+        return {"outcome": "failed", "detail": f"{name}: {error!r:.300}", "trace": trace}
+    return list(expected)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a model's output."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> str:
+    if [each.shape for each in one] != [each.shape for each in other]:
+        return "other shapes"
+    gaps = [
+        float((a.double() - b.double()).abs().max())
+        for a, b in zip(one, other, strict=True)
+        if a.numel() and not a.is_complex()
+    ]
+    return f"by up to {max(gaps, default=0):.3g}"
