@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,22 @@ def _refuse_own_folder(folder: Path, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def _complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder for files that go to ``folder`` when the block ends without an error; else nothing of them is left."""
-    made = next((each for each in (*reversed(folder.parents), folder) if not each.exists()), None)
+    """A folder for files that go to ``folder`` when the block ends without an error; else nothing of them is left.
+
+    Files are renamed one after another at the end: if that fails in a folder that was there, those before it have gone there.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             yield Path(temporary)
             _move(Path(temporary), folder)
     except BaseException:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for each in made[1:]:
+            with suppress(OSError):  # others may have put something there meanwhile
+                each.rmdir()
         raise
 
 

@@ -47,7 +47,7 @@ class Runtime:
 
         async def adopt() -> None:
             if _arenas(self.stream.pipeline.plan) != _arenas(plan):
-                # All was resident and there are no slots to stream through, or they are too many.
+                # There are no slots, or others than the new plan has.
                 await self.stream.reopen(plan)
                 self.scheduler.go_on_with(self.stream.pipeline)
             else:

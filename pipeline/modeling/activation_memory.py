@@ -78,7 +78,7 @@ class PromptPass:
         # Fake values are below these, and count nothing that they make.
         self._observers = (FusedAttention(device or torch.device("cpu")), self._live)
         self._output: Any = None
-        self._cached: list[int] = []
+        self._cached: list[int] | None = None
         self._peak_bytes = self._peak_taken_bytes = 0
 
     @classmethod
@@ -110,7 +110,7 @@ class PromptPass:
             return self._memory()
         except Exception as error:  # noqa: BLE001 - a model without values may raise anything
             logger.debug("the activations of a step were not measured: %s", error)
-            return self._memory_of_prompt()
+            return None if self._cached is None else self._memory_of_prompt(self._cached)
 
     def _memory(self) -> WorkloadMemory:
         workload = self._workload
@@ -156,11 +156,11 @@ class PromptPass:
             decode_taken_bytes=max(decode, self._live.peak_taken_bytes - kv_taken),
         )
 
-    def _memory_of_prompt(self) -> WorkloadMemory:
+    def _memory_of_prompt(self, storages: list[int]) -> WorkloadMemory:
         """The memory of the workload if all tokens cache as much as those of the prompt, and a step takes no more than it."""
-        cached, tokens = sum(self._cached), self._workload.prompt_tokens
+        cached, tokens = sum(storages), self._workload.prompt_tokens
         prefill = self._peak_bytes - cached
-        taken = max(prefill, self._peak_taken_bytes - sum(map(self._live.taken, self._cached)))
+        taken = max(prefill, self._peak_taken_bytes - sum(map(self._live.taken, storages)))
         return WorkloadMemory(
             kv_bytes=-(-cached * (tokens + self._workload.new_tokens) // tokens),
             prefill_bytes=prefill,

@@ -178,7 +178,7 @@ class Assembly:
     def bind(self, plan: Plan, device: torch.device) -> list[Binding]:
         """Put placeholders everywhere, and return a binding for each layer batch."""
         self._put_placeholders_for_experts(device)
-        self.tiles = self._make_tiles(plan.unpacked_once_bytes)
+        self.tiles = self._make_tiles(plan)
         layers = {layer.name: layer for layer in self.layers}
         bindings = []
         for batch in plan.batches:
@@ -209,15 +209,16 @@ class Assembly:
         weights += [group_bytes(each.packed) for each in self._experts[layer.name]]
         return [self._tile_count * nbytes for nbytes in weights]
 
-    def _make_tiles(self, once_bytes: int) -> Tiles | None:
-        sizes = [self._tile_sizes(layer, exact_tile_bytes) for layer in self.layers]
+    def _make_tiles(self, plan: Plan) -> Tiles | None:
+        size_of = tile_bytes if plan.fused_tokens else exact_tile_bytes
+        sizes = [self._tile_sizes(layer, size_of) for layer in self.layers]
         nbytes = max([0, *chain.from_iterable(sizes)])
         if not nbytes:
             return None
         return Tiles(
             nbytes=nbytes // self._tile_count,
             count=self._tile_count,
-            once_bytes=once_bytes,
+            once_bytes=plan.unpacked_once_bytes,
         )
 
     @property

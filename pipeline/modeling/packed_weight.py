@@ -196,17 +196,23 @@ def exact_tile_bytes(rows: PackedRows) -> int:
     return rows.nbytes * (1 if rows.order is None else 2)
 
 
-@functools.cache
 def exact_tokens(rows: int, columns: int, dtype: torch.dtype) -> int | None:
     """Up to how many tokens products by tiles have the bits of the whole product here, for a matrix of this form; None: always.
 
     Tried are a few numbers of tokens. Terms cancel one another, so that results consist of what rounding has left over: sums in
     another order differ in nearly every element, where those of random numbers do so in one of many thousands.
     """
+    return _tried(rows, columns, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _tried(rows: int, columns: int, dtype: torch.dtype, _threads: int) -> int | None:
+    """What ``exact_tokens`` says; kernels divide rows among threads."""
     step = tile_rows(rows, columns, dtype.itemsize)
     if step == rows:
         return None
     height = min(rows, max(2 * step + rows % step, _TRIED_BYTES // columns // dtype.itemsize))
+    height -= (height - rows) % step  # the last tile is as ragged as that of the whole matrix
     weight, inputs = _cancelling(height, columns, dtype)
 
     def is_exact(count: int) -> bool:

@@ -275,7 +275,11 @@ class _Search:
         )
         size = self._problem.choices.layer_batch_size or 1
         unit = "layer" if size == 1 else f"layer batch of {size} blocks"
-        smaller = "open the model anew with smaller ones (running, it keeps its own), " * (size > 1)
+        smaller = ""
+        if size > 1 and self._problem.arenas is not None:
+            smaller = "open the model anew with smaller ones (running, it keeps its own), "
+        elif size > 1:
+            smaller = "choose a smaller layer_batch_size, "
         return PlanError(
             f"the {side} budget of {format_bytes(have)} cannot hold one {unit} at a time{experts}: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "

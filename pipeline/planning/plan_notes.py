@@ -64,7 +64,7 @@ def notes_on(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[s
         if problem.fused_tokens:
             notes.append(
                 f"fused kernels: passes of up to {problem.fused_tokens} tokens multiply packed weights without unpacking them, "
-                "faster and not bit for bit as transformers does; kernels='exact' does"
+                "and longer ones by tiles: faster and not bit for bit as transformers does; kernels='exact' does"
             )
     return tuple(notes)
 

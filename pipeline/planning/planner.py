@@ -143,9 +143,9 @@ def plan_model(
     except PlanError:
         if running is None:
             raise
-        # All is resident, so there is no ring whose slots could not change.
-        slots = replace(problem.choices, slots=choices.slots)
-        candidates = search(problem := replace(problem, choices=slots, arenas=None))
+        # Nothing fits beside the rings that there are: with others, the pipeline is opened anew.
+        freed = replace(problem.choices, slots=choices.slots)
+        candidates = search(problem := replace(problem, choices=freed, arenas=None))
     return _plan(problem, candidates)
 
 

@@ -108,15 +108,19 @@ class Requests:
         self.check_open()
         memory = RequestMemory(shared_bytes=nbytes)
         if not memory.fits(self._admission.memory):
+            self._scheduler.call_on_loop(self.refused)
             raise AdmissionError(
                 f"{method} needs {format_bytes(nbytes)} for what it computes, but there are "
                 f"{format_bytes(self._admission.memory.shared_bytes)} for requests; open the model with a larger budget"
             )
+        cost = RequestCost(memory=memory, sequences=0, prompt_tokens=0, new_tokens=0)
+        runner = PassRunner(self._scheduler)
+        runner.cost = cost  # known, or decode residents would make room for an unknown prompt
         request = Request(
             number=self.number(),
             method=method,
-            cost=RequestCost(memory=memory, sequences=0, prompt_tokens=0, new_tokens=0),
-            runner=PassRunner(self._scheduler),
+            cost=cost,
+            runner=runner,
             reservation=Reservation(memory, threads=0),
         )
         outcome: Outcome = "completed"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import weakref
 from typing import Any
 
@@ -28,12 +29,13 @@ def end_with_loop(task: asyncio.Task[Any]) -> None:
 
 
 def _let_close_end_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    closes, tasks = loop.close, _tasks[loop]
+    closes, tasks, process = loop.close, _tasks[loop], os.getpid()
 
     def close() -> None:
         left = [task for task in tasks if not task.done()]
         try:
-            if left and not loop.is_closed() and not loop.is_running():
+            # Not in a fork, which has none of the threads; nor inside of another loop, which cannot run this one.
+            if left and os.getpid() == process and not loop.is_closed() and not _in_loop():
                 for task in left:
                     task.cancel()
                 loop.run_until_complete(_wait(left))
@@ -42,6 +44,10 @@ def _let_close_end_tasks(loop: asyncio.AbstractEventLoop) -> None:
 
     # Loops have no other place for what has to precede their end.
     loop.close = close  # type: ignore[method-assign]
+
+
+def _in_loop() -> bool:
+    return asyncio._get_running_loop() is not None  # noqa: SLF001 - the public one raises
 
 
 async def _wait(tasks: list[asyncio.Task[Any]]) -> None:

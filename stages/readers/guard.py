@@ -151,7 +151,9 @@ class ReadGuard:
                 pause = self.pause_seconds(error, attempt, path=path, offset=offset)
                 if pause is None:
                     raise
-            self._pause(pause)
+                self._pause(pause)
+                if self.stopped.done():
+                    raise
             if attempt == len(_PAUSES_SECONDS):
                 before_last()
         raise AssertionError  # unreachable

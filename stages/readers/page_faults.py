@@ -23,7 +23,11 @@ class PageFaults:
     def longest_seconds(self) -> float:
         """How long the longest one has been seen to last; so this is to be called again and again."""
         now, seen = time.monotonic(), {}
-        for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+        try:
+            tasks = list(_TASKS.iterdir())
+        except OSError:  # not on this system, or no descriptor is left
+            tasks = []
+        for task in tasks:
             fault = _fault(task)
             if fault is not None:
                 known = self._since.get(task.name)

@@ -187,7 +187,10 @@ def _usable(folder: Path | None) -> Path | None:
 
 @functools.cache
 def _has_openmp() -> bool:
-    """Whether kernels can call the OpenMP that torch has loaded, by the names that GCC gives it (others know them, too)."""
+    """Whether kernels can call OpenMP, by the names that GCC gives it (others know them, too).
+
+    It is torch's own, unless another library has loaded one for all to see before: then kernels have threads of their own.
+    """
     symbols = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     return all(hasattr(symbols, name) for name in names)

@@ -15,7 +15,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,25 @@ def _plan_within(factor: float, tell: Tell) -> None:
 
     module: Any = opening
 
-    make_plan = module.make_plan
+    plan_model = module.plan_model
 
-    def plan(*args: Any, **named: Any) -> Any:
+    def plan(checkpoint: Any, hardware: Any, choices: Any, **named: Any) -> Any:
+        def within(nbytes: int) -> Any:
+            chosen = replace(choices, budget=Budget(host=nbytes))
+            return plan_model(checkpoint, hardware, chosen, **named)
+
         least = None
         try:
-            make_plan(*args, **{**named, "budget": Budget(host=1)})
+            within(1)
         except PlanError as error:
             least = error.needed_bytes
         if least is None:
             raise ValueError("there is no least budget")
         budget = int(factor * least)
         tell({"least_bytes": least, "budget_bytes": budget})
-        return make_plan(*args, **{**named, "budget": Budget(host=budget)})
+        return within(budget)
 
-    module.make_plan = plan
+    module.plan_model = plan
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:

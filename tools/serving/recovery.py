@@ -56,7 +56,9 @@ class Recovery:
                 await self._reopen(f"streaming has failed ({failure}); the model is reopened")
             elif self._answers.failure is not None and not self._answers.stopping.is_set():
                 # A request's own reads, of embedding rows or experts. Who asks /health may send no others until it is well.
-                await self._reopen(f"{self._answers.failure} Requests are expected to work")
+                await self._reopen(
+                    f"a request has failed ({self._answers.failure}); requests are expected to work"
+                )
 
     async def _reopen(self, why: str) -> None:
         """Try once. The pauses grow until the model has worked for longer than the longest of them."""
