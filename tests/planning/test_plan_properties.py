@@ -188,7 +188,7 @@ def test_any_arguments_give_a_plan_within_the_budgets_or_a_refusal_that_says_wha
         refusal = None
     if refusal is not None:
         assert re.search(
-            r"budget of \S+ \S+ (cannot hold one layer at a time: at least \S+ \S+ are needed .* raise the "
+            r"budget of \S+ \S+ (cannot hold one layer( batch of \d blocks)? at a time: at least \S+ \S+ are needed .* raise the "
             r"budget|is more than the \S+ \S+ of (host RAM|VRAM) that are free; lower it)",
             refusal,
         )

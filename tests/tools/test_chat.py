@@ -16,7 +16,7 @@ from support.terminal import Terminal, in_terminal
 
 from layerstream.tools.cli import main
 
-SIZES = ("--host", "32MiB", "--reader", "direct", "--device", "cpu", "--prompt-tokens", "64")
+SIZES = ("--host", "36MiB", "--reader", "direct", "--device", "cpu", "--prompt-tokens", "64")
 SHORT = (*SIZES, "--max-new-tokens", "8", "--greedy")
 LONG = (*SIZES, "--max-new-tokens", "2000", "--greedy")
 WITHOUT_RICH = (
@@ -118,7 +118,7 @@ def test_commands_reset_and_instruct_and_save(
         terminal.type("/stats\n")
         terminal.expect("What each stage did")
         terminal.expect("16 tokens in 16 sweeps: 1.00 tokens per sweep")
-        terminal.expect("memory: .* added by the model, of a host budget of 32 MiB")
+        terminal.expect("memory: .* added by the model, of a host budget of 36 MiB")
         terminal.type(f"/save {saved}\n")
         terminal.expect("saved in")
         terminal.type("/unknown\n")
