@@ -211,7 +211,7 @@ def test_decode_residents_and_the_memory_of_a_prompt_are_never_held_together(
     folder = save_model(tmp_path / "model", "llama", **sizes, **heads)
     budget = 190 * MIB
     report = report_of_many(folder, budget, 1024, 1, [1024] * 3)
-    assert report["decode_residents"] > 2
+    assert report["decode_residents"] > 1
     assert report["streamed"] > 0
     assert report["added"] <= 1.05 * budget
 

@@ -6,8 +6,7 @@ import pytest
 
 from layerstream.pipeline import Workload
 from layerstream.pipeline.planning.workload_memory import estimate_memory
-from layerstream.pipeline.scheduling.request_memory import Parts
-from layerstream.pipeline.scheduling.reserved_share import ReservedShare
+from layerstream.pipeline.scheduling.reserved_share import Parts, ReservedShare
 from layerstream.tools.synthetic.families import FAMILIES
 
 CONFIG = FAMILIES["llama-3.1-8b"].config

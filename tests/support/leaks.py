@@ -19,7 +19,11 @@ _OUR_FOLDERS = [Path(package.__file__).parent for package in (pipeline, stages)]
 
 
 def our_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("layerstream")]
+    return [thread.name for thread in threading.enumerate() if _is_ours(thread)]
+
+
+def _is_ours(thread: threading.Thread) -> bool:
+    return thread.name.startswith("layerstream")
 
 
 def our_tasks() -> list[asyncio.Task[Any]]:
@@ -64,9 +68,9 @@ def nothing_left_behind(*, collect: bool = True) -> Iterator[None]:
     # What was there before needs no second look. Looking at every object of torch and transformers takes longer than most tests.
     gc.collect()
     gc.freeze()
-    descriptors = _descriptors()
+    descriptors, before = _descriptors(), set(threading.enumerate())
     yield
-    threads = our_threads()
+    threads = [thread.name for thread in set(threading.enumerate()) - before if _is_ours(thread)]
     assert threads == [], threads
     left = {name: at for name, at in _descriptors().items() if descriptors.get(name) != at}
     assert left == {}, left
