@@ -15,6 +15,7 @@ from layerstream.pipeline.checkpoint.layers import LayerKind, group_layers
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.devices.protocol import Device
+from layerstream.stages.process.headroom import host_available_bytes
 
 __all__ = ["TOKENS", "block_shapes", "main_dtype", "measure_compute"]
 
@@ -163,11 +164,12 @@ def _matrix_views(weights: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> l
 
 
 def _weight_bytes(device: Device) -> int:
-    """Return twice the last cache of the processor, or enough to exceed the caches of a GPU."""
+    """Return twice the last cache of the processor, or enough to exceed the caches of a GPU; a small share of what is free."""
     if not device.reads_host_images:
         free = device.free_bytes() or 0
         return max(_MIN_BYTES, min(_MAX_BYTES, free // 8)) >> 20 << 20
-    return min(max(_MIN_BYTES, 2 * _processor_cache_bytes()), _MAX_BYTES) >> 20 << 20
+    most = min(_MAX_BYTES, host_available_bytes() // 4)
+    return max(_MIN_BYTES, min(2 * _processor_cache_bytes(), most)) >> 20 << 20
 
 
 def _processor_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

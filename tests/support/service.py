@@ -41,7 +41,9 @@ __all__ = [
 KEY = "a-key"
 MAX_ANSWERS = 12
 MAX_BODY = 100_000
-HOST = "36MiB"  # libraries and the workload take 30 of these; weights of 8 MiB do not fit, and stream
+HOST = (
+    "36MiB"  # libraries and the workload take 30 of these; weights of 8 MiB do not fit, and stream
+)
 LONG_TOKENS = 400
 MEMORY = ("--concurrent", "4", "--prompt-tokens", "64")
 PROMPTS = [
