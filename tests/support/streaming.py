@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerstream.pipeline import Budget, Plan, StreamedModel, Workload
+from layerstream.pipeline import Budget, Plan, PlanError, StreamedModel, Workload
 
 __all__ = ["SMALL", "bits_equal", "open_streaming", "smallest_streaming_budget", "tensors_of"]
 
@@ -58,8 +58,20 @@ async def open_streaming(folder: Path, **options: Any) -> StreamedModel:
     key = _contents(folder), *((name, repr(value)) for name, value in sorted(options.items()))
     if (budget := _budgets.get(key)) is None or " at 0x" in str(key):
         async with StreamedModel.open(folder, budget=Budget(host="1GiB"), **options) as model:
-            budget = _budgets[key] = smallest_streaming_budget(model.plan)
+            budget, has_experts = smallest_streaming_budget(model.plan), bool(model.plan.experts)
+        if has_experts:
+            budget = await _enough(folder, budget, options)
+        _budgets[key] = budget
     return StreamedModel.open(folder, budget=budget, **options)
+
+
+async def _enough(folder: Path, budget: Budget, options: dict[str, Any]) -> Budget:
+    """``budget``, or what is needed if that is more: buffers of experts depend on how they are read."""
+    try:
+        async with StreamedModel.open(folder, budget=budget, **options):
+            return budget
+    except PlanError as error:
+        return Budget(host=error.needed_bytes)
 
 
 # Of models that were opened before, to see what they need: tests open equal ones again and again.
