@@ -15,7 +15,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,25 @@ def _plan_within(factor: float, tell: Tell) -> None:
 
     module: Any = opening
 
-    make_plan = module.make_plan
+    plan_model = module.plan_model
 
-    def plan(*args: Any, **named: Any) -> Any:
+    def plan(checkpoint: Any, hardware: Any, choices: Any, **named: Any) -> Any:
+        def within(budget_bytes: int) -> Any:
+            chosen = replace(choices, budget=Budget(host=budget_bytes))
+            return plan_model(checkpoint, hardware, chosen, **named)
+
         least = None
         try:
-            make_plan(*args, **{**named, "budget": Budget(host=1)})
+            within(1)
         except PlanError as error:
             least = error.needed_bytes
         if least is None:
             raise ValueError("there is no least budget")
         budget = int(factor * least)
         tell({"least_bytes": least, "budget_bytes": budget})
-        return make_plan(*args, **{**named, "budget": Budget(host=budget)})
+        return within(budget)
 
-    module.make_plan = plan
+    module.plan_model = plan
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
@@ -193,8 +197,9 @@ def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
     import torch
 
     accepted = inspect.signature(module.forward).parameters
-    if "input_ids" in accepted:
-        return _tokens(module, row.batch, row.prompt)
+    text = _tokens(module, row.batch, row.prompt) if "input_ids" in accepted else {}
+    if text and module.can_generate():
+        return text
     config = getattr(module.config, "vision_config", None) or module.config
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -204,7 +209,10 @@ def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
     shapes = {
         "pixel_values": (row.batch, channels, height, width),
         "input_features": (row.batch, mel_bins, frames),
-        "input_values": (row.batch, 16 * row.prompt),
+        "input_values": (
+            row.batch,
+            row.prompt * getattr(module.config, "inputs_to_logits_ratio", 320),
+        ),
     }
     made = {
         name: torch.randn(shape).to(module.dtype)
@@ -213,7 +221,7 @@ def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
     }
     if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         made["decoder_input_ids"] = torch.ones((row.batch, 4), dtype=torch.long)
-    return made
+    return {name: value for name, value in text.items() if name in accepted} | made
 
 
 def _tokens(module: Any, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
