@@ -5,6 +5,7 @@ No weight is read and nothing is computed: the bytes that are alive at any momen
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,9 +112,11 @@ class PromptPass:
         except Exception as error:  # noqa: BLE001 - a model without values may raise anything
             logger.debug("the activations of a step were not measured: %s", error)
             memory = self._memory_of_prompt(self._measured.workload)
-        # Requests are estimated in proportion to the tokens of the whole workload.
-        return memory.scaled(
-            self._workload.prompt_tokens / self._measured.workload.prompt_tokens,
+        tokens = self._measured.workload.prompt_tokens
+        return (
+            memory
+            if tokens == self._workload.prompt_tokens
+            else replace(memory, prompt_tokens=tokens)
         )
 
     def _run(self, inputs: PromptInputs, clone: Any) -> None:

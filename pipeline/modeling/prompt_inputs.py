@@ -1,7 +1,7 @@
 """The inputs of the passes that process a workload's prompt and choose tokens after it, on the meta device."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,13 +47,7 @@ class PromptInputs:
         workloads = [workload]
         if (tokens := _longest_prompt(module, workload)) < workload.prompt_tokens:
             # Passes of what a model has no positions for may fail.
-            workloads.append(
-                Workload(
-                    batch_size=workload.batch_size,
-                    prompt_tokens=tokens,
-                    new_tokens=workload.new_tokens,
-                )
-            )
+            workloads.append(replace(workload, prompt_tokens=tokens))
         return [
             cls(module=module, workload=each, text=text, media=with_media, answer=answer)
             for each in workloads
@@ -118,6 +112,8 @@ def _longest_prompt(module: Any, workload: Workload) -> int:
     """The tokens of the longest prompt that ``module`` has positions for, or of that of ``workload`` if it tells none."""
     config = text_config_of(module.config)
     values = [getattr(config, name, None) for name in _POSITIONS]
-    taken = workload.new_tokens + _SPARE_POSITIONS
-    left = [value - taken for value in values if isinstance(value, int) and value > taken]
+    generates = bool(getattr(module, "can_generate", bool)())
+    taken = _SPARE_POSITIONS + (workload.new_tokens if generates else 0)
+    # At most half of them are left for new tokens.
+    left = [max(each - taken, each // 2) for each in values if isinstance(each, int) and each > 1]
     return min(left, default=workload.prompt_tokens)

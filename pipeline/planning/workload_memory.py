@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
 
 from layerstream.pipeline.planning.model_shape import Config, ModelShape, shape_of
 from layerstream.pipeline.planning.plan import Workload
@@ -45,6 +44,8 @@ class WorkloadMemory:
     """What a process takes for the bytes of the prompt; None if that is only known to be ``WASTE`` times these at most."""
     decode_taken_bytes: int | None = None
     """The same for a token more."""
+    prompt_tokens: int | None = None
+    """Tokens of the longest prompt that the model has positions for, if the workload has more."""
 
     @property
     def peak_bytes(self) -> int:
@@ -83,21 +84,23 @@ class WorkloadMemory:
             decode_bytes=max(each.decode_bytes for each in memories),
             measured=all(each.measured for each in memories),
             own_buffer_bytes=max(each.own_buffer_bytes for each in memories),
+            prompt_tokens=memories[0].prompt_tokens,
             prefill_taken_bytes=max(prefill for prefill, _ in taken),
             decode_taken_bytes=max(decode for _, decode in taken),
         )
 
-    def scaled(self, times: float) -> "WorkloadMemory":
-        """The memory of ``times`` as many sequences or tokens."""
+    def scaled(self, times: int) -> "WorkloadMemory":
+        """The memory of ``times`` as many sequences."""
         prefill, decode = self.taken_bytes
         return WorkloadMemory(
-            kv_bytes=ceil(times * self.kv_bytes),
-            prefill_bytes=ceil(times * self.prefill_bytes),
-            decode_bytes=ceil(times * self.decode_bytes),
+            kv_bytes=times * self.kv_bytes,
+            prefill_bytes=times * self.prefill_bytes,
+            decode_bytes=times * self.decode_bytes,
             measured=self.measured,
-            own_buffer_bytes=ceil(times * self.own_buffer_bytes),
-            prefill_taken_bytes=ceil(times * prefill),
-            decode_taken_bytes=ceil(times * decode),
+            own_buffer_bytes=times * self.own_buffer_bytes,
+            prefill_taken_bytes=times * prefill,
+            decode_taken_bytes=times * decode,
+            prompt_tokens=self.prompt_tokens,
         )
 
 

@@ -19,6 +19,8 @@ from layerstream.pipeline.modeling.prompt_inputs import PromptInputs
 from layerstream.pipeline.modeling.tracing import trace_model
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.planning.workload_memory import estimate_memory
+from layerstream.pipeline.scheduling.request_cost import Estimator
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 
 PROMPT = 24
 DECODER = {"decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_layers": 1}
@@ -64,16 +66,16 @@ def test_images_and_sounds_are_counted_as_a_real_pass_takes_them(case: str, batc
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "tokens"),
+    ("name", "config", "tokens", "fewer"),
     [
-        ("LEDForConditionalGeneration", LED, PROMPT),
-        ("ProphetNetForCausalLM", PROPHETNET, 29),
-        ("ProphetNetForConditionalGeneration", PROPHETNET, 29),
+        ("LEDForConditionalGeneration", LED, PROMPT, False),
+        ("ProphetNetForCausalLM", PROPHETNET, 29, True),
+        ("ProphetNetForConditionalGeneration", PROPHETNET, 29, False),
     ],
 )
 @torch.no_grad()
 def test_models_that_ask_for_values_or_lack_positions_are_measured(
-    name: str, config: Any, tokens: int
+    name: str, config: Any, tokens: int, fewer: bool
 ) -> None:
     workload = Workload(batch_size=2, prompt_tokens=2 * PROMPT, new_tokens=1)
     with torch.device("meta"):
@@ -87,6 +89,27 @@ def test_models_that_ask_for_values_or_lack_positions_are_measured(
         decoder = {} if "Causal" in name else {"decoder_input_ids": ids[:, :1]}
         real(input_ids=ids, **decoder)
     assert memory.peak_bytes >= live.peak_bytes
+    assert memory.prompt_tokens == (tokens if fewer else None)
+
+
+def test_a_request_of_all_positions_takes_what_is_reserved_for_a_longer_workload(
+    tmp_path: Path,
+) -> None:
+    checkpoint = Checkpoint.open(save_model(tmp_path, "bert", max_position_embeddings=64))
+    model = built("bert", device="meta", max_position_embeddings=64)
+    workload = Workload(batch_size=2, prompt_tokens=700, new_tokens=4)
+    memory = measure_memory(model, workload)
+    assert memory is not None
+    assert memory.prompt_tokens == 64 - 2
+    plan = make_plan(checkpoint, CPU, workload=workload, memory=memory)
+    assert any("positions for 62 at most" in note for note in plan.notes)
+    estimator = Estimator(
+        model, checkpoint.config, workload=workload, memory=RequestMemory(shared_bytes=1 << 40), plan=plan, measured=memory
+    )  # fmt: skip
+    cost = estimator.forward((), {"input_ids": torch.ones((2, 62), dtype=torch.long)})
+    assert plan.workload_bytes <= cost.memory.shared_bytes <= 1.1 * plan.workload_bytes
+    shorter = estimator.forward((), {"input_ids": torch.ones((2, 31), dtype=torch.long)})
+    assert shorter.memory.shared_bytes < cost.memory.shared_bytes
 
 
 def test_what_is_computed_from_sizes_has_its_value_on_the_meta_device() -> None:
