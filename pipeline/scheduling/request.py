@@ -218,7 +218,7 @@ class Requests:
             waiting=self._admission.waiting,
             running=sum(request.reservation.done() for request in self._active),
             in_sweep=self._scheduler.passes_in_sweep,
-            reserved_bytes=self._admission.reserved.nbytes,
+            reserved=self._admission.reserved,
             reservable_bytes=self._admission.memory.nbytes,
             hanging_reads=self._guard.hanging(),
             failure=self._scheduler.failure,

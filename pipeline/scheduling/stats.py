@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from layerstream.pipeline.scheduling.request_memory import RequestMemory
 from layerstream.stages.readers.guard import HangingRead
 from layerstream.stages.telemetry.spans import ExpertCounts
 from layerstream.stages.telemetry.timings import Timings
@@ -59,6 +60,8 @@ class Stats:
     """Forward passes that take part in the sweep under way."""
     reserved_bytes: int
     """Memory of running requests; with KV caches in host RAM, of both memories together."""
+    reserved_cache_bytes: int
+    """Of that, in host RAM for KV caches whose requests compute in VRAM."""
     reservable_bytes: int
     """All memory for requests."""
     open_seconds: float
@@ -121,7 +124,7 @@ class Counters:
         waiting: int,
         running: int,
         in_sweep: int,
-        reserved_bytes: int,
+        reserved: RequestMemory,
         reservable_bytes: int,
         hanging_reads: tuple[HangingRead, ...],
         failure: BaseException | None,
@@ -146,7 +149,8 @@ class Counters:
             requests_waiting=waiting,
             requests_riding=running,
             riders_aboard=in_sweep,
-            reserved_bytes=reserved_bytes,
+            reserved_bytes=reserved.nbytes,
+            reserved_cache_bytes=reserved.cache_bytes,
             reservable_bytes=reservable_bytes,
             open_seconds=timings.wall_seconds,
             stages=tuple(

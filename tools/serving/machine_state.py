@@ -78,18 +78,20 @@ class MachineState:
                 for batch in plan.batches
             ],
             "legend": legend(plan),
-            "memory": self._memory(stats.reserved_bytes),
+            "memory": self._memory(stats),
         }
 
-    def _memory(self, reserved_bytes: int) -> list[dict[str, Any]]:
+    def _memory(self, stats: Stats) -> list[dict[str, Any]]:
         """What is held now: requests with what they have reserved, all else as planned."""
         plan, sides = self._model.plan, []
-        held = plan.host_memory if plan.on_cpu or plan.kv_cache_on_host else plan.device_memory
+        caches, in_use = stats.reserved_cache_bytes, plan.device_memory or plan.host_memory
         for name, memory in plan.memories.items():
             parts = memory_parts(memory)
             parts.pop("workload")
-            if memory is held:
-                parts["requests"] = reserved_bytes
+            if memory is in_use:
+                parts["requests"] = stats.reserved_bytes - caches
+            elif caches:
+                parts["requests"] = caches
             sides.append(
                 {
                     "name": name[:1].upper() + name[1:],
