@@ -3,18 +3,20 @@
 No weight is read and nothing is computed: the bytes that are alive at any moment follow from shapes.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES, is_encoder_decoder
+from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES
 from layerstream.pipeline.modeling.clone import clone_modules
 from layerstream.pipeline.modeling.fused_attention import FusedAttention
 from layerstream.pipeline.modeling.live_bytes import LiveBytes, tensors_in
 from layerstream.pipeline.modeling.meta_pass import meta_pass, put_on_meta
+from layerstream.pipeline.modeling.prompt_inputs import PromptInputs
 from layerstream.pipeline.planning.plan import Workload
 from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 
@@ -38,17 +40,20 @@ def measure_memory(
     prompt_pass = PromptPass.of(module, workload, device, mapped_from_bytes=mapped_from_bytes)
     if prompt_pass is None:
         return None
-    clone = clone_modules(module)  # outside: its copies of buffers are not activations
-    put_on_meta(clone)
-    try:
-        prompt_pass.run(clone)
-    except Exception as error:  # noqa: BLE001 - a model without values may raise anything
-        logger.debug("the prompt's activations were not measured: %s", error)
+    for run in prompt_pass.runs():
+        clone = clone_modules(module)  # outside: its copies of buffers are not activations
+        put_on_meta(clone)
+        try:
+            run(clone)
+        except Exception as error:  # noqa: BLE001 - a model without values may raise anything
+            logger.debug("the prompt's activations were not measured: %s", error)
+        else:
+            break
     return prompt_pass.memory()
 
 
 class PromptPass:
-    """The forward pass that processes a workload's prompt, and its memory.
+    """The forward pass that processes a workload's prompt, with an image or sound for each sequence, and its memory.
 
     Args:
         module: A transformers model on the meta device, whose weights and buffers are not counted.
@@ -68,16 +73,13 @@ class PromptPass:
         self._module = module
         self._workload = workload
         self._generates = bool(getattr(module, "can_generate", bool)())
-        accepted = inspect.signature(module.forward).parameters
-        self._has_encoder = is_encoder_decoder(module) and "decoder_input_ids" in accepted
-        self._live = LiveBytes(
-            limit=_BASE_OPERATIONS + _OPERATIONS_PER_MODULE * sum(1 for _ in module.modules()),
-            # The rows may come in requests of their own, whose blocks are as much smaller.
-            mapped_from_bytes=mapped_from_bytes and workload.batch_size * mapped_from_bytes,
-        )
-        # Fake values are below these, and count nothing that they make.
-        self._observers = (FusedAttention(device or torch.device("cpu")), self._live)
+        self._device = device or torch.device("cpu")
+        # The rows may come in requests of their own, whose blocks are as much smaller.
+        self._mapped_from_bytes = mapped_from_bytes and workload.batch_size * mapped_from_bytes
+        self._choices = PromptInputs.choices(module, workload)
+        self._measured: PromptInputs | None = None
         self._output: Any = None
+        self._live = LiveBytes()
         self._cached: list[int] | None = None
         self._peak_bytes = self._peak_taken_bytes = 0
 
@@ -90,54 +92,62 @@ class PromptPass:
         *,
         mapped_from_bytes: int | None = None,
     ) -> "PromptPass | None":
-        """The pass; None if ``module`` takes no text."""
-        if "input_ids" not in inspect.signature(module.forward).parameters:
-            return None
-        return cls(module, workload, device, mapped_from_bytes=mapped_from_bytes)
+        """The pass; None if ``module`` takes neither text nor images nor sounds."""
+        made = cls(module, workload, device, mapped_from_bytes=mapped_from_bytes)
+        return made if made._choices else None
 
-    def run(self, clone: Any) -> None:
-        """Process the prompt with ``clone``, one of the module without values."""
-        tokens = self._workload.prompt_tokens
-        self._output = self._pass(clone, self._inputs(tokens, tokens))
-        self._peak_bytes = self._live.peak_bytes
-        self._peak_taken_bytes = self._live.peak_taken_bytes
+    def runs(self) -> list[Callable[[Any], None]]:
+        """Ways to process the prompt with a clone of the module without values; the first that succeeds is measured.
+
+        Those with most inputs come first.
+        """
+        return [partial(self._run, inputs) for inputs in self._choices]
 
     def memory(self) -> WorkloadMemory | None:
         """The memory of the workload, for which the last token's pass runs too; None if the prompt's has failed."""
-        if self._output is None:
+        if self._measured is None:
             return None
         try:
-            return self._memory()
+            memory = self._memory(self._measured)
         except Exception as error:  # noqa: BLE001 - a model without values may raise anything
             logger.debug("the activations of a step were not measured: %s", error)
-            return None if self._cached is None else self._memory_of_prompt(self._cached)
+            if self._cached is None:
+                return None
+            memory = self._memory_of_prompt(self._measured.workload, self._cached)
+        tokens = self._measured.workload.prompt_tokens
+        return (
+            memory
+            if tokens == self._workload.prompt_tokens
+            else replace(memory, prompt_tokens=tokens)
+        )
 
-    def _memory(self) -> WorkloadMemory:
-        workload = self._workload
+    def _run(self, inputs: PromptInputs, clone: Any) -> None:
+        live = LiveBytes(
+            limit=_BASE_OPERATIONS
+            + _OPERATIONS_PER_MODULE * sum(1 for _ in self._module.modules()),
+            mapped_from_bytes=self._mapped_from_bytes,
+        )
+        output = self._pass(clone, inputs.prompt(), live, answer=inputs.answer)
+        if self._measured is None:
+            self._measured, self._output, self._live = inputs, output, live
+            self._peak_bytes, self._peak_taken_bytes = live.peak_bytes, live.peak_taken_bytes
+
+    def _memory(self, made: PromptInputs) -> WorkloadMemory:
         output, self._output = self._output, None
         argument, cache = _cache_of(output)
         encoded = getattr(output, "encoder_last_hidden_state", None)
         del output
         self._cached = prompt = _storages((cache, encoded))
-        # A model without a cache computes all tokens again for each one.
-        total = workload.prompt_tokens + workload.new_tokens
-        inputs = self._inputs(1 if argument or self._has_encoder else total, total)
-        if argument:
-            inputs[argument] = cache
-        if encoded is not None:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
-            del inputs["input_ids"]
         clone = clone_modules(self._module)  # its copies of buffers are not activations
         put_on_meta(clone)
 
         def step(**inputs: Any) -> Any:
-            _extend_cache(cache, workload.new_tokens - 1)
+            _extend_cache(cache, made.workload.new_tokens - 1)
             self._live.reset_peak()
             return clone(**inputs) if self._generates else None
 
-        output = self._pass(step, inputs)
+        inputs = made.step(argument, cache, encoded)
+        output = self._pass(step, inputs, self._live, answer=made.answer)
         if self._generates:
             _, cache = _cache_of(output)
         cached = _storages((cache, encoded)) if self._generates else []
@@ -156,13 +166,13 @@ class PromptPass:
             decode_taken_bytes=max(decode, self._live.peak_taken_bytes - kv_taken),
         )
 
-    def _memory_of_prompt(self, storages: list[int]) -> WorkloadMemory:
+    def _memory_of_prompt(self, workload: Workload, storages: list[int]) -> WorkloadMemory:
         """The memory of the workload if all tokens cache as much as those of the prompt, and a step takes no more than it."""
-        cached, tokens = sum(storages), self._workload.prompt_tokens
+        cached, tokens = sum(storages), workload.prompt_tokens
         prefill = self._peak_bytes - cached
         taken = max(prefill, self._peak_taken_bytes - sum(map(self._live.taken, storages)))
         return WorkloadMemory(
-            kv_bytes=-(-cached * (tokens + self._workload.new_tokens) // tokens),
+            kv_bytes=-(-cached * (tokens + workload.new_tokens) // tokens),
             prefill_bytes=prefill,
             decode_bytes=prefill,
             measured=True,
@@ -170,38 +180,22 @@ class PromptPass:
             decode_taken_bytes=taken,
         )
 
-    def _pass(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    def _pass(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], live: LiveBytes, *, answer: bool
+    ) -> Any:
         return meta_pass(
             model,
             inputs,
-            observers=self._observers,
+            # Fake values are below these, and count nothing that they make.
+            observers=(FusedAttention(self._device), live),
             then=self._sample,
             padded=self._workload.batch_size > 1,
+            answer=answer,
         )
 
     def _sample(self, output: Any) -> None:
         if self._generates:
             _sample_token(output.logits)
-
-    def _inputs(self, tokens: int, total_tokens: int) -> dict[str, Any]:
-        """The inputs that generation passes for ``tokens`` new tokens of ``total_tokens``."""
-        batch = self._workload.batch_size
-        accepted = inspect.signature(self._module.forward).parameters
-        if self._has_encoder:
-            total_tokens = self._workload.prompt_tokens
-
-        def ones(tokens: int) -> torch.Tensor:
-            return torch.ones((batch, tokens), dtype=torch.long, device="meta")
-
-        inputs: dict[str, Any] = {
-            "input_ids": ones(tokens),
-            "attention_mask": ones(total_tokens),
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        if self._has_encoder:
-            inputs["decoder_input_ids"] = ones(1)
-        return {name: value for name, value in inputs.items() if name in accepted}
 
 
 def _sample_token(logits: torch.Tensor) -> None:

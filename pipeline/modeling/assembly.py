@@ -17,7 +17,7 @@ from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
 from layerstream.pipeline.modeling.gathered_table import GatheredTable
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
-from layerstream.pipeline.modeling.model_uses import trace_uses
+from layerstream.pipeline.modeling.model_uses import trace_uses, with_estimate
 from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_parameters
@@ -40,7 +40,7 @@ from layerstream.pipeline.modeling.weight_sources import (
 from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.tiles import tile_count
-from layerstream.pipeline.planning.workload_memory import WorkloadMemory, estimate_memory
+from layerstream.pipeline.planning.workload_memory import WorkloadMemory
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
 
@@ -64,9 +64,9 @@ class Assembly:
     layers: tuple[ModelLayer, ...]
     """The layers that stream or are resident, without gathered tables."""
     memory: WorkloadMemory | None
-    """The memory that ``workload`` takes in addition to the weights, measured in a pass on the meta device.
+    """The memory that ``workload`` takes in addition to the weights: measured in a pass on the meta device, or estimated.
 
-    None without a workload, or if it could not be measured.
+    None without a workload, or if it could not be measured and the config does not tell the model's sizes.
     """
     own_buffer_bytes: int
     """What a request may write to of the model's buffers, which each has of its own; part of ``memory``."""
@@ -100,7 +100,9 @@ class Assembly:
         )
         self.written_buffers = frozenset(path for trace in traces for path in trace.written)
         self.own_buffer_bytes = written_bytes(traced.module, self.written_buffers)
-        self.memory = self._with_own_buffers(memory, workload)
+        self.memory = with_estimate(
+            memory, traced, checkpoint, workload, own_buffer_bytes=self.own_buffer_bytes
+        )
         self._gathered = gathered_places(traced, places, traces, self._packed)
         self._places = {
             name: rest
@@ -133,15 +135,6 @@ class Assembly:
             )
             for layer in self.layers
         )
-
-    def _with_own_buffers(
-        self, memory: WorkloadMemory | None, workload: Workload | None
-    ) -> WorkloadMemory | None:
-        if not self.own_buffer_bytes or workload is None:
-            return memory
-        memory = memory or estimate_memory(self._checkpoint.config, workload)
-        own = workload.batch_size * self.own_buffer_bytes
-        return memory and dataclasses.replace(memory, own_buffer_bytes=own)
 
     def planned(self, checkpoint: Checkpoint) -> tuple[PlannedLayer, ...]:
         """The layers for the planner."""

@@ -5,9 +5,8 @@ on. So a trace shows the order in which layers are needed, which decides how fas
 are used outside the calls of their own modules; it has no results.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.activation_memory import PromptPass
 from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.made_up_inputs import made_up_inputs
 from layerstream.pipeline.modeling.meta_pass import meta_pass, put_on_meta
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 
@@ -70,13 +70,13 @@ def trace_execution(
 ) -> list[ExecutionTrace]:
     """Traces of forward passes of ``model``, a transformers model on the meta device; the most complete one first.
 
-    The first pass is ``prompt_pass``, if given, which measures its memory too. Inputs of other passes are made up from
-    the signature of the model's ``forward``. Without any, the list is empty. ``streamed`` are the names of the weights
+    The first passes are those of ``prompt_pass``, if given, which measures their memory too. Inputs of others are made up
+    from the signature of the model's ``forward``. Without any, the list is empty. ``streamed`` are the names of the weights
     whose uses are recorded, if not all are.
     """
     traces = []
-    first = [] if prompt_pass is None else [prompt_pass.run]
-    others = (partial(meta_pass, inputs=inputs) for inputs in _dummy_inputs(model))
+    first = [] if prompt_pass is None else prompt_pass.runs()
+    others = (partial(meta_pass, inputs=inputs) for inputs in made_up_inputs(model))
     runs: Iterable[Callable[[Any], object]] = chain(first, others)
     for run in runs:
         trace, has_unused = _trace_pass(model, run, streamed)
@@ -202,54 +202,3 @@ class _TracingParameter(WrapperTensor, nn.Parameter):
             record_use = args[0].record_use
             return pytree.tree_map_only(torch.Tensor, lambda view: cls(view, record_use), result)
         return result
-
-
-def _dummy_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs that a forward pass of ``model`` may accept, on the meta device; those with most arguments first."""
-    config = model.config
-    accepted = inspect.signature(model.forward).parameters
-    vision = getattr(config, "vision_config", None) or config
-    sizes = [getattr(vision, name, None) for name in ("image_size", "input_size", "img_size")]
-    size = next((size for size in sizes if isinstance(size, (int, list, tuple))), 224)
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    channels = _int_setting(vision, "num_channels", 3)
-    mel_bins = _int_setting(config, "num_mel_bins", 80)
-    frames = 2 * _int_setting(config, "max_source_positions", 1500)
-    shapes = {
-        "pixel_values": (1, channels, height, width),
-        "input_features": (1, mel_bins, frames),
-        "input_values": (1, 16000),
-    }
-    tokens = torch.ones((1, 8), dtype=torch.long, device="meta")
-    text = {"input_ids": tokens} if "input_ids" in accepted else {}
-    decoder = {}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        decoder = {"decoder_input_ids": tokens}
-    media = {
-        name: torch.ones(shape, dtype=model.dtype, device="meta")
-        for name, shape in shapes.items()
-        if name in accepted
-    }
-    seen = set()
-    for inputs in (
-        {**text, **decoder, **media},
-        {**text, **decoder},
-        {**media, **decoder},
-        media,
-        text,
-        {**_to_meta(model.dummy_inputs), **decoder},
-    ):
-        if inputs and frozenset(inputs) not in seen:
-            seen.add(frozenset(inputs))
-            yield inputs
-
-
-def _int_setting(config: Any, name: str, default: int) -> int:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else default
-
-
-def _to_meta(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        name: value.to("meta") for name, value in inputs.items() if isinstance(value, torch.Tensor)
-    }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerstream.pipeline.modeling.kernel_copies import kernel_copies
 from layerstream.pipeline.planning.workload_memory import WASTE
 
 __all__ = ["LiveBytes", "tensors_in"]
@@ -21,7 +22,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         now_bytes: What is alive at present.
-        peak_bytes: The most that was alive at any time.
+        peak_bytes: The most that was alive at any time, with what kernels take while they run.
         peak_taken_bytes: The most that a process takes for them: ``WASTE`` times what is kept when it is freed.
     """
 
@@ -52,6 +53,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 inputs = {id(each.untyped_storage()) for each in tensors_in(args)}
             if id(storage) not in inputs:  # else a view of a weight or an input
                 self._count(storage)
+        if copies := kernel_copies(func, args, result):
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes + sum(copies))
+            taken = self._now_taken_bytes + sum(map(self.taken, copies))
+            self.peak_taken_bytes = max(self.peak_taken_bytes, taken)
         return result
 
     def taken(self, nbytes: int) -> int:

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ _aten = torch.ops.aten
 # A loop that waits for a value to change would never end.
 _MAX_FAKE_VALUES = 10_000
 
+# Operations whose results, or the shapes of these, depend on values.
+_ASKING = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default}  # noqa: SLF001
+
 # Two passes at once might leave each other's replacements in place for good.
 _META_PASS_LOCK = threading.RLock()
 
@@ -28,6 +31,7 @@ def meta_pass(
     observers: Iterable[AbstractContextManager[Any]] = (),
     then: Callable[[Any], object] = lambda _: None,
     padded: bool = False,
+    answer: bool = True,
 ) -> Any:
     """The output of a pass of ``model``, whose weights are on the meta device.
 
@@ -37,8 +41,14 @@ def meta_pass(
         observers: Modes of torch, which see what the pass does; the last one sees it first.
         then: What is done with the output, seen by the observers.
         padded: Whether sequences of the batch have different lengths.
+        answer: What the model is told where it asks whether a condition holds.
     """
-    with torch.no_grad(), on_meta(), _FakeValues(padded=padded), ExitStack() as stack:
+    with (
+        torch.no_grad(),
+        on_meta(),
+        _FakeValues(padded=padded, answer=answer),
+        ExitStack() as stack,
+    ):
         for observer in observers:
             stack.enter_context(observer)
         output = model(**inputs)
@@ -121,27 +131,31 @@ class _FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         padded: Whether sequences of the batch have different lengths: then a mask is not true everywhere.
+        answer: Whether conditions hold.
     """
 
-    def __init__(self, *, padded: bool = False) -> None:
+    def __init__(self, *, padded: bool, answer: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._values_left = _MAX_FAKE_VALUES
-        self._padded = padded
+        self._padded, self._answer = padded, answer
         self._all_true: weakref.ref[torch.Tensor] | None = None
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make up the result of an operation that needs values."""
-        if func in {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default}:  # noqa: SLF001
+        # Numbers that are no tensors of the model have their values: sizes, and what is computed with them.
+        if func in _ASKING and args[0].is_meta:
             self._values_left -= 1
             if self._values_left < 0:
                 raise RuntimeError("the model keeps asking for values")
             tensor = args[0]
-            if func is _aten.nonzero.default:  # every element is taken for true
-                shape = (tensor.numel(), tensor.dim())
-                return torch.empty(shape, dtype=torch.long, device="meta")
+            if func is _aten.nonzero.default:
+                return _nonzero(tensor)
             if func is _aten.equal.default or tensor.dtype is torch.bool:
-                return self._all_true is None or tensor is not self._all_true()
+                is_padding = self._all_true is not None and tensor is self._all_true()
+                return self._answer and not is_padding
             return 1.0 if tensor.is_floating_point() else 1
+        if func is _aten.index.Tensor and args[0].is_meta:
+            args = (args[0], _numbers_of(args[1]))
         if func is _aten._grouped_mm.default and args[0].is_meta:  # noqa: SLF001
             return _grouped_mm(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
@@ -151,6 +165,22 @@ class _FakeValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             self._all_true = weakref.ref(result)
         return result
+
+
+def _nonzero(tensor: torch.Tensor) -> torch.Tensor:
+    """The indices of all elements: each is taken for true."""
+    return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
+
+
+def _numbers_of(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``indices`` with numbers in place of masks, for which torch asks on the meta device where no mode sees it."""
+    numbers: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in {torch.bool, torch.uint8}:
+            numbers += _nonzero(index).unbind(1)
+        else:
+            numbers.append(index)
+    return numbers
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> torch.Tensor:

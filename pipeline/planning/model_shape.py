@@ -70,7 +70,7 @@ def shape_of(config: Config | None) -> ModelShape | None:
     if not hidden or not 0 < layers <= _MOST_LAYERS:
         return None
     heads = _number(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    heads = heads or _number(config, "decoder_attention_heads") or 1
+    heads = heads or _number(config, "decoder_attention_heads", "num_decoder_attention_heads") or 1
     key, value, cached = _head_widths(config, hidden, heads)
     windows, recurrent_layers = _layers(config, layers)
     state, scan = _recurrence(config, hidden) if recurrent_layers else (0, 0)

@@ -46,10 +46,11 @@ def notes_on(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[s
             if problem.memory.measured
             else "estimated from config.json"
         )
-        workload = problem.choices.workload
+        workload, longest = problem.choices.workload, problem.memory.prompt_tokens
         notes.append(
             f"KV cache and activations are {how} for {workload.batch_size} x ({workload.prompt_tokens} + "
             f"{workload.new_tokens}) tokens"
+            + (f"; the model has positions for {longest} at most" if longest else "")
         )
     elif problem.choices.workload is not None:
         notes.append(

@@ -14,6 +14,9 @@ _FLOAT32_BYTES = 4
 # Choosing a token by top-p: logits, sorted ones, softmax and its running sum in float32, and the order in int64.
 _SAMPLING_BYTES = 24
 
+# A score, its sum with a mask or a bias, and its softmax, in float32.
+_EAGER_SCORE_BYTES = 3 * _FLOAT32_BYTES
+
 # Memory of a process for activations, divided by the bytes alive: glibc keeps freed blocks in the thread's heap. 1.1 to
 # 1.9 times was measured for dense models, with sequences of 128 to 2048 tokens; caching allocators of GPUs round up.
 # Large blocks are not kept where the C library maps them one by one.
@@ -41,6 +44,8 @@ class WorkloadMemory:
     """What a process takes for the bytes of the prompt; None if that is only known to be ``WASTE`` times these at most."""
     decode_taken_bytes: int | None = None
     """The same for a token more."""
+    prompt_tokens: int | None = None
+    """Tokens of the longest prompt that the model has positions for, if the workload has more."""
 
     @property
     def peak_bytes(self) -> int:
@@ -79,6 +84,7 @@ class WorkloadMemory:
             decode_bytes=max(each.decode_bytes for each in memories),
             measured=all(each.measured for each in memories),
             own_buffer_bytes=max(each.own_buffer_bytes for each in memories),
+            prompt_tokens=memories[0].prompt_tokens,
             prefill_taken_bytes=max(prefill for prefill, _ in taken),
             decode_taken_bytes=max(decode for _, decode in taken),
         )
@@ -94,6 +100,7 @@ class WorkloadMemory:
             own_buffer_bytes=times * self.own_buffer_bytes,
             prefill_taken_bytes=times * prefill,
             decode_taken_bytes=times * decode,
+            prompt_tokens=self.prompt_tokens,
         )
 
 
@@ -103,7 +110,7 @@ def has_sinks(names: Iterable[str]) -> bool:
 
 
 def estimate_memory(
-    config: Config | None, workload: Workload, *, sinks: bool = False
+    config: Config | None, workload: Workload, *, sinks: bool = False, eager: bool = False
 ) -> WorkloadMemory | None:
     """Estimate the memory of ``workload`` in the model that ``config`` (a config.json) describes.
 
@@ -114,6 +121,7 @@ def estimate_memory(
         config: The model's.
         workload: What it is asked for.
         sinks: Whether its attention has sinks, for which transformers computes all scores.
+        eager: Whether no kernel is known to compute its attention: then all scores of all heads are added.
 
     Returns:
         None if ``config`` lacks shape.
@@ -130,10 +138,15 @@ def estimate_memory(
     prefill = max(_activation_bytes(shape, batch, prompt, prompt, sinks=sinks), logits)
     # A sliding window keeps all of the prompt until the next token.
     prefill += max(0, _cached_bytes(shape, batch, prompt, slides=False) - cached)
+    # Of a token's heads; a model without them has no scores.
+    eager_scores = batch * shape.heads * tokens * _EAGER_SCORE_BYTES
+    if not eager or shape.heads == 1 or not shape.windows:
+        eager_scores = 0
+    decode = growth + max(_activation_bytes(shape, batch, 1, tokens, sinks=sinks), logits)
     return WorkloadMemory(
         kv_bytes=cached,
-        prefill_bytes=prefill,
-        decode_bytes=growth + max(_activation_bytes(shape, batch, 1, tokens, sinks=sinks), logits),
+        prefill_bytes=prefill + prompt * eager_scores,
+        decode_bytes=decode + eager_scores,
         measured=False,
     )
 

@@ -81,6 +81,8 @@ class Estimator:
         measured: WorkloadMemory | None = None,
         own_buffer_bytes: int = 0,
     ) -> None:
+        if measured is not None and measured.prompt_tokens is not None:
+            workload = replace(workload, prompt_tokens=measured.prompt_tokens)
         self._module = module
         self._config = config
         self._workload = workload

@@ -131,8 +131,8 @@ def _plan_within(factor: float, tell: Tell) -> None:
     plan_model = module.plan_model
 
     def plan(checkpoint: Any, hardware: Any, choices: Any, **named: Any) -> Any:
-        def within(nbytes: int) -> Any:
-            chosen = replace(choices, budget=Budget(host=nbytes))
+        def within(budget_bytes: int) -> Any:
+            chosen = replace(choices, budget=Budget(host=budget_bytes))
             return plan_model(checkpoint, hardware, chosen, **named)
 
         least = None
@@ -196,28 +196,17 @@ def _inputs(module: Any, row: BudgetRow) -> dict[str, Any]:
 
     import torch
 
+    from layerstream.pipeline.modeling.made_up_inputs import media_inputs
+
     accepted = inspect.signature(module.forward).parameters
-    if "input_ids" in accepted:
-        return _tokens(module, row.batch, row.prompt)
-    config = getattr(module.config, "vision_config", None) or module.config
-    size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    channels = getattr(config, "num_channels", 3)
-    mel_bins = getattr(config, "num_mel_bins", 80)
-    frames = 2 * getattr(config, "max_source_positions", 1500)
-    shapes = {
-        "pixel_values": (row.batch, channels, height, width),
-        "input_features": (row.batch, mel_bins, frames),
-        "input_values": (row.batch, 16 * row.prompt),
-    }
-    made = {
-        name: torch.randn(shape).to(module.dtype)
-        for name, shape in shapes.items()
-        if name in accepted
-    }
+    text = _tokens(module, row.batch, row.prompt) if "input_ids" in accepted else {}
+    if text and module.can_generate():
+        return text
+    media = media_inputs(module, rows=row.batch, tokens=row.prompt)
+    made = {name: torch.randn(value.shape).to(value.dtype) for name, value in media.items()}
     if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         made["decoder_input_ids"] = torch.ones((row.batch, 4), dtype=torch.long)
-    return made
+    return {name: value for name, value in text.items() if name in accepted} | made
 
 
 def _tokens(module: Any, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
