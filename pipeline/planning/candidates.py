@@ -276,7 +276,7 @@ class _Search:
         size = self._problem.choices.layer_batch_size or 1
         unit = "layer" if size == 1 else f"layer batch of {size} blocks"
         smaller = ""
-        if size > 1 and self._problem.arenas is not None:
+        if size > 1 and self._problem.running_once_bytes is not None:
             smaller = "open the model anew with smaller ones (running, it keeps its own), "
         elif size > 1:
             smaller = "choose a smaller layer_batch_size, "
