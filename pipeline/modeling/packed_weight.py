@@ -118,11 +118,10 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
         nbytes = count * rows.columns * rows.dtype.itemsize
         plain = memory[:nbytes].view(rows.dtype).view(count, rows.columns)
         with tiles.unpacking(self._packed_bytes(count)):
+            scratch = None
             if rows.order is not None:
                 scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
-                rows.unpack(self._parts, first, plain, scratch=scratch)
-                return plain
-            rows.unpack(self._parts, first, plain)
+            rows.unpack(self._parts, first, plain, scratch=scratch)
         return plain
 
     def _unpacked_once(self) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.random_files import SIZE, random_files
+from support.readers import PASSING, buffered, throttled
 
 from layerstream.stages.batch import Extent
 from layerstream.stages.errors import ReadError
@@ -20,26 +21,12 @@ from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.page_faults import PageFaults
-from layerstream.stages.readers.throttled import ThrottledReader
 
 WHOLE = Extent(file=0, offset=0, nbytes=SIZE)
-PASSING = [errno.EIO, errno.ETIMEDOUT, errno.ENXIO, errno.EAGAIN]
 
 
 def direct(paths):
     return DirectReader(paths)
-
-
-def buffered(paths):
-    """A reader as it is where a filesystem refuses direct reads."""
-    reader = DirectReader(paths)
-    for file in range(len(paths)):
-        reader.fall_back(file, OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
-    return reader
-
-
-def throttled(paths):
-    return ThrottledReader(paths, 1e12)
 
 
 @pytest.fixture
