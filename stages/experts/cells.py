@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import chain
 
 import torch
 
@@ -65,6 +64,13 @@ class CellRegion:
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._cells
 
+    def demand(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """A pass needs ``keys``, of one layer: in the order in which they should stay, those in memory before others."""
+        self._eviction.use(keys)
+        return sorted(
+            keys, key=lambda key: (key in self._cells, self._eviction.score(key)), reverse=True
+        )
+
     def strided(self, view: TensorView) -> torch.Tensor:
         """The tensor ``view`` of all cells, ``[count, *view.shape]``: contiguous within a cell."""
         dtype: torch.dtype = getattr(torch, view.dtype)
@@ -97,8 +103,6 @@ class CellRegion:
         for cell in there:
             self._idle -= not cell.users
             cell.users += 1
-        if not passing:
-            self._eviction.use(keys, in_memory=self._cells)
         self._make_room(len(missing))
         new = []
         for key in missing:
@@ -106,8 +110,7 @@ class CellRegion:
             cell.key, cell.users, cell.loaded = key, 2, Future()
             cell.read_ahead = False
             self._cells[key] = cell
-            if passing:
-                self._eviction.passes(key)
+            self._eviction.added(key, passing=passing)
             new.append(cell)
         return [self._cells[key] for key in keys], new
 
@@ -131,17 +134,8 @@ class CellRegion:
         wanted = count - len(self._free)
         if wanted <= 0:
             return
-        idle = (
-            key
-            for key in chain(self._eviction.candidates(), self._cells)
-            if (cell := self._cells.get(key)) is not None and not cell.users
-        )
-        victims: dict[ExpertKey, None] = {}
-        while len(victims) < wanted:
-            victims[next(idle)] = None
-        for key in victims:
+        for key in self._eviction.make_way(wanted, idle=lambda key: not self._cells[key].users):
             cell = self._cells.pop(key)
-            self._eviction.gone(key)
             self._idle -= 1
             cell.key = None
             self._free.append(cell)

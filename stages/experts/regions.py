@@ -38,8 +38,7 @@ class CellRegions:
         begin = 0
         for nbytes, members in by_size.items():
             memory = self._memory.tensor.narrow(0, begin, sizes[nbytes])
-            eviction = Eviction({index: self.quotas[index] for index in members})
-            self.regions.append(CellRegion(memory, nbytes, eviction))
+            self.regions.append(CellRegion(memory, nbytes, Eviction()))
             self.of_set |= dict.fromkeys(members, self.regions[-1])
             begin += sizes[nbytes]
 

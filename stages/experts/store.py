@@ -78,7 +78,7 @@ class ExpertStore:
     def groups(
         self, set_index: int, experts: Sequence[int], *, in_order: bool = False
     ) -> list[ExpertGroup]:
-        """Which of ``experts``, ascending, are computed with together: first as many as the layer's quota.
+        """A pass needs ``experts``, ascending: which of them are computed with together, first as many as the layer's quota.
 
         Half of the cells for what is passing make a group, so that the next one is read while one is computed with.
 
@@ -92,12 +92,12 @@ class ExpertStore:
                 raise ClosedError(_CLOSED)
             region, quota = self._cells.of_set[set_index], self._cells.quotas[set_index]
             ordered = list(experts)
+            staying = region.demand([ExpertKey(set_index, expert) for expert in ordered])
             if len(ordered) > quota:
                 # The rest is passing, in cells of which every layer's quota counts a part.
                 quota = self.sets[set_index].cells
                 if not in_order:
-                    # What is there first, then from the beginning; of the rest what has been read ahead, before it makes way.
-                    ordered.sort(key=lambda expert: ExpertKey(set_index, expert) not in region)
+                    ordered = [key.expert for key in staying]
         kept, passing = (ordered[:quota], sorted(ordered[quota:])) if quota else ([], ordered)
         passing.sort()
         return [

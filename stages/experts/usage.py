@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from layerstream.stages.experts.eviction import HALF_LIFE
+
 __all__ = ["STEP_TOKENS", "ExpertDemand", "ExpertRoute", "ExpertUsage", "UsageCounter"]
 
 # Passes of at most so many tokens count as decoding: longer ones do not go through the cells of a layer alone.
@@ -76,8 +78,8 @@ class ExpertUsage:
 class UsageCounter:
     """Counts how one layer's experts are used. Not thread-safe.
 
-    The least recently used order of experts tells for each use how many cells would have had it: as many as experts were
-    used since its last use.
+    The order of experts by their scores in ``Eviction`` tells for each use how many cells would have had it: one more than
+    experts have a higher score.
 
     Args:
         experts: Of the layer.
@@ -85,8 +87,8 @@ class UsageCounter:
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
-        self._last = np.full(experts, -1, dtype=np.int64)
-        self._clock = self._steps = 0
+        self._scores = np.full(experts, -np.inf)  # logarithms, as if no time passed
+        self._steps = 0
         self._needed_cells = np.zeros(
             experts
         )  # [c - 1]: uses that c cells would have hit, and fewer not
@@ -100,16 +102,16 @@ class UsageCounter:
             return
         self._steps += 1
         chosen = np.array(demand.experts)
-        last = self._last[chosen]
-        since = (self._last > last[last >= 0, None]).sum(axis=1)
-        np.add.at(self._needed_cells, since, 1.0)
-        # When an expert is used for the first time, it is not known how long ago it would have been: evenly any of the
-        # times longer than those that are known.
-        seen = int((self._last >= 0).sum())
-        if (first := int((last < 0).sum())) > 0:
+        scores = self._scores[chosen]
+        used = np.isfinite(scores)
+        higher = (self._scores > scores[used, None]).sum(axis=1)
+        np.add.at(self._needed_cells, higher, 1.0)
+        # Of an expert that is used for the first time it is not known where it would have been: evenly anywhere behind
+        # those that are known.
+        seen = int(np.isfinite(self._scores).sum())
+        if (first := int((~used).sum())) > 0:
             self._needed_cells[seen:] += first / (self._experts - seen)
-        self._last[chosen] = np.arange(self._clock, self._clock + len(chosen))
-        self._clock += len(chosen)
+        self._scores[chosen] = np.logaddexp2(scores, self._steps / HALF_LIFE)
 
     def hit_shares(self) -> tuple[float, ...]:
         """For each number of cells, from 0 to all: see ``ExpertUsage``."""

@@ -48,11 +48,17 @@ def reference(folder: Path, case: str, **options: Any) -> Any:
     return getattr(transformers, CASES[case].model).from_pretrained(folder, **options)
 
 
-def all_home(model: StreamedModel) -> bool:
-    """Whether nobody holds a cell."""
-    store = model._running.stream.pipeline.experts
-    regions = store._cells.regions
-    return not any(cell.users for region in regions for cell in region._cells.values())
+def all_home(store: ExpertStore) -> bool:
+    """Whether nobody holds a cell, as soon as reads for whoever was cancelled have ended."""
+
+    def held() -> bool:
+        regions = store._cells.regions
+        return any(cell.users for region in regions for cell in region._cells.values())
+
+    deadline = time.monotonic() + 10
+    while held() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return not held()
 
 
 # -- whole models ----------------------------------------------------------------------------------
@@ -76,7 +82,7 @@ def test_a_model_computes_what_transformers_computes(
             assert bits_equal((await model.forward(input_ids=prompt())).logits, logits)
             assert torch.equal(await model.generate(input_ids=prompt(), **GREEDY), tokens)
             assert model.stats().experts_wanted > model.stats().expert_hits
-            assert all_home(model)
+            assert all_home(model._running.stream.pipeline.experts)
 
     with nothing_left_behind():
         run(main())
@@ -108,7 +114,7 @@ def test_requests_at_the_same_time_and_cancelled_ones(tmp_path: Path) -> None:
             )
             for got, tokens in zip(generated, expected, strict=True):
                 assert torch.equal(got, tokens)
-            assert all_home(model)
+            assert all_home(model._running.stream.pipeline.experts)
 
     with nothing_left_behind():
         run(main())
@@ -235,17 +241,6 @@ class Streamed:
         """Whether the module and its twin make the same of so many tokens."""
         return bits_equal(self.compute(tokens, self.module), self.compute(tokens, self.whole))
 
-    def all_home_soon(self) -> bool:
-        """Whether all cells are given back when reads under way have ended."""
-        deadline = time.monotonic() + 10
-        while not self.all_home() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return self.all_home()
-
-    def all_home(self) -> bool:
-        regions = self.store._cells.regions
-        return not any(cell.users for each in regions for cell in each._cells.values())
-
 
 @covering(
     kind=[MixtralExperts, GptOssExperts], implementation=["grouped_mm", "eager"], dtype=DTYPES
@@ -265,7 +260,7 @@ def test_any_number_of_tokens_and_cells_gives_equal_bits(
             for tokens in (1, 2, 7, 33, 64, 700):
                 assert streamed.equal(tokens), (sizes, cells, tokens)
             assert streamed.compute(0, streamed.module).shape == (0, sizes[0])
-            assert streamed.all_home()
+            assert all_home(streamed.store)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
@@ -288,7 +283,7 @@ def test_an_expert_that_does_not_exist_is_refused(
     with Streamed(tmp_path, implementation=implementation) as streamed:
         with pytest.raises(ModelError, match=f"has 8 experts, but .* expert {index}"):
             streamed.module(torch.ones(1, 32), torch.tensor([[0, index]]), torch.ones(1, 2))
-        assert streamed.all_home()
+        assert all_home(streamed.store)
 
 
 def test_an_implementation_without_equal_bits_is_refused(tmp_path: Path) -> None:
@@ -320,7 +315,7 @@ def test_a_pass_that_is_cancelled_while_it_waits_gives_its_cells_back(
         for tokens in range(1, 12):
             with suppress(Unwound):
                 assert streamed.equal(tokens)
-            assert streamed.all_home_soon()
+            assert all_home(streamed.store)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
@@ -337,7 +332,7 @@ def test_a_computation_that_fails_gives_its_cells_back(tmp_path: Path, implement
         vars(streamed.module)["act_fn"] = failing
         with pytest.raises(RuntimeError, match="out of memory"):
             streamed.compute(16, streamed.module)
-        assert streamed.all_home_soon()
+        assert all_home(streamed.store)
         assert streamed.equal(16)
 
 

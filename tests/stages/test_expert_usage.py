@@ -1,6 +1,7 @@
 """What is counted and recorded of how tokens choose experts, and what other ways of keeping them would have hit."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from support.experts import RandomExperts
 
 from layerstream.pipeline.planning.expert_replay import (
     optimal_hits,
-    quota_lru_hits,
     replay,
 )
+from layerstream.stages.experts.eviction import Eviction, ExpertKey
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, UsageCounter
 
 EXPERTS = 10
@@ -52,20 +53,34 @@ def test_beladys_optimum_is_that_of_a_known_example() -> None:
     assert found.wanted - found.optimal_hits > len(set(string))
 
 
-@given(routes())
-def test_the_curve_is_what_least_recently_used_lists_hit(route: list[ExpertDemand]) -> None:
-    """Apart from first uses, which the curve spreads over what is not known."""
-    single = [demand for demand in route if demand.set_index == 0]
-    counter = UsageCounter(EXPERTS)
-    for demand in single:
+def hits(demands: Sequence[ExpertDemand], *, cells: int) -> int:
+    """What cells of a single layer hit if ``Eviction`` decides."""
+    eviction, memory, found = Eviction(), set[ExpertKey](), 0
+    for demand in demands:
+        keys = [ExpertKey(0, expert) for expert in demand.experts]
+        eviction.use(keys)
+        missing = [key for key in keys if key not in memory]
+        found += len(keys) - len(missing)
+        surplus = max(0, len(memory) + len(missing) - cells)
+        memory -= set(eviction.make_way(surplus, idle=lambda key, keys=keys: key not in keys))
+        for key in missing:
+            eviction.added(key, passing=False)
+            memory.add(key)
+    return found
+
+
+@pytest.mark.parametrize("skew", [1.0, 1.1, 1.3])
+def test_the_curve_is_what_so_many_cells_hit(skew: float) -> None:
+    route = [each for each in demands(3, passes=2000, skew=skew) if each.set_index == 0]
+    counter = UsageCounter(16)
+    for demand in route:
         counter.count(demand)
     curve = counter.hit_shares()
-    assert curve[0] == 0
-    assert curve[EXPERTS] == pytest.approx(1)
+    assert (curve[0], curve[16]) == (0, pytest.approx(1))
     assert list(curve) == sorted(curve)
-    wanted = sum(len(demand.experts) for demand in single)
-    for cells in range(3, EXPERTS + 1):  # at least what one demand needs
-        assert curve[cells] * wanted >= quota_lru_hits(single, cells=cells) - 0.01
+    wanted = sum(len(demand.experts) for demand in route)
+    for cells in range(6, 17):  # with fewer, what is needed now displaces what is needed more often
+        assert curve[cells] == pytest.approx(hits(route, cells=cells) / wanted, abs=0.03)
 
 
 def test_usage_tells_evenly_from_uneven_routing() -> None:
@@ -101,31 +116,35 @@ def test_a_route_keeps_no_more_than_it_may() -> None:
 
 
 def demands(seed: int, *, passes: int, skew: float) -> list[ExpertDemand]:
-    """Decoding of two layers with 6 experts, of which one layer's tokens use fewer."""
+    """Decoding of three layers with 16 experts, of which some layers' tokens use fewer."""
     draw = random.Random(seed)
     found = []
     for _ in range(passes):
-        for layer in (0, 1):
-            weights = [skew ** (-expert * (1 + 2 * layer)) for expert in range(6)]
-            chosen = {draw.choices(range(6), weights)[0] for _ in range(2)}
+        for layer in range(3):
+            weights = [skew ** (-expert * (1 + layer)) for expert in range(16)]
+            chosen = {draw.choices(range(16), weights)[0] for _ in range(3)}
             found.append(ExpertDemand(layer, 1, tuple(sorted(chosen))))
     return found
 
 
-@pytest.mark.parametrize("cells", [2, 3, 4])
-@pytest.mark.parametrize("skew", [1.0, 1.3, 2.0])
+@pytest.mark.parametrize("cells", [2, 3, 4, 8, 12])
+@pytest.mark.parametrize("skew", [1.0, 1.1, 1.3])
 def test_it_reads_no_more_than_the_better_of_one_list_and_one_for_each_layer(
     tmp_path: Path, cells: int, skew: float
 ) -> None:
-    experts, route = RandomExperts(tmp_path, sizes=(64, 64)), demands(1, passes=300, skew=skew)
+    experts, route = (
+        RandomExperts(tmp_path, layers=3, experts=16, sizes=(64, 64)),
+        demands(1, passes=300, skew=skew),
+    )
     with experts.store(cells=cells, shared=0) as store:
         for each in route:
             experts.fetch(store, each.set_index, each.experts)
         counts = store.counts()
-    known = replay(route, cells=2 * cells)
+    known = replay(route, cells=3 * cells)
     best = known.wanted - max(known.quota_lru_hits, known.global_lru_hits)
     assert counts.wanted == known.wanted
-    assert counts.wanted - counts.hits <= 1.03 * best
+    # Past uses say nothing about the next ones where routing is even: there, they only make layers' shares differ.
+    assert counts.wanted - counts.hits <= (1.03 if skew > 1 else 1.08) * best
     assert counts.hits <= known.optimal_hits
 
 
