@@ -132,7 +132,7 @@ class _Search:
             if problem.on_cpu
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
-            overhead_bytes=problem.loaded_code_bytes,
+            overhead_bytes=problem.code_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
             adapter_bytes=problem.adapters.nbytes,
         )

@@ -58,6 +58,7 @@ def make_plan(
     slots: int | None = None,
     kernels: Kernels | str = Kernels.EXACT,
     held_bytes: int = 0,
+    code_to_load_bytes: int = 0,
     adapters: AdapterSize | None = None,
     running: Plan | None = None,
 ) -> Plan:
@@ -80,6 +81,7 @@ def make_plan(
         slots: On the host and on the device each, instead of the planner's choice.
         kernels: "exact", "fused" or "auto": see ``Kernels``.
         held_bytes: Host memory that loading code for this model took; residents leave it free, no plan is refused.
+        code_to_load_bytes: The same of code that is not loaded yet; see ``overheads.code_bytes``.
         adapters: What the model's adapters take; they are resident.
         running: The plan of a running pipeline, which is to switch to the new one: batches, reader, kernels, cells of experts
             and place of the KV cache stay for its requests; and so do slots, unless nothing fits then.
@@ -104,6 +106,7 @@ def make_plan(
         layers=layers or planned_layers(checkpoint, group_layers(checkpoint)),
         memory=_memory(checkpoint, workload, memory),
         loaded_code_bytes=held_bytes,
+        code_to_load_bytes=code_to_load_bytes,
         adapters=adapters or AdapterSize(),
         running=running,
     )
@@ -117,6 +120,7 @@ def plan_model(
     layers: Sequence[PlannedLayer],
     memory: WorkloadMemory | None,
     loaded_code_bytes: int,
+    code_to_load_bytes: int = 0,
     adapters: AdapterSize,
     running: Plan | None = None,
 ) -> Plan:
@@ -133,6 +137,7 @@ def plan_model(
         layouts=make_layouts(layers),
         memory=memory,
         loaded_code_bytes=loaded_code_bytes,
+        code_to_load_bytes=code_to_load_bytes,
         adapters=adapters,
         **({} if running is None else _fixed_by(running)),
     )

@@ -43,6 +43,7 @@ class Problem:
     layouts: Layouts
     memory: WorkloadMemory | None
     loaded_code_bytes: int
+    code_to_load_bytes: int
     adapters: AdapterSize
     # Of a running pipeline; they cannot change.
     arenas: ArenaBytes | None = None
@@ -126,6 +127,11 @@ class Problem:
         if self.running_fused_tokens is not None:
             return self.running_fused_tokens
         return most_fused_tokens(self.choices.kernels, self.rates, self.layers, on_cpu=self.on_cpu)
+
+    @property
+    def code_bytes(self) -> int:
+        """Host memory of code for the model, and of its module tree."""
+        return self.loaded_code_bytes + self.code_to_load_bytes
 
     @cached_property
     def host_budget_bytes(self) -> int:

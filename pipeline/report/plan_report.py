@@ -168,7 +168,7 @@ def _memory_facts(plan: Plan) -> Iterator[tuple[str, str | Bar]]:
         yield name, _memory_bar(memory)
     if plan.overhead_bytes:
         size = format_bytes(plan.overhead_bytes)
-        yield "in addition", f"{size} of code loaded for the model, which is left free"
+        yield "in addition", f"{size} of code for the model, which is left free"
 
 
 def _slots(plan: Plan) -> str:

@@ -56,6 +56,32 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return capsys.readouterr().out
 
 
+CODE_BYTES = """
+import asyncio, sys
+from layerstream.pipeline import StreamedModel
+
+async def main():
+    async with StreamedModel.open(sys.argv[1], device="cpu", measure=False) as model:
+        print(model.plan.overhead_bytes)
+
+asyncio.run(main())
+"""
+
+
+def test_the_memory_of_code_is_about_what_a_process_takes(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = json.loads(printed(capsys, model, "--device", "cpu", "--json"))["plan"]
+    taken = subprocess.run(
+        [sys.executable, "-P", "-c", CODE_BYTES, str(model)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+    )
+    assert planned["overhead_bytes"] == pytest.approx(int(taken.stdout), rel=0.25)
+
+
 WITHOUT_TRANSFORMERS = """
 import sys
 from html import escape

@@ -122,6 +122,7 @@ async def _choose(
 ) -> _Choices:
     """Look at the machine and the requests, and choose how many are answered at once."""
     from layerstream.pipeline import Checkpoint, Hardware, Workload, make_plan
+    from layerstream.pipeline.planning.overheads import code_bytes
     from layerstream.tools.running.context import context_in
 
     checkpoint = await Checkpoint.open_async(sources.model)
@@ -142,6 +143,7 @@ async def _choose(
             objective="throughput",
             reader=args.reader,
             throttle_bytes_per_second=args.throttle,
+            code_to_load_bytes=code_bytes(len(checkpoint.tensors)),
             adapters=adapter_size(sources),
         )
 

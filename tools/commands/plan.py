@@ -137,6 +137,7 @@ def _plan(
 ) -> "Plan":
     from layerstream.pipeline import Workload, make_plan
     from layerstream.pipeline.checkpoint.layers import group_layers
+    from layerstream.pipeline.planning.overheads import code_bytes
     from layerstream.pipeline.planning.planned_layers import planned_layers
 
     groups = group_layers(checkpoint)
@@ -162,6 +163,7 @@ def _plan(
         reader=args.reader,
         kernels=args.kernels,
         layer_batch_size=args.layer_batch_size,
+        code_to_load_bytes=code_bytes(len(checkpoint.tensors)),
         adapters=size,
     )
     streamed_bytes = sum(
@@ -171,7 +173,11 @@ def _plan(
         sum(checkpoint.tensors[name].nbytes for group in groups for name in group.tensors)
         - streamed_bytes
     )
-    notes = list(plan.notes)
+    code = format_bytes(plan.overhead_bytes)
+    notes = [
+        *plan.notes,
+        f"{code} for code and module tree are ASSUMED: the first model of a process takes about so much of the budget",
+    ]
     if table_bytes:
         notes.append(
             f"embedding tables of {format_bytes(table_bytes)} stay in their files: the rows that are looked up are read"
