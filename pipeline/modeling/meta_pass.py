@@ -4,11 +4,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from layerstream.pipeline.modeling.replacing import for_this_thread
 
 __all__ = ["meta_pass", "on_meta", "put_on_meta"]
 
@@ -69,15 +72,13 @@ def on_meta() -> Iterator[None]:
     from transformers.integrations import flex_attention
 
     compiled: Any = getattr(flex_attention, "WrappedFlexAttention", None)
-    with _META_PASS_LOCK, torch.device("meta"), ExitStack() as replaced:
+    # A lock of its own: a pass of a request does not wait until another model is built.
+    replaced = partial(for_this_thread, lock=_META_PASS_LOCK)
+    with torch.device("meta"), ExitStack() as stack:
         # transformers caches nothing while this is true.
-        replaced.enter_context(
-            _replaced_in_thread(pytorch_utils, "is_torchdynamo_compiling", lambda: True)
-        )
+        stack.enter_context(replaced(pytorch_utils, "is_torchdynamo_compiling", lambda: True))
         if compiled is not None:
-            replaced.enter_context(
-                _replaced_in_thread(compiled, "__call__", lambda _: _flex_shapes)
-            )
+            stack.enter_context(replaced(compiled, "__call__", lambda _: _flex_shapes))
         yield
 
 
@@ -97,22 +98,6 @@ def put_on_meta(clone: nn.Module) -> dict[str, torch.Tensor]:
             if type(value) is torch.Tensor and not value.is_meta:
                 attributes[name] = value.to("meta")
     return moved
-
-
-@contextmanager
-def _replaced_in_thread(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Have the calling thread get ``function`` in place of an attribute; others get what was there."""
-    thread = threading.get_ident()
-    original = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if threading.get_ident() == thread else original)(*args, **kwargs)
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def _flex_shapes(query: torch.Tensor, _: Any, value: torch.Tensor, **options: Any) -> Any:

@@ -2,19 +2,32 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 __all__ = ["for_this_thread"]
 
-# Replacing a function of a module is undone in the reverse order only, so one thread at a time does it.
+# Replacing a function of a module is undone in the reverse order only, so one thread at a time does it with one function.
 _LOCK = threading.RLock()
 
 
 @contextmanager
-def for_this_thread(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[Any]:
-    """Replace the function ``name`` of a module or class for calls of this thread; yields the original."""
+def for_this_thread(
+    owner: Any,
+    name: str,
+    replacement: Callable[..., Any],
+    *,
+    lock: AbstractContextManager[object] = _LOCK,
+) -> Iterator[Any]:
+    """Replace the function ``name`` of a module or class for calls of this thread; yields the original.
+
+    Args:
+        owner: The module or class.
+        name: Of the function.
+        replacement: Called instead.
+        lock: Held meanwhile; whoever replaces the same function takes the same one.
+    """
     original = getattr(owner, name)
     thread = threading.get_ident()
 
@@ -22,5 +35,5 @@ def for_this_thread(owner: Any, name: str, replacement: Callable[..., Any]) -> I
         chosen = replacement if threading.get_ident() == thread else original
         return chosen(*args, **kwargs)
 
-    with _LOCK, patch.object(owner, name, call):
+    with lock, patch.object(owner, name, call):
         yield original
