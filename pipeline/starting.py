@@ -140,6 +140,7 @@ async def start_model(
             waiting=engine.passes.waiting,
             packed=assembly.packed_experts,
             tiles=assembly.tiles,
+            fused_tokens=plan.fused_tokens,
         )
     engine.count_edits(assembly.edits)
     methods = {

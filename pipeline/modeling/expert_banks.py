@@ -32,12 +32,76 @@ class Bank:
     tensors: Mapping[str, torch.Tensor]
     """By the names of the module's parameters."""
 
+    def products(
+        self, name: str, groups: Sequence[tuple[int, torch.Tensor]], *, is_transposed: bool
+    ) -> torch.Tensor:
+        """What torch's grouped product computes on a CPU.
+
+        That one spends time on each expert without tokens, and most cells are those of other layers.
+
+        Args:
+            name: Of a parameter, matrices of experts.
+            groups: Places, and the rows that are multiplied with their matrices.
+            is_transposed: The rows' elements are along the matrices' first dimension, not the second.
+        """
+        matrices = self.tensors[name]
+        if not is_transposed:
+            matrices = matrices.transpose(-2, -1)
+        result, parts = _parted(groups, matrices.shape[-1], matrices.dtype)
+        for (place, rows), out in zip(groups, parts, strict=True):
+            torch.mm(rows.to(matrices.dtype), matrices[place], out=out)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FusedBank(Bank):
+    """Experts that are multiplied with as they are packed, in float32; ``tensors`` are those that are not packed."""
+
+    parameters: Mapping[str, PackedParameter]
+    parts: Mapping[str, torch.Tensor]
+    """Packed tensors of all cells."""
+
+    def products(
+        self,
+        name: str,
+        groups: Sequence[tuple[int, torch.Tensor]],
+        *,
+        is_transposed: bool,  # noqa: ARG002 - packed rows are what is summed over
+    ) -> torch.Tensor:
+        """The same, summed in another order; see ``Packing.multiply``."""
+        parameter = self.parameters[name]
+        sums, parts = _parted(groups, parameter.rows, torch.float32)
+        for (place, rows), out in zip(groups, parts, strict=True):
+            inputs = rows.float()
+            for piece in parameter.pieces:
+                packed = [self.parts[part][place] for part in piece.parts]
+                whole = piece.rows == parameter.rows
+                target = out if whole else out.new_empty((len(out), piece.rows))
+                piece.packing.multiply(packed, 0, inputs, target)
+                if not whole:
+                    out[:, piece.at : piece.at + piece.rows] = target
+        return sums.to(parameter.dtype)
+
+
+def _parted(
+    groups: Sequence[tuple[int, torch.Tensor]], columns: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Memory for products, and its part for each of ``groups``."""
+    counts = [len(rows) for _, rows in groups]
+    result = torch.empty((sum(counts), columns), dtype=dtype)
+    return result, torch.split(result, counts)
+
 
 class Banks(Protocol):
     """Makes banks of what is in cells."""
 
-    def of(self, lease: Lease) -> Generator[Bank]:
-        """Banks for all experts of ``lease``, whose bytes have arrived; each is valid until the next one is asked for."""
+    def of(self, lease: Lease, *, tokens: int) -> Generator[Bank]:
+        """Banks for all experts of ``lease``, whose bytes have arrived; each is valid until the next one is asked for.
+
+        Args:
+            lease: Held meanwhile.
+            tokens: Of the pass that computes with them.
+        """
 
     def of_expert(self, lease: Lease, expert: int) -> Generator[Bank]:
         """The same for one expert."""
@@ -57,7 +121,7 @@ class StoredBanks:
             WeakKeyDictionary()
         )
 
-    def of(self, lease: Lease) -> Generator[Bank]:
+    def of(self, lease: Lease, *, tokens: int = 0) -> Generator[Bank]:  # noqa: ARG002 - for any number
         """One bank over all cells of the region."""
         tensors = self._parameters.get(lease.region)
         if tensors is None:
@@ -84,19 +148,29 @@ class PackedBanks:
         views: The tensors of one expert in a cell.
         parameters: Those that are packed; the others are copied.
         tiles: The memory.
+        fused_tokens: Passes of up to so many tokens multiply without unpacking.
     """
 
     def __init__(
-        self, views: Sequence[TensorView], parameters: Sequence[PackedParameter], tiles: Tiles
+        self,
+        views: Sequence[TensorView],
+        parameters: Sequence[PackedParameter],
+        tiles: Tiles,
+        *,
+        fused_tokens: int = 0,
     ) -> None:
         self._views = {view.name: view for view in views}
         self._parameters = parameters
         self._plain = [view for view in views if ":" not in view.name]
         self._tiles = tiles
         self._size = _group_size(parameters)
+        self._fused_tokens = fused_tokens
 
-    def of(self, lease: Lease) -> Generator[Bank]:
-        """Banks of a few experts each, in the order of the lease."""
+    def of(self, lease: Lease, *, tokens: int) -> Generator[Bank]:
+        """Banks of a few experts each, in the order of the lease; one of all if they are not unpacked."""
+        if tokens <= self._fused_tokens:
+            yield self._fused(lease)
+            return
         members = list(zip(lease.group.experts, lease.cells, strict=True))
         for at in range(0, len(members), self._size):
             with closing(self._bank(lease, members[at : at + self._size])) as banks:
@@ -124,6 +198,16 @@ class PackedBanks:
                 places=range(len(members)),
                 tensors=tensors,
             )
+
+    def _fused(self, lease: Lease) -> Bank:
+        strided = {name: lease.region.strided(view) for name, view in self._views.items()}
+        return _FusedBank(
+            experts=lease.group.experts,
+            places=lease.cells,
+            tensors={view.name: strided[view.name] for view in self._plain},
+            parameters={each.name: each for each in self._parameters},
+            parts=strided,
+        )
 
     def _unpack(
         self,

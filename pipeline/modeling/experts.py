@@ -40,6 +40,7 @@ def stream_experts(
     waiting: Callable[[], AbstractContextManager[WaitFor]],
     packed: Mapping[str, Sequence[PackedParameter]] = MappingProxyType({}),
     tiles: Tiles | None = None,
+    fused_tokens: int = 0,
 ) -> None:
     """Let the modules of ``sets`` compute with the experts in ``store``.
 
@@ -50,13 +51,16 @@ def stream_experts(
         waiting: Entered by the calling thread while it waits for experts, with what it yields.
         packed: Parameters that are packed, by the paths of the modules.
         tiles: What those are unpacked into.
+        fused_tokens: Passes of up to so many tokens multiply with those without unpacking.
     """
     for index, experts in enumerate(sets):
         module: Any = root.get_submodule(experts.module)
         banks: Banks = StoredBanks(experts.tensors)
         if parameters := packed.get(experts.module):
             assert tiles is not None  # noqa: S101
-            banks = PackedBanks(experts.tensors, parameters, tiles)
+            fits = all(each.transposed == module.is_transposed for each in parameters)
+            most = fused_tokens if fits else 0
+            banks = PackedBanks(experts.tensors, parameters, tiles, fused_tokens=most)
         vars(module)["layerstream_experts"] = _Access(
             store, index, experts, module=module, waiting=waiting, banks=banks
         )
@@ -208,7 +212,7 @@ class _StreamedExperts(nn.Module):
             for lease in leases:
                 if lease.group is groups[-1]:
                     access.store.read_ahead(access.index + 1, tokens=len(index))
-                with closing(access.banks.of(lease)) as banks:
+                with closing(access.banks.of(lease, tokens=len(index))) as banks:
                     for bank in banks:
                         places = self._places(bank, chosen)[chosen[order]]
                         # Where the rows of this bank are in that order, expert by expert.
@@ -244,15 +248,8 @@ class _StreamedExperts(nn.Module):
         used, counts = (each.tolist() for each in found)
 
         def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            # What torch's grouped product does on a CPU, which however spends time on each expert without tokens, and most
-            # cells belong to other layers.
-            matrices = bank.tensors[name]
-            if not module.is_transposed:
-                matrices = matrices.transpose(-2, -1)
-            result = rows.new_empty(len(rows), matrices.shape[-1])
-            parts = zip(used, torch.split(rows, counts), torch.split(result, counts), strict=True)
-            for place, part, out in parts:
-                torch.mm(part, matrices[place], out=out)
+            groups = list(zip(used, torch.split(rows, counts), strict=True))
+            result = bank.products(name, groups, is_transposed=module.is_transposed)
             if module.has_bias:
                 result.add_(bank.tensors[f"{name}_bias"][places])
             return result

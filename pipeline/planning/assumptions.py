@@ -117,7 +117,7 @@ class Rates:
         known = self.unpacking.get(encoding)
         return self.assumed_unpacking if known is None else known.value
 
-    def multiplied_per_second(self, encoding: str, tokens: int) -> float | None:
+    def multiplied_per_second(self, encoding: str, tokens: float) -> float | None:
         """Packed bytes of ``encoding`` that are multiplied with a few tokens per second; None if that is unknown."""
         known = self.multiplied.get(encoding)
         return _interpolated(known, tokens) if known else None

@@ -8,7 +8,7 @@ from typing import Any
 from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.assumptions import Rates
 from layerstream.pipeline.planning.model_shape import shape_of, with_text_config
-from layerstream.pipeline.planning.planned_layer import LayerWeights, PlannedLayer
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 
 __all__ = ["ComputeCost", "PassShape"]
 
@@ -77,16 +77,22 @@ class ComputeCost:
         tokens = shape.sequences * (1 if layer.kind is LayerKind.HEAD else shape.tokens)
         weights = layer.weights
         dense = weights.dense_bytes
-        total = self._dense_seconds(weights, tokens)
+        total = self._matrices_seconds(
+            dense,
+            weights.packed,
+            weights.unpacked,
+            tokens=tokens,
+            fused=tokens <= self._fused_tokens,
+        )
         if weights.expert_bytes:
             read_share = 1 - (1 - self._expert_share) ** tokens
             tokens_per_expert = tokens * self._expert_share / read_share
-            total += read_share * (
-                weights.expert_bytes / self._rates.weights_per_second(tokens_per_expert)
-                + sum(
-                    nbytes / self._rates.unpacked_per_second(encoding)
-                    for encoding, nbytes in weights.packed_experts.items()
-                )
+            total += read_share * self._matrices_seconds(
+                weights.expert_bytes,
+                weights.packed_experts,
+                weights.unpacked_experts,
+                tokens=tokens_per_expert,
+                fused=tokens <= self._fused_tokens,
             )
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
@@ -96,14 +102,29 @@ class ComputeCost:
             total = max(total, launches) if self._rates.launches_ahead else total + launches
         return total
 
-    def _dense_seconds(self, weights: LayerWeights, tokens: int) -> float:
-        """Of the matrices that every token is multiplied with."""
-        plain = weights.dense_bytes
+    def _matrices_seconds(
+        self,
+        plain: int,
+        packed: Mapping[str, int],
+        unpacked: Mapping[str, int],
+        *,
+        tokens: float,
+        fused: bool,
+    ) -> float:
+        """Of matrices that ``tokens`` tokens each are multiplied with.
+
+        Args:
+            plain: Their bytes, unpacked.
+            packed: Their packed bytes, by encoding.
+            unpacked: Unpacked bytes of those that fused kernels can multiply with.
+            tokens: For the rates.
+            fused: Whether fused kernels multiply, if there are any.
+        """
         seconds = 0.0
-        for encoding, packed_bytes in weights.packed.items():
+        for encoding, packed_bytes in packed.items():
             multiplied = self._rates.multiplied_per_second(encoding, tokens)
-            if tokens <= self._fused_tokens and multiplied is not None:
-                plain -= weights.unpacked[encoding]
+            if fused and encoding in unpacked and multiplied is not None:
+                plain -= unpacked[encoding]
                 seconds += packed_bytes / multiplied
             else:
                 seconds += packed_bytes / self._rates.unpacked_per_second(encoding)

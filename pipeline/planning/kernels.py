@@ -55,6 +55,9 @@ def most_fused_tokens(
         for layer in layers:
             packed += layer.weights.packed
             unpacked += layer.weights.unpacked
+            if layer.weights.unpacked_experts:
+                packed += layer.weights.packed_experts
+                unpacked += layer.weights.unpacked_experts
     if not packed:
         return 0
     if kernels is Kernels.FUSED:

@@ -107,12 +107,23 @@ class LayerWeights:
     """The same unpacked."""
     packed_experts: Counter[str] = field(default_factory=Counter)
     """Packed bytes of all experts, by encoding."""
+    unpacked_experts: Counter[str] = field(default_factory=Counter)
+    """The same unpacked, of those that are read on demand."""
 
     def add_experts(
-        self, form: PackedForm | None, nbytes: int, plain_bytes: int, *, count: int = 1
+        self, form: PackedForm | None, nbytes: int, plain_bytes: int, *, count: int = 0
     ) -> None:
-        """Count a tensor of ``count`` experts, each of ``nbytes`` in ``form``, or of ``plain_bytes`` if it is not packed."""
+        """Count a tensor of all experts, or of each of ``count`` that are read on demand.
+
+        Args:
+            form: If it is packed.
+            nbytes: As it is stored.
+            plain_bytes: If it is not packed.
+            count: Of experts that are read on demand.
+        """
         if form is not None:
-            self.packed_experts[form.encoding] += count * nbytes
             plain_bytes = form.plain_bytes
-        self.expert_bytes += count * plain_bytes
+            self.packed_experts[form.encoding] += (count or 1) * nbytes
+            if count:
+                self.unpacked_experts[form.encoding] += count * plain_bytes
+        self.expert_bytes += (count or 1) * plain_bytes

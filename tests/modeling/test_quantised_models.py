@@ -18,6 +18,7 @@ from support.traced import trace
 from transformers import CompressedTensorsConfig
 
 from layerstream.pipeline import Budget, ModelError, PlanError, StreamedModel, Workload
+from layerstream.pipeline.modeling.expert_banks import PackedBanks
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
 from layerstream.pipeline.planning import tiles
@@ -88,12 +89,20 @@ def test_a_mixture_in_fp8_reads_packed_experts_on_demand(
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("quantiser", ["int4-groups", "int8-channels", "fp8-channels"])
+@pytest.mark.parametrize(
+    ("quantiser", "options"),
+    [
+        ("int4-groups", {}),
+        ("int4-groups", {"dtype": torch.float32}),  # experts stay in bfloat16
+        ("int8-channels", {}),
+        ("fp8-channels", {}),
+    ],
+)
 def test_a_mixture_in_compressed_tensors_reads_packed_experts(
-    tmp_path: Path, quantiser: str
+    tmp_path: Path, quantiser: str, options: dict[str, Any]
 ) -> None:
     folder = save_quantised(tmp_path / "model", "qwen3-moe", quantiser, **EXPERTS["qwen3-moe"])
-    assert_streams_alike(folder, "qwen3-moe", quantiser)
+    assert_streams_alike(folder, "qwen3-moe", quantiser, **options)
 
 
 @pytest.mark.parametrize("implementation", [None, "eager"], ids=["default", "eager"])
@@ -101,6 +110,51 @@ def test_gpt_oss_in_mxfp4_reads_packed_experts(tmp_path: Path, implementation: s
     folder = save_quantised(tmp_path / "model", "gpt-oss", "mxfp4", num_local_experts=8)
     options = {} if implementation is None else {"experts_implementation": implementation}
     assert_streams_alike(folder, "gpt-oss", "mxfp4", **options)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize(
+    ("case", "quantiser"),
+    [
+        ("qwen3-moe", "fp8-blocks"),
+        ("qwen3-moe", "int4-groups"),
+        ("gpt-oss", "mxfp4"),
+        ("qwen3-moe", "Q8_0"),
+    ],
+)
+def test_fused_kernels_multiply_with_packed_experts(
+    tmp_path: Path, case: str, quantiser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In short passes nothing is unpacked; longer ones unpack."""
+    if quantiser == "Q8_0":
+        folder = save_gguf_model(tmp_path / "model.gguf", "qwen3moe")
+    else:
+        experts = {"num_local_experts": 8} if case == "gpt-oss" else EXPERTS[case]
+        folder = save_quantised(tmp_path / "model", case, quantiser, **experts)
+    unpacked = []
+    unpack = PackedBanks._unpack
+
+    def counting(self: Any, *args: Any) -> None:
+        unpacked.append(args)
+        unpack(self, *args)
+
+    monkeypatch.setattr(PackedBanks, "_unpack", counting)
+
+    dtype = (
+        torch.bfloat16 if quantiser == "mxfp4" else torch.float32
+    )  # in which its experts are packed
+
+    async def logits(kernels: str, ids: torch.Tensor) -> torch.Tensor:
+        async with StreamedModel.open(folder, kernels=kernels, dtype=dtype) as model:
+            assert model.plan.fused_tokens == (4 if kernels == "fused" else 0)
+            unpacked.clear()
+            return (await model.forward(input_ids=ids)).logits
+
+    for ids in (IDS[:1, :4], IDS):
+        exact, fused = run(logits("exact", ids)), run(logits("fused", ids))
+        assert bool(unpacked) is (ids is IDS)
+        accuracy = 0.03 if quantiser == "mxfp4" else 1e-3
+        assert float((fused - exact).abs().max()) <= accuracy * float(exact.abs().max())
 
 
 def test_weights_larger_than_a_tile_are_multiplied_with_tile_by_tile(
