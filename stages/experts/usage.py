@@ -78,16 +78,16 @@ class ExpertUsage:
 class UsageCounter:
     """Counts how one layer's experts are used. Not thread-safe.
 
-    The order of experts by their scores in ``Eviction`` tells for each use how many cells would have had it: one more than
-    experts have a higher score.
+    The order of experts by their scores in ``Eviction`` tells for each use how many cells would have had it: as many as its
+    place in that order.
 
     Args:
         experts: Of the layer.
     """
 
     def __init__(self, experts: int) -> None:
-        self._experts = experts
         self._scores = np.full(experts, -np.inf)  # logarithms, as if no time passed
+        self._uses = np.zeros(experts, dtype=np.int64)
         self._steps = 0
         self._needed_cells = np.zeros(
             experts
@@ -102,20 +102,24 @@ class UsageCounter:
             return
         self._steps += 1
         chosen = np.array(demand.experts)
-        scores = self._scores[chosen]
-        used = np.isfinite(scores)
-        higher = (self._scores > scores[used, None]).sum(axis=1)
-        np.add.at(self._needed_cells, higher, 1.0)
-        # Of an expert that is used for the first time it is not known where it would have been: evenly anywhere behind
-        # those that are known.
-        seen = int(np.isfinite(self._scores).sum())
-        if (first := int((~used).sum())) > 0:
-            self._needed_cells[seen:] += first / (self._experts - seen)
-        self._scores[chosen] = np.logaddexp2(scores, self._steps / HALF_LIFE)
+        ranks = np.empty(len(self._scores), dtype=np.int64)
+        ranks[np.argsort(self._scores, kind="stable")[::-1]] = np.arange(len(ranks))
+        np.add.at(self._needed_cells, ranks[chosen[self._uses[chosen] > 0]], 1.0)
+        self._scores[chosen] = np.logaddexp2(self._scores[chosen], self._steps / HALF_LIFE)
+        self._uses[chosen] += 1
 
     def hit_shares(self) -> tuple[float, ...]:
-        """For each number of cells, from 0 to all: see ``ExpertUsage``."""
-        hits = np.concatenate([[0.0], np.cumsum(self._needed_cells)])
+        """For each number of cells, from 0 to all: see ``ExpertUsage``.
+
+        An expert that was not used before is next with the probability of Good and Turing: the share of uses whose expert was
+        used only once. It may be any of those.
+        """
+        new = (self._uses == 1).sum() / max(self._uses.sum(), 1)
+        needed = self._needed_cells * (1 - new) / max(self._needed_cells.sum(), 1)
+        never = self._uses == 0
+        if never.any():
+            needed[-never.sum() :] += new / never.sum()
+        hits = np.concatenate([[0.0], np.cumsum(needed)])
         return tuple(np.round(hits / max(hits[-1], 1e-9), 4).tolist())
 
     def usage(self) -> ExpertUsage | None:
