@@ -127,6 +127,17 @@ def test_without_a_budget_a_model_streams_within_the_limit_of_its_cgroup(
     assert report["added"] <= 300 * MIB
 
 
+def test_a_machine_is_measured_in_the_memory_that_there_is(
+    folder: Path, idle_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first command on it was killed while it measured copies, which takes 128 MiB."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with memory_cgroup() as group:
+        allowed = idle_bytes + 132 * MIB
+        result = run_in(group, PROGRAM, str(folder), "none", limit_bytes=allowed)
+    assert result.returncode == 0, f"killed or failed in {allowed} bytes: {result.stderr[-2000:]}"
+
+
 # Many requests at once, of many lengths; prints the most memory that was ever added, measured at every token.
 MANY_REQUESTS = """
 import asyncio, gc, json, re, sys

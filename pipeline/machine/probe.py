@@ -21,7 +21,7 @@ from layerstream.pipeline.machine.measurement import (
     Origin,
     Rate,
 )
-from layerstream.pipeline.machine.probe_blocks import measure_blocks
+from layerstream.pipeline.machine.probe_blocks import BLOCKS_BYTES, measure_blocks
 from layerstream.pipeline.machine.probe_cache import (
     PER_BYTE,
     MeasuredRates,
@@ -31,13 +31,20 @@ from layerstream.pipeline.machine.probe_cache import (
 from layerstream.pipeline.machine.probe_compute import (
     TOKENS,
     block_shapes,
+    compute_bytes,
     main_dtype,
     measure_compute,
 )
-from layerstream.pipeline.machine.probe_copies import measure_copies
-from layerstream.pipeline.machine.probe_disk import MIN_BYTES, measure_direct, measure_mmap
+from layerstream.pipeline.machine.probe_copies import COPIES_BYTES, measure_copies
+from layerstream.pipeline.machine.probe_disk import (
+    DIRECT_BYTES,
+    MIN_BYTES,
+    measure_direct,
+    measure_mmap,
+)
 from layerstream.pipeline.machine.probe_unpacking import (
     TILE_BYTES,
+    UNPACKING_BYTES,
     encodings_of,
     measure_unpacking,
     rate_names,
@@ -45,20 +52,23 @@ from layerstream.pipeline.machine.probe_unpacking import (
 from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
+from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.text import format_bytes
 from layerstream.stages.threads import finish_in_thread
 
 __all__ = ["ProbedRates", "probe_rates"]
 
 logger = logging.getLogger(__name__)
 
-# For each reader of the pipeline: its name, the rates, and the function that measures them.
+# For each reader of the pipeline: its name, the rates, the function that measures them, and the memory that it takes.
 _DISK_READERS = (
     (
         "direct",
         ("disk_bytes_per_second", f"direct_read_cpu_seconds{PER_BYTE}"),
         measure_direct,
+        DIRECT_BYTES,
     ),
-    ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap),
+    ("mmap", ("mmap_bytes_per_second", f"mmap_read_cpu_seconds{PER_BYTE}"), measure_mmap, 0),
 )
 _COPY_RATES = (
     "host_copy_bytes_per_second",
@@ -73,6 +83,8 @@ _BLOCK_RATES = (
 )
 # Best sample to median. On a quiet machine it is below 1.5; next to other work, 10 has been seen.
 _DISTURBED_RATIO = 2.0
+# A measurement may take so much of the host memory that is free: in a cgroup, the kernel kills a process that takes more.
+_MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +98,8 @@ class _Probe:
     affected_by_contention: bool
     """Whether other processes that keep processors busy change the result."""
     measure: Callable[[], Mapping[str, Rate]]
+    takes_bytes: int
+    """Host memory that measuring takes."""
     share: float = 1.0
     """Of the checkpoint's bytes, for which the rates hold."""
 
@@ -149,18 +163,21 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
             names=_COPY_RATES,
             affected_by_contention=True,
             measure=partial(measure_copies, device),
+            takes_bytes=COPIES_BYTES,
         ),
         _Probe(
             key={**device_key, "of": "blocks", "dtype": dtype},
             names=_BLOCK_RATES,
             affected_by_contention=True,
             measure=partial(measure_blocks, device, dtype=dtype),
+            takes_bytes=BLOCKS_BYTES,
         ),
         _Probe(
             key={**device_key, "of": "compute", "dtype": dtype, "shapes": sizes},
             names=[str(tokens) for tokens in TOKENS],
             affected_by_contention=True,
             measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
+            takes_bytes=compute_bytes(device, shapes=shapes, dtype=dtype),
         ),
         *(
             _Probe(
@@ -173,6 +190,7 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
                 names=rate_names(encoding),
                 affected_by_contention=True,
                 measure=partial(measure_unpacking, [encoding], dtype=dtype),
+                takes_bytes=UNPACKING_BYTES,
             )
             for encoding in encodings
         ),
@@ -188,10 +206,11 @@ def _disk_probes(checkpoint: Checkpoint, machine_key: Mapping[str, str]) -> list
             names=names,
             affected_by_contention=False,  # a shared disk does not show in these, and is likely to stay shared
             measure=partial(measure, paths, files),
+            takes_bytes=takes_bytes,
             share=sum(checkpoint.files[file].size_bytes for file in files) / total,
         )
         for volume, files in _files_by_volume(paths).items()
-        for reader, names, measure in _DISK_READERS
+        for reader, names, measure, takes_bytes in _DISK_READERS
     ]
 
 
@@ -213,6 +232,11 @@ def _load_or_measure(
     if not measure:
         return None
     what = probe.key["of"]
+    if probe.takes_bytes > _MEMORY_SHARE * host_available_bytes():
+        logger.info(
+            "%s: not measured, since that takes %s of memory", what, format_bytes(probe.takes_bytes)
+        )
+        return None
     try:
         with Contention() as contention:
             rates = probe.measure()

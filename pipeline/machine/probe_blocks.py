@@ -11,7 +11,10 @@ from torch.nn import functional
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.devices.protocol import Device
 
-__all__ = ["measure_blocks"]
+__all__ = ["BLOCKS_BYTES", "measure_blocks"]
+
+BLOCKS_BYTES = 32 << 20
+"""Host memory that measuring takes at most: 21 MB were measured."""
 
 # Each rate is measured with at least so many samples, for at least so long: shorter measurements are too noisy.
 _MIN_SAMPLES = 5

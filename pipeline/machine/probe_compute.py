@@ -17,7 +17,7 @@ from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.process.headroom import host_available_bytes
 
-__all__ = ["TOKENS", "block_shapes", "main_dtype", "measure_compute"]
+__all__ = ["TOKENS", "block_shapes", "compute_bytes", "main_dtype", "measure_compute"]
 
 # A decoding step, a few sequences at once, short and long prompts. The planner interpolates between them.
 TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -30,6 +30,8 @@ _MIN_BYTES, _MAX_BYTES = 64 << 20, 256 << 20
 _MATRIX_DIMENSIONS = 2
 _MAX_MATRICES = 64
 _UNPACKED_BYTES = 2
+# What libraries take to multiply: packed matrices, compiled kernels.
+_LIBRARY_BYTES = 24 << 20
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -72,6 +74,16 @@ def _plain_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
         return info.logical_shape
     rows = info.shape[0] if info.shape else 0
     return (rows, form.plain_bytes // _UNPACKED_BYTES // rows) if rows and form.plain_bytes else ()
+
+
+def compute_bytes(device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str) -> int:
+    """Host memory that ``measure_compute`` takes at most."""
+    if not device.reads_host_images or not shapes:
+        return 0
+    # Inputs of each width, and the results of a product and of the one before.
+    columns = sum({width for _, width in shapes}) + 2 * max(rows for rows, _ in shapes)
+    products = TOKENS[-1] * columns * getattr(torch, dtype).itemsize
+    return _weight_bytes(device) + products + _LIBRARY_BYTES
 
 
 def measure_compute(

@@ -12,12 +12,14 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.memory import HostMemory
 from layerstream.stages.text import format_bytes
 
-__all__ = ["measure_copies"]
+__all__ = ["COPIES_BYTES", "measure_copies"]
 
 logger = logging.getLogger(__name__)
 
 # The largest size is used; the log shows all of them, to see from which size on copies are efficient.
 _COPY_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
+COPIES_BYTES = 2 * _COPY_BYTES[-1]
+"""Host memory that measuring takes."""
 _SAMPLES = 5
 # One sample to a GPU copies all blocks this many times: once takes a millisecond, and startup would dominate.
 _DEVICE_REPETITIONS = 4

@@ -21,13 +21,15 @@ from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.text import format_bytes
 from layerstream.stages.threads import Threads
 
-__all__ = ["MIN_BYTES", "cached_bytes", "measure_direct", "measure_mmap"]
+__all__ = ["DIRECT_BYTES", "MIN_BYTES", "cached_bytes", "measure_direct", "measure_mmap"]
 
 logger = logging.getLogger(__name__)
 
 # The same as the planner's, so that the measured requests are those that will be made.
 _REQUEST_BYTES = 8 << 20
 _REQUESTS = 4
+DIRECT_BYTES = _REQUESTS * _REQUEST_BYTES
+"""Host memory that measuring direct reads takes."""
 # Limits for each reader, whichever is reached first: short enough for the start of a service. Mapped files fill the
 # page cache, so their limit is low; direct reads have more, since a disk with 3 GB/s reads 256 MiB before it reaches its
 # steady rate.
@@ -77,7 +79,7 @@ def measure_direct(paths: Sequence[Path], files: Sequence[int]) -> Mapping[str, 
     windows = _shuffled_windows(paths, files)
     if not windows:
         return {}
-    memory = HostMemory(_REQUESTS * _REQUEST_BYTES)
+    memory = HostMemory(DIRECT_BYTES)
     try:
         memory.tensor.zero_()  # allocates pages before time is measured
         memory_view = memory.tensor.numpy().data

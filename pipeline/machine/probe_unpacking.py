@@ -14,12 +14,21 @@ from layerstream.stages.unpack.compiling import suggest_cache_folder
 from layerstream.stages.unpack.packing import Packing
 from layerstream.stages.unpack.samples import COLUMNS, sample
 
-__all__ = ["FUSED_TOKENS", "TILE_BYTES", "encodings_of", "measure_unpacking", "rate_names"]
+__all__ = [
+    "FUSED_TOKENS",
+    "TILE_BYTES",
+    "UNPACKING_BYTES",
+    "encodings_of",
+    "measure_unpacking",
+    "rate_names",
+]
 
 TILE_BYTES = 16 << 20
 """What is unpacked at once."""
 # More than most processor caches hold.
 _PACKED_BYTES = 64 << 20
+UNPACKING_BYTES = _PACKED_BYTES + 2 * TILE_BYTES
+"""Host memory that measuring takes at most."""
 _SECONDS = 0.15
 _MIN_SAMPLES = 3
 FUSED_TOKENS = (1, 4)

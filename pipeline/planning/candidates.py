@@ -123,6 +123,7 @@ class _Search:
             on_cpu=problem.on_cpu,
             reader=reader,
             host_budget_bytes=problem.host_budget_bytes,
+            host_usable_bytes=problem.host_usable_bytes,
             vram_budget_bytes=problem.vram_budget_bytes,
             host_reserved_bytes=_HOST_FIXED_BYTES
             + problem.unpacked_once.nbytes
@@ -132,7 +133,7 @@ class _Search:
             if problem.on_cpu
             else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
             kv_on_host_bytes=kv,
-            overhead_bytes=problem.code_bytes,
+            overhead_bytes=problem.left_free_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
             adapter_bytes=problem.adapters.nbytes,
         )
@@ -193,7 +194,7 @@ class _Search:
         arenas = self._problem.arenas or placer.arenas(batches, slots)
         blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
-        free = placer.host_budget_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
+        free = placer.host_usable_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
         cells = self._experts.filled(free_bytes=free)
         expert_bytes = self._experts.nbytes(cells)
         spare = self._decode_spare()
@@ -265,7 +266,7 @@ class _Search:
         nbytes, name = max((layer.nbytes, layer.name) for layer in self._problem.layers)
         side, needed, have, reserved = (
             ("host", need.host, placer.host_budget_bytes, placer.host_reserved_bytes)
-            if need.host > placer.host_budget_bytes
+            if need.host > placer.host_usable_bytes
             else ("VRAM", need.vram, placer.vram_budget_bytes or 0, placer.vram_reserved_bytes)
         )
         experts = (
@@ -273,6 +274,9 @@ class _Search:
             if placer.expert_bytes
             else ""
         )
+        free = ""
+        if side == "host" and (usable := placer.host_usable_bytes) < have:
+            free = f", of which {format_bytes(usable)} are free beside code loaded for the model,"
         size = self._problem.choices.layer_batch_size or 1
         unit = "layer" if size == 1 else f"layer batch of {size} blocks"
         smaller = ""
@@ -281,7 +285,7 @@ class _Search:
         elif size > 1:
             smaller = "choose a smaller layer_batch_size, "
         return PlanError(
-            f"the {side} budget of {format_bytes(have)} cannot hold one {unit} at a time{experts}: at least "
+            f"the {side} budget of {format_bytes(have)}{free} cannot hold one {unit} at a time{experts}: at least "
             f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
             f"{format_bytes(reserved)} are reserved for the workload); raise the budget, {smaller}or ask for fewer tokens "
             "at a time",
@@ -293,4 +297,4 @@ def _missing_bytes(needed: tuple[Placer, MemoryBytes]) -> tuple[int, int]:
     """The bytes by which the budgets are too small, and of equal ones, what is needed in total."""
     placer, need = needed
     vram = max(0, need.vram - (placer.vram_budget_bytes or 0))
-    return vram + max(0, need.host - placer.host_budget_bytes), sum(need)
+    return vram + max(0, need.host - placer.host_usable_bytes), sum(need)

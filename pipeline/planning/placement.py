@@ -42,13 +42,15 @@ class Placer:
     on_cpu: bool
     reader: ReaderKind
     host_budget_bytes: int
+    host_usable_bytes: int
+    """Of the host budget, what is free: code that was loaded for the model may have taken the rest."""
     vram_budget_bytes: int | None
     host_reserved_bytes: int
     vram_reserved_bytes: int
     kv_on_host_bytes: int = 0
     """Of a GPU's KV cache in host RAM."""
     overhead_bytes: int = 0
-    """Host memory besides the plan, which residents leave free."""
+    """Of the usable host memory, what residents leave free."""
     expert_bytes: int = 0
     """The least that experts on demand take of the host budget; what residents leave is theirs, too."""
     adapter_bytes: int = 0
@@ -155,7 +157,7 @@ class Placer:
     def fits(self, need: MemoryBytes, *, spare: MemoryBytes) -> bool:
         """Whether ``need`` fits into the budgets plus ``spare``, which may be negative."""
         return (
-            need.host <= self.host_budget_bytes + spare.host
+            need.host <= self.host_usable_bytes + spare.host
             and need.vram <= (self.vram_budget_bytes or 0) + spare.vram
         )
 
@@ -245,7 +247,7 @@ class Placer:
         need = self.need(batches, arenas)
         residents = (self._resident(b, on_host=on_host) for b in batches if b.streamed)
         if on_host or self.on_cpu:
-            free = self.host_budget_bytes + spare.host - need.host
+            free = self.host_usable_bytes + spare.host - need.host
             sizes = [
                 b.host_bytes * b.host_resident + b.device_bytes * b.device_resident
                 for b in residents

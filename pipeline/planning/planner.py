@@ -195,7 +195,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         workload=problem.choices.workload,
         workload_bytes=problem.workload_bytes,
         kv_cache_bytes=0 if problem.memory is None else problem.memory.kv_bytes,
-        overhead_bytes=best.placer.overhead_bytes,
+        overhead_bytes=problem.code_bytes,
         kv_cache_on_host=best.placer.kv_on_host_bytes > 0,
         always_resident=tuple(
             batch.index

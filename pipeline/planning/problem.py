@@ -139,7 +139,22 @@ class Problem:
         # Memory that loading code for this model took is not free any more, but counts in its budget.
         free = self.hardware.host_available_bytes + self.loaded_code_bytes
         given = self.choices.budget.host_bytes(free)
+        if given is None:
+            return self.host_usable_bytes + self.code_bytes
         return _budget(given, free, "host RAM", uncertain=_HOST_UNCERTAIN_BYTES)
+
+    @cached_property
+    def host_usable_bytes(self) -> int:
+        """Of the host budget, what a plan may take: there is no more than is free."""
+        free = max(0, self.hardware.host_available_bytes - self.code_to_load_bytes)
+        if self.choices.budget.host is None:
+            return int(free * (1 - MARGIN))
+        return min(self.host_budget_bytes, free + _HOST_UNCERTAIN_BYTES)
+
+    @property
+    def left_free_bytes(self) -> int:
+        """Of the usable host memory, what residents leave free, since what code takes counts in the budget."""
+        return max(0, self.code_bytes + self.host_usable_bytes - self.host_budget_bytes)
 
     @cached_property
     def vram_budget_bytes(self) -> int | None:

@@ -85,7 +85,8 @@ def hardware_without(
             vram = max(vram, plan.device_memory.budget_bytes)
     host = now.host_available_bytes + plan.host_memory.taken_bytes
     if as_budgeted:
-        host = max(host, plan.host_memory.budget_bytes)
+        beside_code = plan.host_memory.budget_bytes - plan.overhead_bytes
+        host = max(host, beside_code, plan.host_memory.used_bytes)
     return replace(
         hardware, cached_bytes=now.cached_bytes, host_available_bytes=host, vram_free_bytes=vram
     )

@@ -157,7 +157,7 @@ def test_a_disk_that_fails_is_logged_as_a_warning_and_all_else_is_measured(
     monkeypatch.setattr(
         probe_module,
         "_DISK_READERS",
-        tuple((name, names, fail) for name, names, _ in probe_module._DISK_READERS),
+        tuple((*each[:2], fail, 0) for each in probe_module._DISK_READERS),
     )
     hardware = probe()
     assert hardware.disk_bytes_per_second is None
@@ -229,9 +229,9 @@ def test_a_probe_that_is_cancelled_finishes_its_measurement_and_leaves_nothing_b
         done.append(args)
         return {}
 
-    (_, names, _), *others = probe_module._DISK_READERS
+    (_, names, *_), *others = probe_module._DISK_READERS
     monkeypatch.setattr(
-        probe_module, "_DISK_READERS", (("direct", names, measure_until_released), *others)
+        probe_module, "_DISK_READERS", (("direct", names, measure_until_released, 0), *others)
     )
     monkeypatch.setattr(probe_module, "measure_copies", lambda _: pytest.fail("the probe went on"))
 
@@ -293,7 +293,7 @@ def test_a_measurement_next_to_busy_processes_is_marked_and_soon_expires(
 
     monkeypatch.setattr(probe_module, "Contention", Busy)
     monkeypatch.setattr(probe_module, "measure_copies", copies)
-    monkeypatch.setattr(probe_module, "_DISK_READERS", (("direct", tuple(disk()), disk),))
+    monkeypatch.setattr(probe_module, "_DISK_READERS", (("direct", tuple(disk()), disk, 0),))
     hardware = probe()
     assert hardware.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
     assert hardware.host_copy_bytes_per_second == 2e9, "the best sample"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from layerstream.pipeline import Checkpoint, PlanError, Workload, make_plan
 from layerstream.pipeline.planning.resident_choice import evenly
 from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import Place, Residence
+from layerstream.stages.process.headroom import MARGIN
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -131,6 +133,18 @@ def test_the_least_budget_that_a_refusal_tells_is_enough_and_one_byte_less_is_no
     assert plan.host_memory.reserved_bytes - plan.workload_bytes > (16 + 17) * MIB
     with pytest.raises(PlanError):
         plan_of(sizes, host=least - 1, **given)
+
+
+@pytest.mark.parametrize("given", [None, "100%"])
+def test_what_code_has_taken_is_not_planned_with_even_if_nothing_fits_otherwise(given):
+    """It counts in the budget, and was added to what is free: a process in a cgroup was killed."""
+    least = 16 * MIB + 2 * MIB  # what is fixed, and a slot
+    given = {"sizes": [2 * MIB] * 6, "host": given, "held_bytes": 100 * MIB}
+    enough = math.ceil(least / (1 - MARGIN)) if given["host"] is None else 2 * MIB
+    plan = plan_of(hardware=dataclasses.replace(CPU, host_available_bytes=enough), **given)
+    assert plan.host_memory.used_bytes == least
+    with pytest.raises(PlanError, match=r"MiB are free beside code loaded for the model"):
+        plan_of(hardware=dataclasses.replace(CPU, host_available_bytes=enough - 2), **given)
 
 
 def test_the_overhead_of_requests_grows_with_modules_and_not_with_their_pieces_in_files():
