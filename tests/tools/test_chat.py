@@ -185,7 +185,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
         terminal.expect("Again\n.{20}")
         terminal.type("\x03")
         terminal.expect(r"\(stopped; ")
-        terminal.expect(ENTERED)  # typed before readline reads keys, Ctrl-D is no end of input to it
+        terminal.expect(
+            ENTERED
+        )  # typed before readline reads keys, Ctrl-D is no end of input to it
         terminal.type("\x04")
         assert terminal.end() == 0
 

@@ -89,7 +89,7 @@ def _import_beforehand() -> None:
     from layerstream.tools.benchmarks import architecture_check
 
     del architecture_check, generation, masking_utils, modeling_layers, modeling_llama
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # it makes a table of all, once
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call] # makes a table of all
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
