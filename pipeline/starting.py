@@ -149,6 +149,7 @@ async def start_model(
     }
     module.__class__ = with_methods(type(module), methods)
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
+    guard_conversions(module, engine.passes.undo_at_release)
     resources.push_async_callback(finish_in_thread, engine.threads.close, without_thread=True)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
@@ -187,7 +188,6 @@ async def _prepare(
             resources.callback(table.close)
         assembly.adapters.load()
         move_buffers(opening.module, device.torch_device)
-        guard_conversions(opening.module)
         guard_entrances(opening.module)
         list_tied_once(opening.module, assembly.traced.aliases)
         return bindings

@@ -232,3 +232,43 @@ def test_a_copy_of_a_part_is_refused_in_one_sentence(part: str, way: str, tmp_pa
         with pytest.raises(ModelError, match="that streams cannot be copied or pickled"):
             COPIED[way](PARTS[part](model))
         assert bits_equal(model(**inputs).logits, before)
+
+
+def save_switch(folder: Path) -> Path:
+    """A model that converts its routers to float32 when it computes."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.SwitchTransformersForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_model_that_converts_its_modules_while_it_computes_converts_copies(
+    reader: str, tmp_path: Path
+) -> None:
+    kind = transformers.SwitchTransformersForConditionalGeneration
+    reference = kind.from_pretrained(save_switch(tmp_path / "model")).eval()
+    ids = torch.arange(5, 14)[None]
+    greedy = {**GREEDY, "decoder_start_token_id": 1, "input_ids": ids}
+    options = {**SMALL, "budget": Budget(host="256MiB"), "reader": reader}
+    with load_streamed(tmp_path / "model", **options) as model, torch.no_grad():
+        router = model.encoder.block[1].layer[1].mlp.router.classifier
+        for _ in range(2):
+            logits = model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+            expected = reference(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+            assert bits_equal(logits, expected)
+            assert torch.equal(model.generate(**greedy), reference.generate(**greedy))
+            assert router.weight.dtype == torch.bfloat16
+        with pytest.raises(ModelError, match="open the model with dtype="):
+            router.float()

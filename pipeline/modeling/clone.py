@@ -2,17 +2,18 @@
 
 import copy
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, MutableMapping
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.own_buffers import is_small
 
-__all__ = ["IMMUTABLE", "OwnBuffersOf", "clone_modules"]
+__all__ = ["IMMUTABLE", "ModuleFunction", "OwnBuffersOf", "clone_modules"]
 
 # Kinds of values that nothing changes.
 IMMUTABLE = frozenset({bool, int, float, str, type(None), torch.dtype, type})
@@ -20,6 +21,30 @@ _COLLECTIONS = frozenset({dict, OrderedDict, list, set})
 
 OwnBuffersOf = Callable[[Iterable[torch.Tensor]], dict[int, torch.Tensor]]
 """Makes the buffers of a clone, by the ids of those given."""
+
+
+class ModuleFunction:
+    """A function in the attributes of a module that stands for one of its methods; a clone has its own.
+
+    It does not keep the module: a cycle would keep a request's clone, and its memory, until it is collected.
+    """
+
+    def __init__(self, module: weakref.ref[nn.Module]) -> None:
+        self._module = module
+
+    def module(self) -> nn.Module:
+        """The module, through which the function is called."""
+        module = self._module()
+        assert module is not None  # noqa: S101 - see above
+        return module
+
+    def of(self, module: nn.Module) -> Self:
+        """The same function of ``module``."""
+        return type(self)(weakref.ref(module))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same function of the copy of the module."""
+        return self.of(memo[id(self.module())])
 
 
 def clone_modules(root: nn.Module, own_buffers: OwnBuffersOf | None = None) -> Any:
@@ -65,13 +90,17 @@ def _copies_of_small(buffers: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]
     return {id(buffer): buffer.clone() for buffer in buffers if is_small(buffer)}
 
 
-def _clone_value(value: Any, clones: MutableMapping[int, Any], model_code: AbstractSet[str]) -> Any:
+def _clone_value(  # noqa: PLR0911 - one for each kind
+    value: Any, clones: MutableMapping[int, Any], model_code: AbstractSet[str]
+) -> Any:
     """``value`` with modules and buffers replaced by their clones, and copies of what a pass may change.
 
     ``model_code`` names the Python modules that define the model's classes.
     """
     if isinstance(value, (nn.Module, torch.Tensor)):
         return clones.get(id(value), value)
+    if isinstance(value, ModuleFunction):
+        return value.of(clones[id(value.module())])
     # All configs of transformers have this method; the other objects are of the model's own classes.
     if hasattr(value, "get_text_config") or (
         type(value).__module__ in model_code and hasattr(value, "__dict__")

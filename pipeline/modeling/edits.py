@@ -8,12 +8,14 @@ user, and is left alone.
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
+from layerstream.pipeline.modeling.clone import ModuleFunction
 from layerstream.stages.errors import ModelError, PlanError
 from layerstream.stages.text import format_bytes
 
@@ -174,15 +176,22 @@ class Edits:
         self._counted = counted
 
 
-def guard_conversions(root: nn.Module) -> None:
+UndoList = list[Callable[[], None]]
+
+
+def guard_conversions(root: nn.Module, undo_in_pass: Callable[[], UndoList | None]) -> None:
     """Let ``half()``, ``to(dtype)``, ``cuda()`` and the like of modules with streamed weights say that they cannot.
 
-    They go through all modules, and would leave some converted before one refuses.
+    They go through all modules, and would leave some converted before one refuses. A model's own code may convert its
+    modules while it computes: what it converts then is a copy, for as long as the layer batch is loaded.
+
+    Args:
+        root: The module tree.
+        undo_in_pass: What the calling thread's pass calls when it gives back its layer batch; None if it holds none.
     """
     for module in root.modules():
         if any(True for _ in _streamed(module)):
-            # Weak: a cycle would keep a request's clone, and its memory, until it is collected.
-            vars(module)["_apply"] = _GuardedApply(weakref.ref(module))
+            vars(module)["_apply"] = _GuardedApply(weakref.ref(module), undo_in_pass)
 
 
 def _streamed(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -191,31 +200,59 @@ def _streamed(module: nn.Module) -> Iterator[torch.Tensor]:
             yield from (each for each in table.values() if each is not None and streams(each))
 
 
-class _GuardedApply:
-    """A module's ``_apply``, which does not keep the module."""
+class _GuardedApply(ModuleFunction):
+    """A module's ``_apply``."""
 
-    def __init__(self, module: weakref.ref[nn.Module]) -> None:
-        self._module = module
+    def __init__(
+        self, module: weakref.ref[nn.Module], undo_in_pass: Callable[[], UndoList | None]
+    ) -> None:
+        super().__init__(module)
+        self._undo_in_pass = undo_in_pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Apply a function to the module, if that changes no streamed weight."""
-        module = self._module()
-        assert module is not None  # noqa: S101 - it is what this is called through
-        return _apply_if_nothing_changes(module, *args, **kwargs)
+    def of(self, module: nn.Module) -> Self:
+        return type(self)(weakref.ref(module), self._undo_in_pass)
+
+    def __call__(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        """Apply a function to the module, if that changes no streamed weight, or copies of those that are loaded."""
+        module = self.module()
+        streamed = list(_streamed(module))
+        if _would_change(streamed, fn):
+            undo = self._undo_in_pass()
+            if undo is None or not all(type(each) is LoadedWeight for each in streamed):
+                raise ModelError(
+                    f"the weights of {type(module).__name__} stream, so their precision and device cannot be changed; "
+                    "open the model with dtype= and device= instead"
+                )
+            _convert_copies(module, fn, undo)
+        kind: Any = type(module)
+        applied: nn.Module = kind._apply(module, fn, recurse)  # noqa: SLF001
+        return applied
 
 
-def _apply_if_nothing_changes(
-    self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> nn.Module:
-    """``Module._apply``, for functions that leave streamed weights as they are."""
-    for dtype, device, dims in {(each.dtype, each.device, each.dim()) for each in _streamed(self)}:
+def _would_change(
+    streamed: Sequence[torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]
+) -> bool:
+    for dtype, device, dims in {(each.dtype, each.device, each.dim()) for each in streamed}:
         probe = torch.zeros((1,) * dims, dtype=dtype, device=device)
         changed = fn(probe) is not probe
         if changed or (device.type == "cpu" and probe.is_shared()):  # type: ignore[no-untyped-call]
-            raise ModelError(
-                f"the weights of {type(self).__name__} stream, so their precision and device cannot be changed; open "
-                "the model with dtype= and device= instead"
-            )
-    kind: Any = type(self)
-    applied: nn.Module = kind._apply(self, fn, recurse)  # noqa: SLF001
-    return applied
+            return True
+    return False
+
+
+def _convert_copies(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], undo: UndoList
+) -> None:
+    """Give ``module`` tables of its own, with what ``fn`` makes of its streamed weights, until ``undo`` is called."""
+    for part in module.modules():
+        table = part._parameters  # noqa: SLF001 - shared by all clones
+        converted = {
+            name: nn.Parameter(fn(each.detach()), requires_grad=each.requires_grad)
+            for name, each in table.items()
+            if each is not None and streams(each)
+        }
+        if converted:
+            vars(part)["_parameters"] = {**table, **converted}
+            undo.append(partial(vars(part).__setitem__, "_parameters", table))

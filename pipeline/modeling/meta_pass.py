@@ -83,8 +83,12 @@ def on_meta() -> Iterator[None]:
 
 
 def put_on_meta(clone: nn.Module) -> dict[str, torch.Tensor]:
-    """Put meta tensors in place of what a clone has values of; returns them, without plain attributes, by their paths."""
+    """Put meta tensors in place of what a clone has values of; returns them, without plain attributes, by their paths.
+
+    Parameters that are on the meta device get copies: a model that converts its modules changes them in place.
+    """
     moved: dict[str, torch.Tensor] = {}
+    copies: dict[int, nn.Parameter] = {}
     for path, module in clone.named_modules():
         attributes = vars(module)
         tables = {name: dict(attributes[name]) for name in ("_parameters", "_buffers")}
@@ -93,6 +97,9 @@ def put_on_meta(clone: nn.Module) -> dict[str, torch.Tensor]:
             for name, tensor in table.items():
                 if tensor is not None and not tensor.is_meta:
                     moved[f"{path}.{name}" if path else name] = table[name] = tensor.to("meta")
+                elif type(tensor) is nn.Parameter:
+                    copied = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+                    table[name] = copies.setdefault(id(tensor), copied)
         # Tables of positions may be plain attributes.
         for name, value in list(attributes.items()):
             if type(value) is torch.Tensor and not value.is_meta:

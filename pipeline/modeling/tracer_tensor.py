@@ -127,6 +127,15 @@ class Tracer(WrapperTensor):
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.meta_tensor, self.value, self.runs = other.meta_tensor, other.value, other.runs
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """As torch's, which makes a number a tensor first: one without data, on the meta device."""
+        parts = index if isinstance(index, tuple) else (index,)
+        is_view = not any(isinstance(part, torch.Tensor | list | bool) for part in parts)
+        if is_view and isinstance(value, float | int):
+            self[index].fill_(value)
+        else:
+            super().__setitem__(index, value)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None

@@ -105,6 +105,7 @@ class PassRunner:
         # Ids of the hooked modules that are being called, outermost first.
         self._modules: list[int] = []
         self._held: Bound | None = None
+        self._undo: list[Callable[[], None]] = []
         self._entry = ""
         self._gradients = False
         self._keeps_casts = True
@@ -218,6 +219,10 @@ class PassRunner:
             return None
         return pytree.tree_map(lambda leaf: leaf.clone() if is_weight(leaf) else leaf, output)
 
+    def undo_at_release(self) -> list[Callable[[], None]] | None:
+        """What is called when the batch that is held is given back; None if none is held."""
+        return None if self._held is None else self._undo
+
     def check_cancelled(self) -> None:
         """Unwind the pass if its request was cancelled.
 
@@ -262,6 +267,8 @@ class PassRunner:
         if self._held is None:
             return None
         event = self._scheduler.device.record()
+        while self._undo:
+            self._undo.pop()()
         put_buffers(self.root, self._scheduler.absent_buffers(self._held.index))
         self._held = None
         return event

@@ -95,6 +95,11 @@ class ThreadPasses:
         runner = self.current()
         return runner is not None and runner.turn is None
 
+    def undo_at_release(self) -> list[Callable[[], None]] | None:
+        """What the calling thread's pass calls when it gives back its layer batch; None if it holds none."""
+        runner = self.current()
+        return None if runner is None else runner.undo_at_release()
+
     def runner(self) -> PassRunner:
         """The pass runner of the calling thread; made if it has none.
 

@@ -1,5 +1,7 @@
 """Clones of module trees: what one request writes, no other one sees."""
 
+import copy
+import weakref
 from functools import cached_property
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import transformers
 from support.models import CASES, save_model
 
-from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.clone import ModuleFunction, clone_modules
 
 
 @pytest.fixture(params=["qwen3-moe", "whisper"])
@@ -68,3 +70,11 @@ def test_what_an_object_of_the_models_own_code_caches_is_not_seen_by_another_clo
         assert one[0]().is_meta
     assert not other[0]().is_meta
     assert not vars(token_map)
+
+
+@pytest.mark.parametrize("copied", [clone_modules, copy.deepcopy])
+def test_a_function_that_stands_for_a_method_is_of_the_clone(copied):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0].own = ModuleFunction(weakref.ref(model[0]))
+    assert copied(model)[0].own.module() is not model[0]
+    assert model[0].own.module() is model[0]

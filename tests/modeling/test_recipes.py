@@ -74,6 +74,16 @@ def test_a_tensor_that_is_changed_in_place_is_changed_in_a_copy() -> None:
     assert stored.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("index", [-1, (slice(1, None), 0), ...])
+def test_a_number_that_is_assigned_to_a_part_is_in_the_recipe(index: object) -> None:
+    stored = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+    expected = stored.clone()
+    tracer = Tracer.source("x", shape=stored.shape, dtype=stored.dtype)
+    for each in (expected, tracer):
+        each[index] = -1.0  # type: ignore[index]
+    assert torch.equal(Recipe.of("y", tracer).replay({"x": stored}), expected)
+
+
 def test_a_tensor_that_is_filled_with_random_numbers_has_no_recipe() -> None:
     tracer = Tracer.source("x", shape=(4,), dtype=torch.float32)
     tracer[1:].normal_()

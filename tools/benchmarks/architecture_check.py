@@ -18,7 +18,8 @@ from layerstream.pipeline import (
     Workload,
     load_streamed,
 )
-from layerstream.tools.benchmarks.tiny_models import inputs_of, tiny_models
+from layerstream.tools.benchmarks.tiny_inputs import inputs_of
+from layerstream.tools.benchmarks.tiny_models import tiny_models
 
 __all__ = ["check"]
 
@@ -38,7 +39,7 @@ def check(name: str, folder: Path) -> dict[str, Any]:
         return {"outcome": "not built", "detail": "transformers does not export it"}
     model, why = _built(kind)
     if model is None:
-        return {"outcome": "not built", "detail": why}
+        return {"outcome": "not built", "detail": why[0], "others": list(dict.fromkeys(why[1:]))}
     compared: list[str] = []
     for dtype in _DTYPES:
         label = str(dtype).removeprefix("torch.")
@@ -60,8 +61,8 @@ def check(name: str, folder: Path) -> dict[str, Any]:
     return {"outcome": "equal", "compared": compared}
 
 
-def _built(kind: type[Any]) -> tuple[Any, str]:
-    """A tiny model that computes, or why there is none."""
+def _built(kind: type[Any]) -> tuple[Any, list[str]]:
+    """A tiny model that computes; or None, and why each that was tried does not."""
     why: list[str] = []
     try:
         for build in tiny_models(kind):
@@ -70,28 +71,26 @@ def _built(kind: type[Any]) -> tuple[Any, str]:
             except Exception as error:  # noqa: BLE001 - the next one may keep the rule that this one breaks
                 why.append(f"{error!r:.200}")
                 continue
-            if _working_inputs(model, torch.float32) is not None:
-                return model, ""
-            why.append(f"no inputs that it takes: {_last_error}")
+            inputs, error_of = _working_inputs(model, torch.float32)
+            if inputs is not None:
+                return model, []
+            why.append(f"no inputs that it takes: {error_of}")
     except Exception as error:  # noqa: BLE001
         why.append(f"{error!r:.200}")
-    return None, why[0]
+    return None, why
 
 
-_last_error = ""
-
-
-def _working_inputs(model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
-    global _last_error  # noqa: PLW0603 - one check per process
-    _last_error = ""
+def _working_inputs(model: Any, dtype: torch.dtype) -> tuple[dict[str, Any] | None, str]:
+    """Inputs that the model takes; or None, and what it says to the first that were tried."""
+    first = ""
     for inputs in inputs_of(model, dtype):
         try:
             _call(partial(model, **inputs))
         except Exception as error:  # noqa: BLE001
-            _last_error = _last_error or f"{error!r:.200}"
+            first = first or f"{error!r:.200}"
         else:
-            return dict(inputs)
-    return None
+            return dict(inputs), ""
+    return None, first
 
 
 def _call(work: Callable[[], Any]) -> Any:
@@ -104,7 +103,7 @@ def _compare(
     kind: type[Any], path: Path, reference: Any, dtype: torch.dtype
 ) -> dict[str, Any] | list[str]:
     """The names of what is equal, or the row of what is not."""
-    inputs = _working_inputs(reference, dtype)
+    inputs, _ = _working_inputs(reference, dtype)
     if inputs is None:
         return []  # transformers itself cannot compute it in this dtype
     works = {

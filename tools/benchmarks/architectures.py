@@ -83,12 +83,13 @@ def summary_of(rows: dict[str, dict[str, Any]]) -> str:
 def _import_beforehand() -> None:
     """Import what each child needs, once for all."""
     import transformers
-    from transformers import generation, masking_utils, modeling_layers
+    from transformers import conversion_mapping, generation, masking_utils, modeling_layers
     from transformers.models.llama import modeling_llama
 
     from layerstream.tools.benchmarks import architecture_check
 
     del architecture_check, generation, masking_utils, modeling_layers, modeling_llama
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call] # makes a table of all
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -1,12 +1,14 @@
 """Tiny models of any architecture: the default config of its class with smaller sizes, found by the names of its settings."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 
-__all__ = ["NotTinyError", "inputs_of", "model_classes", "tiny_models"]
+__all__ = ["NotTinyError", "model_classes", "tiny_models"]
 
 # The first of these mappings that names a class for an architecture gives the one to try: what generates goes first.
 _LAST = ("MULTIPLE_CHOICE", "MODEL")
@@ -25,7 +27,7 @@ _DIM = re.compile(
 )
 _NOT_SCALED = re.compile(
     r"patch|image|kernel|chunk|window|num_channels|in_chan|batch|group|stride|sampl|codebook|vocab|resolution|temporal"
-    r"|position|grid|pool|block_size|max_|crop|frame|type_vocab|num_mel"
+    r"|position|pos_emb|grid|pool|block_size|max_|crop|frame|type_vocab|num_mel"
 )
 _HEADS = re.compile(r"(^|_)heads?$|_heads_|n_head(_kv)?$")
 _OF_A_HEAD = re.compile(r"head_dim|kv_channels|d_kv|rope_\w*dim|rotary_dim|_d?_?head$|head_size")
@@ -45,14 +47,33 @@ _MOST = (
     (re.compile(r"^(n_group|topk_group|num_groups)$"), 1),
     (re.compile(r"max_\w*positions?|n_positions|max_\w*(length|len)$|n_ctx|positions$"), 512),
     (re.compile(r"^image_size$"), 64),
+    (re.compile(r"^image_embedding_size$"), 4),
 )
 _TOKEN = re.compile(r"_(token_)?(id|ids|index|idx)$")
 _LEAST_SCALED = 32
 _MOST_PARAMETERS = 60_000_000
-# By how much sizes are divided, and whether heads become fewer, not smaller.
-_VARIANTS = tuple((scale, fewer) for scale in (16, 8, 4, 2, 1) for fewer in (False, True))
+# By how much sizes are divided, whether heads become fewer, not smaller, and what stays as it is.
+_KEPT_PARTS = (frozenset[str](), frozenset({"backbone_config"}), frozenset({"image_size"}))
+_VARIANTS = tuple(
+    (scale, fewer, kept)
+    for kept, scales in zip(_KEPT_PARTS, ((16, 8, 4, 28, 2, 1), (16, 4, 1), (16, 4)), strict=True)
+    for scale in scales
+    for fewer in (False, True)
+)
+_INDICES = re.compile(r"index(es)?$|indices$|layers_idx$|layer_ids$")
+_WIDTH = re.compile(r"^(hidden_size|embed_dim|d_model|n_embd|hidden_dim|dim)$")
+_ALL_HEADS = re.compile(
+    r"^(num_attention_heads|num_heads|n_heads?|attention_heads|\w+coder_attention_heads)$"
+)
 _STAGES: Mapping[str, Callable[[int], Any]] = {"out_features": "stage{}".format, "out_indices": int}
 _SERIES = {"prediction_length": 8, "context_length": 16}
+_INDEXER = {
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+}
 # Settings without which a config class makes no config, or none that computes.
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "AutoformerConfig": _SERIES,
@@ -65,6 +86,9 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
     "InformerConfig": _SERIES,
+    "Qwen4ExpConfig": {"text_config": _INDEXER},
+    "Qwen4ExpTextConfig": _INDEXER,
+    "ReformerConfig": {"is_decoder": True},
     "TimeSeriesTransformerConfig": _SERIES,
 }
 
@@ -101,8 +125,10 @@ def tiny_models(kind: type[Any]) -> Iterator[Callable[[], Any]]:
     """
     config_class = kind.config_class
     default = config_class(**_NEEDED.get(config_class.__name__, {})).to_dict()
-    for scale, fewer in _VARIANTS:
-        sizes = _Sizes(scale, fewer_heads=fewer)
+    for scale, fewer, kept in _VARIANTS:
+        if kept and not any(f"'{name}'" in repr(default) for name in kept):
+            continue
+        sizes = _Sizes(scale, fewer_heads=fewer, kept=kept)
 
         def build(sizes: _Sizes = sizes) -> Any:
             return _built(kind, config_class.from_dict(sizes.shrunk(default)))
@@ -116,10 +142,12 @@ class _Sizes:
     Args:
         scale: What sizes are divided by.
         fewer_heads: Divide the number of heads, instead of the size of each.
+        kept: Parts of the config that stay as they are.
     """
 
-    def __init__(self, scale: int, *, fewer_heads: bool) -> None:
+    def __init__(self, scale: int, *, fewer_heads: bool, kept: AbstractSet[str]) -> None:
         self._scale = scale
+        self._kept = kept
         self._fewer_heads = fewer_heads
         self._tokens: dict[int, int] = {}
 
@@ -132,7 +160,7 @@ class _Sizes:
                 continue  # follow from the number of layers
             if name == "per_layer_config" and isinstance(value, dict):
                 shrunk[name] = {k: v for k, v in value.items() if int(k) < _MOST_LAYERS} or None
-            elif name in _KEPT or not isinstance(name, str):
+            elif name in _KEPT or name in self._kept or not isinstance(name, str):
                 shrunk[name] = value
             elif isinstance(value, dict):
                 shrunk[name] = self.shrunk(value)
@@ -142,7 +170,7 @@ class _Sizes:
                 shrunk[name] = self._number(name, value)
             else:
                 shrunk[name] = value
-        return shrunk
+        return _mended(shrunk)
 
     def _number(self, name: str, value: int) -> int:
         if _counts_layers(name, value):
@@ -155,11 +183,11 @@ class _Sizes:
         if self._fewer_heads and _HEADS.search(name):
             return max(1, value // self._scale)
         is_scaled = value >= _LEAST_SCALED and _DIM.search(name) and not _NOT_SCALED.search(name)
-        if not is_scaled or value % self._scale or (self._fewer_heads and _OF_A_HEAD.search(name)):
+        if not is_scaled or (self._fewer_heads and _OF_A_HEAD.search(name)):
             return value
-        return value // self._scale
+        return value // math.gcd(value, self._scale)
 
-    def _list(self, name: str, value: list[Any], layers: list[int]) -> list[Any]:
+    def _list(self, name: str, value: list[Any], layers: list[int]) -> list[Any]:  # noqa: PLR0911 - one for each kind
         if isinstance(value[0], dict):
             return [self.shrunk(each) if isinstance(each, dict) else each for each in value]
         if name in _STAGES and int(re.sub(r"\D", "", f"0{value[-1]}")) > _MOST_LAYERS:
@@ -171,6 +199,8 @@ class _Sizes:
             return [*first_of, *value][:_MOST_LAYERS]
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
             return value
+        if _INDICES.search(name) and name not in _STAGES:
+            return sorted({min(each, _MOST_LAYERS - 1) for each in value})
         if "depth" in name or _LAYERS.search(name):
             return [min(each, 2) for each in value]
         return [self._number(name, each) for each in value]
@@ -180,6 +210,24 @@ class _Sizes:
         if token < _FIRST_SPECIAL:
             return token
         return self._tokens.setdefault(token, _FIRST_SPECIAL + len(self._tokens) % (_VOCAB - 101))
+
+
+def _mended(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with numbers of heads that divide their width."""
+    width = next((each for name, each in values.items() if _WIDTH.search(name)), None)
+    heads = [name for name in values if _ALL_HEADS.search(name) and isinstance(values[name], int)]
+    if isinstance(width, int) and not any(map(_OF_A_HEAD.search, values)):
+        values.update((name, math.gcd(values[name], width)) for name in heads)
+    if heads and values.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = values[heads[0]]
+    rope = values.get("rope_parameters") or {}
+    if heads and isinstance(width, int) and rope.get("mrope_section"):
+        size = values.get("head_dim") or width // values[heads[0]]
+        size = int(size * rope.get("partial_rotary_factor", 1)) // 2
+        whole = sum(rope["mrope_section"])
+        others = [each * size // whole for each in rope["mrope_section"][1:]]
+        values["rope_parameters"] = {**rope, "mrope_section": [size - sum(others), *others]}
+    return values
 
 
 def _counts_layers(name: object, value: object) -> bool:
@@ -203,126 +251,3 @@ def _built(kind: type[Any], config: Any) -> Any:
         if parameter.is_floating_point() and parameter.numel():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     return model
-
-
-def inputs_of(model: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs that the model may take, the most complete first."""
-    import inspect
-
-    taken = inspect.signature(model.forward).parameters
-    makers = _makers(model.config, dtype)
-    main = getattr(model, "main_input_name", "input_ids")
-    needed = [
-        name
-        for name, each in taken.items()
-        if each.default is inspect.Parameter.empty and each.kind is each.POSITIONAL_OR_KEYWORD
-    ]
-    wanted = [name for name in dict.fromkeys([main, *needed]) if name in makers]
-    decoder = [name for name in ("decoder_input_ids",) if name in taken]
-    text = [name for name in ("input_ids",) if name in taken]
-    pictures = [name for name in ("pixel_values",) if name in taken]
-    others = ("pixel_values", "input_features", "input_values", "bbox")
-    all_of_them = [*text, *(name for name in others if name in taken)]
-    tried: list[list[str]] = []
-    for names in (
-        [*wanted, *all_of_them],
-        [*wanted, *text, *pictures],
-        [*wanted, *decoder],
-        wanted,
-        [*text, *decoder],
-        text,
-        pictures,
-    ):
-        if (unique := list(dict.fromkeys(names))) and unique not in tried:
-            tried.append(unique)
-    if pictures and text:
-        yield from _with_pictures(model, makers)
-    for names in tried:
-        variants = max(len(makers[name]) for name in names)
-        for number in range(variants):
-            yield {name: makers[name][min(number, len(makers[name]) - 1)] for name in names}
-
-
-def _with_pictures(model: Any, makers: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Text with as many tokens of a picture as it has features."""
-    token = getattr(
-        model.config, "image_token_id", getattr(model.config, "image_token_index", None)
-    )
-    if token is None or not hasattr(model, "get_image_features"):
-        return
-    for pixels in makers["pixel_values"]:
-        try:
-            with torch.no_grad():
-                features = model.get_image_features(pixel_values=pixels)
-        except Exception:  # noqa: BLE001, S112 - the next picture may be one that it takes
-            continue
-        features = getattr(features, "pooler_output", features)
-        if isinstance(features, list | tuple):
-            features = torch.cat([each.reshape(-1, each.shape[-1]) for each in features])
-        if isinstance(features, torch.Tensor):
-            count = features.numel() // features.shape[-1]
-            ids = makers["input_ids"][0]
-            ids = torch.cat([ids[:, :3], torch.full((1, count), token), ids[:, 3:]], dim=1)
-            yield {"input_ids": ids, "pixel_values": pixels}
-
-
-def _makers(config: Any, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
-    """For each name of an input the tensors that may be it."""
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.randint(5, 60, shape, generator=generator)
-
-    channels = _setting(config, ("num_channels", "in_channels", "in_chans"), 3)
-    sizes = _setting(config, ("image_size", "input_size"), 64)
-    pair = [sizes, sizes] if isinstance(sizes, int) else list(sizes)[-2:]
-    bins = _setting(
-        config,
-        ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim"),
-        80,
-    )
-    frames = 2 * _setting(config, ("max_source_positions",), 32)
-    pictures = [noise(1, channels, *pair), noise(1, 3, 64, 64), noise(1, 3, 224, 224)]
-    videos = [
-        noise(1, frames_, channels, *pair) for frames_ in (_setting(config, ("num_frames",), 4), 16)
-    ]
-    box = torch.tensor([[[10, 10, 40, 40]] * 9])
-    past = _setting(config, ("context_length",), 16)
-    lags = max(getattr(config, "lags_sequence", None) or [0])
-    length = _setting(config, ("max_length",), frames)
-    return {
-        "input_ids": [ids(1, 9)],
-        "decoder_input_ids": [ids(1, 4)],
-        "pixel_values": [*pictures, *videos],
-        "pixel_values_videos": videos,
-        "input_features": [noise(1, bins, frames), noise(1, frames, bins), noise(1, 128, frames)],
-        "input_values": [
-            noise(1, 4000),
-            noise(1, 1, 4000),
-            noise(1, frames, bins),
-            noise(1, length, bins),
-        ],
-        "bbox": [box],
-        "past_values": [noise(1, past + lags), noise(1, past, 7), noise(1, past, 1)],
-        "past_time_features": [noise(1, past + lags, getattr(config, "num_time_features", 0))],
-        "past_observed_mask": [torch.ones(1, past + lags)],
-        "audio_codes": [ids(1, 1, 9)],
-        "labels": [ids(1, 9)],
-        "pixel_mask": [torch.ones(1, *pair, dtype=torch.long)],
-        "waveform": [noise(1, 4000)],
-        "spectrogram": [noise(1, frames, bins)],
-        "states": [noise(1, 5, _setting(config, ("state_dim",), 17))],
-    }
-
-
-def _setting(config: Any, names: tuple[str, ...], default: Any) -> Any:
-    """The first of ``names`` that the config or a part of it has."""
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for part in parts:
-        for name in names:
-            if (value := getattr(part, name, None)) is not None:
-                return value
-    return default
