@@ -1,13 +1,19 @@
-"""Threads that make the calls that are queued, and that can be left behind in a call that never returns."""
+"""Threads that make the calls that are queued, and that can be left behind in a call that never returns.
+
+Of the threads that have nothing to do, the one that was the last to have something takes the next call. OpenMP, with which torch
+computes, has helpers for each thread that has ever called it; as soon as there are more of them than processors, all of them fall
+asleep between two operations, and waking them takes longer than many an operation. Taking turns, calls that come one
+after another would give every thread its helpers.
+"""
 
 import functools
 import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from typing import Any, ClassVar
 
 from layerstream.stages.process.forks import refuse_fork
@@ -16,6 +22,8 @@ __all__ = ["ThreadPool"]
 
 # At the interpreter's exit, calls in progress may take so long: torch's must not be cut off in the middle.
 _EXIT_SECONDS = 10.0
+
+_Call = tuple[Future[Any], Callable[[], Any]]
 
 
 class ThreadPool:
@@ -37,16 +45,16 @@ class ThreadPool:
 
     def __init__(self, count: int, name: str) -> None:
         self._process = os.getpid()
-        self._shared = _Shared()
+        self._shared = _Shared(count)
         threads = [
             threading.Thread(
-                target=_work, args=(self._shared,), name=f"{name}_{number}", daemon=True
+                target=_work, args=(self._shared, queued), name=f"{name}_{number}", daemon=True
             )
-            for number in range(count)
+            for number, queued in enumerate(self._shared.queues)
         ]
         self._started: list[threading.Thread] = []
         # A pool that is dropped without being closed.
-        weakref.finalize(self, _dismiss, self._shared, count).atexit = False
+        weakref.finalize(self, _dismiss, self._shared).atexit = False
         _close_all_at_exit()
         try:
             for thread in threads:
@@ -69,7 +77,10 @@ class ThreadPool:
         with self._shared.changed:
             if self._shared.closed:
                 raise RuntimeError("the threads were closed")
-            self._shared.calls.put((future, call))
+            if self._shared.idle:
+                self._shared.idle.pop().put((future, call))
+            else:
+                self._shared.calls.append((future, call))
         return future
 
     def abandon(self, error: Callable[[], BaseException]) -> bool:
@@ -109,10 +120,11 @@ class ThreadPool:
             if self._shared.closed:
                 return
             self._shared.closed = True
-        with suppress(queue.Empty):
-            while (queued := self._shared.calls.get_nowait()) is not None:
-                queued[0].cancel()
-        _dismiss(self._shared, len(self._started))
+            calls = [*self._shared.calls]
+            self._shared.calls.clear()
+        for future, _ in calls:
+            future.cancel()
+        _dismiss(self._shared)
 
     @classmethod
     def close_all(cls) -> None:
@@ -125,29 +137,41 @@ class _Shared:
     """What a pool and its threads share. The threads do not refer to the pool, so that it may be dropped.
 
     Attributes:
-        calls: What is queued; None ends one thread.
+        calls: What waits for a thread.
+        queues: One for each thread: its next call; None ends it.
+        idle: The queues of the threads that wait for a call; the last is that of the thread that began to wait last.
         running: The calls in progress.
         ended: The threads that have ended, or are about to.
         left: The threads that were abandoned.
         closed: No more calls are taken.
-        changed: Notified of changes of the other three, with which it is held.
+        changed: Notified when threads end or are left; held to change anything.
     """
 
-    def __init__(self) -> None:
-        self.calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
+    def __init__(self, count: int) -> None:
+        self.calls: deque[_Call] = deque()
+        self.queues: list[queue.SimpleQueue[_Call | None]] = [
+            queue.SimpleQueue() for _ in range(count)
+        ]
+        self.idle: list[queue.SimpleQueue[_Call | None]] = []
         self.running: dict[threading.Thread, Future[Any]] = {}
         self.ended: set[threading.Thread] = set()
         self.left: set[threading.Thread] = set()
         self.closed = False
         self.changed = threading.Condition()
 
+    def next_call(self, own: "queue.SimpleQueue[_Call | None]") -> "_Call | None":
+        """Wait for a call, in the thread that has the queue ``own``; None: the thread is to end."""
+        with self.changed:
+            if self.calls:
+                return self.calls.popleft()
+            self.idle.append(own)
+        return own.get()
 
-def _work(shared: _Shared) -> None:
-    """Make calls until None is queued."""
+
+def _work(shared: _Shared, own: "queue.SimpleQueue[_Call | None]") -> None:
+    """Make calls until the thread is to end."""
     thread = threading.current_thread()
-    while (queued := shared.calls.get()) is not None:
+    while (queued := shared.next_call(own)) is not None:
         future, call = queued
         if future.set_running_or_notify_cancel():
             shared.running[thread] = future
@@ -177,10 +201,10 @@ def _settle(settle: Callable[[Any], None], outcome: Any) -> bool:
     return True
 
 
-def _dismiss(shared: _Shared, count: int) -> None:
-    """Let ``count`` threads end after the calls that are queued."""
-    for _ in range(count):
-        shared.calls.put(None)
+def _dismiss(shared: _Shared) -> None:
+    """Let the threads end after the calls that are queued. The garbage collector may call this anywhere."""
+    for own in shared.queues:
+        own.put(None)
 
 
 @functools.cache

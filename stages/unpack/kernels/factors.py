@@ -12,6 +12,7 @@ from layerstream.stages.unpack.kernels.vectors import (
     BytesType,
     FloatsType,
     address,
+    fetch_ahead,
     generated,
     packed_scope,
     same,
@@ -91,6 +92,7 @@ def factors(typing_context: Any, like: Any, data: Any, row_at: Any, column: Any)
         _, array, begin, place = arguments
         at = builder.add(begin, builder.udiv(place, _I64(_BYTE // form.bits)))
         found: list[Any] = []
+        fetch_ahead(context, builder, sig.args[1], array, at)
         for offset in range(0, 8 * form.bits, 16):
             where = builder.add(at, _I64(offset))
             loaded = _loaded(context, builder, sig.args[1], array, where, vector_of(_I8, 16))

@@ -1,7 +1,7 @@
 """GGUF's blocks of 32 numbers with one scale, and IQ4_XS, which has eight of them.
 
 Each kernel writes rows ``begin`` to ``end`` of the output. It takes the packed bytes, which of their rows is the output's first, the
-number of blocks in a row, the output, and an array of the type that intermediate results are rounded to. What is stored is rounded by ``put_both``.
+number of blocks in a row, the output, and an array of the type that intermediate results are rounded to. What is stored is rounded by ``put_normal``.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from layerstream.stages.unpack.kernels.lanes import (
     mxfp4_levels,
     signed_floats,
 )
-from layerstream.stages.unpack.kernels.outputs import put_both, rounded
+from layerstream.stages.unpack.kernels.outputs import put_both, put_normal, rounded
 from layerstream.stages.unpack.kernels.vectors import (
     byte_at,
     bytes16_at,
@@ -31,7 +31,7 @@ def q8_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
     for start in range(begin * blocks * 32, end * blocks * 32, 32):
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
-        put_both(
+        put_normal(
             out,
             start,
             signed_floats(bytes16_at(packed, at + 2)) * scale,
@@ -48,7 +48,7 @@ def q4_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put_both(
+        put_normal(
             out,
             start,
             signed_floats((quants & 15) - 8) * scale,
@@ -66,7 +66,7 @@ def q4_1(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
         scale = rounded(like, half_at(packed, at))
         minimum = rounded(like, half_at(packed, at + 2))
         quants = bytes16_at(packed, at + 4)
-        put_both(
+        put_normal(
             out,
             start,
             rounded(like, signed_floats(quants & 15) * scale) + minimum,
@@ -85,7 +85,7 @@ def q5_0(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
         quants = bytes16_at(packed, at + 6)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 2)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
-        put_both(
+        put_normal(
             out, start, signed_floats(low - 16) * scale, signed_floats(high - 16) * scale, chain
         )
         at += 22
@@ -101,7 +101,7 @@ def q5_1(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
         quants = bytes16_at(packed, at + 8)
         low = (quants & 15) | (lanes_of_bits(short_at(packed, at + 4)) << 4)
         high = (quants >> 4) | (lanes_of_bits(short_at(packed, at + 6)) << 4)
-        put_both(
+        put_normal(
             out,
             start,
             rounded(like, signed_floats(low) * scale) + minimum,
@@ -118,7 +118,7 @@ def iq4_nl(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any,
         chain = start >> 4 & 2
         scale = rounded(like, half_at(packed, at))
         quants = bytes16_at(packed, at + 2)
-        put_both(
+        put_normal(
             out,
             start,
             signed_floats(iq4_levels(quants & 15)) * scale,
@@ -140,7 +140,7 @@ def iq4_xs(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any,
             part = rounded(like, scale * float_of(factor - 32))
             quants = bytes16_at(packed, at + 8 + 16 * group)
             place = start + 32 * group
-            put_both(
+            put_normal(
                 out,
                 place,
                 signed_floats(iq4_levels(quants & 15)) * part,

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerstream.stages.unpack.kernels.k_scales import q3_scales, six_bits
 from layerstream.stages.unpack.kernels.lanes import floats, signed_floats, spread
-from layerstream.stages.unpack.kernels.outputs import put, put_both, rounded
+from layerstream.stages.unpack.kernels.outputs import put, put_normal, rounded
 from layerstream.stages.unpack.kernels.vectors import bytes16_at, half_at
 
 __all__ = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -71,11 +71,11 @@ def q4_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
             part, minimum = spread(parts, group), spread(least, group + 8)
             one = rounded(like, floats(quants[0] & 15) * part) - minimum
             two = rounded(like, floats(quants[1] & 15) * part) - minimum
-            put_both(out, place, one, two, 0)
+            put_normal(out, place, one, two, 0)
             part, minimum = spread(parts, group + 1), spread(least, group + 9)
             one = rounded(like, floats(quants[0] >> 4) * part) - minimum
             two = rounded(like, floats(quants[1] >> 4) * part) - minimum
-            put_both(out, place + 32, one, two, 2)
+            put_normal(out, place + 32, one, two, 2)
         at += 144
 
 
@@ -97,11 +97,11 @@ def q5_k(begin: int, end: int, packed: Any, first: int, blocks: int, out: Any, l
             part, minimum = spread(parts, group), spread(least, group + 8)
             one = rounded(like, floats((quants[0] & 15) | (fifths[0] & 1) << 4) * part) - minimum
             two = rounded(like, floats((quants[1] & 15) | (fifths[1] & 1) << 4) * part) - minimum
-            put_both(out, place, one, two, 0)
+            put_normal(out, place, one, two, 0)
             part, minimum = spread(parts, group + 1), spread(least, group + 9)
             one = rounded(like, floats((quants[0] >> 4) | (fifths[0] & 2) << 3) * part) - minimum
             two = rounded(like, floats((quants[1] >> 4) | (fifths[1] & 2) << 3) * part) - minimum
-            put_both(out, place + 32, one, two, 2)
+            put_normal(out, place + 32, one, two, 2)
         at += 176
 
 

@@ -19,13 +19,19 @@ from layerstream.stages.unpack.kernels.lanes import (
     numbers,
     unit_of,
 )
-from layerstream.stages.unpack.kernels.outputs import put, put_both, rounded
+from layerstream.stages.unpack.kernels.outputs import put, put_both, put_normal, rounded
 from layerstream.stages.unpack.kernels.vectors import byte_at, bytes1_at, bytes16_at, scale_at
 
 __all__ = ["scaled_bytes", "scaled_nibbles", "zero_point"]
 
-# No unit is larger than 2^8.
-_LARGE_SCALE = np.float32(2.0**119)
+# No unit is larger than 2^8, and no number but zero smaller than 2^-17 times its unit: from here to there, products are normal.
+_SMALL_SCALE, _LARGE_SCALE = np.float32(2.0**-109), np.float32(2.0**119)
+
+
+@register_jitable
+def _is_usual(scale: Any) -> Any:
+    """Whether products are neither subnormal nor infinite."""
+    return scale == 0 or _SMALL_SCALE <= abs(scale) < _LARGE_SCALE
 
 
 @register_jitable
@@ -68,7 +74,7 @@ def scaled_bytes(
             column, last = group * width, min(columns, (group + 1) * width)
             # The unit is multiplied with the scale, once, unless that might not be finite.
             whole = scale * unit_of(number_like)
-            most = last if abs(scale) < _LARGE_SCALE else column
+            most = last if _is_usual(scale) else column
             while column + 64 <= most:
                 for chain in range(0, 4, 2):
                     place = column + 16 * chain
@@ -80,7 +86,7 @@ def scaled_bytes(
                         bare_numbers(number_like, bytes16_at(packed, at + place)), zeros, zero
                     )
                     one, two = rounded(like, one * whole), rounded(like, two * whole)
-                    put_both(out, start + place - 16, one, two, chain)
+                    put_normal(out, start + place - 16, one, two, chain)
                 column += 64
             while column + 16 <= most:
                 number = less(
@@ -117,7 +123,8 @@ def scaled_nibbles(
             scale = scale_at(scale_like, scales, index)
             zero = float_of(zero_point(zeros, zero_bits, index, row, matrix_rows, group, groups))
             column, last = group * width, min(columns, (group + 1) * width)
-            while column & 1 == 0 and column + 64 <= last:
+            most = last if _is_usual(scale) else column
+            while column & 1 == 0 and column + 64 <= most:
                 for half in range(2):
                     place = column + 32 * half
                     both = bytes16_at(packed, at + (place >> 1))
@@ -126,7 +133,7 @@ def scaled_nibbles(
                     one = less(numbers(number_like, first16), zeros, zero)
                     two = less(numbers(number_like, second16), zeros, zero)
                     one, two = rounded(like, one * scale), rounded(like, two * scale)
-                    put_both(out, start + place, one, two, 2 * half)
+                    put_normal(out, start + place, one, two, 2 * half)
                 column += 64
             while column < last:
                 if column & 1 == 0 and column + 32 <= last:
