@@ -10,13 +10,13 @@ import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
-from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
+from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_workload
 from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
 from layerstream.pipeline.planning.kernels import Kernels, kernels_of
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
-from layerstream.pipeline.planning.replan import hardware_without, learn
 from layerstream.pipeline.pretrained import Pretrained
+from layerstream.pipeline.replanning import Replanning
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Stats
@@ -25,7 +25,7 @@ from layerstream.pipeline.starting import Runtime, start_model
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import Lifetime, finish_in_thread
+from layerstream.stages.threads import Lifetime, weakly
 
 __all__ = ["StreamedModel"]
 
@@ -34,13 +34,9 @@ class StreamedModel:
     """A transformers model that computes with weights as they stream past. Made by ``open``.
 
     Attributes:
-        plan: How its weights stream.
-        hardware: The machine that the plan was made for.
         module: The transformers model itself. Call it in a thread, not on the event loop.
     """
 
-    plan: Plan
-    hardware: Hardware
     module: Any
 
     def __init__(self, options: Options) -> None:
@@ -152,11 +148,14 @@ class StreamedModel:
 
     async def _open(self) -> SweepScheduler:
         self._resources.callback(self._guard.close)
-        self._opening = opening = await open_model(self._options, self._resources, self._guard)
-        self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
-        self._budget = opening.choices.budget
-        self._running = await start_model(opening, self._options, self._resources, self._guard)
-        return self._running.scheduler  # which does not refer to the module
+        opening = await open_model(self._options, self._resources, self._guard)
+        self.module = opening.module
+        self._running = running = await start_model(
+            opening, self._options, self._resources, self._guard
+        )
+        self._replanning = Replanning(running)
+        running.out_of_memory.make_room = weakly(self._replanning.make_room)
+        return running.scheduler  # which does not refer to the module
 
     async def _close(self) -> None:
         self._guard.stop()
@@ -235,19 +234,18 @@ class StreamedModel:
             DeviceError: There is not enough memory; the old plan stays, and loads its residents again.
             ClosedError: The model is not open.
         """
-        running = self._runtime()
-        hardware = learn(self.hardware, self.plan, self.timings(), running.stream.expert_usage())
-        now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
-        hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
-        # The plan's is in bytes: what is not touched yet seems free.
-        new = as_budget(budget, on_cpu=self.plan.on_cpu) or self.plan.budget
-        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
+        self._runtime()
+        return await self._replanning.replan(budget)
 
-        def adopted() -> None:
-            self.plan, self.hardware, self._budget = plan, hardware, new
+    @property
+    def plan(self) -> Plan:
+        """How its weights stream."""
+        return self._replanning.plan
 
-        await running.adopt(plan, then=adopted)
-        return plan
+    @property
+    def hardware(self) -> Hardware:
+        """The machine that the plan was made for."""
+        return self._replanning.hardware
 
     @property
     def failure(self) -> BaseException | None:
@@ -279,7 +277,7 @@ class StreamedModel:
             PlanError: No plan fits that budget.
         """
         self._runtime()
-        return self._opening.replan(hardware, budget or self._budget, running=self.plan)
+        return self._replanning.plan_with(hardware, budget=budget)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

@@ -16,6 +16,7 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
+from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory
 from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
 from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
@@ -23,7 +24,7 @@ from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices.protocol import Device
-from layerstream.stages.errors import ClosedError, DeviceError, copy_of, echo_of
+from layerstream.stages.errors import ClosedError, DeviceError, LayerstreamError, copy_of, echo_of
 
 __all__ = ["SweepScheduler"]
 
@@ -47,6 +48,7 @@ class SweepScheduler(PassStates):
     Attributes:
         failure: The error that has ended sweeps until ``resume``.
         reopened: How many times they were resumed.
+        out_of_memory: What to do if a stage has failed for want of the device's memory; None: fail the passes.
         sweeps_begun: Sweeps begun so far.
     """
 
@@ -78,6 +80,8 @@ class SweepScheduler(PassStates):
         self._failed_seconds: float | None = None  # since when no sweep was completed
         self.failure: BaseException | None = None
         self.reopened = 0
+        self.out_of_memory: OutOfMemory | None = None
+        self._relief: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     # -- from the threads of passes --------------------------------------------------------------
@@ -101,6 +105,11 @@ class SweepScheduler(PassStates):
         error = self._error or self.failure
         if error is not None:
             raise echo_of(error)
+
+    @property
+    def plan(self) -> Plan:
+        """The one that is in effect."""
+        return self._pipeline.plan
 
     # -- on the event loop -----------------------------------------------------------------------
 
@@ -131,14 +140,27 @@ class SweepScheduler(PassStates):
         """Make no more sweeps until ``resume``, for which passes wait for as long as they may."""
         self.failure = copy_of(error)
         self._between_sweeps.fail(self.failure)
-        now = self._loop.time()
+        now, is_first = self._loop.time(), self._failed_seconds is None
         if self._failed_seconds is None:
             self._failed_seconds = now
         left = self._failed_seconds + self._reopened_within_seconds - now
+        if isinstance(error, torch.OutOfMemoryError) and self.out_of_memory is not None:
+            self._relief = asyncio.create_task(self._relieve(self.out_of_memory, is_first))
+            return
         # A disk may work again. Files that have changed, or a device that has failed, will not.
         if left > 0 and isinstance(error.__cause__, OSError):
             self._waiting_fails = self._loop.call_later(left, self._fail_waiting, self.failure)
         else:
+            self._fail_waiting(error)
+
+    async def _relieve(self, out_of_memory: OutOfMemory, is_first: bool) -> None:
+        """Have the pipeline opened anew with a smaller plan, which resumes sweeps; once in a row."""
+        assert self.failure is not None  # noqa: S101
+        try:
+            if not is_first:
+                raise out_of_memory.error(str(self.failure), "was so with a larger plan")
+            await out_of_memory.relieve(self.failure)
+        except LayerstreamError as error:
             self._fail_waiting(error)
 
     def resume(self, pipeline: Pipeline) -> None:
@@ -263,6 +285,8 @@ class SweepScheduler(PassStates):
         self._closed = True
         if self._waiting_fails is not None:
             self._waiting_fails.cancel()
+        if self._relief is not None:
+            await asyncio.wait([self._relief])
         if not self._task.done():
             # Passes compute with the batches they hold, which must not be overwritten.
             await self._until(lambda: not self._is_held())
