@@ -10,12 +10,10 @@ import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
-from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_workload
-from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
-from layerstream.pipeline.planning.kernels import Kernels, kernels_of
+from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options
+from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
-from layerstream.pipeline.pretrained import Pretrained
 from layerstream.pipeline.replanning import Replanning
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
@@ -31,13 +29,10 @@ __all__ = ["StreamedModel"]
 
 
 class StreamedModel:
-    """A transformers model that computes with weights as they stream past. Made by ``open``.
-
-    Attributes:
-        module: The transformers model itself. Call it in a thread, not on the event loop.
-    """
+    """A transformers model that computes with weights as they stream past. Made by ``open``."""
 
     module: Any
+    """The transformers model itself. Call it in a thread, not on the event loop."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -74,6 +69,7 @@ class StreamedModel:
         revision: str | None = None,
         hanging_read_seconds: float = 30.0,
         reopened_within_seconds: float = 0.0,
+        verify: bool | str | os.PathLike[str] = False,
         base: str | os.PathLike[str] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         **model_options: Any,
@@ -100,6 +96,8 @@ class StreamedModel:
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
                 with it, and closing does not wait for it.
             reopened_within_seconds: After an I/O error, requests wait so long for ``reopen``, or for their own reads to succeed.
+            verify: Check the weight files against the digests in this file while the model runs (``verified``); True: against those
+                that ``layerstream verify --record``, or the hub, has recorded.
             base: The model, if ``source`` is an adapter alone; by default the one that its config names.
             adapters: Folders or hub ids of adapters, by the names by which requests choose them.
             model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
@@ -107,29 +105,26 @@ class StreamedModel:
         Raises:
             ModelError: An argument of ``from_pretrained`` cannot be honoured; it is named, with the reason.
         """
-        options = Options(
+        options = Options.of(
+            workload=workload,
+            objective=objective,
+            reader=reader,
+            throttle_bytes_per_second=throttle_bytes_per_second,
+            layer_batch_size=layer_batch_size,
+            slots=slots,
+            kernels=kernels,
             budget=budget,
-            choices=PlanChoices(
-                workload=as_workload(workload),
-                objective=Objective.of(objective),
-                reader=reader_kind(reader, throttle_bytes_per_second),
-                throttle_bytes_per_second=throttle_bytes_per_second,
-                layer_batch_size=layer_batch_size,
-                slots=slots,
-                kernels=kernels_of(kernels),
-            ),
             max_requests=max_requests,
             hardware=hardware,
             measure=measure,
             model_class=model_class,
             hanging_read_seconds=hanging_read_seconds,
             reopened_within_seconds=reopened_within_seconds,
-            pretrained=Pretrained.of(
-                source,
-                {**model_options, "base": base, "adapters": adapters, "revision": revision},
-                device=device,
-                dtype=dtype,
-            ),
+            verify=verify,
+            source=source,
+            device=device,
+            dtype=dtype,
+            **{**model_options, "base": base, "adapters": adapters, "revision": revision},
         )
         return cls(options)
 
@@ -148,11 +143,10 @@ class StreamedModel:
 
     async def _open(self) -> SweepScheduler:
         self._resources.callback(self._guard.close)
-        opening = await open_model(self._options, self._resources, self._guard)
+        parts = self._options, self._resources, self._guard
+        opening = await open_model(*parts)
         self.module = opening.module
-        self._running = running = await start_model(
-            opening, self._options, self._resources, self._guard
-        )
+        self._running = running = await start_model(opening, *parts)
         self._replanning = Replanning(running)
         running.out_of_memory.make_room = weakly(self._replanning.make_room)
         return running.scheduler  # which does not refer to the module
@@ -265,6 +259,11 @@ class StreamedModel:
             ClosedError: The model is not open.
         """
         await self._runtime().reopen()
+
+    async def verified(self) -> None:
+        """Wait until all files are checked (``verify``). A CheckpointError names file, tensor, offset; then all requests fail with it."""
+        if (content := self._runtime().content) is not None:
+            await content.finished()
 
     def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
         """The running plan as it would be on ``hardware``, with other residents and predictions.

@@ -25,6 +25,7 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
+from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
@@ -44,6 +45,8 @@ class Runtime:
     scheduler: SweepScheduler
     engine: Engine
     out_of_memory: OutOfMemory
+    content: ContentCheck | None
+    """None if nothing is checked."""
     _reopening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def adopt(self, plan: Plan, *, then: Callable[[], None]) -> None:
@@ -70,6 +73,8 @@ class Runtime:
         async with self._reopening:
             if self.scheduler.failure is None:
                 return False
+            if self.content is not None:
+                self.content.check()  # files that are corrupt stay so
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)
@@ -159,7 +164,7 @@ async def start_model(
             tiles=assembly.tiles,
         )
     engine.count_edits(assembly.edits)
-    out_of_memory = OutOfMemory(device, lambda: scheduler.plan)
+    out_of_memory = OutOfMemory(device, lambda: scheduler.pipeline.plan)
     methods = {
         "resize_token_embeddings": resizing_method(kind, opening, engine),
         "save_pretrained": saving_method(kind, opening, engine),
@@ -174,12 +179,20 @@ async def start_model(
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
+    content = None
+    if opening.digests is not None:
+        content = ContentCheck(
+            opening.checkpoint, opening.digests, plan, guard=guard, on_failure=scheduler.stop
+        )
+        resources.push_async_callback(content.aclose)
+        content.start()
     return Runtime(
         opening=opening,
         stream=stream,
         scheduler=scheduler,
         engine=engine,
         out_of_memory=out_of_memory,
+        content=content,
     )
 
 

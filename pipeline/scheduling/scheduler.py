@@ -46,9 +46,10 @@ class SweepScheduler(PassStates):
         reopened_within_seconds: How long passes wait after a failure, counted from the first one in a row.
 
     Attributes:
+        pipeline: The one that sweeps are made on.
         failure: The error that has ended sweeps until ``resume``.
         reopened: How many times they were resumed.
-        out_of_memory: What to do if a stage has failed for want of the device's memory; None: fail the passes.
+        out_of_memory: What to do if a stage had no memory; None: fail the passes.
         sweeps_begun: Sweeps begun so far.
     """
 
@@ -64,11 +65,11 @@ class SweepScheduler(PassStates):
     ) -> None:
         super().__init__(
             (index for index in range(len(bindings)) if index not in set(always_bound)),
-            fits=lambda demands: self.residency.allows(self._pipeline.plan, demands),
+            fits=lambda demands: self.residency.allows(self.pipeline.plan, demands),
         )
         self.device = device
         self.residency = residency
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._bindings = bindings
         self._between_sweeps = BetweenSweeps()
         self._sweep_seconds = 1.0  # of the last sweep; a guess before any
@@ -106,11 +107,6 @@ class SweepScheduler(PassStates):
         if error is not None:
             raise echo_of(error)
 
-    @property
-    def plan(self) -> Plan:
-        """The one that is in effect."""
-        return self._pipeline.plan
-
     # -- on the event loop -----------------------------------------------------------------------
 
     async def between(self, task: Callable[[], Awaitable[None]]) -> None:
@@ -141,9 +137,8 @@ class SweepScheduler(PassStates):
         self.failure = copy_of(error)
         self._between_sweeps.fail(self.failure)
         now, is_first = self._loop.time(), self._failed_seconds is None
-        if self._failed_seconds is None:
-            self._failed_seconds = now
-        left = self._failed_seconds + self._reopened_within_seconds - now
+        self._failed_seconds = since = self._failed_seconds or now
+        left = since + self._reopened_within_seconds - now
         if isinstance(error, torch.OutOfMemoryError) and self.out_of_memory is not None:
             self._relief = asyncio.create_task(self._relieve(self.out_of_memory, is_first))
             return
@@ -155,11 +150,11 @@ class SweepScheduler(PassStates):
 
     async def _relieve(self, out_of_memory: OutOfMemory, is_first: bool) -> None:
         """Have the pipeline opened anew with a smaller plan, which resumes sweeps; once in a row."""
-        assert self.failure is not None  # noqa: S101
+        failure = self.failure or DeviceError()
         try:
             if not is_first:
-                raise out_of_memory.error(str(self.failure), "was so with a larger plan")
-            await out_of_memory.relieve(self.failure)
+                raise out_of_memory.error(str(failure), "was so with a larger plan")
+            await out_of_memory.relieve(failure)
         except LayerstreamError as error:
             self._fail_waiting(error)
 
@@ -180,7 +175,7 @@ class SweepScheduler(PassStates):
 
     def go_on_with(self, pipeline: Pipeline) -> None:
         """Take the next sweeps from ``pipeline``. To be called between two sweeps."""
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         # No pass holds a batch; those that wait join the next sweep.
         for state in self._states.values():
             state.route = None
@@ -204,11 +199,11 @@ class SweepScheduler(PassStates):
     async def _place_residents(self) -> None:
         """Have the residents that the waiting passes leave memory for."""
         # Again after each change: a prompt that came meanwhile may need the memory that was just filled.
-        while (plan := self._placement()) is not self._pipeline.plan:
+        while (plan := self._placement()) is not self.pipeline.plan:
             try:
-                await self._pipeline.adopt(plan)
+                await self.pipeline.adopt(plan)
             except DeviceError as error:  # the memory is fragmented, or others have taken it
-                self.residency.refused(plan, error, instead=self._pipeline.plan)
+                self.residency.refused(plan, error, instead=self.pipeline.plan)
 
     def _placement(self) -> Plan:
         return self.residency.plan_for(self._demands())
@@ -218,7 +213,7 @@ class SweepScheduler(PassStates):
         order = self._join_sweep()
         self.sweeps_begun += 1
         started = time.perf_counter()
-        async with self._pipeline.sweep(order) as sweep:
+        async with self.pipeline.sweep(order) as sweep:
             self._joinable = order
             passes = await self._serve(sweep)
             sweep.prompt = any(number == 1 for number, _ in passes)
@@ -264,6 +259,19 @@ class SweepScheduler(PassStates):
                 return
             await self._changed.wait()
 
+    async def stop(self, error: BaseException) -> None:
+        """Make no more sweeps until ``resume``; ``error`` fails all passes: what they compute is of no use."""
+        self._fail(error)
+        await self._end_sweeps()
+        self.failure = self.failure or copy_of(error)
+
+    async def _end_sweeps(self) -> None:
+        if not self._task.done():
+            # Passes compute with the batches they hold, which must not be overwritten.
+            await self._until(lambda: not self._is_held())
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
     def _fail(self, error: BaseException) -> None:
         self._fail_waiting(error)
         self._between_sweeps.fail(copy_of(error))
@@ -287,8 +295,4 @@ class SweepScheduler(PassStates):
             self._waiting_fails.cancel()
         if self._relief is not None:
             await asyncio.wait([self._relief])
-        if not self._task.done():
-            # Passes compute with the batches they hold, which must not be overwritten.
-            await self._until(lambda: not self._is_held())
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await self._end_sweeps()
