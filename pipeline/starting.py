@@ -74,7 +74,7 @@ class Runtime:
             if self.scheduler.failure is None:
                 return False
             if self.content is not None:
-                self.content.check()  # files that are corrupt stay so
+                self.content.start_again()
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)

@@ -22,7 +22,7 @@ from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.pipeline.streaming.resources import open_reader
 from layerstream.stages.batch import Extent
-from layerstream.stages.errors import CheckpointError, ClosedError, copy_of
+from layerstream.stages.errors import CheckpointError, ClosedError, ReadError, copy_of
 from layerstream.stages.memory import HostMemory, round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.guard import ReadGuard
@@ -48,7 +48,7 @@ class ContentCheck:
         digests: Of all of them, by name.
         plan: How they are read, and in which order.
         guard: Watches over the reads.
-        on_failure: Called on the event loop if something is wrong.
+        on_failure: Called on the event loop if something is wrong with the content.
     """
 
     def __init__(
@@ -78,21 +78,30 @@ class ContentCheck:
         self._guard.give_up_when_stopped(self._threads)
         self._task = asyncio.create_task(self._run(), name="layerstream-verify")
 
-    def check(self) -> None:
-        """Raise what was found, if anything was."""
-        if self._error is not None:
+    @property
+    def _is_passing(self) -> bool:
+        """Whether it ended by an error of reading: passes find that for themselves."""
+        return isinstance(self._error, ReadError)
+
+    def start_again(self) -> None:
+        """If it ended by an error of reading, begin anew; raise what else it has found: corrupt files stay so."""
+        if self._is_passing:
+            self._error = None
+            self._task = asyncio.create_task(self._run(), name="layerstream-verify")
+        elif self._error is not None:
             raise copy_of(self._error)
 
     async def finished(self) -> None:
         """Wait until everything has been checked.
 
         Raises:
-            CheckpointError: Something is wrong: file, tensor, offset.
+            CheckpointError: Something is wrong: file, tensor, offset; a ReadError if a file cannot be read.
             ClosedError: It was closed before its end.
         """
         assert self._task is not None  # noqa: S101 - it is started when the model is opened
         await asyncio.wait([self._task])
-        self.check()
+        if self._error is not None:
+            raise copy_of(self._error)
         if self._task.cancelled():
             raise ClosedError("the model was closed before all of its files were verified")
 
@@ -105,8 +114,10 @@ class ContentCheck:
             raise asyncio.CancelledError
         if error is not None:
             self._error = copy_of(error)
-            logger.error("%s", str(error))  # not the error itself, whose frames refer to memory
-            await self._on_failure(self._error)
+            # Not the error itself, whose frames refer to memory.
+            logger.error("%s: the files are not verified: %s", self._checkpoint.path, str(error))
+            if not self._is_passing:
+                await self._on_failure(self._error)
 
     def _read_all(self) -> None:
         """Check all pieces, in a thread.

@@ -13,8 +13,15 @@ from support.loop import happens, run, turns
 from support.models import inputs_for, save_model
 from support.streaming import open_streaming
 
-from layerstream.pipeline import Checkpoint, CheckpointError, LayerstreamError, StreamedModel
+from layerstream.pipeline import (
+    Checkpoint,
+    CheckpointError,
+    LayerstreamError,
+    ReadError,
+    StreamedModel,
+)
 from layerstream.pipeline.checkpoint.digests import RECORD_FILE
+from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.verifying import ContentCheck
 from layerstream.stages.batch import Residence
 from layerstream.tools.cli import main
@@ -220,6 +227,33 @@ def test_requests_under_way_fail_when_the_check_does(folder, monkeypatch):
                 await anext(stream)
             with pytest.raises(LayerstreamError, match="is corrupt"):
                 [token async for token in stream]
+
+    with nothing_left_behind():
+        run(use())
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_verified_after_reopening(folder, monkeypatch):
+    works = ContentCheck._hash
+
+    def broken(*_):
+        raise ReadError("broken") from OSError(5, "broken")
+
+    async def use():
+        model = await open_streaming(folder, verify=True)
+        monkeypatch.setattr(ContentCheck, "_hash", broken)
+        async with model:
+            with pytest.raises(ReadError, match="broken"):
+                await model.verified()
+            await model.generate(**inputs_for("llama"), **GREEDY)  # it has its own reads
+            assert model.failure is None
+            monkeypatch.setattr(ContentCheck, "_hash", works)
+            monkeypatch.setattr(SweepScheduler, "_sweep", broken)
+            with pytest.raises(ReadError):
+                await model.generate(**inputs_for("llama"), **GREEDY)
+            monkeypatch.undo()
+            await model.reopen()
+            await model.verified()
+            await model.generate(**inputs_for("llama"), **GREEDY)
 
     with nothing_left_behind():
         run(use())
