@@ -10,13 +10,11 @@ import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.opening import open_model
-from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options, as_budget, as_workload
-from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
-from layerstream.pipeline.planning.kernels import Kernels, kernels_of
+from layerstream.pipeline.options import MAX_REQUESTS, BudgetLike, Options
+from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind, Workload
 from layerstream.pipeline.planning.prediction import Objective
-from layerstream.pipeline.planning.replan import hardware_without, learn
-from layerstream.pipeline.pretrained import Pretrained
+from layerstream.pipeline.replanning import Replanning
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.scheduling.stats import Stats
@@ -25,23 +23,16 @@ from layerstream.pipeline.starting import Runtime, start_model
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.telemetry.timings import Timings
-from layerstream.stages.threads import Lifetime, finish_in_thread
+from layerstream.stages.threads import Lifetime, weakly
 
 __all__ = ["StreamedModel"]
 
 
 class StreamedModel:
-    """A transformers model that computes with weights as they stream past. Made by ``open``.
+    """A transformers model that computes with weights as they stream past. Made by ``open``."""
 
-    Attributes:
-        plan: How its weights stream.
-        hardware: The machine that the plan was made for.
-        module: The transformers model itself. Call it in a thread, not on the event loop.
-    """
-
-    plan: Plan
-    hardware: Hardware
     module: Any
+    """The transformers model itself. Call it in a thread, not on the event loop."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -78,6 +69,7 @@ class StreamedModel:
         revision: str | None = None,
         hanging_read_seconds: float = 30.0,
         reopened_within_seconds: float = 0.0,
+        verify: bool | str | os.PathLike[str] = False,
         base: str | os.PathLike[str] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         **model_options: Any,
@@ -104,6 +96,8 @@ class StreamedModel:
             hanging_read_seconds: A read that takes longer is logged, and among ``stats().hanging_reads``; opening fails
                 with it, and closing does not wait for it.
             reopened_within_seconds: After an I/O error, requests wait so long for ``reopen``, or for their own reads to succeed.
+            verify: Check the weight files against the digests in this file while the model runs (``verified``); True: against those
+                that ``layerstream verify --record``, or the hub, has recorded.
             base: The model, if ``source`` is an adapter alone; by default the one that its config names.
             adapters: Folders or hub ids of adapters, by the names by which requests choose them.
             model_options: Others of ``from_pretrained``; and ``initialize_missing=True``: make weights new that no file holds.
@@ -111,29 +105,26 @@ class StreamedModel:
         Raises:
             ModelError: An argument of ``from_pretrained`` cannot be honoured; it is named, with the reason.
         """
-        options = Options(
+        options = Options.of(
+            workload=workload,
+            objective=objective,
+            reader=reader,
+            throttle_bytes_per_second=throttle_bytes_per_second,
+            layer_batch_size=layer_batch_size,
+            slots=slots,
+            kernels=kernels,
             budget=budget,
-            choices=PlanChoices(
-                workload=as_workload(workload),
-                objective=Objective.of(objective),
-                reader=reader_kind(reader, throttle_bytes_per_second),
-                throttle_bytes_per_second=throttle_bytes_per_second,
-                layer_batch_size=layer_batch_size,
-                slots=slots,
-                kernels=kernels_of(kernels),
-            ),
             max_requests=max_requests,
             hardware=hardware,
             measure=measure,
             model_class=model_class,
             hanging_read_seconds=hanging_read_seconds,
             reopened_within_seconds=reopened_within_seconds,
-            pretrained=Pretrained.of(
-                source,
-                {**model_options, "base": base, "adapters": adapters, "revision": revision},
-                device=device,
-                dtype=dtype,
-            ),
+            verify=verify,
+            source=source,
+            device=device,
+            dtype=dtype,
+            **{**model_options, "base": base, "adapters": adapters, "revision": revision},
         )
         return cls(options)
 
@@ -152,11 +143,13 @@ class StreamedModel:
 
     async def _open(self) -> SweepScheduler:
         self._resources.callback(self._guard.close)
-        self._opening = opening = await open_model(self._options, self._resources, self._guard)
-        self.plan, self.hardware, self.module = opening.plan, opening.hardware, opening.module
-        self._budget = opening.choices.budget
-        self._running = await start_model(opening, self._options, self._resources, self._guard)
-        return self._running.scheduler  # which does not refer to the module
+        parts = self._options, self._resources, self._guard
+        opening = await open_model(*parts)
+        self.module = opening.module
+        self._running = running = await start_model(opening, *parts)
+        self._replanning = Replanning(running)
+        running.out_of_memory.make_room = weakly(self._replanning.make_room)
+        return running.scheduler  # which does not refer to the module
 
     async def _close(self) -> None:
         self._guard.stop()
@@ -235,19 +228,18 @@ class StreamedModel:
             DeviceError: There is not enough memory; the old plan stays, and loads its residents again.
             ClosedError: The model is not open.
         """
-        running = self._runtime()
-        hardware = learn(self.hardware, self.plan, self.timings(), running.stream.expert_usage())
-        now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
-        hardware = hardware_without(self.plan, hardware, now=now, as_budgeted=budget is None)
-        # The plan's is in bytes: what is not touched yet seems free.
-        new = as_budget(budget, on_cpu=self.plan.on_cpu) or self.plan.budget
-        plan = await finish_in_thread(lambda: self.plan_with(hardware, budget=new))
+        self._runtime()
+        return await self._replanning.replan(budget)
 
-        def adopted() -> None:
-            self.plan, self.hardware, self._budget = plan, hardware, new
+    @property
+    def plan(self) -> Plan:
+        """How its weights stream."""
+        return self._replanning.plan
 
-        await running.adopt(plan, then=adopted)
-        return plan
+    @property
+    def hardware(self) -> Hardware:
+        """The machine that the plan was made for."""
+        return self._replanning.hardware
 
     @property
     def failure(self) -> BaseException | None:
@@ -268,6 +260,11 @@ class StreamedModel:
         """
         await self._runtime().reopen()
 
+    async def verified(self) -> None:
+        """Wait until all files are checked (``verify``). A CheckpointError names file, tensor, offset; then all requests fail with it."""
+        if (content := self._runtime().content) is not None:
+            await content.finished()
+
     def plan_with(self, hardware: Hardware, *, budget: Budget | None = None) -> Plan:
         """The running plan as it would be on ``hardware``, with other residents and predictions.
 
@@ -279,7 +276,7 @@ class StreamedModel:
             PlanError: No plan fits that budget.
         """
         self._runtime()
-        return self._opening.replan(hardware, budget or self._budget, running=self.plan)
+        return self._replanning.plan_with(hardware, budget=budget)
 
     def timings(self) -> Timings:
         """What the stages have done since the model was opened."""

@@ -3,13 +3,15 @@
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from layerstream.pipeline.checkpoint.adapter_folder import Sources, resolve_sources
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.digests import FileDigests, recorded_digests
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
 from layerstream.pipeline.machine.probe_unpacking import encodings_of
@@ -53,6 +55,8 @@ class Opening:
     choices: PlanChoices
     make_plan: Callable[..., Plan]
     """The planner for this model; takes hardware, choices, and the running plan."""
+    digests: Mapping[str, FileDigests] | None
+    """Those that its files are to be checked against; None if they are not."""
 
     def replan(self, hardware: Hardware, budget: Budget, *, running: Plan) -> Plan:
         """``running`` with other residents, for ``hardware`` and ``budget``."""
@@ -76,6 +80,7 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         lambda: Checkpoint.open(sources.model, sources.weights, guard=guard), guard=guard
     )
     options.pretrained.refuse_remote_code(checkpoint)
+    digests = await finish_in_thread(lambda: _digests(checkpoint, options))
     readahead = await finish_in_thread(
         lambda: _read_ahead(checkpoint, options, guard, on_cpu=on_cpu)
     )
@@ -108,7 +113,14 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         plan=plan,
         choices=choices,
         make_plan=make_model_plan,
+        digests=digests,
     )
+
+
+def _digests(checkpoint: Checkpoint, options: Options) -> Mapping[str, FileDigests] | None:
+    if options.verify is False:
+        return None
+    return recorded_digests(checkpoint, None if options.verify is True else Path(options.verify))
 
 
 def _find(options: Options) -> Sources:

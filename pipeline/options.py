@@ -1,12 +1,17 @@
 """The arguments of ``StreamedModel.open``: taken in the forms that users know, where their meaning is plain."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
+
+import torch
 
 from layerstream.pipeline.machine.hardware import Hardware
-from layerstream.pipeline.planning.choices import PlanChoices
-from layerstream.pipeline.planning.plan import Budget, Workload
+from layerstream.pipeline.planning.choices import PlanChoices, reader_kind
+from layerstream.pipeline.planning.kernels import Kernels, kernels_of
+from layerstream.pipeline.planning.plan import Budget, ReaderKind, Workload
+from layerstream.pipeline.planning.prediction import Objective
 from layerstream.pipeline.pretrained import Pretrained
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.errors import PlanError
@@ -34,8 +39,61 @@ class Options:
     model_class: type[Any] | None
     hanging_read_seconds: float
     reopened_within_seconds: float
+    verify: bool | str | os.PathLike[str]
     pretrained: Pretrained
     """What ``from_pretrained``'s arguments say."""
+
+    # What each of them is stands in ``StreamedModel.open``, which also has their defaults.
+    @classmethod
+    def of(
+        cls,
+        *,
+        workload: Workload | Mapping[str, Any] | None,
+        objective: Objective | str,
+        reader: ReaderKind | str | None,
+        throttle_bytes_per_second: float | None,
+        layer_batch_size: int | None,
+        slots: int | None,
+        kernels: Kernels | str,
+        budget: BudgetLike,
+        max_requests: int,
+        hardware: Hardware | None,
+        measure: bool,
+        model_class: type[Any] | None,
+        hanging_read_seconds: float,
+        reopened_within_seconds: float,
+        verify: bool | str | os.PathLike[str],
+        source: str | os.PathLike[str],
+        device: str,
+        dtype: torch.dtype | str,
+        **model_options: Any,
+    ) -> Self:
+        """Understand the arguments of ``StreamedModel.open``.
+
+        Raises:
+            ModelError: An argument of ``from_pretrained`` cannot be honoured.
+            PlanError: The workload is none.
+        """
+        return cls(
+            budget=budget,
+            choices=PlanChoices(
+                workload=as_workload(workload),
+                objective=Objective.of(objective),
+                reader=reader_kind(reader, throttle_bytes_per_second),
+                throttle_bytes_per_second=throttle_bytes_per_second,
+                layer_batch_size=layer_batch_size,
+                slots=slots,
+                kernels=kernels_of(kernels),
+            ),
+            max_requests=max_requests,
+            hardware=hardware,
+            measure=measure,
+            model_class=model_class,
+            hanging_read_seconds=hanging_read_seconds,
+            reopened_within_seconds=reopened_within_seconds,
+            verify=verify,
+            pretrained=Pretrained.of(source, model_options, device=device, dtype=dtype),
+        )
 
     def on_cpu(self) -> bool:
         """Whether computation will run on the host's own processor. Opens the device."""

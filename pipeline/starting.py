@@ -1,8 +1,9 @@
 """Starts a planned model: from its plan to the pipeline, the scheduler and the engine that run it."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layerstream.pipeline.entrances import guard_entrances, with_methods
 from layerstream.pipeline.modeling.assembly import Assembly, move_buffers
@@ -19,10 +20,12 @@ from layerstream.pipeline.resizing import resizing_method
 from layerstream.pipeline.saving import saving_method
 from layerstream.pipeline.scheduling.engine import Engine
 from layerstream.pipeline.scheduling.hooks import hook_modules
+from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
+from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
@@ -41,9 +44,13 @@ class Runtime:
     stream: WeightStream
     scheduler: SweepScheduler
     engine: Engine
+    out_of_memory: OutOfMemory
+    content: ContentCheck | None
+    """None if nothing is checked."""
+    _reopening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def adopt(self, plan: Plan, *, then: Callable[[], None]) -> None:
-        """Switch to ``plan`` between two sweeps, and call ``then``."""
+        """Switch to ``plan`` between two sweeps, or by reopening what has failed, and call ``then``."""
 
         async def adopt() -> None:
             if _arenas(self.stream.pipeline.plan) != _arenas(plan):
@@ -52,20 +59,35 @@ class Runtime:
                 self.scheduler.go_on_with(self.stream.pipeline)
             else:
                 await self.stream.pipeline.adopt(plan)
-            await finish_in_thread(self.scheduler.device.trim)  # for other processes
-            opening = self.opening
-            memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
-            self.scheduler.residency.replace(plan, request_bytes=memory.shared_bytes)
-            self.engine.resize(memory)
-            then()
+            await self._put_into_effect(plan, then)
 
-        await self.scheduler.between(adopt)
+        if self.scheduler.failure is None:
+            await self.scheduler.between(adopt)
+        elif not await self.reopen(plan, then):
+            await self.adopt(plan, then=then)  # somebody else has reopened it
 
-    async def reopen(self) -> None:
-        """See ``StreamedModel.reopen``."""
-        if self.scheduler.failure is not None:
-            await self.stream.reopen()
+    async def reopen(
+        self, plan: Plan | None = None, then: Callable[[], None] = lambda: None
+    ) -> bool:
+        """See ``StreamedModel.reopen``. With ``plan``, continue with that one; False if there was nothing to reopen."""
+        async with self._reopening:
+            if self.scheduler.failure is None:
+                return False
+            if self.content is not None:
+                self.content.start_again()
+            await self.stream.reopen(plan)
+            if plan is not None:
+                await self._put_into_effect(plan, then)
             self.scheduler.resume(self.stream.pipeline)
+            return True
+
+    async def _put_into_effect(self, plan: Plan, then: Callable[[], None]) -> None:
+        await finish_in_thread(self.scheduler.device.trim)  # for other processes
+        opening = self.opening
+        memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
+        self.scheduler.residency.replace(plan, request_bytes=memory.shared_bytes)
+        self.engine.resize(memory)
+        then()
 
 
 def _arenas(plan: Plan) -> tuple[int, int]:
@@ -143,10 +165,15 @@ async def start_model(
             fused_tokens=plan.fused_tokens,
         )
     engine.count_edits(assembly.edits)
+    out_of_memory = OutOfMemory(device, lambda: scheduler.pipeline.plan)
     methods = {
         "resize_token_embeddings": resizing_method(kind, opening, engine),
         "save_pretrained": saving_method(kind, opening, engine),
     }
+    if not plan.on_cpu:
+        scheduler.out_of_memory = out_of_memory
+        resources.push_async_callback(out_of_memory.aclose)
+        methods["forward"] = out_of_memory.forward_of(kind, engine.passes, scheduler)
     module.__class__ = with_methods(type(module), methods)
     hook_modules(module, assembly.batch_of_module(plan), engine.passes)
     guard_conversions(module, engine.passes.undo_at_release)
@@ -154,7 +181,21 @@ async def start_model(
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.
     resources.push_async_callback(scheduler.aclose)
     resources.callback(engine.requests.close)
-    return Runtime(opening=opening, stream=stream, scheduler=scheduler, engine=engine)
+    content = None
+    if opening.digests is not None:
+        content = ContentCheck(
+            opening.checkpoint, opening.digests, plan, guard=guard, on_failure=scheduler.stop
+        )
+        resources.push_async_callback(content.aclose)
+        content.start()
+    return Runtime(
+        opening=opening,
+        stream=stream,
+        scheduler=scheduler,
+        engine=engine,
+        out_of_memory=out_of_memory,
+        content=content,
+    )
 
 
 def _estimator(opening: Opening, options: Options, memory: RequestMemory) -> Estimator:

@@ -1,8 +1,9 @@
-"""Reads tensors of a checkpoint outside of sweeps: to write them to other files."""
+"""Reads a checkpoint outside of sweeps: to write its tensors to other files, or to verify it."""
 
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
+from layerstream.stages.batch import Extent
 from layerstream.stages.readers.files import WeightFiles
 from layerstream.stages.readers.guard import ReadGuard
 
@@ -10,11 +11,16 @@ __all__ = ["SourceReader"]
 
 
 class SourceReader:
-    """Reads the tensors of a checkpoint, some bytes at a time. Close it."""
+    """Reads the tensors of a checkpoint, some bytes at a time. Close it.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        checkpoint: The files.
+        guard: Watches over the reads; closed, the reader leaves it as it is. By default one of its own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, guard: ReadGuard | None = None) -> None:
         self.checkpoint = checkpoint
-        self._guard = ReadGuard()
+        self._guard = ReadGuard() if guard is None else guard.part()
         self._files = WeightFiles(
             [file.path for file in checkpoint.files],
             self._guard,
@@ -35,6 +41,11 @@ class SourceReader:
         """Fill ``memory``, of type uint8, with the bytes of a tensor from ``first`` on; raises as ``read``."""
         self._files.read(info.file, info.offset + first, memory.numpy().data)
         self._files.refuse_change(info.file)
+
+    def read_extent(self, extent: Extent, into: memoryview) -> None:
+        """Fill the first ``extent.nbytes`` of ``into``; raises as ``read``."""
+        self._files.read(extent.file, extent.offset, into[: extent.nbytes])
+        self._files.refuse_change(extent.file)
 
     def close(self) -> None:
         """Close the files."""

@@ -15,6 +15,7 @@ __all__ = [
     "InputShape",
     "by_name",
     "cache_argument",
+    "count_tokens",
     "given_cache",
     "input_shape",
     "is_encoder_decoder",
@@ -121,6 +122,15 @@ def takes_criteria(module: Any) -> bool:
     """Whether the model's ``generate`` takes stopping criteria by name."""
     generate = getattr(module, "generate", None)
     return generate is not None and "stopping_criteria" in inspect.signature(generate).parameters
+
+
+def count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
+    """The tokens in a call of ``forward``; None if its inputs do not show them."""
+    ids = named.get("input_ids", inputs[0] if inputs else None)
+    if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+        return ids.numel()
+    embeds = named.get("inputs_embeds")
+    return embeds.shape[:-1].numel() if isinstance(embeds, torch.Tensor) else None
 
 
 def is_encoder_decoder(module: Any) -> bool:

@@ -49,21 +49,37 @@ class CallState:
         caches = _caches_in(result)
         if not caches:
             return
-        state = self._carried | {
+        state = self._carried | self._changed()
+        for cache in caches if state else ():
+            vars(cache)[_ATTRIBUTE] = state
+
+    def has_changed(self) -> bool:
+        """Whether the call has changed anything until now."""
+        return bool(self._changed())
+
+    def _changed(self) -> _State:
+        return {
             (path, name): value
             for path, table, before in self._before
             for name, value in before.changed(table)
         }
-        for cache in caches if state else ():
-            vars(cache)[_ATTRIBUTE] = state
 
 
 def call_with_state(
-    call: Callable[..., Any], root: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]
+    call: Callable[..., Any],
+    root: nn.Module,
+    inputs: Sequence[Any],
+    named: Mapping[str, Any],
+    *,
+    on_begin: Callable[[CallState], None] = lambda _: None,
 ) -> Any:
-    """The result of ``call``, which computes with ``root``: it finds what earlier calls have left with its cache."""
+    """The result of ``call``, which computes with ``root``: it finds what earlier calls have left with its cache.
+
+    ``on_begin`` gets the state before it.
+    """
     function = getattr(call, "forward", call)
     state = CallState(root, given_cache(by_name(function, inputs, named)))
+    on_begin(state)
     result = call(*inputs, **named)
     state.keep(result)
     return result

@@ -75,17 +75,18 @@ class Placer:
         """
         always_resident = self.always_resident
 
-        def must_be_resident(batch: LayerBatch) -> bool:
-            too_large = arenas is not None and (
-                (batch.host_bytes > arenas.host and not self.maps)
-                or batch.device_bytes > arenas.device
-            )
-            return too_large or not always_resident.isdisjoint(batch.layers)
+        def placed(batch: LayerBatch) -> LayerBatch:
+            for_host = arenas is not None and batch.host_bytes > arenas.host and not self.maps
+            for_device = arenas is not None and batch.device_bytes > arenas.device
+            if (
+                for_host and not self.on_cpu
+            ):  # a resident of the device alone is read into a host slot
+                return batch.with_residence(Residence.BOTH if for_device else Residence.HOST)
+            if for_host or for_device or not always_resident.isdisjoint(batch.layers):
+                return self._resident(batch)
+            return batch
 
-        return [
-            self._resident(batch) if must_be_resident(batch) else batch
-            for batch in self.layouts.of_size(size)
-        ]
+        return list(map(placed, self.layouts.of_size(size)))
 
     def _resident(self, batch: LayerBatch, *, on_host: bool = False) -> LayerBatch:
         """``batch`` as a resident, where computation reads it; with ``on_host`` in host RAM, for a GPU."""

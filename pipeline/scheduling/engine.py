@@ -1,6 +1,7 @@
 """Runs requests: each waits for its memory, then computes in a thread, with its own clone of the model."""
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -153,11 +154,14 @@ class Engine:
                 device = self._device.torch_device
                 inputs = [_on_device(each, device) for each in request.inputs]
                 named = {name: _on_device(each, device) for name, each in request.named.items()}
-                return call_with_state(request.call(clone), clone, inputs, named)
+                began = functools.partial(setattr, runner, "state")
+                call = request.call(clone)
+                return call_with_state(call, clone, inputs, named, on_begin=began)
         finally:
             self._scheduler.call_on_loop(self._scheduler.request_ended, runner)
             # Some arguments and the request refer to each other: without this they would live until garbage collection.
             del runner.root, clone
+            runner.state = None
             request.inputs, request.named = (), {}
             self._leftovers.release()
 

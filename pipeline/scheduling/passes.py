@@ -9,6 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerstream.pipeline.modeling.binding import Bound, put_buffers
+from layerstream.pipeline.modeling.call_arguments import count_tokens
+from layerstream.pipeline.modeling.call_state import CallState
 from layerstream.pipeline.modeling.edits import LoadedWeight
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.scheduling.request_cost import RequestCost
@@ -95,6 +97,7 @@ class PassRunner:
         tokens: Tokens in the pass under way; None if its inputs do not show them.
         cost: Memory of its request; None if it belongs to none.
         sampling: What its request samples from between passes; None if it belongs to none.
+        state: That of the modules before its request; None if it belongs to none.
     """
 
     root: torch.nn.Module
@@ -116,6 +119,7 @@ class PassRunner:
         self.tokens: int | None = None
         self.cost: RequestCost | None = None
         self.sampling: SamplingGenerator | None = None
+        self.state: CallState | None = None
 
     @property
     def demand_bytes(self) -> int | None:
@@ -146,7 +150,7 @@ class PassRunner:
                 named = self.turn.enter(self, entry, inputs, named)
             self._entry = route_name(module, entry)
             self.passes += 1
-            self.tokens = _count_tokens(inputs, named)
+            self.tokens = count_tokens(inputs, named)
             # By the time of a backward pass the weights would be gone.
             self._gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
@@ -165,6 +169,16 @@ class PassRunner:
             self._modules.pop()
             if not self._modules:
                 self._end_pass("completed" if completed else "failed")
+
+    def is_outermost(self, module: torch.nn.Module) -> bool:
+        """Whether the pass under way is a call of ``module``, none of whose modules is being called."""
+        return self._modules == [id(module)]
+
+    def start_over(self) -> None:
+        """Give back what the pass holds, and leave the sweep: from here on it is made again from its beginning."""
+        released, self._visited = self._release(), []
+        self._scheduler.call_on_loop(self._scheduler.batch_released, self, released)
+        self._scheduler.call_on_loop(self._scheduler.wait_given_up, self)
 
     def hold(self, index: int) -> None:
         """Give back the batch that is held, and wait until layer batch ``index`` is there and bound.
@@ -289,11 +303,3 @@ class PassRunner:
             self._scheduler.call_on_loop(self._scheduler.pass_ended, self, released, route)
             if self.turn is not None:
                 self.turn.leave(outcome)
-
-
-def _count_tokens(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
-    ids = named.get("input_ids", inputs[0] if inputs else None)
-    if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
-        return ids.numel()
-    embeds = named.get("inputs_embeds")
-    return embeds.shape[:-1].numel() if isinstance(embeds, torch.Tensor) else None

@@ -16,6 +16,7 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
+from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory
 from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
 from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
@@ -23,7 +24,7 @@ from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.streaming.pipeline import Pipeline
 from layerstream.stages.compute import Sweep
 from layerstream.stages.devices.protocol import Device
-from layerstream.stages.errors import ClosedError, DeviceError, copy_of, echo_of
+from layerstream.stages.errors import ClosedError, DeviceError, LayerstreamError, copy_of, echo_of
 
 __all__ = ["SweepScheduler"]
 
@@ -45,8 +46,10 @@ class SweepScheduler(PassStates):
         reopened_within_seconds: How long passes wait after a failure, counted from the first one in a row.
 
     Attributes:
+        pipeline: The one that sweeps are made on.
         failure: The error that has ended sweeps until ``resume``.
         reopened: How many times they were resumed.
+        out_of_memory: What to do if a stage had no memory; None: fail the passes.
         sweeps_begun: Sweeps begun so far.
     """
 
@@ -62,11 +65,11 @@ class SweepScheduler(PassStates):
     ) -> None:
         super().__init__(
             (index for index in range(len(bindings)) if index not in set(always_bound)),
-            fits=lambda demands: self.residency.allows(self._pipeline.plan, demands),
+            fits=lambda demands: self.residency.allows(self.pipeline.plan, demands),
         )
         self.device = device
         self.residency = residency
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._bindings = bindings
         self._between_sweeps = BetweenSweeps()
         self._sweep_seconds = 1.0  # of the last sweep; a guess before any
@@ -78,6 +81,8 @@ class SweepScheduler(PassStates):
         self._failed_seconds: float | None = None  # since when no sweep was completed
         self.failure: BaseException | None = None
         self.reopened = 0
+        self.out_of_memory: OutOfMemory | None = None
+        self._relief: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     # -- from the threads of passes --------------------------------------------------------------
@@ -131,14 +136,26 @@ class SweepScheduler(PassStates):
         """Make no more sweeps until ``resume``, for which passes wait for as long as they may."""
         self.failure = copy_of(error)
         self._between_sweeps.fail(self.failure)
-        now = self._loop.time()
-        if self._failed_seconds is None:
-            self._failed_seconds = now
-        left = self._failed_seconds + self._reopened_within_seconds - now
+        now, is_first = self._loop.time(), self._failed_seconds is None
+        self._failed_seconds = since = self._failed_seconds or now
+        left = since + self._reopened_within_seconds - now
+        if isinstance(error, torch.OutOfMemoryError) and self.out_of_memory is not None:
+            self._relief = asyncio.create_task(self._relieve(self.out_of_memory, is_first))
+            return
         # A disk may work again. Files that have changed, or a device that has failed, will not.
         if left > 0 and isinstance(error.__cause__, OSError):
             self._waiting_fails = self._loop.call_later(left, self._fail_waiting, self.failure)
         else:
+            self._fail_waiting(error)
+
+    async def _relieve(self, out_of_memory: OutOfMemory, is_first: bool) -> None:
+        """Have the pipeline opened anew with a smaller plan, which resumes sweeps; once in a row."""
+        failure = self.failure or DeviceError()
+        try:
+            if not is_first:
+                raise out_of_memory.error(str(failure), "was so with a larger plan")
+            await out_of_memory.relieve(failure)
+        except LayerstreamError as error:
             self._fail_waiting(error)
 
     def resume(self, pipeline: Pipeline) -> None:
@@ -158,7 +175,7 @@ class SweepScheduler(PassStates):
 
     def go_on_with(self, pipeline: Pipeline) -> None:
         """Take the next sweeps from ``pipeline``. To be called between two sweeps."""
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         # No pass holds a batch; those that wait join the next sweep.
         for state in self._states.values():
             state.route = None
@@ -182,11 +199,11 @@ class SweepScheduler(PassStates):
     async def _place_residents(self) -> None:
         """Have the residents that the waiting passes leave memory for."""
         # Again after each change: a prompt that came meanwhile may need the memory that was just filled.
-        while (plan := self._placement()) is not self._pipeline.plan:
+        while (plan := self._placement()) is not self.pipeline.plan:
             try:
-                await self._pipeline.adopt(plan)
+                await self.pipeline.adopt(plan)
             except DeviceError as error:  # the memory is fragmented, or others have taken it
-                self.residency.refused(plan, error, instead=self._pipeline.plan)
+                self.residency.refused(plan, error, instead=self.pipeline.plan)
 
     def _placement(self) -> Plan:
         return self.residency.plan_for(self._demands())
@@ -196,7 +213,7 @@ class SweepScheduler(PassStates):
         order = self._join_sweep()
         self.sweeps_begun += 1
         started = time.perf_counter()
-        async with self._pipeline.sweep(order) as sweep:
+        async with self.pipeline.sweep(order) as sweep:
             self._joinable = order
             passes = await self._serve(sweep)
             sweep.prompt = any(number == 1 for number, _ in passes)
@@ -242,6 +259,19 @@ class SweepScheduler(PassStates):
                 return
             await self._changed.wait()
 
+    async def stop(self, error: BaseException) -> None:
+        """Make no more sweeps until ``resume``; ``error`` fails all passes: what they compute is of no use."""
+        self._fail(error)
+        await self._end_sweeps()
+        self.failure = self.failure or copy_of(error)
+
+    async def _end_sweeps(self) -> None:
+        if not self._task.done():
+            # Passes compute with the batches they hold, which must not be overwritten.
+            await self._until(lambda: not self._is_held())
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
     def _fail(self, error: BaseException) -> None:
         self._fail_waiting(error)
         self._between_sweeps.fail(copy_of(error))
@@ -263,8 +293,6 @@ class SweepScheduler(PassStates):
         self._closed = True
         if self._waiting_fails is not None:
             self._waiting_fails.cancel()
-        if not self._task.done():
-            # Passes compute with the batches they hold, which must not be overwritten.
-            await self._until(lambda: not self._is_held())
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if self._relief is not None:
+            await asyncio.wait([self._relief])
+        await self._end_sweeps()

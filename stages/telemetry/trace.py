@@ -26,11 +26,17 @@ def write_trace(
     """Write ``tracks`` to the file at ``path``, as JSON. Arguments are those of ``trace_events``.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written; none is left.
     """
+    path = Path(path)
     events = list(trace_events(tracks, labels=labels, start_seconds=start_seconds))
     trace = {"displayTimeUnit": "ms", "traceEvents": events}
-    Path(path).write_text(json.dumps(trace), encoding="utf-8")
+    try:
+        path.write_text(json.dumps(trace), encoding="utf-8")
+    except OSError as error:
+        if path.is_file():
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
 
 
 def trace_events(

@@ -9,6 +9,7 @@ clock is scripted, so that the host takes no time and a busy machine makes no di
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,7 +177,13 @@ class FakeDevice:
         if nbytes > self._free_bytes:
             raise DeviceError(f"the fake device has {self._free_bytes} bytes free, not {nbytes}")
         self._free_bytes -= nbytes
-        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        # With the last view of it.
+        weakref.finalize(memory.untyped_storage(), self._freed, nbytes).atexit = False
+        return memory
+
+    def _freed(self, nbytes: int) -> None:
+        self._free_bytes += nbytes
 
     def drain(self) -> None:
         with self._changed:

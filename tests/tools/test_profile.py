@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+import errno
 import importlib.util
 import io
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,25 @@ def test_it_prints_json_with_units_in_the_keys(
     keys = {"busy_seconds", "waited_in_seconds", "waited_out_seconds", "bytes_per_second"}
     assert keys < report["stages"][0].keys()
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_a_full_disk_costs_the_trace_and_not_the_report(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["profile", str(model), "--sweeps", "1", "--no-compute", "--trace"]
+    assert main([*options, "/dev/full"]) == 1
+    out, err = capsys.readouterr()
+    assert "Each sweep" in out
+    assert "No space left on device: '/dev/full'" in err
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> None:
+        write_text(path, text[:100], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([*options, str(tmp_path / "trace.json")]) == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_it_prints_a_table_and_the_bottleneck_of_a_throttled_disk(

@@ -16,6 +16,7 @@ from layerstream.stages.errors import LayerstreamError, ModelError, PlanError
 from layerstream.tools.console.arguments import (
     add_dtype_argument,
     add_model_arguments,
+    add_verify_argument,
     byte_count,
     positive_int,
 )
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser, named=True)
     add_model_arguments(parser)
     add_dtype_argument(parser)
+    add_verify_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="log what happens")
 
 
@@ -181,6 +183,7 @@ async def _answer(
         reader=args.reader,
         dtype=args.dtype,
         kernels=args.kernels,
+        verify=args.verify,
         throttle_bytes_per_second=args.throttle,
         max_requests=at_once,
         objective="throughput",
@@ -197,6 +200,7 @@ async def _answer(
         finally:
             answers.stop()  # it has a thread of its own
         seconds, sweeps = time.monotonic() - began, model.stats().sweeps
+        await model.verified()
     print(
         f"{count} answers with {tokens} tokens in {seconds:.2f} s, {at_once} at once: "
         f"{tokens / seconds:.2f} tokens/s, {sweeps} sweeps",

@@ -16,6 +16,7 @@ from layerstream.tools.console.arguments import (
     add_dtype_argument,
     add_generation_arguments,
     add_model_arguments,
+    add_verify_argument,
     positive_int,
 )
 from layerstream.tools.console.chat_terminal import ChatTerminal
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_speculation_argument(parser)
     add_model_arguments(parser)
     add_dtype_argument(parser)
+    add_verify_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="log what happens to stderr")
 
 

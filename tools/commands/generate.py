@@ -16,6 +16,7 @@ from layerstream.tools.console.arguments import (
     add_generation_arguments,
     add_model_arguments,
     add_output_arguments,
+    add_verify_argument,
     token_ids,
 )
 from layerstream.tools.console.progress import waiting
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_speculation_argument(parser)
     add_model_arguments(parser)
     add_dtype_argument(parser)
+    add_verify_argument(parser)
     add_output_arguments(parser)
 
 

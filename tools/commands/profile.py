@@ -106,14 +106,15 @@ def run(args: argparse.Namespace) -> int:
     sources = find_model(args)
     profile = asyncio.run(profile_model(sources, args=args))
     logger.info(profile.plan.describe())
-    if args.trace is not None:
-        profile.timings.write_trace(args.trace)
-    if args.plot is not None:
-        write_timeline(profile.timings, args.plot)
     if args.json:
         print(json.dumps({"model": str(sources.source), **profile.to_json()}, indent=2))
     else:
         _print_report(profile)
+    # Behind the report, which a full disk must not cost.
+    if args.trace is not None:
+        profile.timings.write_trace(args.trace)
+    if args.plot is not None:
+        write_timeline(profile.timings, args.plot)
     return 0
 
 

@@ -17,6 +17,7 @@ from layerstream.tools.console.arguments import (
     MODEL_HELP,
     add_dtype_argument,
     add_model_arguments,
+    add_verify_argument,
     byte_count,
     non_negative_int,
     positive_float,
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
     add_model_arguments(parser)
     add_dtype_argument(parser)
+    add_verify_argument(parser)
     parser.add_argument("--no-access-log", action="store_true", help="do not log requests")
     parser.add_argument("--verbose", action="store_true", help="log more of what happens")
 
@@ -245,6 +247,7 @@ async def _serve(
         reader=args.reader,
         dtype=args.dtype,
         kernels=args.kernels,
+        verify=args.verify,
         throttle_bytes_per_second=args.throttle,
         reopened_within_seconds=_REOPENED_WITHIN_SECONDS,
         **open_options(args),

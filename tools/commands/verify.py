@@ -15,6 +15,7 @@ from layerstream.tools.console.progress import progress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
     from layerstream.tools.integrity import FileCheck
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -29,15 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--digests",
         type=Path,
         metavar="FILE",
-        help="as sha256sum writes it, with names relative to the model's folder (default: what the hub recorded at the download)",
+        help="as sha256sum or --record writes it, with names relative to the model's folder (default: what --record wrote there, "
+        "else what the hub recorded at the download)",
+    )
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FILE",
+        help="after the check, write the digest of every tensor to FILE (default: layerstream.sha256 in the model's folder), "
+        "for later checks that name the tensor, and for --verify of other commands",
     )
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    from layerstream.pipeline.checkpoint.digests import parse_digests
     from layerstream.pipeline.checkpoint.hub import resolve_model_path
-    from layerstream.tools.integrity import check_content, parse_digests
+    from layerstream.tools.integrity import check_content, digests_beside
     from layerstream.tools.running.open_checkpoint import open_checkpoint
 
     began = time.monotonic()
@@ -55,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
             def advance_of(total: int) -> "Callable[[int], object]":
                 return shown.enter_context(progress(f"Reading {path}", total, is_bytes=True))
 
+            if digests is None and args.record is None:
+                digests = digests_beside(checkpoint)
             checks = check_content(checkpoint, digests, advance_of)
-        problems = [check.problem for check in checks if check.problem]
+            problems = [check.problem for check in checks if check.problem]
+            if not problems and args.record is not None:
+                _record(checkpoint, args.record, advance_of)
         if not problems and not args.json:
             print(_summary(path, checks, len(checkpoint.tensors), time.monotonic() - began))
     if args.json:
@@ -66,14 +82,35 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _record(
+    checkpoint: "Checkpoint",
+    path: Path | bool,
+    progress: "Callable[[int], Callable[[int], object]]",
+) -> None:
+    from layerstream.pipeline.checkpoint.digests import RECORD_FILE, to_record
+    from layerstream.tools.integrity import digests_of
+
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    target = folder / RECORD_FILE if path is True else Path(str(path))
+    try:
+        content = to_record(digests_of(checkpoint, progress))
+        new = target.with_name(f"{target.name}.new")
+        new.write_text(content, "utf-8")
+        new.replace(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"the digests of {checkpoint.path} cannot be recorded in {target}: {error.strerror or error}; name another file."
+        ) from error
+
+
 def _summary(path: Path, checks: "list[FileCheck]", tensors: int, seconds: float) -> str:
-    compared = [check for check in checks if check.expected_sha256]
+    compared = [check for check in checks if check.pieces]
     nbytes = sum(check.size_bytes for check in compared)
     text = f"{path}: {tensors:,} tensors, each whole and in its place"
     if compared:
         text += f"; {len(compared)} of {len(checks)} files equal their SHA-256 digests ({format_bytes(nbytes)} in {seconds:.1f} s)"
     if len(compared) < len(checks):
-        names = ", ".join(check.name for check in checks if not check.expected_sha256)
+        names = ", ".join(check.name for check in checks if not check.pieces)
         text += f"; no digest is recorded of {names}, whose content was not checked"
     return f"{text}."
 
@@ -90,6 +127,7 @@ def _report(
                 "name": check.name,
                 "size_bytes": check.size_bytes,
                 "expected_sha256": check.expected_sha256,
+                "pieces": len(check.pieces),
                 "problem": check.problem,
             }
             for check in checks

@@ -11,6 +11,7 @@ __all__ = [
     "add_generation_arguments",
     "add_model_arguments",
     "add_output_arguments",
+    "add_verify_argument",
     "budget_size",
     "byte_count",
     "byte_rate",
@@ -151,6 +152,16 @@ def add_dtype_argument(parser: argparse._ActionsContainer) -> None:
         default="auto",
         help="what weights are loaded as and computed in; auto (the default) is what transformers takes: the checkpoint's own, and "
         "for GGUF float32",
+    )
+
+
+def add_verify_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the check of the weight files' content."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the weight files against their recorded SHA-256 digests (those of `layerstream verify --record`, or the hub's) "
+        "while the model runs; nothing waits for it",
     )
 
 

@@ -185,6 +185,7 @@ def opened_for_chat(sources: "Sources", args: argparse.Namespace) -> ChatModel:
         reader=args.reader,
         dtype=args.dtype,
         kernels=args.kernels,
+        verify=args.verify,
         max_requests=1,
         **open_options(args),
     )

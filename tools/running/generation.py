@@ -129,6 +129,7 @@ async def stream_tokens(
             on_token(token)
         ended = time.monotonic()
         timings = model.timings()
+        await model.verified()
     return GenerationResult(
         token_ids=tokens,
         prompt_tokens=len(prompt),
@@ -156,6 +157,7 @@ def _open_model(
         reader=args.reader,
         dtype=args.dtype,
         kernels=args.kernels,
+        verify=getattr(args, "verify", False),  # `demo` has no such argument
         **open_options(args),
         # Measuring would delay the first token; what `layerstream plan` has measured is used.
         measure=False,
