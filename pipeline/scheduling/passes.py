@@ -194,15 +194,9 @@ class PassRunner:
             self._scheduler.call_on_loop(self._scheduler.batch_released, self, released)
             raise PassCancelled
         future: Future[Bound] = Future()
-        first = not self._visited
-        self._scheduler.call_on_loop(
-            self._scheduler.batch_wanted,
-            self,
-            released,
-            index,
-            self._entry if first else None,
-            future,
-        )
+        entry = None if self._visited else self._entry
+        wanted = self._scheduler.batch_wanted
+        self._scheduler.call_on_loop(wanted, self, released, index, entry, future)
         try:
             self._held = bound = future.result()
         except BaseException:  # an interrupt may come after the batch was handed out
