@@ -84,7 +84,11 @@ def _with_pictures(model: Any, makers: Mapping[str, list[Any]]) -> Iterator[dict
             count = features.numel() // features.shape[-1]
             ids = makers["input_ids"][0]
             ids = torch.cat([ids[:, :3], torch.full((1, count), token), ids[:, 3:]], dim=1)
-            yield {"input_ids": ids, "pixel_values": pixels, **beside}
+            kinds = {"mm_token_type_ids": (ids == token).int()}
+            kinds = (
+                kinds if "mm_token_type_ids" in inspect.signature(model.forward).parameters else {}
+            )
+            yield {"input_ids": ids, "pixel_values": pixels, **beside, **kinds}
 
 
 def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[torch.Tensor]]:

@@ -76,6 +76,8 @@ _INDEXER = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_SECTIONS = {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+_GLM = {"rope_parameters": {**_ROPE, **_SECTIONS}}
 # Settings without which a config class makes no config, or none that computes.
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "AutoformerConfig": _SERIES,
@@ -84,6 +86,11 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "CohereCompassTextConfig": _ROPES,
     "DbrxConfig": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "DeepseekV2Config": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
+    "Glm46VConfig": {"text_config": _GLM},
+    "Glm4vConfig": {"text_config": _GLM},
+    "Glm4vMoeConfig": {"text_config": _GLM},
+    "Glm4vTextConfig": _GLM,
+    "GlmImageTextConfig": _GLM,
     "GraniteMoeHybridConfig": {
         "num_hidden_layers": 4,
         "layer_types": ["mamba", "attention", "mamba", "mamba"],
@@ -166,7 +173,7 @@ class _Sizes:
             if name == "stage_names":
                 continue  # follow from the number of layers
             if name == "per_layer_config" and isinstance(value, dict):
-                shrunk[name] = {k: v for k, v in value.items() if int(k) < _MOST_LAYERS} or None
+                shrunk[name] = self._per_layer(value, values.get("layer_types") or [], layers)
             elif name in _KEPT or name in self._kept or not isinstance(name, str):
                 shrunk[name] = value
             elif isinstance(value, dict):
@@ -178,6 +185,18 @@ class _Sizes:
             else:
                 shrunk[name] = value
         return _mended(shrunk)
+
+    def _per_layer(
+        self, settings: Mapping[Any, Any], types: list[Any], layers: list[int]
+    ) -> dict[Any, Any] | None:
+        """Settings of single layers: those that the first of each type has."""
+        first = {types[int(key)]: (key, each) for key, each in reversed(list(settings.items()))}
+        kinds = enumerate(self._list("layer_types", types, layers) if types else [])
+        return {
+            type(first[kind][0])(number): self.shrunk(first[kind][1])
+            for number, kind in kinds
+            if kind in first
+        } or None
 
     def _number(self, name: str, value: int) -> int:
         if _counts_layers(name, value):
@@ -203,7 +222,8 @@ class _Sizes:
         if len(value) in layers and len(value) > _MOST_LAYERS:
             kinds = dict.fromkeys(map(str, value))
             first_of = [next(each for each in value if str(each) == kind) for kind in kinds]
-            return [*first_of, *value][:_MOST_LAYERS]
+            some = [*first_of, *value][: max(len(first_of), _MOST_LAYERS - 1)]
+            return [*some, value[-1]][:_MOST_LAYERS]  # the last one often has to be of its type
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
             return value
         if _INDICES.search(name) and name not in _STAGES:
