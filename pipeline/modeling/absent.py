@@ -29,6 +29,8 @@ class Absent(Streams, WrapperTensor, nn.Parameter):
     fetch: Callable[[], torch.Tensor] | None
     """Reads the parameter from its files; None for a large one."""
 
+    protects_parts = True
+
     @staticmethod
     def __new__(
         cls: type[Self],
@@ -54,7 +56,12 @@ class Absent(Streams, WrapperTensor, nn.Parameter):
 
     def plain(self, func: Any, *, is_written: bool) -> torch.Tensor:
         """Read the parameter from its file if it is small, else raise."""
-        if self.fetch is None or is_written:
+        if is_written:
+            raise ModelError(
+                f"{self.recipe} streams, so it cannot be changed in place ({func}): assign a tensor to its data, which makes it "
+                "resident, or load the model with transformers' from_pretrained"
+            )
+        if self.fetch is None:
             raise ModelError(
                 f"{self.recipe} is used ({func}) while its layer is not loaded: weights stream, and are "
                 "there only while their module runs"

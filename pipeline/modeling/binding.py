@@ -42,12 +42,19 @@ class _Target:
     edits: Edits
 
     def put(self, parameter: nn.Parameter) -> None:
-        """Put ``parameter`` where it streams; what the user has put there stays."""
+        """Put ``parameter`` where it streams; what the user has put there stays, and what was removed is gone."""
         for table, name in self.tables:
-            if streams(table[name]):
+            if streams(table.get(name)):
                 table[name] = parameter
-            else:
+            elif name in table:
                 self.edits.found((table, name))
+
+    def keep_changes(self) -> None:
+        """Make a weight that was changed in place, by a hook or behind a pass, resident as it is now."""
+        for table, name in self.tables:
+            loaded = table.get(name)
+            if type(loaded) is LoadedWeight and loaded._version and loaded.layerstream_replace:  # noqa: SLF001 - counts writes
+                loaded.data = loaded.detach().clone()
 
 
 class Binding:
@@ -153,6 +160,7 @@ class Binding:
         if self._tiles is not None:
             self._tiles.once.close()
         for target in self._targets:
+            target.keep_changes()
             target.put(target.absent)
 
     def absent_buffers(self) -> dict[WeightPlace, torch.Tensor]:
@@ -176,7 +184,8 @@ def _as_parameter(tensor: torch.Tensor, absent: Absent) -> nn.Parameter:
     """
     parameter: LoadedWeight | None = vars(tensor).get("parameter")
     if parameter is None:
-        parameter = LoadedWeight(tensor, requires_grad=absent.requires_grad)
+        # ``data`` has a count of writes of its own, where ``tensor`` shares that of all slots.
+        parameter = LoadedWeight(tensor.data, requires_grad=absent.requires_grad)
         parameter.layerstream_replace = absent.layerstream_replace
         vars(tensor)["parameter"] = parameter
     return parameter

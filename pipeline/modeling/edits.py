@@ -161,7 +161,7 @@ class Edits:
                 f"{name} cannot be replaced by a tensor of {format_bytes(nbytes)}, which would be resident: the budget "
                 f"leaves {format_bytes(self.available_bytes)} for requests and replaced weights; raise the budget"
             )
-        places = [(table, leaf) for table, leaf in self._places[name] if streams(table[leaf])]
+        places = [(table, leaf) for table, leaf in self._places[name] if streams(table.get(leaf))]
         with torch.inference_mode(mode=False):
             needs_gradient = any(table[leaf].requires_grad for table, leaf in places)
             parameter = nn.Parameter(value.detach(), requires_grad=needs_gradient)

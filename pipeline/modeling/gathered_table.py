@@ -50,6 +50,7 @@ class GatheredTable(Streams, WrapperTensor, torch.nn.Parameter):
     _row_bytes: int
     """In the files."""
     _is_copied: bool
+    protects_parts = True
 
     @staticmethod
     def __new__(

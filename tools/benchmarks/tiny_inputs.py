@@ -10,7 +10,11 @@ __all__ = ["inputs_of"]
 
 _OTHERS = ("pixel_values", "input_features", "input_values", "bbox")
 _GRIDS = ("grid_thw", "image_grid_thw")
-_OF_PATCHES = ("spatial_shapes", "pixel_attention_mask", "pixel_position_ids")
+# What goes with another input, though it may be left out.
+_BESIDE = (
+    *("spatial_shapes", "pixel_attention_mask", "pixel_position_ids", "input_features_mask"),
+    *("actions", "rewards", "returns_to_go", "timesteps"),
+)
 # The side of a picture in patches, and its patches.
 _SIDE = 4
 _PATCHES = _SIDE**2
@@ -31,7 +35,7 @@ def inputs_of(model: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor
     decoder = [name for name in ("decoder_input_ids",) if name in taken]
     text = [name for name in ("input_ids",) if name in taken]
     pictures = [name for name in ("pixel_values",) if name in taken]
-    patches = [name for name in _OF_PATCHES if name in taken and not text]
+    beside = [name for name in _BESIDE if name in taken and not text]
     encoded = [name for name in ("encoder_hidden_states",) if name in taken]
     all_of_them = [*text, *(name for name in _OTHERS if name in taken)]
     tried: list[list[str]] = []
@@ -39,9 +43,10 @@ def inputs_of(model: Any, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor
         [*wanted, *all_of_them],
         [*wanted, *text, *pictures],
         [*wanted, *decoder],
+        [*all_of_them, *decoder],
         *([name, *decoder] for name in _OTHERS if name in taken and decoder),
         wanted,
-        [*wanted, *patches],
+        [*wanted, *beside],
         [*wanted, *encoded],
         [*text, *decoder],
         text,
@@ -79,7 +84,11 @@ def _with_pictures(model: Any, makers: Mapping[str, list[Any]]) -> Iterator[dict
             count = features.numel() // features.shape[-1]
             ids = makers["input_ids"][0]
             ids = torch.cat([ids[:, :3], torch.full((1, count), token), ids[:, 3:]], dim=1)
-            yield {"input_ids": ids, "pixel_values": pixels, **beside}
+            kinds = {"mm_token_type_ids": (ids == token).int()}
+            kinds = (
+                kinds if "mm_token_type_ids" in inspect.signature(model.forward).parameters else {}
+            )
+            yield {"input_ids": ids, "pixel_values": pixels, **beside, **kinds}
 
 
 def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[torch.Tensor]]:
@@ -90,11 +99,12 @@ def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[
         return torch.randn(shape, generator=generator).to(dtype)
 
     def ids(*shape: int) -> torch.Tensor:
-        return torch.randint(5, 60, shape, generator=generator)
+        return torch.randint(5, most, shape, generator=generator)
 
     def setting(default: int, *names: str) -> Any:
         return _setting(config, names, default)
 
+    most = max(6, min(60, setting(128, "vocab_size")))
     sizes = setting(64, "image_size", "input_size")
     pair = [sizes, sizes] if isinstance(sizes, int) else list(sizes)[-2:]
     width = setting(32, "hidden_size", "d_model", "embed_dim", "hidden_dim")
@@ -133,6 +143,10 @@ def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[
         "encoder_hidden_states": _hidden(noise, setting(width, "encoder_hidden_size")),
         "state": [noise(1, setting(17, "max_state_dim"))],
         "states": [noise(1, 5, setting(17, "state_dim"))],
+        "actions": [noise(1, 5, setting(4, "act_dim"))],
+        "rewards": [noise(1, 5, 1)],
+        "returns_to_go": [noise(1, 5, 1)],
+        "timesteps": [torch.arange(5)[None]],
     }
 
 
@@ -154,6 +168,7 @@ def _pictures(config: Any, noise: Any, pair: list[int]) -> tuple[list[Any], list
 def _patches(config: Any, noise: Any, *, batch: bool) -> list[Any]:
     """A picture in patches, as models take it that are told its grid."""
     channels = _setting(config, ("in_channels", "in_chans", "num_channels"), 3)
+    channels = channels if isinstance(channels, int) else 3
     side = _setting(config, ("patch_size",), 16)
     frames = _setting(config, ("temporal_patch_size", "patch_temporal"), 1)
     area = side**2
@@ -199,6 +214,7 @@ def _sounds(config: Any, noise: Any) -> dict[str, list[Any]]:
         noise(1, frames, bins),
         noise(1, 128, frames),
         noise(1, bins, 200),
+        noise(1, 1, 1024, bins),
     ]
     return {
         "input_features": spectra,

@@ -44,7 +44,7 @@ _MOST = (
     (re.compile(r"(^|_)(num|n|moe_num)_(routed_|local_)?experts$"), 4),
     (re.compile(r"per_tok(en)?$|^(moe_)?top_?k$|^moe_k$|num_selects$"), 2),
     (re.compile(r"period|interval|every_n|_freq$"), 2),
-    (re.compile(r"^(n_group|topk_group|num_groups)$"), 1),
+    (re.compile(r"^(n_group|topk_group|num_groups|num_expert_group)$"), 1),
     (re.compile(r"max_\w*positions?|n_positions|max_\w*(length|len)$|n_ctx|positions$"), 512),
     (re.compile(r"^image_size$"), 64),
     (re.compile(r"^image_embedding_size$"), 4),
@@ -74,11 +74,23 @@ _INDEXER = {
     "indexer_kv_heads": 1,
     "indexer_head_dim": 256,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_SECTIONS = {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+_GLM = {"rope_parameters": {**_ROPE, **_SECTIONS}}
 # Settings without which a config class makes no config, or none that computes.
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "AutoformerConfig": _SERIES,
     "BambaConfig": {"attn_layer_indices": [1]},
-    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "CohereCompassConfig": {"text_config": _ROPES},
+    "CohereCompassTextConfig": _ROPES,
+    "DbrxConfig": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10_000.0, "clip_qkv": 8}},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
+    "Glm46VConfig": {"text_config": _GLM},
+    "Glm4vConfig": {"text_config": _GLM},
+    "Glm4vMoeConfig": {"text_config": _GLM},
+    "Glm4vTextConfig": _GLM,
+    "GlmImageTextConfig": _GLM,
     "GraniteMoeHybridConfig": {
         "num_hidden_layers": 4,
         "layer_types": ["mamba", "attention", "mamba", "mamba"],
@@ -90,6 +102,8 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "Qwen4ExpTextConfig": _INDEXER,
     "ReformerConfig": {"is_decoder": True},
     "TimeSeriesTransformerConfig": _SERIES,
+    "Wav2Vec2BertConfig": {"vocab_size": 64},
+    "XmodConfig": {"default_language": "en_XX"},
 }
 
 
@@ -159,7 +173,7 @@ class _Sizes:
             if name == "stage_names":
                 continue  # follow from the number of layers
             if name == "per_layer_config" and isinstance(value, dict):
-                shrunk[name] = {k: v for k, v in value.items() if int(k) < _MOST_LAYERS} or None
+                shrunk[name] = self._per_layer(value, values.get("layer_types") or [], layers)
             elif name in _KEPT or name in self._kept or not isinstance(name, str):
                 shrunk[name] = value
             elif isinstance(value, dict):
@@ -171,6 +185,18 @@ class _Sizes:
             else:
                 shrunk[name] = value
         return _mended(shrunk)
+
+    def _per_layer(
+        self, settings: Mapping[Any, Any], types: list[Any], layers: list[int]
+    ) -> dict[Any, Any] | None:
+        """Settings of single layers: those that the first of each type has."""
+        first = {types[int(key)]: (key, each) for key, each in reversed(list(settings.items()))}
+        kinds = enumerate(self._list("layer_types", types, layers) if types else [])
+        return {
+            type(first[kind][0])(number): self.shrunk(first[kind][1])
+            for number, kind in kinds
+            if kind in first
+        } or None
 
     def _number(self, name: str, value: int) -> int:
         if _counts_layers(name, value):
@@ -196,11 +222,12 @@ class _Sizes:
         if len(value) in layers and len(value) > _MOST_LAYERS:
             kinds = dict.fromkeys(map(str, value))
             first_of = [next(each for each in value if str(each) == kind) for kind in kinds]
-            return [*first_of, *value][:_MOST_LAYERS]
+            some = [*first_of, *value][: max(len(first_of), _MOST_LAYERS - 1)]
+            return [*some, value[-1]][:_MOST_LAYERS]  # the last one often has to be of its type
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
             return value
         if _INDICES.search(name) and name not in _STAGES:
-            return sorted({min(each, _MOST_LAYERS - 1) for each in value})
+            return value if max(value) < _MOST_LAYERS else list(range(_MOST_LAYERS))[-len(value) :]
         if "depth" in name or _LAYERS.search(name):
             return [min(each, 2) for each in value]
         return [self._number(name, each) for each in value]
@@ -214,9 +241,10 @@ class _Sizes:
 
 def _mended(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with numbers of heads that divide their width."""
-    width = next((each for name, each in values.items() if _WIDTH.search(name)), None)
-    heads = [name for name in values if _ALL_HEADS.search(name) and isinstance(values[name], int)]
-    if isinstance(width, int) and not any(map(_OF_A_HEAD.search, values)):
+    names = [name for name in values if isinstance(name, str)]
+    width = next((values[name] for name in names if _WIDTH.search(name)), None)
+    heads = [name for name in names if _ALL_HEADS.search(name) and isinstance(values[name], int)]
+    if isinstance(width, int) and not any(map(_OF_A_HEAD.search, names)):
         values.update((name, math.gcd(values[name], width)) for name in heads)
     if heads and values.get("num_key_value_heads", 0) is None:
         values["num_key_value_heads"] = values[heads[0]]
