@@ -57,7 +57,7 @@ def resizing_method(kind: type[Any], opening: Opening, engine: Engine) -> Callab
         needed = sum(reading_bytes(recipe, checkpoint) for recipe in recipes.values())
         needed += sum(_resizing_bytes(owner.weight, rows) for owner in paths.values())
         with engine.requests.borrowed("resize_token_embeddings", needed):
-            with closing(SourceReader(checkpoint)) as reader:
+            with closing(SourceReader(checkpoint, guard=engine.requests.guard)) as reader:
                 for name, (owner, leaf) in streamed.items():
                     place = getattr(owner, leaf)
                     place.data = read_weight(recipes[name], reader).to(place.device)

@@ -59,7 +59,7 @@ def saving_method(kind: type[Any], opening: Opening, engine: Engine) -> Callable
             # On a GPU, that is none of the memory of requests.
             borrowed = max(needs, default=0) if plan.device_memory is None else 0
             with engine.requests.borrowed("save_pretrained", borrowed):
-                _write(files, checkpoint)
+                _write(files, SourceReader(checkpoint, guard=engine.requests.guard))
 
     return save_pretrained
 
@@ -106,8 +106,8 @@ def _move(source: Path, folder: Path) -> None:
             path.unlink()
 
 
-def _write(files: Sequence[SavedFile], checkpoint: Checkpoint) -> None:
-    with closing(SourceReader(checkpoint)) as reader:
+def _write(files: Sequence[SavedFile], source: SourceReader) -> None:
+    with closing(source) as reader:
         for file in files:
             _write_file(file, reader)
 

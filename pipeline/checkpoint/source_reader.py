@@ -1,5 +1,7 @@
 """Reads a checkpoint outside of sweeps: to write its tensors to other files, or to verify it."""
 
+from functools import partial
+
 import torch
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
@@ -15,7 +17,8 @@ class SourceReader:
 
     Args:
         checkpoint: The files.
-        guard: Watches over the reads; closed, the reader leaves it as it is. By default one of its own.
+        guard: Watches over the reads, and has the patience to repeat them; closed, the reader leaves it as it is. By default
+            one of its own, without patience.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, guard: ReadGuard | None = None) -> None:
@@ -39,11 +42,11 @@ class SourceReader:
 
     def read_into(self, info: TensorInfo, first: int, memory: torch.Tensor) -> None:
         """Fill ``memory``, of type uint8, with the bytes of a tensor from ``first`` on; raises as ``read``."""
-        self._files.read(info.file, info.offset + first, memory.numpy().data)
-        self._files.refuse_change(info.file)
+        extent = Extent(file=info.file, offset=info.offset + first, nbytes=memory.numel())
+        self._guard.patiently(partial(self.read_extent, extent, memory.numpy().data))
 
     def read_extent(self, extent: Extent, into: memoryview) -> None:
-        """Fill the first ``extent.nbytes`` of ``into``; raises as ``read``."""
+        """Fill the first ``extent.nbytes`` of ``into``, without patience; raises as ``read``."""
         self._files.read(extent.file, extent.offset, into[: extent.nbytes])
         self._files.refuse_change(extent.file)
 

@@ -66,13 +66,16 @@ class Requests:
         memory: That for all of them together.
         threads: The number of worker threads.
         guard: Watches over the reads.
+
+    Attributes:
+        guard: The same, for what reads beside the passes.
     """
 
     def __init__(
         self, scheduler: SweepScheduler, *, memory: RequestMemory, threads: int, guard: ReadGuard
     ) -> None:
         self._scheduler = scheduler
-        self._guard = guard
+        self.guard = guard
         self._process = os.getpid()
         self._admission = Admission(memory=memory, threads=threads)
         self._counters = Counters()
@@ -224,7 +227,7 @@ class Requests:
             in_sweep=self._scheduler.passes_in_sweep,
             reserved=self._admission.reserved,
             reservable_bytes=self._admission.memory.nbytes,
-            hanging_reads=self._guard.hanging(),
+            hanging_reads=self.guard.hanging(),
             failure=self._scheduler.failure,
             reopened=self._scheduler.reopened,
         )

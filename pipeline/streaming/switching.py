@@ -19,7 +19,8 @@ def check_compatible(old: Plan, new: Plan) -> None:
 
     def shape(plan: Plan) -> object:
         streamed = _without_residents(plan, range(len(plan.batches)))
-        return plan.files, plan.device, plan.reader, streamed.batches
+        arenas = plan.host_arena_bytes, plan.device_arena_bytes  # allocated once
+        return plan.files, plan.device, plan.reader, arenas, streamed.batches
 
     if shape(old) != shape(new):
         raise PlanError(

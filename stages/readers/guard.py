@@ -81,6 +81,7 @@ class ReadGuard:
         )
         if watch is None:  # for one that is dropped without being closed
             weakref.finalize(self, self._watch.end).atexit = False
+        self._waiting: set[Future[None]] = set()
         self._parts: weakref.WeakSet[ReadGuard] = weakref.WeakSet()
         self._given_up_when_stopped: weakref.WeakSet[_Calls] = weakref.WeakSet()
         self._given_up_in_faults: weakref.WeakSet[_Calls] = weakref.WeakSet()
@@ -203,6 +204,23 @@ class ReadGuard:
             (pause or self._pause)(seconds)
             longest = min(2 * longest, _LONGEST_PATIENT_PAUSE_SECONDS)
 
+    @contextmanager
+    def stopping(self) -> Iterator[Future[None]]:
+        """A future that is done as soon as this is stopped, for one who waits during the block.
+
+        What waits for a future leaves a callback on it, which ``stopped`` would collect as long as this lives.
+        """
+        future: Future[None] = Future()
+        with self._lock:
+            self._waiting.add(future)
+            if self.stopped.done():
+                future.set_result(None)
+        try:
+            yield future
+        finally:
+            with self._lock:
+                self._waiting.discard(future)
+
     def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
             self.stopped.result(seconds)
@@ -223,6 +241,8 @@ class ReadGuard:
             parts = [*self._parts]
             if not self.stopped.done():
                 self.stopped.set_result(None)
+                for future in self._waiting:
+                    future.set_result(None)
         for part in parts:
             part.stop()
 

@@ -38,8 +38,8 @@ class InterruptibleReads:
 
     def _pause(self, seconds: float) -> None:
         # In the thread that needs the read, so that a disk that fails takes no thread from reads of others.
-        with suppress(TimeoutError):
-            self.wait(self._guard.stopped, seconds)
+        with suppress(TimeoutError), self._guard.stopping() as stopped:
+            self.wait(stopped, seconds)
 
     def _run_once(self, read: Callable[[], None]) -> None:
         future = self._threads.submit(read)

@@ -119,13 +119,15 @@ def test_a_pass_without_memory_is_made_again_with_a_smaller_plan_and_equal_token
     assert "instead of" in warning
 
 
-def test_with_all_layers_resident_the_pipeline_gets_slots(folder, monkeypatch):
+def test_with_all_layers_resident_the_pipeline_gets_slots(folder, gpu, monkeypatch):
     async def main():
         async with await opened(folder, layers=20) as model:
             assert residents(model) == len(model.plan.batches)
+            free = gpu.opened.free_bytes()
             OutOfMemory(monkeypatch, LlamaMLP, "forward", at=LAYERS)
             tokens = await model.generate(IDS, **GREEDY)
             assert residents(model) < len(model.plan.batches)
+            assert gpu.opened.free_bytes() > free
         return tokens
 
     with nothing_left_behind():

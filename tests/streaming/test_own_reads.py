@@ -5,15 +5,18 @@ import errno
 import logging
 import os
 import threading
+from functools import partial
 
 import pytest
 import torch
+from support.faults import Gate
 from support.leaks import nothing_left_behind
-from support.loop import run, turns
+from support.loop import happens, run, turns
 from support.models import inputs_for, save_model
 from support.streaming import open_streaming
 
 from layerstream.pipeline import ClosedError, ReadError
+from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.pipeline.modeling.gathered_table import TableSource
 from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.readers import guard as guard_module
@@ -85,6 +88,8 @@ def test_own_reads_are_repeated_until_the_disk_works_again_with_equal_results(
             disk.broken = False
             assert torch.equal(await request, expected)
             assert model.failure is None
+            assert model._guard.stopped._done_callbacks == []  # a request leaves nothing there
+            assert all(not part.stopped._done_callbacks for part in model._guard._parts)
             assert any(
                 "Input/output error" in r.message and "read again in" in r.message
                 for r in caplog.records
@@ -135,3 +140,42 @@ def test_own_reads_that_fail_without_patience_fail_their_request_alone(models, k
 
     with nothing_left_behind():
         run(main(), seconds=60)
+
+
+@pytest.mark.parametrize("what", ["save", "resize"])
+def test_reads_of_a_save_or_a_resize_are_watched_and_repeated_as_the_models_are(
+    models, what, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(guard_module, "_FIRST_PATIENT_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(guard_module, "_PAUSES_SECONDS", ())
+    reads, failing, gate = SourceReader.read_extent, [2], Gate()
+
+    def read(*given):
+        if failing[0]:
+            failing[0] -= 1
+            raise ReadError("broken") from OSError(errno.EIO, "broken")
+        reads(*given)
+
+    def slow(descriptor, *given, preadv=os.preadv):
+        gate()
+        return preadv(descriptor, *given)
+
+    async def main():
+        options = {"hanging_read_seconds": 0.01, "reopened_within_seconds": 60.0}
+        async with await opened(models, "rows", **options) as model:
+            monkeypatch.setattr(SourceReader, "read_extent", read)
+            monkeypatch.setattr(os, "preadv", slow)
+            call = (
+                partial(model.module.save_pretrained, tmp_path / "saved")
+                if what == "save"
+                else partial(model.module.resize_token_embeddings, 101)
+            )
+            with gate:
+                calling = asyncio.create_task(asyncio.to_thread(call))
+                await happens(gate.reached)
+                while not model.stats().hanging_reads:
+                    await turns(1)
+            await calling
+            assert failing == [0]
+
+    run(main(), seconds=60)

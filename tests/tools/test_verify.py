@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.models import save_model
 
 from layerstream.tools.cli import main
 
@@ -140,6 +141,30 @@ def test_files_that_the_hub_downloaded_to_a_folder_have_digests_beside_them(
     code, _, err = verify(capsys, shards[0].parent)
     assert code == 1
     assert f"{shards[2]} is corrupt" in err
+
+
+def test_recorded_digests_name_the_tensor_and_generate_checks_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    generate = ["generate", str(folder), "--prompt-ids", "5,6", "--max-new-tokens", "2"]
+    assert main([*generate, "--verify"]) == 1
+    assert "no SHA-256 digest is recorded of model.safetensors" in capsys.readouterr().err
+    assert verify(capsys, folder, "--record")[0] == 0
+    assert main([*generate, "--verify"]) == 0
+    flip(folder / "model.safetensors")
+    for command in (["verify", str(folder)], [*generate, "--verify"]):
+        capsys.readouterr()
+        assert main(command) == 1
+        assert "is corrupt: tensor 'model.norm.weight'" in capsys.readouterr().err
+
+
+def test_digests_that_cannot_be_written_are_an_error(
+    shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = verify(capsys, shards[0].parent, "--record", shards[0] / "sums")
+    assert code == 1
+    assert "cannot be recorded" in err
 
 
 @pytest.mark.parametrize("kind", ["gguf", "bin"])
