@@ -44,10 +44,10 @@ from layerstream.pipeline.machine.probe_disk import (
 )
 from layerstream.pipeline.machine.probe_unpacking import (
     TILE_BYTES,
-    UNPACKING_BYTES,
     encodings_of,
     measure_unpacking,
     rate_names,
+    unpacking_bytes,
 )
 from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
@@ -55,6 +55,7 @@ from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.text import format_bytes
 from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.unpack.compiling import kernels_digest
 
 __all__ = ["ProbedRates", "probe_rates"]
 
@@ -108,6 +109,7 @@ async def probe_rates(
     checkpoint: Checkpoint,
     device: Device,
     *,
+    dtype: str | None,
     fresh: bool,
     measure: bool,
     cache: MeasurementCache,
@@ -120,11 +122,12 @@ async def probe_rates(
     Args:
         checkpoint: The files that will be read.
         device: Where computation will run.
+        dtype: What is computed in; by default what most weights are, or are unpacked to.
         fresh: Measure again, even rates that are cached.
         measure: If False, nothing is measured.
         cache: The results of earlier measurements.
     """
-    probes = await finish_in_thread(lambda: _probes(checkpoint, device))
+    probes = await finish_in_thread(lambda: _probes(checkpoint, device, dtype))
     measure = measure and checkpoint.total_bytes >= MIN_BYTES
     found = []
     # One after another: concurrent measurements would disturb each other.
@@ -143,7 +146,7 @@ async def probe_rates(
     )
 
 
-def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
+def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_Probe]:
     machine_key = machine_identity()
     device_key = {
         **machine_key,
@@ -152,7 +155,7 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
         # The setting of the calling thread, which is that of all threads unless they change it.
         "threads": str(torch.get_num_threads()),
     }
-    dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
+    dtype, shapes = dtype or main_dtype(checkpoint), block_shapes(checkpoint)
     sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
     # A GPU unpacks by tensor operations, whose rate is assumed.
     encodings = encodings_of(checkpoint) if device.reads_host_images else ()
@@ -186,11 +189,12 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
                     "of": f"{UNPACKING}{encoding}",
                     "dtype": dtype,
                     "tile": str(TILE_BYTES),
+                    "kernels": kernels_digest(),
                 },
                 names=rate_names(encoding),
                 affected_by_contention=True,
                 measure=partial(measure_unpacking, [encoding], dtype=dtype),
-                takes_bytes=UNPACKING_BYTES,
+                takes_bytes=unpacking_bytes(),
             )
             for encoding in encodings
         ),

@@ -34,7 +34,8 @@ class ComputeCost:
 
     The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
     experts computes with those that tokens are routed to: of E experts, k for each token, a share of
-    ``1 - (1 - k/E)^tokens`` is read if routing is even. Packed weights are unpacked in every pass, at a rate of their encoding. Attention of ``q`` new tokens over a context of ``c`` takes
+    ``1 - (1 - k/E)^tokens`` is read if routing is even. Packed weights are unpacked in every pass, at a rate of their encoding,
+    and each takes Python a constant time. Attention of ``q`` new tokens over a context of ``c`` takes
     ``4 q c`` times the width of the heads in operations, at one rate for prompts and another for a single token. A step
     copies the KV cache to append to it. Operations per element take a share of the time of multiplications. Running a
     block's Python and launching its kernels takes a constant time, during which a GPU computes. The head computes the
@@ -84,6 +85,7 @@ class ComputeCost:
             tokens=tokens,
             fused=tokens <= self._fused_tokens,
         )
+        calls: float = weights.packed_matrices
         if weights.expert_bytes:
             read_share = 1 - (1 - self._expert_share) ** tokens
             tokens_per_expert = tokens * self._expert_share / read_share
@@ -94,6 +96,8 @@ class ComputeCost:
                 tokens=tokens_per_expert,
                 fused=tokens <= self._fused_tokens,
             )
+            calls += read_share * weights.packed_expert_matrices
+        total += calls * self._rates.packed_matrix_seconds
         if mapped:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:

@@ -86,6 +86,7 @@ class PlannedLayer:
             else:
                 found.dense_bytes += tensor.packed.plain_bytes
                 found.packed[tensor.packed.encoding] += tensor.nbytes
+                found.packed_matrices += tensor.packed.plain_bytes > 0
                 found.unpacked[tensor.packed.encoding] += tensor.packed.plain_bytes
         for source in self.experts:
             for part in source.tensors:
@@ -105,8 +106,12 @@ class LayerWeights:
     """Packed bytes of what is not an expert, by encoding."""
     unpacked: Counter[str] = field(default_factory=Counter)
     """The same unpacked."""
+    packed_matrices: int = 0
+    """How many those are."""
     packed_experts: Counter[str] = field(default_factory=Counter)
     """Packed bytes of all experts, by encoding."""
+    packed_expert_matrices: int = 0
+    """How many matrices those are."""
     unpacked_experts: Counter[str] = field(default_factory=Counter)
     """The same unpacked, of those that are read on demand."""
 
@@ -124,6 +129,7 @@ class LayerWeights:
         if form is not None:
             plain_bytes = form.plain_bytes
             self.packed_experts[form.encoding] += (count or 1) * nbytes
+            self.packed_expert_matrices += (count or 1) * (plain_bytes > 0)
             if count:
                 self.unpacked_experts[form.encoding] += count * plain_bytes
         self.expert_bytes += (count or 1) * plain_bytes
