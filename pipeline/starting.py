@@ -78,6 +78,8 @@ class Runtime:
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)
+            if self.content is not None:  # which may have found something meanwhile
+                self.content.start_again()
             self.scheduler.resume(self.stream.pipeline)
             return True
 

@@ -84,12 +84,16 @@ class ContentCheck:
         return isinstance(self._error, ReadError)
 
     def start_again(self) -> None:
-        """If it ended by an error of reading, begin anew; raise what else it has found: corrupt files stay so."""
-        if self._is_passing:
+        """If it ended by an error of reading, begin anew.
+
+        Raises:
+            CheckpointError: It has found that files are corrupt, which they stay.
+        """
+        if self._error is not None and not self._is_passing:
+            raise copy_of(self._error)
+        if self._error is not None:
             self._error = None
             self._task = asyncio.create_task(self._run(), name="layerstream-verify")
-        elif self._error is not None:
-            raise copy_of(self._error)
 
     async def finished(self) -> None:
         """Wait until everything has been checked.

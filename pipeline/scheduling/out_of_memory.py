@@ -27,7 +27,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import ClosedError, DeviceError
 from layerstream.stages.text import format_bytes
 
-__all__ = ["MakeRoom", "OutOfMemory"]
+__all__ = ["MakeRoom", "OutOfMemory", "first_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,12 @@ class OutOfMemory:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def relieve(self, error: BaseException, nbytes: int = 0) -> str:
-        """Have so many bytes less taken by layers after ``error``; returns what was done.
+    async def relieve(self, what: str, nbytes: int = 0) -> str:
+        """Have so many bytes less taken by layers, since ``what`` torch says; returns what was done.
 
         Raises:
             DeviceError: No plan takes less, or it cannot be switched to: it has the figures.
         """
-        what = _first_line(error)
-        del error  # of a pass: its frames may have what that has computed
         async with self._turn:
             room = self.make_room(nbytes)
             if room is None:
@@ -122,7 +120,7 @@ class OutOfMemory:
     def _begin(self, what: str, nbytes: int, done: "Future[str]") -> None:
         async def relieve() -> None:
             try:
-                done.set_result(await self.relieve(MemoryError(what), nbytes))
+                done.set_result(await self.relieve(what, nbytes))
             except BaseException as error:  # noqa: BLE001 - whoever waits gets it
                 fail_future(done, error)
 
@@ -144,10 +142,11 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
         traceback.clear_frames(
             error.__traceback__
         )  # they have what the pass has computed until now
-        return None, _first_line(error)
+        return None, first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What torch says first; after that it explains its allocator."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 

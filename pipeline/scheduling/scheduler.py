@@ -16,7 +16,7 @@ from layerstream.pipeline.modeling.binding import Binding, Bound
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.scheduling.between_sweeps import BetweenSweeps
-from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory
+from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory, first_line
 from layerstream.pipeline.scheduling.pass_state import PassPhase, fail_future
 from layerstream.pipeline.scheduling.pass_states import PassStates
 from layerstream.pipeline.scheduling.passes import PassRunner
@@ -152,9 +152,10 @@ class SweepScheduler(PassStates):
         """Have the pipeline opened anew with a smaller plan, which resumes sweeps; once in a row."""
         failure = self.failure or DeviceError()
         try:
+            what = first_line(failure)
             if not is_first:
-                raise out_of_memory.error(str(failure), "was so with a larger plan")
-            await out_of_memory.relieve(failure)
+                raise out_of_memory.error(what, "was so with a larger plan")
+            await out_of_memory.relieve(what)
         except LayerstreamError as error:
             self._fail_waiting(error)
 
@@ -261,9 +262,10 @@ class SweepScheduler(PassStates):
 
     async def stop(self, error: BaseException) -> None:
         """Make no more sweeps until ``resume``; ``error`` fails all passes: what they compute is of no use."""
+        self._error = None  # of an earlier failure, which has passed or not
         self._fail(error)
         await self._end_sweeps()
-        self.failure = self.failure or copy_of(error)
+        self.failure = copy_of(error)
 
     async def _end_sweeps(self) -> None:
         if not self._task.done():

@@ -23,6 +23,7 @@ from layerstream.pipeline import (
 from layerstream.pipeline.checkpoint.digests import RECORD_FILE
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.verifying import ContentCheck
+from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.batch import Residence
 from layerstream.tools.cli import main
 
@@ -254,6 +255,39 @@ def test_a_file_that_cannot_be_read_for_a_while_is_verified_after_reopening(fold
             await model.reopen()
             await model.verified()
             await model.generate(**inputs_for("llama"), **GREEDY)
+
+    with nothing_left_behind():
+        run(use())
+
+
+def test_what_is_found_while_the_model_is_reopened_keeps_it_closed(folder, monkeypatch):
+    flip_byte(folder, "model.layers.2.mlp.up_proj.weight")
+    reopens = WeightStream.reopen
+
+    def broken(*_):
+        raise ReadError("broken") from OSError(5, "broken")
+
+    async def use():
+        model = await open_streaming(folder, verify=True)
+        gate, hashes = Gate(), ContentCheck._hash
+        monkeypatch.setattr(ContentCheck, "_hash", lambda *given: gate() or hashes(*given))
+
+        async def reopen(stream, plan):
+            await reopens(stream, plan)
+            gate.open()
+            with pytest.raises(CheckpointError):
+                await model.verified()
+
+        async with model:
+            with gate, monkeypatch.context() as patch:
+                patch.setattr(SweepScheduler, "_sweep", broken)
+                patch.setattr(WeightStream, "reopen", reopen)
+                with pytest.raises(ReadError):
+                    await model.generate(**inputs_for("llama"), **GREEDY)
+                with pytest.raises(CheckpointError, match="is corrupt"):
+                    await model.reopen()
+            with pytest.raises(LayerstreamError, match="is corrupt"):
+                await model.generate(**inputs_for("llama"), **GREEDY)
 
     with nothing_left_behind():
         run(use())
