@@ -82,7 +82,7 @@ def compute_bytes(device: Device, *, shapes: Sequence[tuple[int, int]], dtype: s
         return 0
     # Inputs of each width, and the results of a product and of the one before.
     columns = sum({width for _, width in shapes}) + 2 * max(rows for rows, _ in shapes)
-    products = TOKENS[-1] * columns * getattr(torch, dtype).itemsize
+    products: int = TOKENS[-1] * columns * getattr(torch, dtype).itemsize
     return _weight_bytes(device) + products + _LIBRARY_BYTES
 
 
