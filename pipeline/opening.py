@@ -108,6 +108,11 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
     )
     plan = await finish_in_thread(lambda: make_model_plan(hardware, choices))
     _report(checkpoint, traced, hardware, options)
+    if assembly.memory is not None and assembly.memory.sizes_are_computed:
+        logger.warning(
+            "%s: how much memory a request takes depends on what the model computes; it may exceed the budget",
+            checkpoint.path,
+        )
     return Opening(
         checkpoint=checkpoint,
         module=traced.module,

@@ -13,6 +13,7 @@ import torch
 
 from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES
 from layerstream.pipeline.modeling.clone import clone_modules
+from layerstream.pipeline.modeling.computed_sizes import ComputedSizes
 from layerstream.pipeline.modeling.fused_attention import FusedAttention
 from layerstream.pipeline.modeling.live_bytes import LiveBytes, tensors_in
 from layerstream.pipeline.modeling.meta_pass import meta_pass, put_on_meta
@@ -80,6 +81,7 @@ class PromptPass:
         self._measured: PromptInputs | None = None
         self._output: Any = None
         self._live = LiveBytes()
+        self._sizes = ComputedSizes()
         self._cached: list[int] | None = None
         self._peak_bytes = self._peak_taken_bytes = 0
 
@@ -115,10 +117,10 @@ class PromptPass:
                 return None
             memory = self._memory_of_prompt(self._measured.workload, self._cached)
         tokens = self._measured.workload.prompt_tokens
-        return (
-            memory
-            if tokens == self._workload.prompt_tokens
-            else replace(memory, prompt_tokens=tokens)
+        return replace(
+            memory,
+            prompt_tokens=None if tokens == self._workload.prompt_tokens else tokens,
+            sizes_are_computed=self._sizes.found,
         )
 
     def _run(self, inputs: PromptInputs, clone: Any) -> None:
@@ -187,7 +189,7 @@ class PromptPass:
             model,
             inputs,
             # Fake values are below these, and count nothing that they make.
-            observers=(FusedAttention(self._device), live),
+            observers=(FusedAttention(self._device), self._sizes, live),
             then=self._sample,
             padded=self._workload.batch_size > 1,
             answer=answer,

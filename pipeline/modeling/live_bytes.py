@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerstream.pipeline.modeling.kernel_copies import kernel_copies
+from layerstream.pipeline.modeling.kernel_copies import kernel_code_bytes, kernel_copies
 from layerstream.pipeline.planning.workload_memory import WASTE
 
 __all__ = ["LiveBytes", "tensors_in"]
@@ -34,6 +34,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = self.peak_taken_bytes = 0
         self._operations_left = limit
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._compiled: dict[tuple[torch.Size, ...], int] = {}
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the tensors that ``func`` makes."""
@@ -57,6 +58,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak_bytes = max(self.peak_bytes, self.now_bytes + sum(copies))
             taken = self._now_taken_bytes + sum(map(self.taken, copies))
             self.peak_taken_bytes = max(self.peak_taken_bytes, taken)
+        if code_bytes := kernel_code_bytes(func, args, result):
+            self._compile((args[0].shape, args[1].shape), code_bytes)
         return result
 
     def taken(self, nbytes: int) -> int:
@@ -67,6 +70,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def reset_peak(self) -> None:
         """Forget the peaks before the present."""
         self.peak_bytes, self.peak_taken_bytes = self.now_bytes, self._now_taken_bytes
+
+    def _compile(self, shapes: tuple[torch.Size, ...], nbytes: int) -> None:
+        """Count code that is kept."""
+        more = nbytes - self._compiled.setdefault(shapes, 0)
+        self._compiled[shapes] = nbytes
+        self.now_bytes += more
+        self._now_taken_bytes += more
+        self.peak_bytes += more
+        self.peak_taken_bytes += more
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = id(storage), storage.nbytes()

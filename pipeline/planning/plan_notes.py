@@ -52,6 +52,11 @@ def notes_on(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[s
             f"{workload.new_tokens}) tokens"
             + (f"; the model has positions for {longest} at most" if longest else "")
         )
+        if problem.memory.sizes_are_computed:
+            notes.append(
+                "sizes in a pass, such as the length of a sound, depend on what the model computes: its memory is not known "
+                "beforehand, and MAY EXCEED THE BUDGET"
+            )
     elif problem.choices.workload is not None:
         notes.append(
             "config.json does not tell the size of KV cache and activations: nothing is reserved for them"

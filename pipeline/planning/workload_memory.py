@@ -47,6 +47,9 @@ class WorkloadMemory:
     prompt_tokens: int | None = None
     """Tokens of the longest prompt that the model has positions for, if the workload has more."""
 
+    sizes_are_computed: bool = False
+    """Sizes in a pass, such as the length of the sound that it makes, depend on what it computes: the rest is too low."""
+
     @property
     def peak_bytes(self) -> int:
         """The most that is alive at any time."""
@@ -85,6 +88,7 @@ class WorkloadMemory:
             measured=all(each.measured for each in memories),
             own_buffer_bytes=max(each.own_buffer_bytes for each in memories),
             prompt_tokens=memories[0].prompt_tokens,
+            sizes_are_computed=any(each.sizes_are_computed for each in memories),
             prefill_taken_bytes=max(prefill for prefill, _ in taken),
             decode_taken_bytes=max(decode for _, decode in taken),
         )
@@ -101,6 +105,7 @@ class WorkloadMemory:
             prefill_taken_bytes=times * prefill,
             decode_taken_bytes=times * decode,
             prompt_tokens=self.prompt_tokens,
+            sizes_are_computed=self.sizes_are_computed,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from support.checkpoints import CPU
 from support.models import CASES, save_model
+from support.plans import plan_of
 
 from layerstream.pipeline import Checkpoint, Workload
 from layerstream.pipeline.modeling.activation_memory import measure_memory
@@ -26,6 +27,10 @@ PROMPT = 24
 DECODER = {"decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_layers": 1}
 ENCODER = {"encoder_attention_heads": 4, "encoder_ffn_dim": 64, "encoder_layers": 1}
 LED = transformers.LEDConfig(d_model=32, vocab_size=100, attention_window=16, **ENCODER, **DECODER)
+VITS = transformers.VitsConfig(
+    vocab_size=40, hidden_size=32, num_hidden_layers=1, ffn_dim=64, num_attention_heads=2, flow_size=32, spectrogram_bins=9,
+    upsample_initial_channel=64, wavenet_dilation_rate=1, prior_encoder_num_flows=2, prior_encoder_num_wavenet_layers=1,
+)  # fmt: skip
 PROPHETNET = transformers.ProphetNetConfig(
     hidden_size=32, vocab_size=100, max_position_embeddings=32, num_encoder_layers=1, num_decoder_layers=1,
     num_encoder_attention_heads=4, num_decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
@@ -110,6 +115,22 @@ def test_a_request_of_all_positions_takes_what_is_reserved_for_a_longer_workload
     assert plan.workload_bytes <= cost.memory.shared_bytes <= 1.1 * plan.workload_bytes
     shorter = estimator.forward((), {"input_ids": torch.ones((2, 31), dtype=torch.long)})
     assert shorter.memory.shared_bytes < cost.memory.shared_bytes
+
+
+@pytest.mark.parametrize(("config", "computed"), [(VITS, True), (LED, False)])
+def test_a_model_that_computes_the_length_of_its_output_is_marked(
+    config: Any, computed: bool
+) -> None:
+    """No budget can be promised: its sound of 238 MiB took 732."""
+    name = "VitsModel" if computed else "LEDForConditionalGeneration"
+    with torch.device("meta"):
+        model = getattr(transformers, name)._from_config(config).eval()
+    workload = Workload(batch_size=1, prompt_tokens=PROMPT, new_tokens=1)
+    memory = measure_memory(model, workload)
+    assert memory is not None
+    assert memory.sizes_are_computed is computed
+    plan = plan_of([1 << 20] * 4, workload=workload, memory=memory)
+    assert any("MAY EXCEED THE BUDGET" in note for note in plan.notes) is computed
 
 
 def test_what_is_computed_from_sizes_has_its_value_on_the_meta_device() -> None:

@@ -50,7 +50,7 @@ _IDS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"),
     *("cls_token_id", "forced_eos_token_id", "forced_bos_token_id", "mask_token_id"),
 )
-_KEPT_LAYERS, _KEPT_VOCABULARY, _KEPT_EXPERTS = 4, 16_384, 16
+_KEPT_VOCABULARY, _KEPT_EXPERTS = 16_384, 16
 _MOST_HALVINGS = 6
 
 
@@ -87,8 +87,13 @@ def architectures() -> Iterator[Architecture]:
             )
 
 
-def fitted_config(architecture: Architecture, parameters: int) -> Any:
+def fitted_config(architecture: Architecture, parameters: int, *, layers: int) -> Any:
     """The default config of ``architecture``, with fewer layers, experts and words, and narrower where that is not enough.
+
+    Args:
+        architecture: Whose config.
+        parameters: The most that the model has.
+        layers: The most that it has, where it has no need of more.
 
     Raises:
         ValueError: No such config builds a model of at most ``parameters`` parameters.
@@ -98,10 +103,10 @@ def fitted_config(architecture: Architecture, parameters: int) -> Any:
 
     why: Exception | None = None
     model_class = getattr(transformers, architecture.model)
-    for layers in (_KEPT_LAYERS, None):
+    for most_layers in (layers, None):
         for halvings in range(_MOST_HALVINGS):
             try:
-                config = _cut(architecture.config(), layers=layers, halvings=halvings)
+                config = _cut(architecture.config(), layers=most_layers, halvings=halvings)
                 with torch.device("meta"):
                     model = model_class._from_config(config)  # noqa: SLF001 - for any class
                 if sum(each.numel() for each in model.parameters()) <= parameters:

@@ -5,6 +5,7 @@ no model is open.
 """
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -12,14 +13,17 @@ import random
 import re
 import select
 import signal
+import struct
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layerstream.stages.process.usage import anonymous_bytes
+from layerstream.tools.compare.cgroups import MemoryCgroup, memory_cgroup
 
 __all__ = ["BudgetRow", "run_row"]
 
@@ -30,6 +34,7 @@ _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length"),
     *("max_seq_len", "max_source_positions"),
 )
+_PRESENT_BIT = 63  # of a page, in /proc/self/pagemap
 _SPARE_POSITIONS = 8  # some models number positions from 2 on
 
 Tell = Callable[[Mapping[str, Any]], None]
@@ -51,6 +56,8 @@ class BudgetRow:
     """Eight requests at once, some of which are cancelled, instead of one of exactly the workload."""
     measure: bool = False
     """Whether the machine is probed, as users have it."""
+    cgroup: bool = False
+    """In a memory cgroup that has no more than what is taken before a model is opened, and the budget."""
 
 
 def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
@@ -58,10 +65,15 @@ def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
 
     After ``seconds`` it is killed.
     """
+    with memory_cgroup() if row.cgroup else nullcontext() as group:
+        return _run_in(group, row, seconds)
+
+
+def _run_in(group: MemoryCgroup | None, row: BudgetRow, seconds: float) -> dict[str, Any]:
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
-        _be_child(row, sending)
+        _be_child(row, group, sending)
     os.close(sending)
     told: dict[str, Any] = {"status": "killed"}
     peaks: dict[str, int] = {}
@@ -87,7 +99,7 @@ def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
     return {**told, "peaks": peaks, "peak_bytes": max(peaks.values(), default=0)}
 
 
-def _be_child(row: BudgetRow, sending: int) -> None:
+def _be_child(row: BudgetRow, group: MemoryCgroup | None, sending: int) -> None:
     """Run ``row`` and end this process."""
     try:
         with os.fdopen(sending, "wb", buffering=0) as pipe:
@@ -98,12 +110,12 @@ def _be_child(row: BudgetRow, sending: int) -> None:
             def tell(what: Mapping[str, Any]) -> None:
                 pipe.write(json.dumps(what).encode() + b"\n")
 
-            _stream_row(row, tell)
+            _stream_row(row, group, tell)
     finally:
         os._exit(0)
 
 
-def _stream_row(row: BudgetRow, tell: Tell) -> None:
+def _stream_row(row: BudgetRow, group: MemoryCgroup | None, tell: Tell) -> None:
     """Do what ``row`` says in this process, and ``tell`` phases and results."""
     import torch
     import transformers
@@ -111,9 +123,13 @@ def _stream_row(row: BudgetRow, tell: Tell) -> None:
 
     try:
         model_class = getattr(transformers, row.model)
+        if group is not None:
+            group.join()
+            _own_pages()
         torch.nn.Linear(64, 64)(torch.ones(1, 64))
         gc.collect()
         tell({"idle_bytes": anonymous_bytes()})
+        _plan_within(row.factor, group, tell)
         tell({"phase": "opening"})
         asyncio.run(_stream(row, tell, model_class))
     except Exception as error:  # noqa: BLE001 - it is told
@@ -122,10 +138,32 @@ def _stream_row(row: BudgetRow, tell: Tell) -> None:
         tell({"status": type(error).__name__, "why": f"{error} ({where})"[:400]})
 
 
-def _plan_within(factor: float, tell: Tell) -> None:
-    """Have models planned within ``factor`` times the least budget, which is only known when they are traced."""
+def _own_pages() -> None:
+    """Write to all pages that are shared with the parent since the fork: a copy would be charged to the cgroup when that happens."""
+    size = os.sysconf("SC_PAGESIZE")
+    ranges = [
+        tuple(int(each, 16) for each in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.split()[1] == "rw-p"
+    ]
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        for begin, end in ranges:
+            pagemap.seek(begin // size * 8)
+            for number, (entry,) in enumerate(
+                struct.iter_unpack("Q", pagemap.read((end - begin) // size * 8))
+            ):
+                if entry >> _PRESENT_BIT:
+                    ctypes.memmove(begin + number * size, begin + number * size, 1)
+
+
+def _plan_within(factor: float, group: MemoryCgroup | None, tell: Tell) -> None:
+    """Have models planned within ``factor`` times the least budget, which is only known when they are traced.
+
+    From then on, ``group`` has no more than what it has taken when this is called, and that budget.
+    """
     from layerstream.pipeline import Budget, PlanError, opening
 
+    idle_bytes = 0 if group is None else group.uncached_bytes()
     module: Any = opening
 
     plan_model = module.plan_model
@@ -144,6 +182,8 @@ def _plan_within(factor: float, tell: Tell) -> None:
             raise ValueError("there is no least budget")
         budget = int(factor * least)
         tell({"least_bytes": least, "budget_bytes": budget})
+        if group is not None:
+            group.limit(idle_bytes + budget)
         return within(budget)
 
     module.plan_model = plan
@@ -152,7 +192,6 @@ def _plan_within(factor: float, tell: Tell) -> None:
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
     from layerstream.pipeline import AdmissionError, StreamedModel, Workload
 
-    _plan_within(row.factor, tell)
     async with StreamedModel.open(
         row.folder,
         device="cpu",

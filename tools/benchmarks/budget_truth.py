@@ -2,8 +2,9 @@
 
 For every architecture of transformers, a model of some megabytes is written, its least budget asked for, and plans run at 1.02, 1.2
 and 2 times that, each in a process of its own: one request of exactly the workload, then a forward pass; or eight requests at
-once with cancellations. What a process takes beside its loaded code is sampled from outside. Rows are appended to the file of
-results, and those in it are not run again. A row fails that takes 2 % or 4 MiB more than its budget, whichever is more.
+once with cancellations. What a process takes beside its loaded code is sampled from outside; with ``--cgroup``, the kernel kills
+it if that is more than the budget by a byte. Rows are appended to the file of results, and those in it are not run again. A row
+fails that is killed, or takes 2 % or 4 MiB more than its budget, whichever is more.
 """
 
 import argparse
@@ -32,6 +33,7 @@ __all__ = ["main"]
 _ALLOWED_SHARE, _ALLOWED_BYTES = 0.02, 4 << 20
 _WASTED_TIMES = 3
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_NAMES = ("concurrent", "batch", "prompt", "reader", "factor")
 
 
 def main() -> int:
@@ -43,7 +45,7 @@ def main() -> int:
         _run_all(args, done)
     rows = _read(args.results).values()
     _print_worst(list(rows), count=args.worst)
-    return 1 if any(_excess(row) > 0 for row in rows) else 0
+    return 1 if any(_excess(row) > 0 or row["status"] == "killed" for row in rows) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,11 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--megabytes", type=positive_int, default=80, help="of a model (default: 80)"
     )
+    parser.add_argument("--layers", type=positive_int, default=4, help="(default: 4)")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--factors", default="1.02,1.2", help="of the least budget")
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--prompts", default="700")
     parser.add_argument("--readers", default="direct")
+    parser.add_argument(
+        "--cgroup", action="store_true", help="in a memory cgroup of what is idle, and the budget"
+    )
     parser.add_argument("--concurrent", action="store_true", help="eight requests at once, too")
     parser.add_argument(
         "--measure", action="store_true", help="probe the machine, as users have it"
@@ -113,30 +119,27 @@ def _run_model(
         args.readers.split(","),
         map(float, args.factors.split(",")),
     )
-    names = ("concurrent", "batch", "prompt", "reader", "factor")
-    wanted = [
-        {"name": architecture.name, "model": architecture.model, "dtype": dtype}
-        | dict(zip(names, choice, strict=True))
-        for choice in choices
-    ]
+    about = {"name": architecture.name, "model": architecture.model, "dtype": dtype}
+    about |= {"megabytes": args.megabytes, "layers": args.layers, "cgroup": args.cgroup}
+    wanted = [about | dict(zip(_NAMES, choice, strict=True)) for choice in choices]
     missing = [each for each in wanted if _key(each) not in done]
     if not missing:
         return
     with tempfile.TemporaryDirectory(dir=folder) as model:
         try:
-            _write(architecture, args.megabytes * 1_000_000, dtype, Path(model))
+            _write(architecture, args, dtype, Path(model))
         except ValueError as error:  # what cannot be built is a result, too
             why = str(error)[:300]
             yield from ({**each, "status": "not built", "why": why} for each in missing)
             return
         nbytes = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
         for each in missing:
-            given: dict[str, Any] = {name: each[name] for name in ("model", *names)}
+            given: dict[str, Any] = {name: each[name] for name in ("model", "cgroup", *_NAMES)}
             row = BudgetRow(folder=model, measure=args.measure, **given)
             yield {**each, **run_row(row, seconds=args.row_seconds), "model_bytes": nbytes}
 
 
-def _write(architecture: Architecture, nbytes: int, dtype: str, folder: Path) -> None:
+def _write(architecture: Architecture, args: argparse.Namespace, dtype: str, folder: Path) -> None:
     """Write the model in a process of its own, whose threads and memory this one does not inherit."""
     import os
 
@@ -144,7 +147,8 @@ def _write(architecture: Architecture, nbytes: int, dtype: str, folder: Path) ->
     child = os.fork()
     if child == 0:
         try:
-            config = fitted_config(architecture, nbytes // _ITEM_BYTES[dtype])
+            parameters = args.megabytes * 1_000_000 // _ITEM_BYTES[dtype]
+            config = fitted_config(architecture, parameters, layers=args.layers)
             write_model(architecture, config, folder, dtype)
         except BaseException as error:  # noqa: BLE001 - told to the parent
             os.write(sending, (str(error) or type(error).__name__).encode()[:4000])
@@ -166,7 +170,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _key(row: dict[str, Any]) -> str:
-    names = ("name", "dtype", "batch", "prompt", "reader", "factor", "concurrent")
+    names = ("name", "dtype", "megabytes", "layers", "cgroup", *_NAMES)
     return json.dumps([row[name] for name in names])
 
 
@@ -182,6 +186,7 @@ def _excess(row: dict[str, Any]) -> int:
 def _line(row: dict[str, Any]) -> str:
     what = f"{row['name']} {row['dtype']} {row['batch']}x{row['prompt']} {row['reader']} {row['factor']}"
     what += " eight" if row["concurrent"] else ""
+    what += " cgroup" if row["cgroup"] else ""
     if "budget_bytes" not in row:
         return f"{what}: {row['status']} {row.get('why', '')}"
     figures = f"{format_bytes(row['peak_bytes'])} of {format_bytes(row['budget_bytes'])}"

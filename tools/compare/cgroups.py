@@ -45,6 +45,10 @@ class MemoryCgroup:
         join = 'echo $$ > "$0" && exec "$@"'
         return ["sh", "-c", join, str(self.folder / "cgroup.procs"), *command]
 
+    def join(self) -> None:
+        """Move this process inside: what it takes from now on is charged."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
     def processes(self) -> list[int]:
         """The ids of the processes inside."""
         return [int(line) for line in (self.folder / "cgroup.procs").read_text().split()]
@@ -56,6 +60,14 @@ class MemoryCgroup:
             return int((self.folder / name).read_text())
         except OSError:
             return None
+
+    def uncached_bytes(self) -> int:
+        """Memory of its processes now, without page cache, which the kernel takes back before it kills."""
+        name, prefix = ("usage_in_bytes", "total_") if self.v1 else ("current", "")
+        text = (self.folder / "memory.stat").read_text()
+        stat = dict(line.split() for line in text.splitlines())
+        cached = sum(int(stat[f"{prefix}{each}_file"]) for each in ("inactive", "active"))
+        return int((self.folder / f"memory.{name}").read_text()) - cached
 
     def kills(self) -> int:
         """The number of processes that the kernel killed because the limit was reached."""
