@@ -206,6 +206,23 @@ def test_adapters_that_peft_injects_take_memory_of_requests_while_they_are_there
         assert stats().reservable_bytes == before
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_an_adapter_is_refused_in_one_sentence_and_leaves_the_model_as_it_was(
+    merge: str, tmp_path: Path
+) -> None:
+    folder, options = reader_options(tmp_path, "llama", "direct")
+    kind = transformers.LlamaForCausalLM
+    adapter = save_adapter(folder, tmp_path / "adapter", lora(r=4), model_class=kind)
+    inputs = inputs_for("llama")
+    with load_streamed(folder, **options) as model, torch.no_grad():
+        with_adapter = PeftModel.from_pretrained(model, adapter).eval()
+        with pytest.raises(ModelError, match=r"cannot be changed in place .* from_pretrained$"):
+            getattr(with_adapter, merge)()
+        expected = load_with_peft(folder, adapter, model_class=kind)(**inputs).logits
+        assert bits_equal(with_adapter(**inputs).logits, expected)
+
+
 PARTS = {
     "a layer": lambda model: model.model.layers[0],
     "the embeddings": lambda model: model.model.embed_tokens,

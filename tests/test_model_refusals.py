@@ -197,3 +197,12 @@ def test_compiled_code_is_refused_and_leaves_the_model_usable(
         assert torch.equal(model(ids).logits, before)
         # What generate compiles unasked is called as it is.
         assert torch.equal(model.get_compiled_call(None)(ids).logits, before)
+
+
+def test_a_paged_cache_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    ids = torch.tensor([[3, 4, 5]])
+    with load_streamed(folder, device="cpu", measure=False) as model:
+        with pytest.raises(ModelError, match=r'^cache_implementation="paged" does not work'):
+            model.generate(ids, max_new_tokens=2, cache_implementation="paged")
+        assert model.generate(ids, max_new_tokens=2).shape == (1, 5)

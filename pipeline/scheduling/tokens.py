@@ -22,6 +22,11 @@ def with_token_counter(
     takes none, if the caller passes them by position, or with ``custom_generate``.
     """
     arguments = by_name(getattr(module, "generate", None), inputs, named)
+    if arguments.get("cache_implementation") == "paged":
+        raise ModelError(
+            f'cache_implementation="paged" does not work on a streamed {type(module).__name__}: it would take memory that is '
+            "not reserved; call generate without it, from several threads, which share sweeps"
+        )
     by_position = "stopping_criteria" in arguments.keys() - named.keys()
     if not takes_criteria(module) or by_position or arguments.get("custom_generate") is not None:
         return dict(named)

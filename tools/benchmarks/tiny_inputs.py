@@ -113,7 +113,7 @@ def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[
         pictures = _patches(config, noise, batch="grid_thw" not in " ".join(taken))
     series = _series(config, noise)
     cells = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
-    patches = torch.cat([cells + 1, noise(_PATCHES, 3 * setting(16, "patch_size") ** 2)], dim=1)
+    patches = torch.cat([cells + 1, noise(_PATCHES, 3 * _side(config) ** 2)], dim=1)
     masked = torch.arange(setting(0, "seq_length") or _positions(config, pair)) % 2 == 0
     return {
         **_sounds(config, noise),
@@ -152,7 +152,7 @@ def _makers(config: Any, dtype: torch.dtype, taken: set[str]) -> dict[str, list[
 
 def _pictures(config: Any, noise: Any, pair: list[int]) -> tuple[list[Any], list[Any]]:
     """Pictures, and videos."""
-    channels = _setting(config, ("num_channels", "in_channels", "in_chans"), 3)
+    channels = _channels(config, "num_channels", "in_channels", "in_chans")
     shapes = (
         (channels, *pair),
         (3, 64, 64),
@@ -167,9 +167,8 @@ def _pictures(config: Any, noise: Any, pair: list[int]) -> tuple[list[Any], list
 
 def _patches(config: Any, noise: Any, *, batch: bool) -> list[Any]:
     """A picture in patches, as models take it that are told its grid."""
-    channels = _setting(config, ("in_channels", "in_chans", "num_channels"), 3)
-    channels = channels if isinstance(channels, int) else 3
-    side = _setting(config, ("patch_size",), 16)
+    channels = _channels(config, "in_channels", "in_chans", "num_channels")
+    side = _side(config)
     frames = _setting(config, ("temporal_patch_size", "patch_temporal"), 1)
     area = side**2
     if batch:
@@ -181,14 +180,25 @@ def _patches(config: Any, noise: Any, *, batch: bool) -> list[Any]:
     ]
 
 
+def _channels(config: Any, *names: str) -> int:
+    """Of a picture; some settings of these names are lists, of layers."""
+    channels = _setting(config, names, 3)
+    return channels if isinstance(channels, int) else 3
+
+
+def _side(config: Any) -> int:
+    """Of a patch, in pixels."""
+    side = _setting(config, ("patch_size",), 16)
+    return int(side if isinstance(side, int | float) else side[-1])
+
+
 def _hidden(noise: Any, width: int) -> list[Any]:
     return [noise(1, 9, width), noise(1, width, 9)]
 
 
 def _positions(config: Any, pair: list[int]) -> int:
     """The number of patches of a video, or of a picture."""
-    side = _setting(config, ("patch_size",), 16)
-    side = side if isinstance(side, int) else side[-1]
+    side = _side(config)
     frames = _setting(config, ("num_frames",), 1) // _setting(config, ("tubelet_size",), 1)
     return int(frames * (pair[0] // side) * (pair[1] // side))
 
