@@ -110,9 +110,7 @@ class Assembly:
             if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
         self._packed_linear = {
-            name: dataclasses.replace(
-                rows, exact_tokens=exact_tokens(rows.rows, rows.columns, rows.dtype)
-            )
+            name: dataclasses.replace(rows, exact_tokens=exact_tokens(rows))
             for name, rows in self._packed.items()
             if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()))
         }

@@ -71,7 +71,7 @@ class PackedRows:
     transposed: bool
     """The last two dimensions of the parameter are exchanged at the end: these are its rows before that."""
     order: torch.Tensor | None = field(repr=False, compare=False)
-    """int64 ``[rows]``: for each row of the parameter, which row of the only matrix it is; None unless scattered."""
+    """int64 ``[rows]``: for each row of the parameter, which row of the only matrix it is, all of them; None unless scattered."""
     exact_tokens: int | None = None
     """Up to how many tokens products by tiles have the bits of the whole product; None: always."""
 
@@ -117,6 +117,16 @@ class PackedRows:
             matrix.packing.unpack(
                 [parts[name] for name in matrix.parts], begin, out[at : at + count]
             )
+
+    def unpack_stored(
+        self, parts: Mapping[str, torch.Tensor], first: int, out: torch.Tensor
+    ) -> None:
+        """As ``unpack``, but rows of the only matrix, in its own order, where those of the parameter are scattered."""
+        if self.order is None:
+            self.unpack(parts, first, out)
+            return
+        (matrix,) = self.matrices
+        matrix.packing.unpack([parts[name] for name in matrix.parts], first, out)
 
     def multiply(
         self,
@@ -200,7 +210,7 @@ def packed_rows(recipe: Recipe) -> PackedRows | None:
         return None
     flat = numbers.reshape(-1)
     runs = _runs(flat, matrices)
-    if runs is None and len(matrices) > 1:
+    if runs is None and not _is_permutation(flat, matrices):
         return None
     return PackedRows(
         matrices=tuple(matrices),
@@ -247,6 +257,13 @@ def _rounds_once(operations: Sequence[Operation], final: torch.dtype) -> bool:
     unpacks = [op.function for op in operations if isinstance(op.function, Unpack)]
     return casts <= {final} and all(
         unpack.rounds or unpack.dtype in {torch.float32, final} for unpack in unpacks
+    )
+
+
+def _is_permutation(numbers: torch.Tensor, matrices: Sequence[PackedMatrix]) -> bool:
+    """Whether these are all rows of one matrix."""
+    return len(matrices) == 1 and torch.equal(
+        numbers.sort().values, torch.arange(matrices[0].rows, dtype=numbers.dtype)
     )
 
 

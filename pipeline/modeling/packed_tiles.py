@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
+from layerstream.stages.memory import HostMemory
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import Activity, StageTimings
 
@@ -48,7 +49,7 @@ class Tiles:
                 memory = self._free.pop()
             else:
                 self._left -= 1
-                memory = torch.empty(self.nbytes, dtype=torch.uint8)
+                memory = HostMemory(self.nbytes).tensor
         self._held.one = True
         try:
             yield memory

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from layerstream.pipeline.machine.probe_unpacking import TILE_BYTES
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
@@ -28,6 +29,8 @@ _FEW, _MANY = (1, 2, 3, 5, 8), (12, 16, 33, 200)
 # A larger matrix is tried with fewer rows: how kernels divide large ones does not depend on how large they are.
 _TRIED_BYTES = 64 << 20
 _TRIED_ROWS = 64
+# Two tiles: calling twice takes longer than using what does not fit a cache of 16 MiB (8 % of a step, an Intel Xeon with AMX).
+_WHOLE_BYTES = 2 * TILE_BYTES
 
 
 class PackedWeight(Streams, WrapperTensor, nn.Parameter):
@@ -112,17 +115,25 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
             self._rows.unpack(self._parts, first, part, scratch=scratch)
 
     def _tile(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
-        """Some rows, unpacked into ``memory``."""
+        """Some rows, unpacked into ``memory``; scattered ones in the order in which they are stored."""
         rows, tiles = self._rows, self._tiles
         assert tiles is not None  # noqa: S101
         nbytes = count * rows.columns * rows.dtype.itemsize
         plain = memory[:nbytes].view(rows.dtype).view(count, rows.columns)
         with tiles.unpacking(self._packed_bytes(count)):
-            scratch = None
-            if rows.order is not None:
-                scratch = memory[nbytes : 2 * nbytes].view(rows.dtype).view(count, rows.columns)
-            rows.unpack(self._parts, first, plain, scratch=scratch)
+            rows.unpack_stored(self._parts, first, plain)
         return plain
+
+    def _whole(self, memory: torch.Tensor) -> torch.Tensor:
+        """All rows, in order, unpacked into ``memory``, which has room for scattered ones twice."""
+        rows, tiles = self._rows, self._tiles
+        if rows.order is None:
+            return self._tile(0, rows.rows, memory)
+        assert tiles is not None  # noqa: S101
+        both = memory[: 2 * rows.nbytes].view(rows.dtype).view(2, rows.rows, rows.columns)
+        with tiles.unpacking(self._packed_bytes(rows.rows)):
+            rows.unpack(self._parts, 0, both[0], scratch=both[1])
+        return both[0]
 
     def _unpacked_once(self) -> torch.Tensor | None:
         """The whole weight, if several passes share it and there is memory."""
@@ -134,7 +145,7 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
             plain = memory.view(rows.dtype).view(form)
             if rows.order is not None:
                 with tiles.tile() as tile, tiles.unpacking(self._packed_bytes(rows.rows)):
-                    scratch = tile[: tile_bytes(rows) // 2].view(rows.dtype)
+                    scratch = tile[: tile_bytes(rows)].view(rows.dtype)
                     self._unpack_all(plain, scratch.view(-1, rows.columns))
                 return
             with tiles.unpacking(self._packed_bytes(rows.rows)):
@@ -169,55 +180,78 @@ def _linear(
         return nn.functional.linear(inputs, plain, bias)
     is_exact = rows.exact_tokens is None or inputs.numel() <= rows.exact_tokens * rows.columns
     # Fused kernels promise no bits.
-    step = rows.tile_rows if is_exact or weight._fused_tokens else rows.rows  # noqa: SLF001
-    if step == rows.rows:
-        with tiles.tile() as memory:
-            return nn.functional.linear(inputs, weight._tile(0, step, memory), bias)  # noqa: SLF001
-    result = inputs.new_empty((*inputs.shape[:-1], rows.rows))
+    by_tiles = is_exact or weight._fused_tokens  # noqa: SLF001
+    # Where prompts need all of a matrix anyway, there is memory for it.
+    is_small = rows.nbytes <= min(_WHOLE_BYTES, tiles.nbytes) and rows.order is None
     with tiles.tile() as memory:
-        for first in range(0, rows.rows, step):
-            end = min(first + step, rows.rows)
-            plain = weight._tile(first, end - first, memory)  # noqa: SLF001
-            part = nn.functional.linear(inputs, plain, None if bias is None else bias[first:end])
+        if by_tiles and not is_small:
+            return _by_tiles(inputs, weight, bias, memory)
+        return nn.functional.linear(inputs, weight._whole(memory), bias)  # noqa: SLF001
+
+
+def _by_tiles(
+    inputs: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, memory: torch.Tensor
+) -> torch.Tensor:
+    """The product tile by tile. Scattered rows are multiplied as they are stored, and the results put in order."""
+    rows, places = weight._rows, None  # noqa: SLF001
+    if rows.order is not None:
+        places = rows.order.argsort()
+        bias = None if bias is None else bias[places]
+    result = inputs.new_empty((*inputs.shape[:-1], rows.rows))
+    for first in range(0, rows.rows, rows.tile_rows):
+        end = min(first + rows.tile_rows, rows.rows)
+        plain = weight._tile(first, end - first, memory)  # noqa: SLF001
+        part = nn.functional.linear(inputs, plain, None if bias is None else bias[first:end])
+        if places is None:
             result[..., first:end] = part
+        else:
+            result.index_copy_(-1, places[first:end], part)
     return result
 
 
 def tile_bytes(rows: PackedRows) -> int:
-    """What a tile of ``rows`` takes: scattered ones need as much again to put them in order."""
-    return matrix_tile_bytes(rows.rows, rows.nbytes) * (1 if rows.order is None else 2)
+    """What a tile of ``rows`` takes."""
+    return matrix_tile_bytes(rows.rows, rows.nbytes)
 
 
 def exact_tile_bytes(rows: PackedRows) -> int:
-    """The same where bits have to be equal for any number of tokens."""
+    """The same where bits have to be equal for any number of tokens; scattered rows need as much again to put them in order."""
     if rows.exact_tokens is None:
         return tile_bytes(rows)
     return rows.nbytes * (1 if rows.order is None else 2)
 
 
-def exact_tokens(rows: int, columns: int, dtype: torch.dtype) -> int | None:
-    """Up to how many tokens products by tiles have the bits of the whole product here, for a matrix of this form; None: always.
+def exact_tokens(rows: PackedRows) -> int | None:
+    """Up to how many tokens products by tiles have the bits of the whole product here; None: always.
 
     Tried are a few numbers of tokens. Terms cancel one another, so that results consist of what rounding has left over: sums in
     another order differ in nearly every element, where those of random numbers do so in one of many thousands.
     """
-    return _tried(rows, columns, dtype, torch.get_num_threads())
+    is_scattered = rows.order is not None
+    return _tried(rows.rows, rows.columns, rows.dtype, is_scattered, torch.get_num_threads())
 
 
 @functools.cache
-def _tried(rows: int, columns: int, dtype: torch.dtype, _threads: int) -> int | None:
-    """What ``exact_tokens`` says; kernels divide rows among threads."""
+def _tried(
+    rows: int, columns: int, dtype: torch.dtype, is_scattered: bool, _threads: int
+) -> int | None:
+    """What ``exact_tokens`` says; kernels divide rows among threads. Scattered rows are multiplied in another order."""
     step = tile_rows(rows, columns, dtype.itemsize)
-    if step == rows:
+    if step == rows and not is_scattered:
         return None
     height = min(rows, max(2 * step + rows % step, _TRIED_BYTES // columns // dtype.itemsize))
     height -= (height - rows) % step  # the last tile is as ragged as that of the whole matrix
     weight, inputs = _cancelling(height, columns, dtype)
+    order = torch.arange(height)
+    if is_scattered:
+        order = torch.randperm(height, generator=torch.Generator().manual_seed(0))
+    stored = weight[order]
 
     def is_exact(count: int) -> bool:
         some = inputs[:, :count]
-        tiles = [nn.functional.linear(some, part) for part in torch.split(weight, step)]
-        return torch.equal(nn.functional.linear(some, weight), torch.cat(tiles, dim=-1))
+        tiles = [nn.functional.linear(some, part) for part in torch.split(stored, step)]
+        whole = nn.functional.linear(some, weight)
+        return torch.equal(whole[..., order], torch.cat(tiles, dim=-1))
 
     # In this order, since numbers that are likely to differ end the trial.
     if all(map(is_exact, reversed(_FEW + _MANY))):
