@@ -86,7 +86,10 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         )
     )
     hardware = options.hardware or await Hardware.probe(
-        checkpoint, device=options.pretrained.device, measure=options.measure
+        checkpoint,
+        device=options.pretrained.device,
+        dtype=str(traced.module.dtype).removeprefix("torch."),
+        measure=options.measure,
     )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
     held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))

@@ -121,6 +121,7 @@ class Hardware:
         checkpoint: Checkpoint,
         device: str = "auto",
         *,
+        dtype: str | None = None,
         fresh: bool = False,
         measure: bool = True,
         cache_folder: Path | None = None,
@@ -130,6 +131,7 @@ class Hardware:
         Args:
             checkpoint: The files that will be read.
             device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: torch's name of what is computed in; by default what most weights are, or are unpacked to.
             fresh: Measure again, even rates that are cached.
             measure: If False, nothing is measured; rates that are not cached are None.
             cache_folder: Where measurements are cached; by default in the user's cache folder.
@@ -142,7 +144,12 @@ class Hardware:
             # oneDNN reads its settings only before the first product, which the measurements make.
             limit_library_memory()
         rates = await probe_rates(
-            checkpoint, opened, fresh=fresh, measure=measure, cache=MeasurementCache(cache_folder)
+            checkpoint,
+            opened,
+            dtype=dtype,
+            fresh=fresh,
+            measure=measure,
+            cache=MeasurementCache(cache_folder),
         )
         if measure and opened.reads_host_images:
             await finish_in_thread(LibraryMemory().release)

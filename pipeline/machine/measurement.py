@@ -82,6 +82,8 @@ class Rate:
 
     median: float
     least: float
+    high: float
+    """Of ten samples, nine are no greater."""
     most: float
     samples: int
 
@@ -91,6 +93,7 @@ class Rate:
         return cls(
             median=statistics.median(samples),
             least=min(samples),
+            high=sorted(samples)[len(samples) * 9 // 10],
             most=max(samples),
             samples=len(samples),
         )

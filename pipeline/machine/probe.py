@@ -46,6 +46,7 @@ from layerstream.pipeline.machine.volumes import files_by_volume
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.threads import finish_in_thread
+from layerstream.stages.unpack.compiling import kernels_digest
 
 __all__ = ["ProbedRates", "probe_rates"]
 
@@ -94,6 +95,7 @@ async def probe_rates(
     checkpoint: Checkpoint,
     device: Device,
     *,
+    dtype: str | None,
     fresh: bool,
     measure: bool,
     cache: MeasurementCache,
@@ -106,11 +108,12 @@ async def probe_rates(
     Args:
         checkpoint: The files that will be read.
         device: Where computation will run.
+        dtype: What is computed in; by default what most weights are, or are unpacked to.
         fresh: Measure again, even rates that are cached.
         measure: If False, nothing is measured.
         cache: The results of earlier measurements.
     """
-    probes = await finish_in_thread(lambda: _probes(checkpoint, device))
+    probes = await finish_in_thread(lambda: _probes(checkpoint, device, dtype))
     measure = measure and checkpoint.total_bytes >= MIN_BYTES
     found = []
     # One after another: concurrent measurements would disturb each other.
@@ -129,7 +132,7 @@ async def probe_rates(
     )
 
 
-def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
+def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_Probe]:
     machine_key = machine_identity()
     device_key = {
         **machine_key,
@@ -138,7 +141,7 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
         # The setting of the calling thread, which is that of all threads unless they change it.
         "threads": str(torch.get_num_threads()),
     }
-    dtype, shapes = main_dtype(checkpoint), block_shapes(checkpoint)
+    dtype, shapes = dtype or main_dtype(checkpoint), block_shapes(checkpoint)
     sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
     # A GPU unpacks by tensor operations, whose rate is assumed.
     encodings = encodings_of(checkpoint) if device.reads_host_images else ()
@@ -169,6 +172,7 @@ def _probes(checkpoint: Checkpoint, device: Device) -> list[_Probe]:
                     "of": f"{UNPACKING}{encoding}",
                     "dtype": dtype,
                     "tile": str(TILE_BYTES),
+                    "kernels": kernels_digest(),
                 },
                 names=rate_names(encoding),
                 affected_by_contention=True,

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PER_BYTE = "_per_byte"  # the suffix of the names of costs, which may be zero
 
-_VERSION = 1  # of the file format, and of the way of measuring
+_VERSION = 2  # of the file format, and of the way of measuring
 # Machines are rebuilt, disks are swapped and fill up, the load of a shared virtual disk changes: a week later at most,
 # rates are measured again. For faster changes there is ``fresh``.
 _MAX_AGE_SECONDS = 7 * 24 * 3600.0
@@ -160,15 +160,16 @@ def _parse_document(
 
 
 def _parse_rate(name: str, entry: Any) -> Rate:
-    if not isinstance(entry, dict) or entry.keys() != {"median", "least", "most", "samples"}:
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Rate)}:
         raise ValueError("a rate is malformed")
     rate = Rate(
         median=_parse_number(entry["median"]),
         least=_parse_number(entry["least"]),
+        high=_parse_number(entry["high"]),
         most=_parse_number(entry["most"]),
         samples=int(_parse_number(entry["samples"])),
     )
-    possible = 0 <= rate.least <= rate.median <= rate.most and rate.samples >= 1
+    possible = 0 <= rate.least <= rate.median <= rate.high <= rate.most and rate.samples >= 1
     if not possible or (rate.least == 0 and not name.endswith(PER_BYTE)):
         raise ValueError(
             f"a rate of {rate.median:g} between {rate.least:g} and {rate.most:g} is impossible"

@@ -26,7 +26,7 @@ _MAX_SECONDS = 0.8
 # A sample is a run of consecutive products, so long that waiting for the device is negligible.
 _SAMPLE_SECONDS = 0.004
 _MIN_SAMPLES = 3
-_MIN_BYTES, _MAX_BYTES = 64 << 20, 256 << 20
+_MIN_BYTES, _MAX_BYTES = 64 << 20, 512 << 20
 _MATRIX_DIMENSIONS = 2
 _MAX_MATRICES = 64
 _UNPACKED_BYTES = 2

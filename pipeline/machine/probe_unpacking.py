@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
+from layerstream.stages.memory import HostMemory
+from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.unpack.compiling import suggest_cache_folder
 from layerstream.stages.unpack.packing import Packing
 from layerstream.stages.unpack.samples import COLUMNS, sample
@@ -18,10 +21,12 @@ __all__ = ["FUSED_TOKENS", "TILE_BYTES", "encodings_of", "measure_unpacking", "r
 
 TILE_BYTES = 16 << 20
 """What is unpacked at once."""
-# More than most processor caches hold.
-_PACKED_BYTES = 64 << 20
+# More than most processor caches hold, in memory as residents have it: otherwise kernels are up to twice as fast as in a model, or slower.
+_PACKED_BYTES = 256 << 20
+_SHARE_OF_FREE = 8
 _SECONDS = 0.15
-_MIN_SAMPLES = 3
+# Each of a tile, about a millisecond, so that on a busy machine some are not disturbed.
+_MIN_SAMPLES = 12
 FUSED_TOKENS = (1, 4)
 """How many inputs weights are multiplied with without being unpacked, when that is measured."""
 # Rows of a block of scales.
@@ -47,11 +52,7 @@ def measure_unpacking(encodings: Sequence[str], *, dtype: str) -> dict[str, Rate
         probed = sample(encoding, rows=1)
         if probed is None:
             continue
-        row_bytes = sum(part.nbytes for part in probed[1])
-        rows = max(1, _PACKED_BYTES // row_bytes // _BANDS) * _BANDS
-        made = sample(encoding, rows=rows)
-        assert made is not None  # noqa: S101
-        matrix = _Matrix(*made, rows=rows)
+        matrix = _matrix(encoding, sum(part.nbytes for part in probed[1]))
         unpacked, *multiplied = rate_names(encoding)
         found[unpacked] = _unpacking_rate(matrix, dtype)
         for name, tokens in zip(multiplied, FUSED_TOKENS, strict=True):
@@ -64,33 +65,61 @@ class _Matrix(NamedTuple):
     parts: list[torch.Tensor]
     rows: int
 
+    @property
+    def row_bytes(self) -> float:
+        return sum(part.nbytes for part in self.parts) / self.rows
+
+
+def _matrix(encoding: str, row_bytes: int) -> _Matrix:
+    nbytes = min(_PACKED_BYTES, host_available_bytes() // _SHARE_OF_FREE)
+    rows = max(1, nbytes // row_bytes // _BANDS) * _BANDS
+    made = sample(encoding, rows=_BANDS)
+    assert made is not None  # noqa: S101
+    packing, parts = made
+    return _Matrix(packing, [_repeated(part, rows // _BANDS) for part in parts], rows)
+
+
+def _repeated(part: torch.Tensor, times: int) -> torch.Tensor:
+    """As many rows of the same numbers, on huge pages."""
+    shape = (times * part.shape[0], *part.shape[1:])
+    memory = HostMemory(times * part.nbytes).tensor
+    whole = memory.view(times, part.nbytes)
+    whole.copy_(part.reshape(-1).view(torch.uint8).expand(times, -1))
+    return memory.view(part.dtype).view(shape)
+
 
 def _unpacking_rate(matrix: _Matrix, dtype: str) -> Rate:
     """Tile by tile, as computation does it."""
     item: torch.dtype = getattr(torch, dtype)
-    height = max(1, TILE_BYTES // COLUMNS // item.itemsize)
-    tile = torch.zeros(height, COLUMNS, dtype=item)
-
-    def work() -> None:
-        for first in range(0, matrix.rows, height):
-            matrix.packing.unpack(matrix.parts, first, tile[: matrix.rows - first])
-
-    return _rate(matrix, work)
+    height = _tile_rows(matrix, item)
+    tile = HostMemory(height * COLUMNS * item.itemsize).tensor.view(item).view(height, COLUMNS)
+    return _rate(matrix, height, lambda first: matrix.packing.unpack(matrix.parts, first, tile))
 
 
 def _product_rate(matrix: _Matrix, tokens: int) -> Rate:
+    height = _tile_rows(matrix, torch.bfloat16)
     inputs = torch.full((tokens, COLUMNS), 0.01)
-    result = torch.zeros(tokens, matrix.rows)
-    return _rate(matrix, lambda: matrix.packing.multiply(matrix.parts, 0, inputs, result))
+    result = torch.zeros(tokens, height)
+    return _rate(
+        matrix,
+        height,
+        lambda first: matrix.packing.multiply(matrix.parts, first, inputs, result),
+    )
 
 
-def _rate(matrix: _Matrix, work: Callable[[], object]) -> Rate:
-    work()  # compiles
+def _tile_rows(matrix: _Matrix, dtype: torch.dtype) -> int:
+    return min(matrix.rows, max(1, TILE_BYTES // COLUMNS // dtype.itemsize))
+
+
+def _rate(matrix: _Matrix, height: int, work: Callable[[int], object]) -> Rate:
+    """Measure ``work``, which takes the first of ``height`` rows."""
+    starts = cycle(range(0, matrix.rows - height + 1, height))
+    work(0)  # compiles
     samples: list[float] = []
-    nbytes = sum(part.nbytes for part in matrix.parts)
     deadline = time.perf_counter() + _SECONDS
     while len(samples) < _MIN_SAMPLES or time.perf_counter() < deadline:
+        first = next(starts)
         began = time.perf_counter()
-        work()
-        samples.append(nbytes / (time.perf_counter() - began))
+        work(first)
+        samples.append(matrix.row_bytes * height / (time.perf_counter() - began))
     return Rate.from_samples(samples)

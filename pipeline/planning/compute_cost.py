@@ -34,7 +34,8 @@ class ComputeCost:
 
     The time of a linear layer is its bytes divided by the rate measured for the pass's number of tokens. A mixture of
     experts computes with those that tokens are routed to: of E experts, k for each token, a share of
-    ``1 - (1 - k/E)^tokens`` is read if routing is even. Packed weights are unpacked in every pass, at a rate of their encoding. Attention of ``q`` new tokens over a context of ``c`` takes
+    ``1 - (1 - k/E)^tokens`` is read if routing is even. Packed weights are unpacked in every pass, at a rate of their encoding,
+    and each takes Python a constant time. Attention of ``q`` new tokens over a context of ``c`` takes
     ``4 q c`` times the width of the heads in operations, at one rate for prompts and another for a single token. A step
     copies the KV cache to append to it. Operations per element take a share of the time of multiplications. Running a
     block's Python and launching its kernels takes a constant time, during which a GPU computes. The head computes the
@@ -99,7 +100,7 @@ class ComputeCost:
     def _dense_seconds(self, weights: LayerWeights, tokens: int) -> float:
         """Of the matrices that every token is multiplied with."""
         plain = weights.dense_bytes
-        seconds = 0.0
+        seconds = weights.packed_matrices * self._rates.packed_matrix_seconds
         for encoding, packed_bytes in weights.packed.items():
             multiplied = self._rates.multiplied_per_second(encoding, tokens)
             if tokens <= self._fused_tokens and multiplied is not None:

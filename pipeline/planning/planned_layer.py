@@ -86,6 +86,7 @@ class PlannedLayer:
             else:
                 found.dense_bytes += tensor.packed.plain_bytes
                 found.packed[tensor.packed.encoding] += tensor.nbytes
+                found.packed_matrices += tensor.packed.plain_bytes > 0
                 found.unpacked[tensor.packed.encoding] += tensor.packed.plain_bytes
         for source in self.experts:
             for part in source.tensors:
@@ -105,6 +106,8 @@ class LayerWeights:
     """Packed bytes of what is not an expert, by encoding."""
     unpacked: Counter[str] = field(default_factory=Counter)
     """The same unpacked."""
+    packed_matrices: int = 0
+    """How many those are."""
     packed_experts: Counter[str] = field(default_factory=Counter)
     """Packed bytes of all experts, by encoding."""
 

@@ -25,6 +25,7 @@ __all__ = [
     "Kernel",
     "compile_seconds",
     "compiled",
+    "kernels_digest",
     "set_cache_folder",
     "suggest_cache_folder",
     "why_not_compiled",
@@ -170,10 +171,7 @@ def _usable(folder: Path | None) -> Path | None:
     if folder is None:
         return None
     # numba looks only at the file of the function itself, not at what the function is made of.
-    digest = hashlib.sha256(b"openmp" if _has_openmp() else b"")
-    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
-        digest.update(path.read_bytes())
-    own = folder / f"kernels-{digest.hexdigest()[:16]}"
+    own = folder / f"kernels-{kernels_digest()}"
     try:
         own.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,6 +181,15 @@ def _usable(folder: Path | None) -> Path | None:
         logger.info("%s: compiled kernels are not kept, since the folder is not writable", own)
         return None
     return own
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Return what tells this state of the kernels from others."""
+    digest = hashlib.sha256(b"openmp" if _has_openmp() else b"")
+    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

@@ -249,9 +249,28 @@ def test_a_probe_that_is_cancelled_finishes_its_measurement_and_leaves_nothing_b
     assert len(done) == 1
 
 
+def test_rates_of_computing_are_those_of_the_dtype_that_is_computed_in(probe, monkeypatch):
+    """Not those of the dtype that weights are stored in: GGUF's blocks may be unpacked to any."""
+    asked = []
+
+    def measured(*_, dtype, **__):
+        asked.append(dtype)
+        return {}
+
+    for name in ("measure_blocks", "measure_compute"):
+        monkeypatch.setattr(probe_module, name, measured)
+    probe(dtype="float16")
+    probe()
+    assert asked == ["float16"] * 2 + ["bfloat16"] * 2
+
+
 def test_samples_that_lie_far_apart_are_used_but_not_cached(probe, monkeypatch, tmp_path):
     def disturbed(*_):
-        return {"host_copy_bytes_per_second": Rate(median=1e9, least=1e8, most=2.5e9, samples=5)}
+        return {
+            "host_copy_bytes_per_second": Rate(
+                median=1e9, least=1e8, high=2.5e9, most=2.5e9, samples=5
+            )
+        }
 
     monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 2.0)
     monkeypatch.setattr(probe_module, "measure_copies", disturbed)
@@ -268,7 +287,7 @@ def test_onednn_is_limited_to_a_small_cache_before_its_first_use(probe, monkeypa
 
     def compute(*_, **__):
         capacities.append(os.environ.get(name))
-        return {"1": Rate(median=1e9, least=1e9, most=1e9, samples=5)}
+        return {"1": Rate(median=1e9, least=1e9, high=1e9, most=1e9, samples=5)}
 
     monkeypatch.setattr(probe_module, "measure_compute", compute)
     probe()
@@ -283,12 +302,15 @@ def test_a_measurement_next_to_busy_processes_is_marked_and_soon_expires(
             self.processors = 64 * os.cpu_count()
 
     def copies(*_):
-        return {"host_copy_bytes_per_second": Rate(median=1e9, least=1e8, most=2e9, samples=5)}
+        rate = Rate(median=1e9, least=1e8, high=2e9, most=3e9, samples=50)
+        return {"host_copy_bytes_per_second": rate}
 
     def disk(*_):
         return {
-            "disk_bytes_per_second": Rate(median=1e9, least=1e8, most=2e9, samples=5),
-            "direct_read_cpu_seconds_per_byte": Rate(median=3.0, least=2.0, most=4.0, samples=5),
+            "disk_bytes_per_second": Rate(median=1e9, least=1e8, high=2e9, most=2e9, samples=5),
+            "direct_read_cpu_seconds_per_byte": Rate(
+                median=3.0, least=2.0, high=4.0, most=4.0, samples=5
+            ),
         }
 
     monkeypatch.setattr(probe_module, "Contention", Busy)
@@ -296,7 +318,7 @@ def test_a_measurement_next_to_busy_processes_is_marked_and_soon_expires(
     monkeypatch.setattr(probe_module, "_DISK_READERS", (("direct", tuple(disk()), disk),))
     hardware = probe()
     assert hardware.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
-    assert hardware.host_copy_bytes_per_second == 2e9, "the best sample"
+    assert hardware.host_copy_bytes_per_second == 2e9, "a good sample, not the best"
     assert hardware.figures["disk_bytes_per_second"].origin is Origin.MEASURED
     assert hardware.disk_bytes_per_second == 1e9, "the median"
     reloaded = probe(measure=False)

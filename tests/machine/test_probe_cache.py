@@ -19,8 +19,10 @@ from layerstream.pipeline.machine.probe_cache import (
 DISK = {**machine_identity(), "of": "disk-direct", "volume": "ext4 /dev/vda on /"}
 NAMES = ["disk_bytes_per_second", "direct_read_cpu_seconds_per_byte"]
 RATES = {
-    "disk_bytes_per_second": Rate(median=2e9, least=1e9, most=3e9, samples=7),
-    "direct_read_cpu_seconds_per_byte": Rate(median=0.0, least=0.0, most=1e-11, samples=7),
+    "disk_bytes_per_second": Rate(median=2e9, least=1e9, high=3e9, most=3e9, samples=7),
+    "direct_read_cpu_seconds_per_byte": Rate(
+        median=0.0, least=0.0, high=1e-11, most=1e-11, samples=7
+    ),
 }
 
 

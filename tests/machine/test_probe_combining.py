@@ -10,7 +10,7 @@ from layerstream.pipeline.machine.probe_cache import MeasuredRates
 
 def measured_volume(share, origin, *, disk, cpu, age=0.0):
     rates = {
-        name: Rate(median=value, least=value, most=value, samples=4)
+        name: Rate(median=value, least=value, high=value, most=value, samples=4)
         for name, value in (
             ("disk_bytes_per_second", disk),
             ("direct_read_cpu_seconds_per_byte", cpu),
@@ -43,7 +43,9 @@ def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
     monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 2.0)
 
     def compute(*medians):
-        rates = [Rate(median=value, least=value, most=value, samples=5) for value in medians]
+        rates = [
+            Rate(median=value, least=value, high=value, most=value, samples=5) for value in medians
+        ]
         return dict(zip(("1", "4", "16"), rates, strict=True))
 
     assert probe_module._was_disturbed(compute(2e9, 27e9, 20e9))

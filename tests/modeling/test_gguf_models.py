@@ -13,7 +13,7 @@ from support.ggufs import BLOCK_TYPES, random_blocks, write_gguf
 from support.loop import run
 from support.streaming import bits_equal
 
-from layerstream.pipeline import Checkpoint, ModelError, StreamedModel
+from layerstream.pipeline import Checkpoint, Hardware, ModelError, StreamedModel
 from layerstream.pipeline.modeling import gguf_reading
 from layerstream.pipeline.modeling.replacing import for_this_thread
 from layerstream.pipeline.modeling.tracing import config_of, resolve_model_class, trace_model
@@ -37,6 +37,21 @@ def reference(path, architecture="llama", dtype="auto"):
 def expected_logits(path, architecture, dtype="auto"):
     with torch.no_grad():
         return reference(path, architecture, dtype)(**inputs(architecture)).logits
+
+
+def test_a_model_is_planned_with_rates_of_the_dtype_that_it_is_opened_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked, probe = tmp_path / "model.gguf", [], Hardware.probe
+    save_gguf_model(path, "llama")
+
+    async def recorded(*arguments, dtype, **options):
+        asked.append(dtype)
+        return await probe(*arguments, dtype=dtype, **options)
+
+    monkeypatch.setattr(Hardware, "probe", recorded)
+    run(logits(path, "llama", torch.bfloat16))
+    assert asked == ["bfloat16"]
 
 
 async def logits(path, architecture, dtype="auto"):

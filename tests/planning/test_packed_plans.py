@@ -63,6 +63,21 @@ def test_unpacking_takes_its_time_in_every_pass(checkpoint: Checkpoint) -> None:
     assert seconds == pytest.approx((checkpoint.total_bytes / 1e8,) * 2, rel=0.01)
 
 
+def test_the_python_of_a_packed_matrix_takes_its_time(checkpoint: Checkpoint) -> None:
+    seconds = []
+    for rate in (1e3, 1e12):
+        hardware = dataclasses.replace(CPU, blocks_per_second=rate)
+        plan = make_plan(
+            checkpoint,
+            hardware,
+            budget=Budget(host="64MiB"),
+            workload=Workload(prompt_tokens=8, new_tokens=8),
+        )
+        seconds.append(plan.prediction.decode.compute_seconds)
+    # A block of transformers takes twice as long as a plain one, and its one matrix 0.17 of a plain block.
+    assert seconds[0] - seconds[1] == pytest.approx(LAYERS * 2.17e-3)
+
+
 def test_an_unknown_rate_is_assumed_and_said_to_be(checkpoint: Checkpoint) -> None:
     given = {each.name: each for each in plan_at(checkpoint, 1e9).inputs}["unpacking fp8"]
     assert (given.value, given.origin) == (1e9, Origin.GIVEN)
