@@ -131,7 +131,8 @@ async def _choose(
     prompt_tokens, new_tokens = await asyncio.to_thread(
         file.largest, tokenizer, context=context_in(checkpoint.config or {})
     )
-    hardware = await Hardware.probe(checkpoint, device=args.device)
+    dtype = None if args.dtype == "auto" else args.dtype
+    hardware = await Hardware.probe(checkpoint, device=args.device, dtype=dtype)
 
     def workload(size: int) -> Workload:
         return Workload(batch_size=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
