@@ -67,9 +67,7 @@ class Opening:
 async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGuard) -> Opening:
     """Find the model, trace it, and plan it; ``resources`` stops what runs in the background."""
     initial_bytes = anonymous_bytes()
-    on_cpu = await finish_in_thread(
-        options.on_cpu
-    )  # opening a GPU for the first time takes seconds
+    on_cpu = await finish_in_thread(options.on_cpu)  # of a GPU, seconds for the first time
     mapped_from_bytes = limit_library_memory() if on_cpu else None  # before threads have heaps
     budget = as_budget(options.budget, on_cpu=on_cpu) or Budget()
     choices = replace(options.choices, budget=budget)
@@ -106,13 +104,14 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         loaded_code_bytes=held_bytes,
         adapters=assembly.adapters.size,
     )
-    plan = await finish_in_thread(lambda: make_model_plan(hardware, choices))
-    _report(checkpoint, traced, hardware, options)
-    if assembly.memory is not None and assembly.memory.sizes_are_computed:
-        logger.warning(
-            "%s: how much memory a request takes depends on what the model computes; it may exceed the budget",
-            checkpoint.path,
-        )
+    loaded_bytes = 0 if options.hardware else held_bytes  # given ones were looked up before
+    first_plan = functools.partial(
+        make_model_plan,
+        loaded_code_bytes=loaded_bytes,
+        code_to_load_bytes=held_bytes - loaded_bytes,
+    )
+    plan = await finish_in_thread(lambda: first_plan(hardware, choices))
+    _report(checkpoint, traced, assembly, hardware, options)
     return Opening(
         checkpoint=checkpoint,
         module=traced.module,
@@ -137,9 +136,18 @@ def _find(options: Options) -> Sources:
 
 
 def _report(
-    checkpoint: Checkpoint, traced: TracedModel, hardware: Hardware, options: Options
+    checkpoint: Checkpoint,
+    traced: TracedModel,
+    assembly: Assembly,
+    hardware: Hardware,
+    options: Options,
 ) -> None:
     """Log what users may not expect."""
+    if assembly.memory is not None and assembly.memory.sizes_are_computed:
+        logger.warning(
+            "%s: how much memory a request takes depends on what the model computes; it may exceed the budget",
+            checkpoint.path,
+        )
     space = hardware.address_space_bytes
     if options.choices.reader is None and space is not None and space < checkpoint.total_bytes:
         logger.warning(

@@ -29,6 +29,7 @@ from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
+from layerstream.stages.errors import LayerstreamError
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.interruptible import InterruptibleReads
 from layerstream.stages.threads import finish_in_thread, weakly
@@ -55,7 +56,12 @@ class Runtime:
         async def adopt() -> None:
             if _arenas(self.stream.pipeline.plan) != _arenas(plan):
                 # There are no slots, or others than the new plan has.
-                await self.stream.reopen(plan)
+                try:
+                    await self.stream.reopen(plan)
+                except LayerstreamError:
+                    await self.stream.reopen()  # the old plan stays
+                    self.scheduler.go_on_with(self.stream.pipeline)
+                    raise
                 self.scheduler.go_on_with(self.stream.pipeline)
             else:
                 await self.stream.pipeline.adopt(plan)
@@ -71,10 +77,10 @@ class Runtime:
     ) -> bool:
         """See ``StreamedModel.reopen``. With ``plan``, continue with that one; False if there was nothing to reopen."""
         async with self._reopening:
+            if self.content is not None:  # it may have failed alone
+                self.content.start_again()
             if self.scheduler.failure is None:
                 return False
-            if self.content is not None:
-                self.content.start_again()
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)

@@ -22,7 +22,7 @@ from layerstream.pipeline.checkpoint.source_reader import SourceReader
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.pipeline.streaming.resources import open_reader
 from layerstream.stages.batch import Extent
-from layerstream.stages.errors import CheckpointError, ClosedError, ReadError, copy_of
+from layerstream.stages.errors import CheckpointError, ClosedError, copy_of
 from layerstream.stages.memory import HostMemory, round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.guard import ReadGuard
@@ -38,6 +38,10 @@ _CHUNK_BYTES = 1 << 20
 _LOWEST_PRIORITY = 19
 
 _Read = Callable[[Extent, memoryview], None]
+
+
+class _CorruptError(CheckpointError):
+    """Content is not as recorded, and stays so."""
 
 
 class ContentCheck:
@@ -81,7 +85,7 @@ class ContentCheck:
     @property
     def _is_passing(self) -> bool:
         """Whether it ended by an error of reading: passes find that for themselves."""
-        return isinstance(self._error, ReadError)
+        return not isinstance(self._error, _CorruptError)
 
     def start_again(self) -> None:
         """If it ended by an error of reading, begin anew.
@@ -103,7 +107,10 @@ class ContentCheck:
             ClosedError: It was closed before its end.
         """
         assert self._task is not None  # noqa: S101 - it is started when the model is opened
-        await asyncio.wait([self._task])
+        while (task := self._task) is not None:
+            await asyncio.wait([task])
+            if task is self._task:  # not begun anew meanwhile
+                break
         if self._error is not None:
             raise copy_of(self._error)
         if self._task.cancelled():
@@ -121,7 +128,7 @@ class ContentCheck:
             # Not the error itself, whose frames refer to memory.
             logger.error("%s: the files are not verified: %s", self._checkpoint.path, str(error))
             if not self._is_passing:
-                await self._on_failure(self._error)
+                await self._on_failure(copy_of(self._error))
 
     def _read_all(self) -> None:
         """Check all pieces, in a thread.
@@ -143,7 +150,7 @@ class ContentCheck:
             for file, piece in self._pieces:
                 found = self._hash(read, file, piece, buffer)
                 if found != piece.sha256:
-                    raise CheckpointError(piece.corrupt(self._checkpoint.files[file].path, found))
+                    raise _CorruptError(piece.corrupt(self._checkpoint.files[file].path, found))
                 nbytes += piece.nbytes
         logger.info(
             "%s: the content of all %d files equals the recorded digests (%s in %.1f s)",

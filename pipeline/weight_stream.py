@@ -94,8 +94,13 @@ class WeightStream:
         async with self._changing:
             if not self._closed:
                 await self._close_pipeline()
-                self.pipeline = self._pipeline(plan or self.pipeline.plan)
-                await self.open()
+                before = self.pipeline.plan
+                self.pipeline = self._pipeline(plan or before)
+                try:
+                    await self.open()
+                except BaseException:
+                    self.pipeline.plan = before  # for the next one
+                    raise
             if self._closed:
                 raise ClosedError("the model was closed while it was being reopened")
 

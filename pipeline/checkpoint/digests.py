@@ -6,7 +6,7 @@ an error can name the tensor, and a layer batch be checked without the rest of i
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -105,9 +105,8 @@ def _parse_record(path: Path, text: str) -> dict[str, FileDigests]:
                 f"{path} was written by another version of layerstream: record the digests again."
             )
         return {
-            _inside(name, str(path)): FileDigests(
-                size_bytes=int(file["size_bytes"]),
-                pieces=tuple(_piece(*each) for each in file["pieces"]),
+            _inside(name, str(path)): _whole_file(
+                int(file["size_bytes"]), [_piece(*each) for each in file["pieces"]]
             )
             for name, file in record["files"].items()
         }
@@ -115,6 +114,17 @@ def _parse_record(path: Path, text: str) -> dict[str, FileDigests]:
         raise CheckpointError(
             f"{path} is not what `layerstream verify --record` writes ({error}): record the digests again."
         ) from error
+
+
+def _whole_file(size_bytes: int, pieces: Sequence[FilePiece]) -> FileDigests:
+    end = 0
+    for piece in pieces:
+        if piece.offset != end or piece.nbytes < 0:
+            raise ValueError(f"no digest covers byte {end}")
+        end += piece.nbytes
+    if end != size_bytes:
+        raise ValueError(f"digests cover {end} of {size_bytes} bytes")
+    return FileDigests(size_bytes=size_bytes, pieces=tuple(pieces))
 
 
 def _piece(offset: int, nbytes: int, tensor: str | None, sha256: str) -> FilePiece:

@@ -74,6 +74,8 @@ class MeasurementCache:
                 "%s: taken as not measured, since the cached file cannot be used: %s", path, error
             )
             return None
+        if found is None:
+            return None
         if found.age_seconds > (
             _MAX_CONTENDED_AGE_SECONDS if found.contended else _MAX_AGE_SECONDS
         ):
@@ -136,14 +138,16 @@ def user_cache_folder() -> Path:
 
 def _parse_document(
     document: Any, key: Mapping[str, str], names: Collection[str], *, now: float
-) -> MeasuredRates:
-    """Return the rates in a cache file, after checking that it was written for ``key``.
+) -> MeasuredRates | None:
+    """Return the rates in a cache file, after checking that it was written for ``key``; None if it is of another version.
 
     Raises:
         ValueError: It is for another key, or malformed.
     """
-    if not isinstance(document, dict) or document.get("version") != _VERSION:
-        raise ValueError(f"it is not of version {_VERSION}")
+    if not isinstance(document, dict):
+        raise ValueError("it is no JSON object")  # noqa: TRY004 - as all that it says of files
+    if document.get("version") != _VERSION:
+        return None
     if document.get("key") != dict(key):
         raise ValueError("it is of another machine, volume or device")
     age = now - _parse_number(document.get("measured_at"))

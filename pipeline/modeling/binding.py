@@ -1,5 +1,6 @@
 """Puts parameters and buffers into the module tree while their layer batch is loaded."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.compute import Batch
 from layerstream.stages.devices.protocol import Device, Event
+from layerstream.stages.errors import LayerstreamError
 
 __all__ = ["Binding", "Bound", "put_buffers", "source_name"]
+
+logger = logging.getLogger(__name__)
 
 
 def source_name(tensor: str) -> str:
@@ -49,12 +53,13 @@ class _Target:
             elif name in table:
                 self.edits.found((table, name))
 
-    def keep_changes(self) -> None:
-        """Make a weight that was changed in place, by a hook or behind a pass, resident as it is now."""
+    def changed(self) -> LoadedWeight | None:
+        """The weight if it was changed in place, by a hook or behind a pass."""
         for table, name in self.tables:
             loaded = table.get(name)
             if type(loaded) is LoadedWeight and loaded._version and loaded.layerstream_replace:  # noqa: SLF001 - counts writes
-                loaded.data = loaded.detach().clone()
+                return loaded
+        return None
 
 
 class Binding:
@@ -155,13 +160,24 @@ class Binding:
             weight.layerstream_replace = target.absent.layerstream_replace
         target.put(weight)
 
-    def unbind(self) -> None:
-        """Put placeholders back."""
+    def keep_changes(self) -> None:
+        """Make weights that were changed in place resident, as they are now.
+
+        Raises:
+            PlanError: The budget does not hold them.
+        """
+        for target in self._targets:
+            if (loaded := target.changed()) is not None:
+                loaded.data = loaded.detach().clone()
+
+    def unbind(self) -> list[LoadedWeight]:
+        """Put placeholders back; returns what was changed in place since ``keep_changes``."""
         if self._tiles is not None:
             self._tiles.once.close()
+        changed = [loaded for target in self._targets if (loaded := target.changed()) is not None]
         for target in self._targets:
-            target.keep_changes()
             target.put(target.absent)
+        return changed
 
     def absent_buffers(self) -> dict[WeightPlace, torch.Tensor]:
         """Placeholders for a clone's buffers while the batch is not loaded."""
@@ -233,7 +249,19 @@ class Bound:
             self._device.wait(computed)
             return buffers
 
+    def keep_changes(self) -> None:
+        """See ``Binding``. For the pass that holds the batch, in its thread and before it gives it back."""
+        with self._lock:
+            self._binding.keep_changes()
+
     def unbind(self) -> None:
         """Put placeholders back; call it when no pass holds the batch any more."""
         with self._lock:
-            self._binding.unbind()  # also when binding failed half-way
+            changed = self._binding.unbind()  # also when binding failed half-way
+        for loaded in changed:  # written behind a pass, between its end and this
+            try:
+                loaded.data = loaded.detach().clone()
+                self._device.record().synchronize()
+            except (LayerstreamError, torch.OutOfMemoryError) as error:
+                # Nobody is there to raise it to.
+                logger.warning("a change in place of layer batch %d is lost: %s", self.index, error)

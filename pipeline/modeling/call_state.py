@@ -141,7 +141,7 @@ def _is_same(kept: Any, value: Any) -> bool:
 def _caches_in(result: Any) -> list[Any]:
     """The KV caches and recurrent states in what a call returns."""
     if isinstance(result, Mapping):
-        found = [result.get(name) for name in CACHE_NAMES]
+        found = [result[name] for name in result if name in CACHE_NAMES]
     else:
         each = result if isinstance(result, tuple | list) else [result]
         found = [value for value in each if hasattr(value, "get_seq_length")]

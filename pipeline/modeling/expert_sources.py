@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
-from layerstream.pipeline.modeling.packed_experts import PackedParameter, packed_parameter
+from layerstream.pipeline.modeling.packed_experts import (
+    PackedParameter,
+    are_multiplied_packed,
+    packed_parameter,
+)
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import TracedModel
@@ -90,6 +94,7 @@ def module_experts(
                 experts=experts,
                 per_token=_per_token(module),
                 tensors=tuple(tensors),
+                is_multiplied_packed=are_multiplied_packed(module, parameters, tensors),
             )
             found[path] = ModuleExperts(source=source, packed=tuple(parameters))
     return found

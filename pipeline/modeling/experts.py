@@ -18,7 +18,11 @@ from torch import nn
 from layerstream.pipeline.modeling.edits import refuse_replaced
 from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
-from layerstream.pipeline.modeling.packed_experts import PackedParameter
+from layerstream.pipeline.modeling.packed_experts import (
+    EAGER,
+    PackedParameter,
+    are_multiplied_packed,
+)
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
@@ -28,8 +32,6 @@ from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.experts.usage import ExpertDemand
 
 __all__ = ["expert_store", "stream_experts"]
-
-_EAGER = {None, "eager"}
 
 
 def stream_experts(
@@ -58,8 +60,8 @@ def stream_experts(
         banks: Banks = StoredBanks(experts.tensors)
         if parameters := packed.get(experts.module):
             assert tiles is not None  # noqa: S101
-            fits = all(each.transposed == module.is_transposed for each in parameters)
-            most = fused_tokens if fits else 0
+            fused = are_multiplied_packed(module, parameters, experts.tensors)
+            most = fused_tokens if fused else 0
             banks = PackedBanks(experts.tensors, parameters, tiles, fused_tokens=most)
         vars(module)["layerstream_experts"] = _Access(
             store, index, experts, module=module, waiting=waiting, banks=banks
@@ -189,7 +191,7 @@ class _StreamedExperts(nn.Module):
             return torch.zeros_like(hidden)
         access.store.count(ExpertDemand(access.index, len(index), tuple(experts)))
         name = getattr(self.config, "_experts_implementation", None)
-        if name in _EAGER:
+        if name in EAGER:
             return self._one_by_one(experts, hidden, index, weights)
         if name not in EXACT_IMPLEMENTATIONS:
             raise ModelError(

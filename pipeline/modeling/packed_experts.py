@@ -1,8 +1,8 @@
 """Experts whose parameters are packed: how one is unpacked, and what is read for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,10 +10,13 @@ from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.packed_form import PackedForm
 from layerstream.pipeline.modeling.packed_rows import PackedMatrix, PackedRows, RowPiece
 from layerstream.pipeline.planning.expert_source import ExpertTensor
-from layerstream.stages.batch import Extent
+from layerstream.stages.batch import Extent, TensorView
 from layerstream.stages.unpack.packing import Packing
 
-__all__ = ["PackedParameter", "PackedPiece", "packed_parameter"]
+__all__ = ["EAGER", "PackedParameter", "PackedPiece", "are_multiplied_packed", "packed_parameter"]
+
+EAGER = {None, "eager"}
+"""Implementations that compute with one expert after the other."""
 
 
 class PackedPiece(NamedTuple):
@@ -53,6 +56,22 @@ class PackedParameter:
     def rows(self) -> int:
         """Packed rows of one expert."""
         return self.shape[-1] if self.transposed else torch.Size(self.shape[:-1]).numel()
+
+
+def are_multiplied_packed(
+    module: Any, parameters: Sequence[PackedParameter], tensors: Iterable[ExpertTensor | TensorView]
+) -> bool:
+    """Whether fused kernels can multiply with the experts of ``module``.
+
+    Args:
+        module: Of transformers.
+        parameters: Its packed ones.
+        tensors: All tensors of one expert; the names of packed ones have a colon.
+    """
+    plain = any(":" not in each.name and len(each.shape) > 1 for each in tensors)
+    is_eager = getattr(module.config, "_experts_implementation", None) in EAGER
+    fit = all(each.transposed == module.is_transposed for each in parameters)
+    return bool(parameters) and fit and not plain and not is_eager
 
 
 def packed_parameter(

@@ -48,8 +48,8 @@ class Tiles:
             if self._free:
                 memory = self._free.pop()
             else:
-                self._left -= 1
                 memory = HostMemory(self.nbytes).tensor
+                self._left -= 1
         self._held.one = True
         try:
             yield memory

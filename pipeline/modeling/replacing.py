@@ -28,12 +28,13 @@ def for_this_thread(
         replacement: Called instead.
         lock: Held meanwhile; whoever replaces the same function takes the same one.
     """
-    original = getattr(owner, name)
     thread = threading.get_ident()
+    with lock:
+        original = getattr(owner, name)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        chosen = replacement if threading.get_ident() == thread else original
-        return chosen(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            chosen = replacement if threading.get_ident() == thread else original
+            return chosen(*args, **kwargs)
 
-    with lock, patch.object(owner, name, call):
-        yield original
+        with patch.object(owner, name, call):
+            yield original

@@ -48,6 +48,8 @@ class ExpertSource:
     per_token: int
     """How many experts a token is routed to; 0 if unknown."""
     tensors: tuple[ExpertTensor, ...]
+    is_multiplied_packed: bool = True
+    """Whether fused kernels can multiply with it, if it is packed."""
 
     @cached_property
     def expert_bytes(self) -> int:

@@ -66,7 +66,7 @@ def most_fused_tokens(
     for encoding, packed_bytes in packed.items():
         multiplied = rates.multiplied_per_second(encoding, 1)
         if multiplied is None:
-            return 0
+            continue
         fused += packed_bytes / multiplied
         exact += packed_bytes / rates.unpacked_per_second(encoding)
         exact += unpacked[encoding] / rates.weights_per_second(1)

@@ -1,15 +1,15 @@
-"""Host memory that computing on a CPU takes besides tensors, estimated from a model's shape. Pure."""
+"""Host memory that computing on this machine's CPU takes besides tensors, estimated from a model's shape."""
 
 from dataclasses import dataclass
 
 from layerstream.pipeline.planning.model_shape import Config, shape_of
-from layerstream.stages.process.libraries import KERNELS_KEPT
+from layerstream.stages.process.libraries import KERNELS_KEPT, has_tile_products
 
 __all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "overheads"]
 
 # A kernel that oneDNN has compiled for a shape of bfloat16 matrices: 0.27 to 0.29 MB were measured for matrices of 64 x 256
 # and of 4096 x 14336 alike, but on a processor with AMX 0.4 MB for 64 x 256, 0.9 for 1024 x 4096, 2.5 for 8192 x 2048 and
-# 4.5 for 4096 x 4096. A plan is for either.
+# 4.5 for 4096 x 4096.
 KERNEL_BYTES, _KERNEL_BYTES_PER_COLUMN = 340_000, 1050
 # Scratch that oneDNN keeps for each thread that calls it: 0.2 to 0.9 MB, whatever the number of helper threads.
 _SCRATCH_BYTES = 900_000
@@ -59,8 +59,9 @@ def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1
     tree_bytes = modules * _MODULE_BYTES
     shape = shape_of(config)
     if shape is not None and shape.item_bytes == _HALF_BYTES:
+        per_column = _KERNEL_BYTES_PER_COLUMN if has_tile_products() else 0
         return Overheads(
-            shared_bytes=KERNELS_KEPT * (KERNEL_BYTES + _KERNEL_BYTES_PER_COLUMN * shape.hidden),
+            shared_bytes=KERNELS_KEPT * (KERNEL_BYTES + per_column * shape.hidden),
             per_request_bytes=tree_bytes + _SCRATCH_BYTES,
         )
     if shape is None or shape.item_bytes != _SINGLE_BYTES or rows < _FEWEST_ROWS:

@@ -90,7 +90,7 @@ class PlannedLayer:
                 found.unpacked[tensor.packed.encoding] += tensor.packed.plain_bytes
         for source in self.experts:
             for part in source.tensors:
-                found.add_experts(part.packed, part.nbytes, part.nbytes, count=source.experts)
+                found.add_experts(part.packed, part.nbytes, part.nbytes, source=source)
         return found
 
 
@@ -116,20 +116,26 @@ class LayerWeights:
     """The same unpacked, of those that are read on demand."""
 
     def add_experts(
-        self, form: PackedForm | None, nbytes: int, plain_bytes: int, *, count: int = 0
+        self,
+        form: PackedForm | None,
+        nbytes: int,
+        plain_bytes: int,
+        *,
+        source: ExpertSource | None = None,
     ) -> None:
-        """Count a tensor of all experts, or of each of ``count`` that are read on demand.
+        """Count a tensor of all experts, or of each of those that are read on demand.
 
         Args:
             form: If it is packed.
             nbytes: As it is stored.
             plain_bytes: If it is not packed.
-            count: Of experts that are read on demand.
+            source: The experts that are read on demand.
         """
+        count = 1 if source is None else source.experts
         if form is not None:
             plain_bytes = form.plain_bytes
-            self.packed_experts[form.encoding] += (count or 1) * nbytes
-            self.packed_expert_matrices += (count or 1) * (plain_bytes > 0)
-            if count:
+            self.packed_experts[form.encoding] += count * nbytes
+            self.packed_expert_matrices += count * (plain_bytes > 0)
+            if source is not None and source.is_multiplied_packed:
                 self.unpacked_experts[form.encoding] += count * plain_bytes
-        self.expert_bytes += (count or 1) * plain_bytes
+        self.expert_bytes += count * plain_bytes

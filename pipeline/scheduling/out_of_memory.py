@@ -38,6 +38,10 @@ Raises DeviceError or PlanError if no plan takes less. None: the model is gone.
 """
 
 
+class _NoMemoryError(DeviceError, torch.OutOfMemoryError):
+    """Both ours and torch's: there is code that halves its batches at the latter."""
+
+
 class OutOfMemory:
     """What is done when a device is out of memory.
 
@@ -80,7 +84,7 @@ class OutOfMemory:
         plan = self._plan()
         memory, free = plan.device_memory or plan.host_memory, self._device.free_bytes()
         now = "" if free is None else f", and {format_bytes(free)} are free now"
-        return DeviceError(
+        return _NoMemoryError(
             f"{plan.device} is out of memory ({what}), and {why}; the plan has a budget of "
             f"{format_bytes(memory.budget_bytes)} there, {format_bytes(memory.taken_bytes)} for layers and "
             f"{format_bytes(memory.reserved_bytes)} for its workload{now}: free memory on the device, or open the model "

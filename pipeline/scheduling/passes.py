@@ -187,8 +187,10 @@ class PassRunner:
             PassCancelled: The request was cancelled.
             LayerstreamError: The pipeline failed or was closed.
         """
-        if self._held is not None and self._held.index == index:
-            return
+        if self._held is not None:
+            if self._held.index == index:
+                return
+            self._held.keep_changes()
         released = self._release()
         if self.cancelled:
             self._scheduler.call_on_loop(self._scheduler.batch_released, self, released)
@@ -217,9 +219,8 @@ class PassRunner:
 
         def is_weight(leaf: Any) -> bool:
             return (
-                isinstance(leaf, torch.Tensor)
+                type(leaf) in (torch.Tensor, LoadedWeight)
                 and not leaf.is_meta
-                and type(leaf) in (torch.Tensor, LoadedWeight)
                 and leaf.untyped_storage().data_ptr() in memory
             )
 
@@ -232,11 +233,7 @@ class PassRunner:
         return None if self._held is None else self._undo
 
     def check_cancelled(self) -> None:
-        """Unwind the pass if its request was cancelled.
-
-        Raises:
-            PassCancelled: It was.
-        """
+        """Unwind the pass by ``PassCancelled`` if its request was cancelled."""
         if self.cancelled:
             raise PassCancelled
 
@@ -290,7 +287,11 @@ class PassRunner:
         visited, self._visited = tuple(self._visited), []
         released = None
         try:
-            released = self._release()
+            try:
+                if self._held is not None:
+                    self._held.keep_changes()
+            finally:
+                released = self._release()
         finally:  # also on a device that has failed: other passes must not wait for this one
             self._held = None
             route = visited if outcome == "completed" else None

@@ -157,7 +157,8 @@ class SweepScheduler(PassStates):
                 raise out_of_memory.error(what, "was so with a larger plan")
             await out_of_memory.relieve(what)
         except LayerstreamError as error:
-            self._fail_waiting(error)
+            if self.failure is failure:  # not reopened meanwhile
+                self._fail_waiting(error)
 
     def resume(self, pipeline: Pipeline) -> None:
         """Go on with ``pipeline`` after ``failure``, with the passes that still wait.
@@ -175,9 +176,8 @@ class SweepScheduler(PassStates):
         self._task = asyncio.create_task(self._run(), name="layerstream-scheduler")
 
     def go_on_with(self, pipeline: Pipeline) -> None:
-        """Take the next sweeps from ``pipeline``. To be called between two sweeps."""
+        """Take the next sweeps from ``pipeline``. To be called between two sweeps; passes that wait join the next one."""
         self.pipeline = pipeline
-        # No pass holds a batch; those that wait join the next sweep.
         for state in self._states.values():
             state.route = None
         self._events.clear()

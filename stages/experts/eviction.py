@@ -17,6 +17,8 @@ __all__ = ["HALF_LIFE", "Eviction", "ExpertKey"]
 # In demands of a layer. Of 2 to 64, 4 to 8 missed least on replayed routes of 8 and 24 layers, skewed by 0.25 to 1, of one
 # request and of several in turn, with all numbers of cells but the largest, where few are missed.
 HALF_LIFE = 6
+# A layer's lead over others is forgotten in about so many demands.
+_LEAD_DEMANDS = 32
 
 
 class ExpertKey(NamedTuple):
@@ -31,6 +33,8 @@ class _Layer:
 
     def __init__(self) -> None:
         self.now = 0.0  # in half-lives
+        # The same, with a limit: passes that end midway have demands of some layers only, and what they add has to go.
+        self.lead = 0.0
         self.turn = 0  # the latest, of all layers' turns
         self.scores: dict[ExpertKey, float] = {}
         self.kept: set[ExpertKey] = set()  # in memory, and not only passing through
@@ -57,8 +61,8 @@ class _Layer:
         while self._lowest:
             score, key = self._lowest[0]
             if key in self.kept and score == self.scores.get(key, -math.inf):
-                # Its age, and as long again until the layer's turn comes: later if it has just been.
-                return score - 2 * self.now, -self.turn, key
+                # Its age, and the time until the layer's turn comes: later if it has just been.
+                return score - self.now - self.lead, -self.turn, key
             heapq.heappop(self._lowest)
         return math.inf, 0, ExpertKey(0, 0)
 
@@ -82,6 +86,7 @@ class Eviction:
             layer = self._layers[key.set_index]
             if layer.turn < self._turn:
                 layer.now, layer.turn = layer.now + 1 / HALF_LIFE, self._turn
+                layer.lead += 1 / HALF_LIFE - layer.lead / _LEAD_DEMANDS
             if key in self._passing:
                 del self._passing[key]
                 layer.kept.add(key)

@@ -117,8 +117,8 @@ class UsageCounter:
         new = (self._uses == 1).sum() / max(self._uses.sum(), 1)
         needed = self._needed_cells * (1 - new) / max(self._needed_cells.sum(), 1)
         never = self._uses == 0
-        if never.any():
-            needed[-never.sum() :] += new / never.sum()
+        places = never.sum() or len(needed)
+        needed[-places:] += new / places
         hits = np.concatenate([[0.0], np.cumsum(needed)])
         return tuple(np.round(hits / max(hits[-1], 1e-9), 4).tolist())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["KERNELS_KEPT", "LibraryMemory", "limit_library_memory"]
+__all__ = ["KERNELS_KEPT", "LibraryMemory", "has_tile_products", "limit_library_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,12 @@ _MAPPED_FROM_BYTES = 4 << 20
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 # The share of time that trimming the heap may take: other threads that allocate wait for it.
 _TRIMMING_SHARE = 0.05
+
+
+def has_tile_products() -> bool:
+    """Whether oneDNN multiplies 16-bit matrices by tiles (AMX), for which it compiles larger kernels."""
+    asked: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and asked()
 
 
 def limit_library_memory() -> int | None:

@@ -24,6 +24,7 @@ __all__ = ["ThreadPool"]
 _EXIT_SECONDS = 10.0
 
 _Call = tuple[Future[Any], Callable[[], Any]]
+_Signals = queue.SimpleQueue[bool | None]
 
 
 class ThreadPool:
@@ -77,10 +78,9 @@ class ThreadPool:
         with self._shared.changed:
             if self._shared.closed:
                 raise RuntimeError("the threads were closed")
+            self._shared.calls.append((future, call))
             if self._shared.idle:
-                self._shared.idle.pop().put((future, call))
-            else:
-                self._shared.calls.append((future, call))
+                self._shared.idle.pop().put(True)
         return future
 
     def abandon(self, error: Callable[[], BaseException]) -> bool:
@@ -137,8 +137,8 @@ class _Shared:
     """What a pool and its threads share. The threads do not refer to the pool, so that it may be dropped.
 
     Attributes:
-        calls: What waits for a thread.
-        queues: One for each thread: its next call; None ends it.
+        calls: What waits for a thread; taken in order, by whoever is free or wakes first.
+        queues: One for each thread: True wakes it, None ends it.
         idle: The queues of the threads that wait for a call; the last is that of the thread that began to wait last.
         running: The calls in progress.
         ended: The threads that have ended, or are about to.
@@ -149,26 +149,26 @@ class _Shared:
 
     def __init__(self, count: int) -> None:
         self.calls: deque[_Call] = deque()
-        self.queues: list[queue.SimpleQueue[_Call | None]] = [
-            queue.SimpleQueue() for _ in range(count)
-        ]
-        self.idle: list[queue.SimpleQueue[_Call | None]] = []
+        self.queues: list[_Signals] = [queue.SimpleQueue() for _ in range(count)]
+        self.idle: list[_Signals] = []
         self.running: dict[threading.Thread, Future[Any]] = {}
         self.ended: set[threading.Thread] = set()
         self.left: set[threading.Thread] = set()
         self.closed = False
         self.changed = threading.Condition()
 
-    def next_call(self, own: "queue.SimpleQueue[_Call | None]") -> "_Call | None":
+    def next_call(self, own: _Signals) -> _Call | None:
         """Wait for a call, in the thread that has the queue ``own``; None: the thread is to end."""
-        with self.changed:
-            if self.calls:
-                return self.calls.popleft()
-            self.idle.append(own)
-        return own.get()
+        while True:
+            with self.changed:
+                if self.calls:
+                    return self.calls.popleft()
+                self.idle.append(own)
+            if own.get() is None:
+                return None
 
 
-def _work(shared: _Shared, own: "queue.SimpleQueue[_Call | None]") -> None:
+def _work(shared: _Shared, own: _Signals) -> None:
     """Make calls until the thread is to end."""
     thread = threading.current_thread()
     while (queued := shared.next_call(own)) is not None:

@@ -138,7 +138,7 @@ def test_a_cache_folder_that_cannot_be_written_to_changes_nothing_else(probe, tm
     assert origins(probe(cache_folder=tmp_path / "file" / "folder")) == {Origin.MEASURED}
 
 
-@pytest.mark.parametrize("content", ["", '{"version": 1}', "null"])
+@pytest.mark.parametrize("content", ["", '{"version": 2}', "null"])
 def test_a_corrupt_cache_is_measured_again_and_logged(probe, tmp_path, content, caplog):
     probe()
     for path in (tmp_path / "cache").iterdir():

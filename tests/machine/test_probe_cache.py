@@ -82,7 +82,6 @@ def with_rate(**changes):
     "change",
     [
         pytest.param(lambda _: [], id="no object"),
-        pytest.param(changed(version=0), id="another version"),
         pytest.param(changed(measured_at="yesterday"), id="no time"),
         pytest.param(changed(measured_at=4e9), id="from the future"),
         pytest.param(changed(rates={}), id="no rates"),
@@ -103,6 +102,13 @@ def test_a_file_that_was_changed_is_ignored_and_logged(cache, change, caplog):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert cache.load(DISK, names=NAMES) is None
     assert f"{path}: taken as not measured, since the cached file cannot be used: " in caplog.text
+
+
+def test_a_file_of_another_version_is_nobodys_fault(cache, caplog):
+    path = cache_file(cache)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 0}))
+    assert cache.load(DISK, names=NAMES) is None
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from support.leaks import nothing_left_behind
+from support.loop import run
 from support.models import CACHE, CASES, inputs_for, save_model
 from support.streaming import SMALL
 
-from layerstream.pipeline import Budget, load_streamed, opening
+from layerstream.pipeline import Budget, StreamedModel, load_streamed, opening
 from layerstream.pipeline.modeling import host_kv_cache
 from layerstream.pipeline.modeling.host_kv_cache import check_host_cache, with_host_cache
 from layerstream.stages.errors import PlanError
@@ -188,6 +189,12 @@ def test_no_deprecated_name_of_a_cache_is_used(tmp_path, monkeypatch, case):
     with load_streamed(folder, **options) as model:
         model(ids, use_cache=True)
         model.generate(ids, max_new_tokens=3, do_sample=False)
+
+    async def main() -> None:
+        async with StreamedModel.open(folder, **options) as streamed:
+            await streamed.forward(input_ids=ids, use_cache=True)
+
+    run(main())
     assert not logged
 
 

@@ -18,6 +18,7 @@ from support.traced import trace
 from transformers import CompressedTensorsConfig
 
 from layerstream.pipeline import Budget, ModelError, PlanError, StreamedModel, Workload
+from layerstream.pipeline.modeling import packed_weight
 from layerstream.pipeline.modeling.expert_banks import PackedBanks
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
@@ -162,6 +163,7 @@ def test_weights_larger_than_a_tile_are_multiplied_with_tile_by_tile(
 ) -> None:
     monkeypatch.setattr(tiles, "_TILE_BYTES", 1)
     monkeypatch.setattr(tiles, "_ROW_MULTIPLE", 24)  # the last tile of 32 or 64 rows is smaller
+    monkeypatch.setattr(packed_weight, "_WHOLE_BYTES", 0)
     counts: list[int] = []
     whole = PackedWeight._tile
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.experts import RandomExperts
@@ -13,6 +14,7 @@ from layerstream.pipeline.planning.expert_replay import (
     optimal_hits,
     replay,
 )
+from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.eviction import Eviction, ExpertKey
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, UsageCounter
 
@@ -167,3 +169,28 @@ def test_eight_passes_together_read_what_their_union_needs_once(tmp_path: Path, 
                     experts.fetch(store, layer, each)
         counts = store.counts()
     assert counts.wanted - counts.hits <= 1.05 * union
+
+
+def test_passes_that_end_midway_do_not_cost_their_layers_the_cells() -> None:
+    def hits(midway: int) -> int:
+        """In the first of three layers, while passes go through all of them; ``midway`` passes before ended behind it."""
+        region, found = CellRegion(torch.zeros(24, dtype=torch.uint8), 1, Eviction()), 0
+        first = [each for each in demands(2, passes=midway, skew=1.1) if each.set_index == 0]
+        for number, each in enumerate([*first, *demands(3, passes=200, skew=1.1)]):
+            keys = [ExpertKey(each.set_index, expert) for expert in each.experts]
+            region.demand(keys)
+            cells, new = region.take(keys, passing=False) or ([], [])
+            if number >= len(first) and each.set_index == 0:
+                found += len(cells) - len(new)
+            for cell in [*cells, *new]:
+                region.release(cell)
+        return found
+
+    assert hits(midway=60) > 0.9 * hits(midway=0)
+
+
+def test_if_every_expert_was_used_once_any_may_be_next() -> None:
+    counter = UsageCounter(8)
+    for step in range(4):
+        counter.count(ExpertDemand(0, 1, (2 * step, 2 * step + 1)))
+    assert counter.hit_shares() == pytest.approx([cells / 8 for cells in range(9)])

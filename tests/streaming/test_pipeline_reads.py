@@ -32,9 +32,10 @@ def test_after_a_finished_sweep_the_next_one_is_read_ahead_until_the_slots_are_f
         async with Pipeline(plan, reader=reader) as pipeline:
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
             await asyncio.to_thread(reader.steps.wait_for, BATCHES + 2)  # without another sweep
-            assert reader.log[:BATCHES] == list(range(BATCHES))
+            # Reads that begin at once are logged in any order.
+            assert sorted(reader.log[:BATCHES]) == list(range(BATCHES))
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
-            assert reader.log[: 2 * BATCHES] == [*range(BATCHES), *range(BATCHES)]
+            assert sorted(reader.log[: 2 * BATCHES]) == sorted([*range(BATCHES), *range(BATCHES)])
 
     run(main())
 
@@ -54,7 +55,7 @@ def test_a_pipeline_without_sweeps_reads_until_its_slots_are_full_and_waits(tmp_
             await turns(100)
             assert reader.steps.count == begun <= 4
             assert await visited(pipeline.sweep()) == list(range(BATCHES))
-            assert reader.log[:BATCHES] == list(range(BATCHES))  # nothing was read twice
+            assert sorted(reader.log[:BATCHES]) == list(range(BATCHES))  # nothing was read twice
 
     run(main())
 

@@ -100,7 +100,8 @@ def test_batches_read_ahead_are_not_read_again_when_residents_are_added(checkpoi
             return reader.log
 
     log = run(main())
-    assert log[: 2 * BATCHES] == [*range(BATCHES), *range(BATCHES)]
+    # Two reads that begin at once are logged in any order.
+    assert sorted(log[: 2 * BATCHES]) == sorted([*range(BATCHES), *range(BATCHES)])
 
 
 async def wait_for_reads(reader, requests):

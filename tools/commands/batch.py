@@ -145,6 +145,7 @@ async def _choose(
             workload=workload(size),
             objective="throughput",
             reader=args.reader,
+            kernels=args.kernels,
             throttle_bytes_per_second=args.throttle,
             code_to_load_bytes=code_bytes(len(checkpoint.tensors)),
             adapters=adapter_size(sources),

@@ -10,6 +10,7 @@ stored by ``put_normal``. Half scales give no such numbers: products, sums and d
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 
@@ -49,6 +50,10 @@ def _rounded_bfloats(builder: Any, vectors: Any) -> Any:
     half = builder.sub(same(upper, 0x8000, 16), builder.and_(upper, same(upper, 1, 16)))
     is_more = builder.icmp_unsigned(">", lower, half)
     return builder.add(upper, builder.zext(is_more, kind))
+
+
+# From this version of LLVM on, the instruction's result is of that type.
+_WITH_BFLOAT = (16,)
 
 
 class _Bfloat(ir.Type):
@@ -136,7 +141,11 @@ def _put_both(*, are_normal: bool) -> Any:
             if not isinstance(out, types.BaseTuple) and out.dtype == types.uint16:
                 # The processor that code is made for, in the words of numba's cache.
                 *_, features = context.codegen().magic_tuple()
-                by_instruction = are_normal and "+avx512bf16" in features.split(",")
+                by_instruction = (
+                    are_normal
+                    and "+avx512bf16" in features.split(",")
+                    and llvm_version_info >= _WITH_BFLOAT
+                )
                 stored = (_rounded_by_instruction if by_instruction else _rounded_bfloats)(
                     builder, vectors
                 )
