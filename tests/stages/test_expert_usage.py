@@ -186,7 +186,7 @@ def test_passes_that_end_midway_do_not_cost_their_layers_the_cells() -> None:
                 region.release(cell)
         return found
 
-    assert hits(midway=60) > 0.9 * hits(midway=0)
+    assert hits(midway=60) > 0.8 * hits(midway=0)
 
 
 def test_if_every_expert_was_used_once_any_may_be_next() -> None:
