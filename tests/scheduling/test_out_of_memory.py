@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from dataclasses import replace
 
 import pytest
@@ -47,16 +48,15 @@ class OutOfMemory:
     """Makes an operation raise what torch raises: at its call number ``at``, counted from 0, and so many times."""
 
     def __init__(self, monkeypatch, owner, name, *, at, times=1):
-        self.calls, self.raised = 0, 0
-        works = getattr(owner, name)
+        self.calls = self.raised = 0
+        works, counting = getattr(owner, name), threading.Lock()
 
         def call(*args, **named):
-            self.calls += 1
-            if self.calls > at and self.raised < times:
-                self.raised += 1
-                raise torch.OutOfMemoryError(
-                    "CUDA out of memory. Tried to allocate 2.00 MiB.\nMore"
-                )
+            with counting:
+                self.calls += 1
+                self.raised += (fails := self.calls > at and self.raised < times)
+            if fails:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nM")
             return works(*args, **named)
 
         monkeypatch.setattr(owner, name, call)
