@@ -19,16 +19,19 @@ from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
+from layerstream.pipeline.planning.overheads import kernels_bytes
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 from layerstream.pipeline.planning.tiles import tile_rows
+from layerstream.stages.process.headroom import host_available_bytes
 
 __all__ = ["PackedWeight", "exact_tile_bytes", "exact_tokens", "tile_bytes"]
 
 # Numbers of tokens that are tried: those of decoding, and of prompts.
 _FEW, _MANY = (1, 2, 3, 5, 8), (12, 16, 33, 200)
 # A larger matrix is tried with fewer rows: how kernels divide large ones does not depend on how large they are.
-_TRIED_BYTES = 64 << 20
+_TRIED_BYTES, _TRIED_SHARE_OF_FREE = 64 << 20, 8
 _TRIED_ROWS = 64
+_HALF_BYTES = 2
 # Two tiles: calling twice takes longer than using what does not fit a cache of 16 MiB (8 % of a step, an Intel Xeon with AMX).
 _WHOLE_BYTES = 2 * TILE_BYTES
 
@@ -228,6 +231,11 @@ def exact_tokens(rows: PackedRows) -> int | None:
     another order differ in nearly every element, where those of random numbers do so in one of many thousands.
     """
     is_scattered = rows.order is not None
+    least = 3 * tile_bytes(rows) + kernels_bytes(rows.columns) * (
+        rows.dtype.itemsize == _HALF_BYTES
+    )
+    if rows.tile_rows < rows.rows and least > host_available_bytes():
+        return 0  # not tried, for the trial would take more than there is
     return _tried(rows.rows, rows.columns, rows.dtype, is_scattered, torch.get_num_threads())
 
 
@@ -239,17 +247,23 @@ def _tried(
     step = tile_rows(rows, columns, dtype.itemsize)
     if step == rows and not is_scattered:
         return None
-    height = min(rows, max(2 * step + rows % step, _TRIED_BYTES // columns // dtype.itemsize))
+    most_bytes = min(_TRIED_BYTES, host_available_bytes() // _TRIED_SHARE_OF_FREE)
+    height = min(rows, max(2 * step + rows % step, most_bytes // columns // dtype.itemsize))
     height -= (height - rows) % step  # the last tile is as ragged as that of the whole matrix
     weight, inputs = _cancelling(height, columns, dtype)
     order = torch.arange(height)
     if is_scattered:
         order = torch.randperm(height, generator=torch.Generator().manual_seed(0))
-    stored = weight[order]
 
     def is_exact(count: int) -> bool:
         some = inputs[:, :count]
-        tiles = [nn.functional.linear(some, part) for part in torch.split(stored, step)]
+        # One at a time: scattered ones are copies, and there may be little memory.
+        parts = (
+            (weight[each] for each in torch.split(order, step))
+            if is_scattered
+            else torch.split(weight, step)
+        )
+        tiles = [nn.functional.linear(some, part) for part in parts]
         whole = nn.functional.linear(some, weight)
         return torch.equal(whole[..., order], torch.cat(tiles, dim=-1))
 

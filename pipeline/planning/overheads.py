@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from layerstream.pipeline.planning.model_shape import Config, shape_of
 from layerstream.stages.process.libraries import KERNELS_KEPT, has_tile_products
 
-__all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "overheads"]
+__all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "kernels_bytes", "overheads"]
 
 # A kernel that oneDNN has compiled for a shape of bfloat16 matrices: 0.27 to 0.29 MB were measured for matrices of 64 x 256
 # and of 4096 x 14336 alike, but on a processor with AMX 0.4 MB for 64 x 256, 0.9 for 1024 x 4096, 2.5 for 8192 x 2048 and
@@ -42,6 +42,12 @@ class Overheads:
         return self.shared_bytes + requests * self.per_request_bytes
 
 
+def kernels_bytes(columns: int) -> int:
+    """What compiled kernels take at most that multiply 16-bit matrices of so many columns on this machine's CPU."""
+    per_column = _KERNEL_BYTES_PER_COLUMN if has_tile_products() else 0
+    return KERNELS_KEPT * (KERNEL_BYTES + per_column * columns)
+
+
 def code_bytes(tensors: int) -> int:
     """Host memory that a process takes for code and module tree when it opens its first model, of so many tensors."""
     return _CODE_BYTES + tensors * _CODE_BYTES_PER_TENSOR
@@ -59,9 +65,8 @@ def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1
     tree_bytes = modules * _MODULE_BYTES
     shape = shape_of(config)
     if shape is not None and shape.item_bytes == _HALF_BYTES:
-        per_column = _KERNEL_BYTES_PER_COLUMN if has_tile_products() else 0
         return Overheads(
-            shared_bytes=KERNELS_KEPT * (KERNEL_BYTES + per_column * shape.hidden),
+            shared_bytes=kernels_bytes(shape.hidden),
             per_request_bytes=tree_bytes + _SCRATCH_BYTES,
         )
     if shape is None or shape.item_bytes != _SINGLE_BYTES or rows < _FEWEST_ROWS:
