@@ -11,6 +11,8 @@ __all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "kernels_bytes", "overhead
 # and of 4096 x 14336 alike, but on a processor with AMX 0.4 MB for 64 x 256, 0.9 for 1024 x 4096, 2.5 for 8192 x 2048 and
 # 4.5 for 4096 x 4096.
 KERNEL_BYTES, _KERNEL_BYTES_PER_COLUMN = 340_000, 1050
+# Without AMX. The sum of 24 kernels, 8 MB, was not enough for 87 requests of 63 lengths (107 % of a budget of 100 MiB); this is.
+_SMALL_KERNELS_BYTES = 64 * 290_000
 # Scratch that oneDNN keeps for each thread that calls it: 0.2 to 0.9 MB, whatever the number of helper threads.
 _SCRATCH_BYTES = 900_000
 # Of an element: oneDNN compiles kernels for two bytes, MKL packs four.
@@ -44,8 +46,9 @@ class Overheads:
 
 def kernels_bytes(columns: int) -> int:
     """What compiled kernels take at most that multiply 16-bit matrices of so many columns on this machine's CPU."""
-    per_column = _KERNEL_BYTES_PER_COLUMN if has_tile_products() else 0
-    return KERNELS_KEPT * (KERNEL_BYTES + per_column * columns)
+    if not has_tile_products():
+        return _SMALL_KERNELS_BYTES
+    return KERNELS_KEPT * (KERNEL_BYTES + _KERNEL_BYTES_PER_COLUMN * columns)
 
 
 def code_bytes(tensors: int) -> int:
