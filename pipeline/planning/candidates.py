@@ -33,8 +33,6 @@ _EQUAL_SHARE_WITHOUT_COMPUTE = 0.1
 _VRAM_FIXED_BYTES = 64 << 20
 # Stacks of our threads, queues, and the tables of a few thousand tensors.
 _HOST_FIXED_BYTES = 16 << 20
-# Layers of a KV cache on the host that are on the device at a time: one in use, one being copied.
-_KV_LAYERS_ON_DEVICE = 2
 
 
 def search(problem: Problem) -> list[PricedCandidate]:
@@ -115,8 +113,6 @@ class _Search:
     def _placer(self, reader: ReaderKind, *, kv_on_host: bool) -> Placer:
         problem = self._problem
         kv = problem.memory.kv_bytes if kv_on_host and problem.memory is not None else 0
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in problem.layers)
-        kv_on_device = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
         requests = problem.workload_bytes
         return Placer(
             layouts=problem.layouts,
@@ -131,7 +127,7 @@ class _Search:
             + (requests if problem.on_cpu else kv),
             vram_reserved_bytes=0
             if problem.on_cpu
-            else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
+            else _VRAM_FIXED_BYTES + requests - kv + problem.kv_on_device_bytes(kv),
             kv_on_host_bytes=kv,
             overhead_bytes=problem.left_free_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
@@ -192,7 +188,7 @@ class _Search:
         decode_residents: bool = True,
     ) -> PricedCandidate:
         arenas = self._problem.arenas or placer.arenas(batches, slots)
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
+        blocks = self._problem.block_count
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
         free = placer.host_usable_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
         cells = self._experts.filled(free_bytes=free)
