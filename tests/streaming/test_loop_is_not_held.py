@@ -9,7 +9,7 @@ from support.loop import run
 from support.models import inputs_for, save_model
 from support.streaming import SMALL
 
-from layerstream.pipeline import Pipeline, Plan, StreamedModel, starting, verifying
+from layerstream.pipeline import Pipeline, Plan, StreamedModel, replanning, starting, verifying
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.binding import Binding
 from layerstream.stages.memory import Image
@@ -46,6 +46,7 @@ def test_opening_and_closing_a_model_compute_in_threads(tmp_path, monkeypatch, c
     caplog.set_level(logging.WARNING)
     watched = [(starting, "move_buffers"), (Assembly, "gather"), (Binding, "bind")]
     watched += [(Readahead, "stop"), (Plan, "describe"), (verifying, "_in_order")]
+    watched += [(replanning, "learn")]
     for owner, name in watched:
         calls.watch(owner, name)
 
@@ -54,10 +55,11 @@ def test_opening_and_closing_a_model_compute_in_threads(tmp_path, monkeypatch, c
         async with StreamedModel.open(folder, **options) as model:
             await model.forward(**inputs_for("t5"))
             await model.verified()
+            await model.replan()
         assert calls.on_this_thread() == []
 
     run(use())
-    assert calls.threads.keys() == {"move_buffers", "gather", "bind", "stop", "_in_order"}
+    assert calls.threads.keys() == {"move_buffers", "gather", "bind", "stop", "_in_order", "learn"}
 
 
 def test_copies_are_listed_in_a_thread(tmp_path, monkeypatch):
