@@ -25,6 +25,7 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
+from layerstream.pipeline.streaming.resources import throttle_of
 from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
@@ -125,6 +126,7 @@ async def start_model(
     memory = request_memory_of(plan, module, opening.checkpoint.config)
     residency = Residency(plan, request_bytes=memory.shared_bytes)
     always_bound = _always_bound(assembly, plan)
+    throttle = throttle_of(plan)
     stream = WeightStream(
         residency.first,
         bindings,
@@ -134,6 +136,7 @@ async def start_model(
         guard=guard,
         # Not of the assembly, which has the module: the scheduler must not, see ``StreamedModel._open``.
         unpacking=(lambda: None) if assembly.tiles is None else assembly.tiles.times,
+        throttle=throttle,
     )
     resources.push_async_callback(stream.aclose)
     await stream.open()
@@ -192,7 +195,12 @@ async def start_model(
     content = None
     if opening.digests is not None:
         content = ContentCheck(
-            opening.checkpoint, opening.digests, plan, guard=guard, on_failure=scheduler.stop
+            opening.checkpoint,
+            opening.digests,
+            plan,
+            guard=guard,
+            throttle=throttle,
+            on_failure=scheduler.stop,
         )
         resources.push_async_callback(content.aclose)
         content.start()
