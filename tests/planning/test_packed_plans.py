@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint.open(tmp_path)
 
 
-def plan_at(checkpoint: Checkpoint, rate: float | None) -> Plan:
+def plan_at(
+    checkpoint: Checkpoint, rate: float | None, *, host: str | None = "31MiB", **options: Any
+) -> Plan:
+    """A plan; the budget is too small to keep anything unpacked, unless another is given."""
     unpacking = () if rate is None else (UnpackingRate(encoding="fp8", bytes_per_second=rate),)
     hardware = dataclasses.replace(CPU, unpacking=unpacking)
-    workload = Workload(prompt_tokens=8, new_tokens=8)
-    return make_plan(checkpoint, hardware, budget=Budget(host="64MiB"), workload=workload)
+    workload = options.pop("workload", Workload(prompt_tokens=8, new_tokens=8))
+    return make_plan(checkpoint, hardware, budget=Budget(host=host), workload=workload, **options)
 
 
 def test_what_is_read_is_packed_and_what_is_computed_with_is_not(checkpoint: Checkpoint) -> None:
@@ -70,7 +74,7 @@ def test_the_python_of_a_packed_matrix_takes_its_time(checkpoint: Checkpoint) ->
         plan = make_plan(
             checkpoint,
             hardware,
-            budget=Budget(host="64MiB"),
+            budget=Budget(host="40MiB"),
             workload=Workload(prompt_tokens=8, new_tokens=8),
         )
         seconds.append(plan.prediction.decode.compute_seconds)
