@@ -55,6 +55,7 @@ class Runtime:
         """Switch to ``plan`` between two sweeps, or by reopening what has failed, and call ``then``."""
 
         async def adopt() -> None:
+            self.stream.free_unpacked(plan)
             if _arenas(self.stream.pipeline.plan) != _arenas(plan):
                 # There are no slots, or others than the new plan has.
                 try:
@@ -82,6 +83,8 @@ class Runtime:
                 self.content.start_again()
             if self.scheduler.failure is None:
                 return False
+            if plan is not None:
+                self.stream.free_unpacked(plan)
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)
@@ -92,6 +95,7 @@ class Runtime:
 
     async def _put_into_effect(self, plan: Plan, then: Callable[[], None]) -> None:
         await finish_in_thread(self.scheduler.device.trim)  # for other processes
+        self.stream.keep_unpacked(plan)
         opening = self.opening
         memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
         self.scheduler.residency.replace(plan, request_bytes=memory.shared_bytes)

@@ -95,6 +95,17 @@ class WeightStream:
         """How tokens have chosen experts so far, by the paths of modules."""
         return {} if self.pipeline.experts is None else self.pipeline.experts.usage()
 
+    def free_unpacked(self, plan: Plan) -> None:
+        """Free what was kept unpacked and ``plan`` does not keep, before its residents need the memory. Between two sweeps."""
+        for binding, batch in zip(self._bindings, plan.batches, strict=True):
+            if not batch.unpacked_bytes:
+                binding.kept.free()
+
+    def keep_unpacked(self, plan: Plan) -> None:
+        """Keep unpacked from now on what ``plan``, which is in effect, keeps so."""
+        for binding, batch in zip(self._bindings, plan.batches, strict=True):
+            binding.kept.keep(is_kept=batch.unpacked_bytes > 0)
+
     async def reopen(self, plan: Plan | None = None) -> None:
         """Close the pipeline, and open another one, for ``plan`` or its own. Nothing may be using it; may be called again if it fails.
 
@@ -119,6 +130,8 @@ class WeightStream:
         self._closed = True
         async with self._changing:
             await self._close_pipeline()
+            for binding in self._bindings:
+                binding.kept.keep(is_kept=False)
 
     async def _close_pipeline(self) -> None:
         while self._bound:

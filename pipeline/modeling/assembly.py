@@ -179,6 +179,7 @@ class Assembly:
                 packed=self._packed_linear,
                 tiles=self.tiles,
                 fused_tokens=plan.fused_tokens,
+                unpacked=batch.unpacked_bytes > 0,
                 edits=self.edits,
             )
             put_buffers(self.traced.module, binding.absent_buffers())

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,11 +15,51 @@ from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.stages.batch import TensorView
 from layerstream.stages.experts.cells import CellRegion
 from layerstream.stages.experts.lease import Lease
+from layerstream.stages.unpack.bfloat_rows import BfloatMatrices, summed_columns
 
-__all__ = ["Bank", "Banks", "PackedBanks", "StoredBanks", "group_bytes"]
+__all__ = [
+    "Bank",
+    "Banks",
+    "Inputs",
+    "PackedBanks",
+    "StoredBanks",
+    "group_bytes",
+    "summed_in_place",
+]
 
 # What is unpacked at once, unless a single expert is larger: it should still be in a cache when it is multiplied with.
 _GROUP_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Rows that are multiplied with matrices of a bank, those of one matrix one behind the other."""
+
+    places: Sequence[int]
+    """Of the matrices, each once."""
+    counts: Sequence[int]
+    """How many rows are multiplied with each."""
+    rows: torch.Tensor
+
+    def with_rows(self, rows: torch.Tensor) -> "Inputs":
+        """The same of other rows."""
+        return Inputs(places=self.places, counts=self.counts, rows=rows)
+
+    def place_of_each(self) -> list[int]:
+        """The matrix of each row."""
+        both = zip(self.places, self.counts, strict=True)
+        return [place for place, count in both for _ in range(count)]
+
+    def split(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Those of each matrix."""
+        return torch.split(rows, list(self.counts))
+
+    def parted(
+        self, columns: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Memory for products, and the part of it for each matrix."""
+        result = torch.empty((len(self.rows), columns), dtype=dtype)
+        return result, self.split(result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,24 +72,29 @@ class Bank:
     tensors: Mapping[str, torch.Tensor]
     """By the names of the module's parameters."""
 
-    def products(
-        self, name: str, groups: Sequence[tuple[int, torch.Tensor]], *, is_transposed: bool
-    ) -> torch.Tensor:
+    matrices: Mapping[str, BfloatMatrices] = field(default_factory=dict)
+    """Those of ``tensors`` that a few rows are multiplied with in a faster way."""
+
+    def products(self, name: str, inputs: Inputs, *, is_transposed: bool) -> torch.Tensor:
         """What torch's grouped product computes on a CPU.
 
         That one spends time on each expert without tokens, and most cells are those of other layers.
 
         Args:
             name: Of a parameter, matrices of experts.
-            groups: Places, and the rows that are multiplied with their matrices.
+            inputs: What is multiplied.
             is_transposed: The rows' elements are along the matrices' first dimension, not the second.
         """
         matrices = self.tensors[name]
+        rows = inputs.rows.to(matrices.dtype)
+        fast = self.matrices.get(name)
+        if fast is not None and fast.fit(inputs.counts):
+            return fast.products(inputs.places, inputs.counts, rows)
         if not is_transposed:
             matrices = matrices.transpose(-2, -1)
-        result, parts = _parted(groups, matrices.shape[-1], matrices.dtype)
-        for (place, rows), out in zip(groups, parts, strict=True):
-            torch.mm(rows.to(matrices.dtype), matrices[place], out=out)
+        result, parts = inputs.parted(matrices.shape[-1], matrices.dtype)
+        for place, group, out in zip(inputs.places, inputs.split(rows), parts, strict=True):
+            torch.mm(group, matrices[place], out=out)
         return result
 
 
@@ -64,32 +109,23 @@ class _FusedBank(Bank):
     def products(
         self,
         name: str,
-        groups: Sequence[tuple[int, torch.Tensor]],
+        inputs: Inputs,
         *,
         is_transposed: bool,  # noqa: ARG002 - packed rows are what is summed over
     ) -> torch.Tensor:
         """The same, summed in another order; see ``Packing.multiply``."""
         parameter = self.parameters[name]
-        sums, parts = _parted(groups, parameter.rows, torch.float32)
-        for (place, rows), out in zip(groups, parts, strict=True):
-            inputs = rows.float()
+        sums, parts = inputs.parted(parameter.rows, torch.float32)
+        groups = inputs.split(inputs.rows.float())
+        for place, rows, out in zip(inputs.places, groups, parts, strict=True):
             for piece in parameter.pieces:
                 packed = [self.parts[part][place] for part in piece.parts]
                 whole = piece.rows == parameter.rows
                 target = out if whole else out.new_empty((len(out), piece.rows))
-                piece.packing.multiply(packed, 0, inputs, target)
+                piece.packing.multiply(packed, 0, rows, target)
                 if not whole:
                     out[:, piece.at : piece.at + piece.rows] = target
         return sums.to(parameter.dtype)
-
-
-def _parted(
-    groups: Sequence[tuple[int, torch.Tensor]], columns: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Memory for products, and its part for each of ``groups``."""
-    counts = [len(rows) for _, rows in groups]
-    result = torch.empty((sum(counts), columns), dtype=dtype)
-    return result, torch.split(result, counts)
 
 
 class Banks(Protocol):
@@ -112,33 +148,51 @@ class StoredBanks:
 
     Args:
         views: The tensors of one expert in a cell.
+        is_transposed: See ``Bank.products``.
     """
 
-    def __init__(self, views: Sequence[TensorView]) -> None:
+    def __init__(self, views: Sequence[TensorView], *, is_transposed: bool) -> None:
         self._views = views
+        self._is_transposed = is_transposed
         # Weak: a module that outlives its model must not keep the cells.
-        self._parameters: WeakKeyDictionary[CellRegion, dict[str, nn.Parameter]] = (
-            WeakKeyDictionary()
-        )
+        self._made: WeakKeyDictionary[
+            CellRegion, tuple[dict[str, nn.Parameter], dict[str, BfloatMatrices]]
+        ] = WeakKeyDictionary()
 
     def of(self, lease: Lease, *, tokens: int = 0) -> Generator[Bank]:  # noqa: ARG002 - for any number
         """One bank over all cells of the region."""
-        tensors = self._parameters.get(lease.region)
-        if tensors is None:
-            with torch.inference_mode(mode=False):
-                tensors = self._parameters[lease.region] = {
-                    view.name: nn.Parameter(lease.region.strided(view), requires_grad=False)
-                    for view in self._views
-                }
+        made = self._made.get(lease.region)
+        if made is None:
+            made = self._made[lease.region] = self._over(lease.region)
         yield Bank(
-            experts=lease.group.experts,
-            places=lease.cells,
-            tensors=tensors,
+            experts=lease.group.experts, places=lease.cells, tensors=made[0], matrices=made[1]
         )
+
+    def _over(
+        self, region: CellRegion
+    ) -> tuple[dict[str, nn.Parameter], dict[str, BfloatMatrices]]:
+        with torch.inference_mode(mode=False):
+            tensors = {
+                view.name: nn.Parameter(region.strided(view), requires_grad=False)
+                for view in self._views
+            }
+        matrices = {
+            name: BfloatMatrices(each.data, summed)
+            for name, each in tensors.items()
+            if not self._is_transposed and (summed := summed_in_place(each.dtype, each.shape[1:]))
+        }
+        return tensors, matrices
 
     def of_expert(self, lease: Lease, expert: int) -> Generator[Bank]:  # noqa: ARG002 - it is in there
         """The same bank."""
         return self.of(lease)
+
+
+def summed_in_place(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
+    """``summed_columns`` of matrices of ``shape``; empty for others than bfloat16, and for vectors."""
+    if dtype != torch.bfloat16 or len(shape) != 2:  # noqa: PLR2004
+        return ()
+    return summed_columns(*shape)
 
 
 class PackedBanks:

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.modeling.expert_banks import summed_in_place
 from layerstream.pipeline.modeling.packed_experts import (
     PackedParameter,
     are_multiplied_packed,
@@ -62,11 +65,7 @@ def module_experts(
     """
     found = {}
     for path, module in traced.module.named_modules():
-        if not all(hasattr(module, mark) for mark in _MARKS):
-            continue
-        if not hasattr(type(module).forward, "__wrapped__"):  # not decorated
-            continue
-        if getattr(module.config, "_experts_implementation", None) not in EXACT_IMPLEMENTATIONS:
+        if not _has_experts(module):
             continue
         names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
         single = all(len(places.get(name, ())) == 1 for name in names)
@@ -97,7 +96,23 @@ def module_experts(
                 is_multiplied_packed=are_multiplied_packed(module, parameters, tensors),
             )
             found[path] = ModuleExperts(source=source, packed=tuple(parameters))
+            _load_products(module, [traced.recipes[name] for name in names])
     return found
+
+
+def _has_experts(module: Any) -> bool:
+    """Whether ``module`` is decorated as a mixture's, and computes with an implementation that is exact here."""
+    if not all(hasattr(module, mark) for mark in _MARKS):
+        return False
+    implementation = getattr(module.config, "_experts_implementation", None)
+    return hasattr(type(module).forward, "__wrapped__") and implementation in EXACT_IMPLEMENTATIONS
+
+
+def _load_products(module: Any, recipes: Sequence[Recipe]) -> None:
+    """Load what will multiply with the matrices of ``module``: before memory is planned, so that this counts as loaded."""
+    if not module.is_transposed:
+        for recipe in recipes:
+            summed_in_place(getattr(torch, recipe.dtype), recipe.shape[1:])
 
 
 def _per_token(module: Any) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 
 from layerstream.pipeline.modeling.edits import refuse_replaced
 from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
+from layerstream.pipeline.modeling.expert_choices import ExpertChoices
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
 from layerstream.pipeline.modeling.packed_experts import (
     EAGER,
@@ -24,7 +25,6 @@ from layerstream.pipeline.modeling.packed_experts import (
     are_multiplied_packed,
 )
 from layerstream.pipeline.modeling.packed_tiles import Tiles
-from layerstream.pipeline.modeling.row_activation import activate_rows
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
@@ -57,7 +57,7 @@ def stream_experts(
     """
     for index, experts in enumerate(sets):
         module: Any = root.get_submodule(experts.module)
-        banks: Banks = StoredBanks(experts.tensors)
+        banks: Banks = StoredBanks(experts.tensors, is_transposed=module.is_transposed)
         if parameters := packed.get(experts.module):
             assert tiles is not None  # noqa: S101
             fused = are_multiplied_packed(module, parameters, experts.tensors)
@@ -180,7 +180,8 @@ class _StreamedExperts(nn.Module):
         bound = self.layerstream_signature.bind(self, *inputs, **named)
         _, hidden, index, weights = bound.args
         access = self.layerstream_experts
-        experts = torch.unique(index).tolist()
+        choices = ExpertChoices(index)
+        experts = choices.experts
         if experts and not (experts[0] >= 0 and experts[-1] < access.set.experts):
             raise ModelError(
                 f"{access.set.module} has {access.set.experts} experts, but tokens were routed to expert "
@@ -198,79 +199,15 @@ class _StreamedExperts(nn.Module):
                 f"{access.set.module} reads its experts on demand, which gives equal results with the implementations "
                 f"grouped_mm and eager, not with {name}; open the model with experts_implementation={name!r}"
             )
-        return self._in_groups(access.store.groups(access.index, experts), hidden, index, weights)
-
-    def _in_groups(
-        self, groups: Sequence[ExpertGroup], hidden: Any, index: Any, weights: Any
-    ) -> Any:
-        """One computation for each group, of the choices that fall on it; weighted and summed at the end as in one."""
-        chosen = index.reshape(-1)
-        total, top_k = len(chosen), index.shape[1]
-        # The order of rows within an expert decides on bits, and torch's sort is not stable: the same call, on all of them.
-        order = torch.sort(chosen)[1]
-        results: torch.Tensor | None = None
-        access = self.layerstream_experts
+        groups = access.store.groups(access.index, experts)
         with closing(access.leases(groups)) as leases:
             for lease in leases:
                 if lease.group is groups[-1]:
                     access.store.read_ahead(access.index + 1, tokens=len(index))
                 with closing(access.banks.of(lease, tokens=len(index))) as banks:
                     for bank in banks:
-                        places = self._places(bank, chosen)[chosen[order]]
-                        # Where the rows of this bank are in that order, expert by expert.
-                        rows = torch.sort(places, stable=True)[1][int((places < 0).sum()) :]
-                        inputs = hidden[order[rows] // top_k]
-                        part = self._products(bank, places[rows], inputs, rows, total)
-                        if results is None:
-                            results = part.new_empty((total, part.shape[-1]))
-                        results[order[rows]] = part
-        assert results is not None  # noqa: S101
-        weighted = results * weights.reshape(-1, 1)
-        return weighted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
-
-    def _products(
-        self,
-        bank: Bank,
-        places: torch.Tensor,
-        inputs: torch.Tensor,
-        rows: torch.Tensor,
-        total: int,
-    ) -> torch.Tensor:
-        """The product of each input with its expert, as in transformers' grouped implementation.
-
-        Args:
-            bank: Has the experts.
-            places: The expert's place in the bank for each input, ascending.
-            inputs: Tokens.
-            rows: Which of the rows of a computation with all experts these are.
-            total: How many rows that has.
-        """
-        module: Any = self
-        found: Any = torch.unique_consecutive(places, return_counts=True)
-        used, counts = (each.tolist() for each in found)
-
-        def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
-            groups = list(zip(used, torch.split(rows, counts), strict=True))
-            result = bank.products(name, groups, is_transposed=module.is_transposed)
-            if module.has_bias:
-                result.add_(bank.tensors[f"{name}_bias"][places])
-            return result
-
-        inner = (
-            activate_rows(module._apply_gate, linear(inputs, "gate_up_proj"), rows, total)  # noqa: SLF001
-            if module.has_gate
-            else activate_rows(module.act_fn, linear(inputs, "up_proj"), rows, total)
-        )
-        outer = linear(inner, "down_proj")
-        if getattr(module, "has_post_expert_norm", False):
-            outer = module.post_expert_norm(outer)
-        return outer
-
-    def _places(self, bank: Bank, like: torch.Tensor) -> torch.Tensor:
-        """For each expert, its place in ``bank``; -1 if it has none."""
-        places = like.new_full((self.layerstream_experts.set.experts,), -1)
-        places[list(bank.experts)] = like.new_tensor(bank.places)
-        return places
+                        choices.compute(self, bank, hidden)
+        return choices.summed(weights, hidden.dtype)
 
     def _one_by_one(self, experts: Sequence[int], hidden: Any, index: Any, weights: Any) -> Any:
         """The class's own loop over experts, which adds to the result in their order."""

@@ -16,6 +16,7 @@ from layerstream.pipeline.machine.probe_unpacking import TILE_BYTES
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.unpacked_once import KeptUnpacked
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
 
@@ -36,6 +37,7 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
     _parts: Mapping[str, torch.Tensor]
     _tiles: Tiles | None
     _fused_tokens: int
+    _kept: tuple[KeptUnpacked, str] | None
 
     @staticmethod
     def __new__(
@@ -47,17 +49,18 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
         requires_grad: bool,
         tiles: Tiles | None,
         fused_tokens: int = 0,
+        kept: tuple[KeptUnpacked, str] | None = None,
     ) -> Self:
         """A weight of ``shape`` made of ``parts``.
 
         Without ``tiles``, linear layers unpack it whole as well; with ``fused_tokens``, they multiply up to so many tokens
-        with it without unpacking it.
+        with it without unpacking it. ``kept``: What may keep it unpacked, and its name there.
         """
         weight: Self = cls.without_memory(
             shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
         weight._rows, weight._parts, weight._tiles = rows, parts, tiles
-        weight._fused_tokens = fused_tokens
+        weight._fused_tokens, weight._kept = fused_tokens, kept
         return weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -128,7 +131,7 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
         return both[0]
 
     def _unpacked_once(self) -> torch.Tensor | None:
-        """The whole weight, if several passes share it and there is memory."""
+        """The whole weight, if it is kept so, or if several passes share it, and there is memory."""
         rows, tiles = self._rows, self._tiles
         assert tiles is not None  # noqa: S101
         form = (rows.rows, rows.columns)
@@ -143,7 +146,12 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
             with tiles.unpacking(self._packed_bytes(rows.rows)):
                 rows.unpack(self._parts, 0, plain)
 
-        memory = tiles.once.get(id(self), rows.nbytes, unpack)
+        memory = None
+        if self._kept is not None:
+            kept, name = self._kept
+            memory = kept.get(name, rows.nbytes, unpack)
+        if memory is None:
+            memory = tiles.once.get(id(self), rows.nbytes, unpack)
         return None if memory is None else memory.view(rows.dtype).view(form)
 
     def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

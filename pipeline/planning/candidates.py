@@ -13,6 +13,7 @@ from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
+from layerstream.pipeline.planning.unpacked_residents import placements
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
@@ -144,14 +145,11 @@ class _Search:
                 arenas = problem.arenas or placer.arenas(batches, slots)
                 if not placer.fits(placer.need(batches, arenas), spare=spare):
                     continue
-                seen: list[list[LayerBatch]] = []
-                for oversized_first in (False, True):
-                    placed = placer.with_residents(
-                        batches, slots, arenas=problem.arenas, oversized_first=oversized_first
-                    )
-                    if placed not in seen:
-                        seen.append(placed)
-                        yield priced(placed, size=size, slots=slots)
+                share, fixed = problem.unpacked_share, problem.arenas
+                for placed in placements(
+                    placer, batches, slots, arenas=fixed, unpacked_share=share
+                ):
+                    yield priced(placed, size=size, slots=slots)
             # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
             slots = problem.choices.slots or LEAST_SLOTS
             arenas = problem.arenas or placer.arenas(batches, slots)

@@ -37,6 +37,10 @@ READS_IN_FLIGHT = 4
 _KV_LAYERS_ON_DEVICE = 2
 
 
+# Without a budget, requests may be much larger than the workload, and should not find all memory taken.
+_UNPACKED_SHARE = 0.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a plan is made for."""
@@ -127,6 +131,8 @@ class Problem:
     @cached_property
     def unpacked_once(self) -> SharedLayers:
         """What is unpacked once for all passes of a sweep."""
+        if not self.on_cpu:
+            return SharedLayers(0, 0)
         if self.running_once_bytes is not None:
             return SharedLayers(0, self.running_once_bytes)
         return unpacked_once(
@@ -141,6 +147,14 @@ class Problem:
         if self.running_fused_tokens is not None:
             return self.running_fused_tokens
         return most_fused_tokens(self.choices.kernels, self.rates, self.layers, on_cpu=self.on_cpu)
+
+    @property
+    def unpacked_share(self) -> float:
+        """Of the memory that residents leave, what may hold their packed weights unpacked, too."""
+        packs = any(layer.once_bytes for layer in self.layers)
+        if not self.on_cpu or not packs or self.fused_tokens or self.choices.workload is None:
+            return 0.0
+        return _UNPACKED_SHARE if self.choices.budget.host is None else 1.0
 
     @property
     def code_bytes(self) -> int:

@@ -6,13 +6,15 @@
 Each turn is a new process with a cold page cache. The first pass is from the opened model to the first token, with a prompt of
 ``--prompt-tokens``; steady decoding is the median of the later tokens. llama.cpp runs with its defaults, which map the file
 but repack weights into memory of their own: set LLAMA_ARG_REPACK=0 in the environment if there is none. layerstream gets the path
-alone: its planner finds the limit.
+alone: its planner finds the limit. With ``--random-text`` both continue with the same random tokens, as real text would move
+them over many experts of a mixture: greedy tokens of random weights go round in a circle.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import random
 import socket
 import statistics
 import subprocess
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory-limit", type=byte_count, metavar="SIZE")
     parser.add_argument("--prompt-tokens", type=positive_int, default=16)
     parser.add_argument("--new-tokens", type=positive_int, default=24)
+    parser.add_argument("--random-text", action="store_true", help="not greedy tokens")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
@@ -93,10 +96,16 @@ def _prompt_ids(count: int) -> list[int]:
     return [3 + index % 200 for index in range(count)]
 
 
+def _random_text(args: argparse.Namespace) -> list[int]:
+    """The same ones in each process and for each program."""
+    return [random.Random(number).randrange(3, 2000) for number in range(args.new_tokens)]
+
+
 def _layerstream(args: argparse.Namespace, group: MemoryCgroup | None) -> list[float]:
     command = [sys.executable, "-m", "layerstream.tools.benchmarks.decoding", str(args.model)]
     command += ["--turn", "--kernels", args.kernels, "--new-tokens", str(args.new_tokens)]
     command += ["--prompt-tokens", str(args.prompt_tokens)]
+    command += ["--random-text"] if args.random_text else []
     inside = group.inside(command) if group else command
     ran = subprocess.run(inside, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - ourselves
     if ran.returncode:
@@ -112,6 +121,11 @@ async def _our_tokens(args: argparse.Namespace) -> dict[str, Any]:
     from layerstream.pipeline import StreamedModel, Workload
 
     workload = Workload(prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens)
+    text = iter(_random_text(args))
+
+    def following(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill_(1, ids.new_tensor([next(text)]), 0.0)
+
     async with StreamedModel.open(
         args.model, device="cpu", kernels=args.kernels, dtype=torch.bfloat16, workload=workload
     ) as model:
@@ -121,6 +135,7 @@ async def _our_tokens(args: argparse.Namespace) -> dict[str, Any]:
             max_new_tokens=args.new_tokens,
             do_sample=False,
             eos_token_id=None,
+            logits_processor=[following] if args.random_text else [],
         )
         times += [time.perf_counter() async for _ in tokens]
         return {"seconds": _differences(times), "plan": model.plan.describe()}
@@ -136,6 +151,12 @@ def _llama_cpp(args: argparse.Namespace, group: MemoryCgroup | None) -> list[flo
     with llama_server(
         server, weights=weights, context_tokens=context, port=port, group=group
     ) as running:
+        if args.random_text:
+            text = _random_text(args)
+            return [
+                running.prompt_seconds(prompt + text[:count], new_tokens=1 if count else None)
+                for count in range(args.new_tokens)
+            ]
         times = [time.perf_counter()]
         times += [time.perf_counter() for _ in running.tokens(prompt, args.new_tokens)]
     return _differences(times)

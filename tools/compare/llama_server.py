@@ -35,19 +35,22 @@ class LlamaServer:
     pid: int
     url: str
 
-    def prompt_seconds(self, prompt: Sequence[int]) -> float:
+    def prompt_seconds(self, prompt: Sequence[int], *, new_tokens: int | None = None) -> float:
         """Evaluate ``prompt``; returns the seconds that the server measured.
 
+        Args:
+            prompt: The whole of it.
+            new_tokens: How many at its end were not in the last call's prompt, whose cache is used; None: all, without a cache.
+
         Raises:
-            RuntimeError: It did not evaluate every token.
+            RuntimeError: It did not evaluate these tokens.
         """
-        content = {"prompt": list(prompt), "n_predict": 0, "cache_prompt": False}
+        content = {"prompt": list(prompt), "n_predict": 0, "cache_prompt": new_tokens is not None}
         with _request(f"{self.url}/completion", content) as reply:
             timings = json.load(reply)["timings"]
-        if timings["prompt_n"] != len(prompt):
-            raise RuntimeError(
-                f"llama-server evaluated {timings['prompt_n']} of {len(prompt)} tokens"
-            )
+        wanted = len(prompt) if new_tokens is None else new_tokens
+        if timings["prompt_n"] != wanted:
+            raise RuntimeError(f"llama-server evaluated {timings['prompt_n']} of {wanted} tokens")
         return float(timings["prompt_ms"]) / 1000
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[int]:

@@ -112,7 +112,9 @@ def address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any
     return cgutils.pointer_add(builder, data, offset, kind.as_pointer())
 
 
-def fetch_ahead(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> None:
+def fetch_ahead(
+    context: Any, builder: Any, array_type: Any, array: Any, offset: Any, distance: Any = None
+) -> None:
     """Have the processor fetch what is needed soon, when bytes at ``offset`` are used: it need not exist.
 
     Processors guess that, but not with confidence while results stay in their caches: products of weights in RAM took 1.9
@@ -120,7 +122,7 @@ def fetch_ahead(context: Any, builder: Any, array_type: Any, array: Any, offset:
     """
     arguments = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(builder.module, arguments, "llvm.prefetch.p0i8")
-    ahead = builder.add(offset, _I64(_AHEAD_BYTES))
+    ahead = builder.add(offset, _I64(_AHEAD_BYTES) if distance is None else distance)
     # To be read, into all caches, as data.
     kinds = _I32(0), _I32(3), _I32(1)
     builder.call(fetch, [address(context, builder, array_type, array, ahead, _I8), *kinds])
