@@ -214,13 +214,13 @@ def _trace(
     if on_cpu:
         exact = options.choices.kernels is Kernels.EXACT
         compile_kernels(encodings_of(checkpoint), traced.module.dtype, products=not exact)
-    # A GPU gets whole layers, which transformers' operations unpack: experts and tiles in its memory are not implemented.
+    # A GPU gets whole layers of packed weights, which transformers' operations unpack: tiles in its memory are not implemented.
     return traced, Assembly(
         traced,
         checkpoint,
         options.choices.workload,
         adapters=adapters,
-        experts_on_demand=on_cpu,
+        experts_on_demand=True,
         unpacks_by_tiles=on_cpu,
         mapped_from_bytes=mapped_from_bytes,
     )

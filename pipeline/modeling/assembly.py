@@ -13,12 +13,12 @@ from layerstream.pipeline.modeling.absent import Absent
 from layerstream.pipeline.modeling.adapters import Adapters
 from layerstream.pipeline.modeling.binding import Binding, put_buffers
 from layerstream.pipeline.modeling.edits import Edits
-from layerstream.pipeline.modeling.expert_banks import group_bytes
 from layerstream.pipeline.modeling.expert_sources import module_experts
 from layerstream.pipeline.modeling.gathered_table import GatheredTable
 from layerstream.pipeline.modeling.model_layers import ModelLayer, model_layers
 from layerstream.pipeline.modeling.model_uses import trace_uses, with_estimate
 from layerstream.pipeline.modeling.own_buffers import written_bytes
+from layerstream.pipeline.modeling.packed_banks import group_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_parameters
 from layerstream.pipeline.modeling.packed_tiles import Tiles

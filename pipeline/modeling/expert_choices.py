@@ -47,11 +47,11 @@ class ExpertChoices:
         counts = [self._counts[expert] for expert in bank.experts]
         # Where the rows of this bank are in that order, expert by expert.
         if sum(counts) == len(self._chosen):
-            rows = torch.arange(len(self._chosen))
+            rows = torch.arange(len(self._chosen), device=hidden.device)
         else:
             ends = [self._ends[expert] for expert in bank.experts]
             spans = [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
-            rows = torch.tensor([row for span in spans for row in span])
+            rows = torch.tensor([row for span in spans for row in span], device=hidden.device)
         chosen = self._order[rows]
         inputs = Inputs(
             places=bank.places, counts=counts, rows=hidden[chosen // self._index.shape[1]]

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.edits import refuse_replaced
-from layerstream.pipeline.modeling.expert_banks import Bank, Banks, PackedBanks, StoredBanks
+from layerstream.pipeline.modeling.expert_banks import Bank, Banks, StoredBanks
 from layerstream.pipeline.modeling.expert_choices import ExpertChoices
 from layerstream.pipeline.modeling.expert_sources import EXACT_IMPLEMENTATIONS
+from layerstream.pipeline.modeling.packed_banks import PackedBanks
 from layerstream.pipeline.modeling.packed_experts import (
     EAGER,
     PackedParameter,

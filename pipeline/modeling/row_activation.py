@@ -20,8 +20,11 @@ def activate_rows(
 ) -> torch.Tensor:
     """``activate(values)``, with the bits that it has where ``values`` are these rows of a tensor of ``total`` rows.
 
-    torch computes exponentials in another way at the end of a tensor, or of a thread's share of it, than in its middle.
+    On a CPU, torch computes exponentials in another way at the end of a tensor, or of a thread's share of it, than in its
+    middle.
     """
+    if values.device.type != "cpu":
+        return activate(values)
     columns = values.shape[-1]
     if columns < _ONE_THREADS_ELEMENTS and _without_ends(total, columns, values.itemsize):
         # In one thread each, so that there are no ends here either.

@@ -8,16 +8,20 @@ from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.planning.choices import LEAST_SLOTS
 from layerstream.pipeline.planning.compute_cost import ComputeCost
 from layerstream.pipeline.planning.cost_model import CostModel, Placement
-from layerstream.pipeline.planning.expert_cells import ExpertMemory
+from layerstream.pipeline.planning.expert_cells import (
+    ExpertMemory,
+    copied_bytes,
+    read_buffer_bytes,
+    sources_of,
+)
 from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
+from layerstream.pipeline.planning.plan_refusal import refusal
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
 from layerstream.pipeline.planning.unpacked_residents import placements
 from layerstream.stages.batch import LayerBatch
-from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
-from layerstream.stages.text import format_bytes
 
 __all__ = ["search"]
 
@@ -51,12 +55,22 @@ def search(problem: Problem) -> list[PricedCandidate]:
 class _Search:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        sources = sources_of(problem.layers)
         self._experts = ExpertMemory(
             layers=problem.layers,
             given=problem.expert_cells,
             usage=problem.hardware.expert_usage,
-            request_bytes=READ_REQUEST_BYTES,
-            reads_in_flight=READS_IN_FLIGHT,
+            more_bytes=read_buffer_bytes(
+                sources,
+                request_bytes_at_most=READ_REQUEST_BYTES,
+                reads_in_flight=READS_IN_FLIGHT,
+            ),
+        )
+        self._device_experts = ExpertMemory(
+            layers=() if problem.on_cpu else problem.layers,
+            given=problem.device_expert_cells,
+            usage=problem.hardware.expert_usage,
+            more_bytes=copied_bytes(sources),
         )
 
     def ranked(self) -> list[PricedCandidate]:
@@ -87,7 +101,13 @@ class _Search:
             found = [candidate for placer in placers for candidate in self._candidates(placer)]
             if found:
                 return found
-        raise self._refusal()
+        placers = [
+            self._placer(reader, kv_on_host=kv_on_host)
+            for reader in self._readers()
+            for kv_on_host in self._kv_places()
+        ]
+        needs = [(placer, self._least_need(placer)) for placer in placers]
+        raise refusal(self._problem, needs, fewest_experts=self._experts.fewest.shared)
 
     def _readers(self) -> tuple[ReaderKind, ...]:
         if not self._problem.mappable:
@@ -132,6 +152,7 @@ class _Search:
             kv_on_host_bytes=kv,
             overhead_bytes=problem.left_free_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
+            device_expert_bytes=self._device_experts.nbytes(self._device_experts.fewest),
             adapter_bytes=problem.adapters.nbytes,
         )
 
@@ -188,11 +209,18 @@ class _Search:
         arenas = self._problem.arenas or placer.arenas(batches, slots)
         blocks = self._problem.block_count
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
-        free = placer.host_usable_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
+        need = placer.need(batches, arenas)
+        free = placer.host_usable_bytes - need.host - placer.overhead_bytes
         cells = self._experts.filled(free_bytes=free)
+        device_free = (placer.vram_budget_bytes or 0) - need.vram
+        device_cells = self._device_experts.filled(free_bytes=device_free)
         expert_bytes = self._experts.nbytes(cells)
+        device_expert_bytes = self._device_experts.nbytes(device_cells)
         spare = self._decode_spare()
-        spare = spare._replace(host=spare.host - (expert_bytes - placer.expert_bytes))
+        spare = MemoryBytes(
+            spare.host - (expert_bytes - placer.expert_bytes),
+            spare.vram - (device_expert_bytes - placer.device_expert_bytes),
+        )
         placement = Placement(
             reader=placer.reader,
             on_cpu=self._problem.on_cpu,
@@ -205,7 +233,9 @@ class _Search:
             else batches,
             expert_cells=cells,
             expert_bytes=expert_bytes,
-            expert_sets=self._experts.sets_by_layer(cells),
+            device_expert_cells=device_cells,
+            device_expert_bytes=device_expert_bytes,
+            expert_sets=self._experts.sets_by_layer(cells, device_cells),
             kv_bytes_per_block=placer.kv_on_host_bytes // max(blocks, 1),
             page_cache_bytes=self._page_cache_bytes(placer, batches),
         )
@@ -246,49 +276,3 @@ class _Search:
         batches = placer.batches(problem.choices.layer_batch_size or 1, arenas=problem.arenas)
         arenas = problem.arenas or placer.arenas(batches, problem.choices.slots or 1)
         return placer.need(batches, arenas)
-
-    def _refusal(self) -> PlanError:
-        """The error if nothing fits, for the choices that need the least."""
-        placers = [
-            self._placer(reader, kv_on_host=kv_on_host)
-            for reader in self._readers()
-            for kv_on_host in self._kv_places()
-        ]
-        placer, need = min(
-            ((placer, self._least_need(placer)) for placer in placers), key=_missing_bytes
-        )
-        nbytes, name = max((layer.nbytes, layer.name) for layer in self._problem.layers)
-        side, needed, have, reserved = (
-            ("host", need.host, placer.host_budget_bytes, placer.host_reserved_bytes)
-            if need.host > placer.host_usable_bytes
-            else ("VRAM", need.vram, placer.vram_budget_bytes or 0, placer.vram_reserved_bytes)
-        )
-        experts = (
-            f" and {self._experts.fewest.shared} experts, which take {format_bytes(placer.expert_bytes)} with their buffers"
-            if placer.expert_bytes
-            else ""
-        )
-        free = ""
-        if side == "host" and (usable := placer.host_usable_bytes) < have:
-            free = f", of which {format_bytes(usable)} are free beside code loaded for the model,"
-        size = self._problem.choices.layer_batch_size or 1
-        unit = "layer" if size == 1 else f"layer batch of {size} blocks"
-        smaller = ""
-        if size > 1 and self._problem.running_once_bytes is not None:
-            smaller = "open the model anew with smaller ones (running, it keeps its own), "
-        elif size > 1:
-            smaller = "choose a smaller layer_batch_size, "
-        return PlanError(
-            f"the {side} budget of {format_bytes(have)}{free} cannot hold one {unit} at a time{experts}: at least "
-            f"{format_bytes(needed)} are needed (the largest layer, {name}, has {format_bytes(nbytes)}; "
-            f"{format_bytes(reserved)} are reserved for the workload); raise the budget, {smaller}or ask for fewer tokens "
-            "at a time",
-            needed_bytes=needed,
-        )
-
-
-def _missing_bytes(needed: tuple[Placer, MemoryBytes]) -> tuple[int, int]:
-    """The bytes by which the budgets are too small, and of equal ones, what is needed in total."""
-    placer, need = needed
-    vram = max(0, need.vram - (placer.vram_budget_bytes or 0))
-    return vram + max(0, need.host - placer.host_usable_bytes), sum(need)

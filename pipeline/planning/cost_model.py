@@ -43,7 +43,11 @@ class Placement:
     """Memory for files in the page cache."""
     expert_cells: ExpertCells
     expert_bytes: int
-    """Of the expert store."""
+    """Of the expert store in host memory."""
+    device_expert_cells: ExpertCells
+    """Those of a GPU."""
+    device_expert_bytes: int
+    """Of the expert store there."""
     expert_sets: Mapping[str, Sequence[ExpertSet]]
     """By the names of layers; with as many cells as there are."""
     kv_bytes_per_block: int = 0
@@ -253,14 +257,16 @@ class CostModel:
     def _expert_seconds(
         self, placement: Placement, layer: PlannedLayer, shape: PassShape | None, *, empty: bool
     ) -> float:
-        """Seconds to read the experts of ``layer`` that a pass is expected to need and does not find."""
+        """Seconds to read the experts of ``layer`` that a pass is expected to need and does not find, or to copy them."""
         tokens = 1 if shape is None else shape.sequences * shape.tokens
-        nbytes = 0.0
+        read = copied = 0.0
         for experts in placement.expert_sets.get(layer.name, ()):
             whole = experts.distinct(tokens) * experts.expert_bytes
-            nbytes += whole if empty else experts.missed_bytes(tokens)
+            read += whole if empty else experts.missed_bytes(tokens)
+            copied += whole if empty else experts.copied_bytes(tokens)
         rate = min(self.rates.disk, self.throttle_bytes_per_second or math.inf)
-        return nbytes / (self.rates.mmap if placement.reader is ReaderKind.MMAP else rate)
+        seconds = read / (self.rates.mmap if placement.reader is ReaderKind.MMAP else rate)
+        return seconds if placement.on_cpu else max(seconds, copied / self.rates.h2d)
 
     def _miss_share(
         self, placement: Placement, batches: Sequence[LayerBatch], *, first: bool

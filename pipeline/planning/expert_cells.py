@@ -1,7 +1,7 @@
 """How many experts of each layer stay in memory, and what a pass then reads. Pure."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,19 +11,28 @@ from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 from layerstream.stages.experts.usage import ExpertUsage
 
 __all__ = [
+    "COPIED_BYTES",
     "ExpertCells",
     "ExpertMemory",
     "cells_by_use",
     "cells_bytes",
+    "copied_bytes",
     "expert_sets",
     "fewest_cells",
     "filled_cells",
+    "read_buffer_bytes",
+    "sources_of",
 ]
 
 # What a prompt that needs more experts than a layer keeps passes through: one half is read while the other one is computed
 # with. As many as a few requests in flight fill; more bring nothing.
 _SHARED_CELLS = 16
 _FEWEST_SHARED_CELLS = 2
+# On a GPU, matrices of so many bytes are copied together to be multiplied with, or one; each of two streams may do so.
+COPIED_BYTES = 64 << 20
+_STREAMS = 2
+# torch's allocator takes large blocks from the driver in multiples of this.
+_DEVICE_BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,33 +141,38 @@ def cells_by_use(
 
 
 def expert_sets(
-    layers: Sequence[PlannedLayer], cells: ExpertCells, usage: Mapping[str, ExpertUsage]
+    layers: Sequence[PlannedLayer],
+    cells: ExpertCells,
+    device_cells: ExpertCells,
+    usage: Mapping[str, ExpertUsage],
 ) -> tuple[ExpertSet, ...]:
     """The experts of ``layers`` with their places in files and cells."""
     found = [(layer.name, source) for layer in layers for source in layer.experts]
+    on_device = device_cells.own or (0,) * len(found)
     return tuple(
-        lay_out_experts(source, layer=name, cells=count, usage=usage.get(source.module))
-        for (name, source), count in zip(found, cells.own, strict=True)
+        lay_out_experts(
+            source, layer=name, cells=count, device_cells=more, usage=usage.get(source.module)
+        )
+        for (name, source), count, more in zip(found, cells.own, on_device, strict=True)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMemory:
-    """The choices of cells for the experts of ``layers``, and what each takes."""
+    """The choices of cells for the experts of ``layers`` in one memory, and what each takes."""
 
     layers: Sequence[PlannedLayer]
     given: ExpertCells | None
     """Those of a running pipeline, which cannot change."""
     usage: Mapping[str, ExpertUsage]
     """How tokens choose experts, by the paths of modules; of others, evenly is assumed."""
-    request_bytes: int
-    """The most that is read at once."""
-    reads_in_flight: int
+    more_bytes: int
+    """What is taken beside the cells."""
 
     @cached_property
     def sources(self) -> tuple[ExpertSource, ...]:
         """In execution order."""
-        return tuple(source for layer in self.layers for source in layer.experts)
+        return sources_of(self.layers)
 
     @property
     def fewest(self) -> ExpertCells:
@@ -173,16 +187,37 @@ class ExpertMemory:
         return cells_by_use(self.sources, cells, self.usage)
 
     def nbytes(self, cells: ExpertCells) -> int:
-        """Bytes of the store with ``cells``, and of the buffers that experts are read into."""
-        if not self.sources:
-            return 0
-        sizes = (source.expert_bytes for source in self.sources)
-        staging = self.reads_in_flight * request_bytes(sizes, most=self.request_bytes)
-        return cells_bytes(self.sources, cells) + staging
+        """Bytes of the store with ``cells``, and of what is beside them."""
+        return cells_bytes(self.sources, cells) + self.more_bytes if self.sources else 0
 
-    def sets_by_layer(self, cells: ExpertCells) -> dict[str, list[ExpertSet]]:
+    def sets_by_layer(
+        self, cells: ExpertCells, device_cells: ExpertCells
+    ) -> dict[str, list[ExpertSet]]:
         """The experts of each layer, by its name."""
         found: dict[str, list[ExpertSet]] = {}
-        for experts in expert_sets(self.layers, cells, self.usage):
+        for experts in expert_sets(self.layers, cells, device_cells, self.usage):
             found.setdefault(experts.layer, []).append(experts)
         return found
+
+
+def sources_of(layers: Iterable[PlannedLayer]) -> tuple[ExpertSource, ...]:
+    """The experts of ``layers``, in execution order."""
+    return tuple(source for layer in layers for source in layer.experts)
+
+
+def read_buffer_bytes(
+    sources: Iterable[ExpertSource], *, request_bytes_at_most: int, reads_in_flight: int
+) -> int:
+    """The buffers that experts are read into."""
+    sizes = [source.expert_bytes for source in sources]
+    return reads_in_flight * request_bytes(sizes, most=request_bytes_at_most) if sizes else 0
+
+
+def copied_bytes(sources: Iterable[ExpertSource]) -> int:
+    """What a GPU needs beside the cells: for matrices that are copied together, and in blocks of its allocator."""
+    of_layers = [
+        min(max(COPIED_BYTES, tensor.nbytes), source.experts * tensor.nbytes)
+        for source in sources
+        for tensor in source.tensors
+    ]
+    return _STREAMS * max(of_layers) + _DEVICE_BLOCK_BYTES if of_layers else 0

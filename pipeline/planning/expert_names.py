@@ -21,9 +21,12 @@ _Modules = dict[str, dict[str, dict[int, TensorInfo]]]
 
 
 def split_experts(
-    checkpoint: Checkpoint, names: Sequence[str]
+    checkpoint: Checkpoint, names: Sequence[str], *, packed: bool = True
 ) -> tuple[tuple[str, ...], tuple[ExpertSource, ...]]:
-    """The tensors of a layer that every token needs, and the experts among ``names`` that can be read one by one."""
+    """The tensors of a layer that every token needs, and the experts among ``names`` that can be read one by one.
+
+    ``packed``: Packed experts can.
+    """
     shape = shape_of(checkpoint.config)
     if shape is None or not shape.experts:
         return tuple(names), ()
@@ -41,12 +44,15 @@ def split_experts(
     for module, tensors in found.items():
         if not all(_are_alike(infos, shape.experts) for infos in tensors.values()):
             continue
+        found_tensors = tuple(_tensor(checkpoint, infos) for infos in tensors.values())
+        if not packed and any(tensor.packed for tensor in found_tensors):
+            continue
         sources.append(
             ExpertSource(
                 module=module,
                 experts=shape.experts,
                 per_token=shape.experts_per_token,
-                tensors=tuple(_tensor(checkpoint, infos) for infos in tensors.values()),
+                tensors=found_tensors,
             )
         )
         taken |= {info.name for infos in tensors.values() for info in infos.values()}

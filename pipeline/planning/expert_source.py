@@ -99,10 +99,17 @@ class ExpertSource:
 
 
 def lay_out_experts(
-    source: ExpertSource, *, layer: str, cells: int, usage: ExpertUsage | None = None
+    source: ExpertSource,
+    *,
+    layer: str,
+    cells: int,
+    device_cells: int = 0,
+    usage: ExpertUsage | None = None,
 ) -> ExpertSet:
-    """The experts of ``source`` with their places in a cell, ``cells`` of which the store keeps for the layer."""
-    return replace(source.without_cells, layer=layer, cells=cells, usage=usage)
+    """The experts of ``source`` with their places in a cell; the layer has ``cells``, and ``device_cells`` on a GPU."""
+    return replace(
+        source.without_cells, layer=layer, cells=cells, device_cells=device_cells, usage=usage
+    )
 
 
 def _pieces(extents: tuple[tuple[Extent, ...], ...], begin: int) -> Iterable[ExpertPiece]:

@@ -53,6 +53,8 @@ class Placer:
     """Of the usable host memory, what residents leave free."""
     expert_bytes: int = 0
     """The least that experts on demand take of the host budget; what residents leave is theirs, too."""
+    device_expert_bytes: int = 0
+    """The same of the VRAM budget."""
     adapter_bytes: int = 0
     """Weights of adapters, which are resident where computation runs."""
 
@@ -134,12 +136,14 @@ class Placer:
                 arena_bytes=arenas.host,
                 resident_bytes=residents[0],
                 reserved_bytes=reserved[0],
+                expert_bytes=self.expert_bytes,
             ),
             MemoryUse(
                 budget_bytes=self.vram_budget_bytes,
                 arena_bytes=_allocated_bytes(arenas.device),
                 resident_bytes=sum(allocated),
                 reserved_bytes=reserved[1],
+                expert_bytes=self.device_expert_bytes,
                 adapter_bytes=self.adapter_bytes,
             ),
         )

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Self
 
 from layerstream.pipeline.machine.measurement import Input
+from layerstream.pipeline.planning.memory_use import MemoryUse
 from layerstream.pipeline.planning.plan_json import dump, load
 from layerstream.pipeline.planning.prediction import Advice, Candidate, Prediction
 from layerstream.stages.batch import LayerBatch, Residence
@@ -91,33 +92,6 @@ class PlannedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryUse:
-    """What a plan uses of one side's budget, in bytes."""
-
-    budget_bytes: int
-    arena_bytes: int
-    """The ring of slots."""
-    resident_bytes: int
-    """Resident layer batches."""
-    reserved_bytes: int
-    """KV cache, activations and scratch of the workload, and what libraries take for its requests."""
-    expert_bytes: int = 0
-    """Cells of experts that are read on demand, and the buffers that they are read into."""
-    adapter_bytes: int = 0
-    """Weights of adapters, which are resident."""
-
-    @property
-    def taken_bytes(self) -> int:
-        """The memory that a running pipeline takes even without requests."""
-        return self.arena_bytes + self.resident_bytes + self.expert_bytes + self.adapter_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        """The total."""
-        return self.taken_bytes + self.reserved_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Which layers form a batch, what is resident where, and the memory for that. Running it decides nothing more.
 
@@ -170,6 +144,8 @@ class Plan:
     """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
     shared_expert_cells: int = 0
     """Further cells of each size, so that experts of a long prompt can pass through."""
+    shared_device_expert_cells: int = 0
+    """The same on a GPU."""
     kv_cache_device_bytes: int = 0
     """Of a KV cache in host RAM: what is in VRAM while its layers compute; of the reserved memory."""
     unpacked_once_bytes: int = 0
@@ -214,8 +190,18 @@ class Plan:
     @property
     def expert_bytes_per_step(self) -> float:
         """Bytes of experts that a decoding step of the workload reads once cells are filled."""
-        sequences = 1 if self.workload is None else self.workload.batch_size
-        return sum(each.missed_bytes(sequences) for each in self.experts)
+        return sum(each.missed_bytes(self._sequences) for each in self.experts)
+
+    @property
+    def expert_bytes_copied_per_step(self) -> float:
+        """Bytes of experts that such a step copies to a GPU; 0 on a CPU."""
+        if self.on_cpu:
+            return 0.0
+        return sum(each.copied_bytes(self._sequences) for each in self.experts)
+
+    @property
+    def _sequences(self) -> int:
+        return 1 if self.workload is None else self.workload.batch_size
 
     @property
     def predicted_sweep_seconds(self) -> float:

@@ -27,6 +27,7 @@ def planned_layers(
     *,
     gathers_tables: bool = False,
     experts_on_demand: bool = False,
+    packed_experts: bool = True,
     sequences: int = 1,
 ) -> tuple[PlannedLayer, ...]:
     """``layers`` with the files, offsets, dtypes and shapes of their tensors.
@@ -36,7 +37,8 @@ def planned_layers(
         layers: In execution order.
         gathers_tables: Leave out embedding tables, whose rows a ``StreamedModel`` reads from the files when they are
             looked up. A table that is also the head's matrix stays in the head.
-        experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` on a CPU does.
+        experts_on_demand: Leave experts out of what every pass needs, as a ``StreamedModel`` does.
+        packed_experts: Packed ones, too, as it does on a CPU.
         sequences: How many requests compute at the same time.
     """
 
@@ -65,7 +67,7 @@ def planned_layers(
         names: Sequence[str] = [name for name in layer.tensors if is_streamed(layer, name)]
         experts: tuple[ExpertSource, ...] = ()
         if experts_on_demand:
-            names, experts = split_experts(checkpoint, names)
+            names, experts = split_experts(checkpoint, names, packed=packed_experts)
         planned.append(_planned(layer, tuple(map(source, names)), experts, sequences))
     return tuple(layer for layer in planned if layer.tensors)
 

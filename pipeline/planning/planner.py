@@ -219,6 +219,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         notes=notes_on(problem, candidates),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
+        shared_device_expert_cells=placement.device_expert_cells.shared,
         kv_cache_device_bytes=problem.kv_on_device_bytes(best.placer.kv_on_host_bytes),
         unpacked_once_bytes=problem.unpacked_once.nbytes,
         fused_tokens=problem.fused_tokens,
@@ -234,6 +235,10 @@ def _fixed_by(running: Plan) -> dict[str, Any]:
         "running_once_bytes": running.unpacked_once_bytes,
         "expert_cells": ExpertCells(
             own=tuple(each.cells for each in running.experts), shared=running.shared_expert_cells
+        ),
+        "device_expert_cells": ExpertCells(
+            own=tuple(each.device_cells for each in running.experts),
+            shared=running.shared_device_expert_cells,
         ),
     }
 

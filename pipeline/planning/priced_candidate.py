@@ -28,6 +28,8 @@ class PricedCandidate:
     def memory(self) -> tuple[MemoryUse, MemoryUse | None]:
         """Its use of the host budget and of the VRAM budget."""
         host, device = self.placer.memory(self.placement.batches, self.placement.arenas)
+        if device is not None:
+            device = dataclasses.replace(device, expert_bytes=self.placement.device_expert_bytes)
         return dataclasses.replace(host, expert_bytes=self.placement.expert_bytes), device
 
     @property

@@ -57,6 +57,7 @@ class Problem:
     arenas: ArenaBytes | None = None
     kv_on_host: bool | None = None
     expert_cells: ExpertCells | None = None
+    device_expert_cells: ExpertCells | None = None
     running_fused_tokens: int | None = None
     running_once_bytes: int | None = None
 

@@ -86,9 +86,12 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "vram_budget_bytes": device and device.budget_bytes,
         "disk_bytes_per_sweep": plan.disk_bytes_per_sweep,
         "expert_bytes_per_step": plan.expert_bytes_per_step,
+        "expert_bytes_copied_per_step": plan.expert_bytes_copied_per_step,
         "expert_cells": sum(each.cells for each in plan.experts),
         "experts": sum(each.experts for each in plan.experts),
         "expert_memory_bytes": host.expert_bytes,
+        "device_expert_cells": sum(each.device_cells for each in plan.experts),
+        "device_expert_memory_bytes": 0 if device is None else device.expert_bytes,
         "adapter_bytes": (device or host).adapter_bytes,
         "predicted_first_sweep_seconds": predicted.first.seconds,
         "predicted_prefill_seconds": predicted.prefill.seconds,
@@ -159,9 +162,13 @@ def _experts(plan: Plan) -> str:
     step = format_bytes(plan.expert_bytes_per_step)
     learnt = all(each.usage is not None for each in plan.experts)
     why = "as past sweeps have shown" if learnt else "if routing is even (ASSUMED)"
+    in_vram = copied = ""
+    if not plan.on_cpu:
+        in_vram = f", {sum(each.device_cells for each in plan.experts)} in VRAM"
+        copied = f" and copies {format_bytes(plan.expert_bytes_copied_per_step)}"
     return (
-        f"read on demand: {cells} of {experts} in {len(plan.experts)} layers stay in host RAM; a decoding step reads "
-        f"{step} of them, {why}"
+        f"read on demand: {cells} of {experts} in {len(plan.experts)} layers stay in host RAM{in_vram}; a decoding step "
+        f"reads {step} of them{copied}, {why}"
     )
 
 

@@ -1,13 +1,18 @@
 """The files, threads and memory that a pipeline holds while it is open."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.stages.arena import RingArena
 from layerstream.stages.devices.lookup import open_device
 from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import CheckpointError, PlanError
+from layerstream.stages.experts.expert_copies import ExpertCopies
+from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.experts.expert_set import request_bytes
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.direct import DirectReader
@@ -83,17 +88,7 @@ class Resources:
         for arena in self.arenas:
             release(arena.close)
         if plan.experts:
-            self.experts = ExpertStore(
-                plan.experts,
-                passing_cells=plan.shared_expert_cells,
-                reader=self.reader,
-                guard=guard,
-                file_bytes=[file.nbytes for file in plan.files],
-                threads=plan.reads_in_flight,
-                request_bytes=request_bytes(
-                    (each.expert_bytes for each in plan.experts), most=plan.read_request_bytes
-                ),
-            )
+            self.experts = self._expert_store(plan, guard)
             release(self.experts.close)
             guard.give_up_when_stopped(self.experts)
         # Work that is queued on the device may still read the memory above.
@@ -107,6 +102,41 @@ class Resources:
         release(self.compute_threads.close)
         if self.mapped is not None:
             guard.give_up_when_stopped(self.compute_threads, in_page_faults=True)
+
+    def _expert_store(self, plan: Plan, guard: ReadGuard) -> ExpertStore:
+        """The store that modules compute from, and on a GPU below it one in host memory, which is closed with it."""
+        release = self._stack.callback
+        reads = ExpertReads(
+            self.reader,
+            guard=guard,
+            file_bytes=[file.nbytes for file in plan.files],
+            threads=plan.reads_in_flight,
+            request_bytes=request_bytes(
+                (each.expert_bytes for each in plan.experts), most=plan.read_request_bytes
+            ),
+        )
+        release(reads.close)  # again: in case making the store fails
+
+        def host_cells(nbytes: int) -> torch.Tensor:
+            memory = self.device.host_memory(nbytes)
+            release(self.device.release_host_memory, memory)
+            return memory.tensor
+
+        host = ExpertStore(
+            plan.experts, passing_cells=plan.shared_expert_cells, allocate=host_cells, loader=reads
+        )
+        if plan.on_cpu:
+            return host
+        release(host.close)
+        copies = ExpertCopies(host, self.device, threads=plan.reads_in_flight)
+        release(copies.close)
+        return ExpertStore(
+            [replace(each, cells=each.device_cells) for each in plan.experts],
+            passing_cells=plan.shared_device_expert_cells,
+            allocate=self.device.device_memory,
+            loader=copies,
+            device=self.device,
+        )
 
     def occupancy(self) -> tuple[Occupancy, ...]:
         """How full each ring of slots has been."""

@@ -1,11 +1,12 @@
 """Cells of equal size, each of which holds one expert. Not thread-safe: the store locks."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 
 import torch
 
 from layerstream.stages.batch import TensorView
+from layerstream.stages.devices.protocol import Event
 from layerstream.stages.experts.eviction import Eviction, ExpertKey
 from layerstream.stages.memory import strides_of
 
@@ -22,9 +23,10 @@ class Cell:
         users: How many passes hold it, and 1 more while it is loaded: it is not used again meanwhile.
         read_ahead: Whether it was read before a pass asked for it, and none has since.
         loaded: Done when its bytes have arrived, or has the error.
+        readers: On a device, the event behind the last work of each stream that reads it.
     """
 
-    __slots__ = ("key", "loaded", "number", "read_ahead", "tensor", "users")
+    __slots__ = ("key", "loaded", "number", "read_ahead", "readers", "tensor", "users")
 
     def __init__(self, number: int, tensor: torch.Tensor) -> None:
         self.number = number
@@ -33,6 +35,7 @@ class Cell:
         self.users = 0
         self.read_ahead = False
         self.loaded: Future[None] = Future()
+        self.readers: dict[Hashable, Event] = {}
 
 
 class CellRegion:

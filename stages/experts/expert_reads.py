@@ -1,7 +1,7 @@
 """Reads of experts into cells, several at a time."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
@@ -25,14 +25,22 @@ class ExpertReads:
     Args:
         reader: The files.
         guard: What fails is repeated with its patience.
+        file_bytes: The size of each file.
         threads: How many requests are in flight.
         request_bytes: The size of the largest one.
     """
 
     def __init__(
-        self, reader: Reader, *, guard: ReadGuard, threads: int, request_bytes: int
+        self,
+        reader: Reader,
+        *,
+        guard: ReadGuard,
+        file_bytes: Sequence[int],
+        threads: int,
+        request_bytes: int,
     ) -> None:
         self._reader = reader
+        self._file_bytes = tuple(file_bytes)
         self._guard = guard
         self._request_bytes = request_bytes
         self._lock = threading.Lock()
@@ -47,9 +55,12 @@ class ExpertReads:
         with self._lock:
             return self._bytes
 
-    def begin(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> Future[None]:
-        """Queue ``read``, a part of ``expert``, into ``cell``."""
-        return self._threads.submit(self._read, read, cell, experts, expert)
+    def begin(self, cell: Cell, experts: ExpertSet, expert: int) -> list[Future[None]]:
+        """Queue the reads of ``expert`` into ``cell``."""
+        reads = experts.reads(
+            expert, request_bytes=self._request_bytes, file_bytes=self._file_bytes
+        )
+        return [self._threads.submit(self._read, each, cell, experts, expert) for each in reads]
 
     def _read(self, read: ExpertRead, cell: Cell, experts: ExpertSet, expert: int) -> None:
         staging = self._staging_buffer()

@@ -66,6 +66,8 @@ class ExpertSet:
     pieces: tuple[ExpertPiece, ...]
     usage: ExpertUsage | None = None
     """How tokens choose them, as sweeps have shown; None: evenly, which is assumed."""
+    device_cells: int = 0
+    """This layer's share of the cells on the GPU that computes; 0 on a CPU."""
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -81,11 +83,19 @@ class ExpertSet:
         return self.experts * (1 - (1 - min(self.per_token / self.experts, 1.0)) ** tokens)
 
     def missed_bytes(self, tokens: int) -> float:
-        """Bytes that a pass of ``tokens`` reads when all cells hold something."""
-        hit_share = self.cells / self.experts
+        """Bytes that a pass of ``tokens`` reads from files when all cells hold something."""
+        return self._missed(tokens, max(self.cells, self.device_cells)) * self.expert_bytes
+
+    def copied_bytes(self, tokens: int) -> float:
+        """Bytes that such a pass copies to a GPU."""
+        return self._missed(tokens, self.device_cells) * self.expert_bytes
+
+    def _missed(self, tokens: int, cells: int) -> float:
+        """How many experts that such a pass needs ``cells`` do not hold."""
+        hit_share = cells / self.experts
         if self.usage is not None and tokens <= STEP_TOKENS:
-            hit_share = self.usage.hit_shares[self.cells]
-        return self.distinct(tokens) * (1 - hit_share) * self.expert_bytes
+            hit_share = self.usage.hit_shares[cells]
+        return self.distinct(tokens) * (1 - hit_share)
 
     def reads(
         self, expert: int, *, request_bytes: int, file_bytes: tuple[int, ...]

@@ -1,22 +1,23 @@
 """The expert store: cells for the experts of all layers, filled on demand. Its methods may be called from any thread."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 
+import torch
+
+from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.cells import Cell, CellRegion
 from layerstream.stages.experts.eviction import ExpertKey
-from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.experts.expert_set import ExpertSet
 from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
+from layerstream.stages.experts.loader import ExpertLoader
 from layerstream.stages.experts.regions import CellRegions
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, ExpertUsage, UsageCounter
 from layerstream.stages.experts.whole_calls import WholeCalls
-from layerstream.stages.readers.guard import ReadGuard
-from layerstream.stages.readers.protocol import Reader
 from layerstream.stages.telemetry.spans import ExpertCounts
 
 __all__ = ["ExpertStore"]
@@ -36,11 +37,9 @@ class ExpertStore:
     Args:
         sets: The experts of each layer, with the layer's quota of cells.
         passing_cells: How many more there are of each size, for what is only passing through; otherwise used like all others.
-        reader: The files.
-        guard: What fails is repeated with its patience.
-        file_bytes: The size of each file.
-        threads: How many requests are in flight.
-        request_bytes: The size of one.
+        allocate: Makes the memory of the cells, uint8 ``[nbytes]``; whoever frees it does so after ``close``.
+        loader: Fills them; closed with the store.
+        device: Where they are, if work that reads them may still be queued when they are given back.
     """
 
     def __init__(
@@ -48,15 +47,12 @@ class ExpertStore:
         sets: Sequence[ExpertSet],
         *,
         passing_cells: int,
-        reader: Reader,
-        guard: ReadGuard,
-        file_bytes: Sequence[int],
-        threads: int,
-        request_bytes: int,
+        allocate: Callable[[int], torch.Tensor],
+        loader: ExpertLoader,
+        device: Device | None = None,
     ) -> None:
         self.sets = tuple(sets)
-        self._file_bytes = tuple(file_bytes)
-        self._request_bytes = request_bytes
+        self._device = device
         # Of its thread: a read that has ended when it gets its callback calls that at once, in the thread that began it.
         self._lock = threading.RLock()
         self._waiting: list[Future[None]] = []  # for cells
@@ -68,10 +64,10 @@ class ExpertStore:
         self._counters = [UsageCounter(each.experts) for each in sets]
         self._recorded: ExpertRoute | None = None
         self._resources = ExitStack()
-        self._cells = CellRegions(self.sets, passing_cells)
+        self._loader = loader
+        self._cells = CellRegions(self.sets, passing_cells, allocate)
         self._resources.callback(self._cells.close)
-        self._reads = ExpertReads(reader, guard=guard, threads=threads, request_bytes=request_bytes)
-        self._resources.callback(self._reads.close)
+        self._resources.callback(loader.close)
         self._whole = WholeCalls()
         self._resources.callback(self._whole.close)
 
@@ -225,11 +221,14 @@ class ExpertStore:
 
     def _give_back(self, lease: Lease) -> None:
         """For ``Lease``."""
-        self._whole.make(partial(self._give_back_now, lease))
+        device = self._device
+        used = {} if device is None or not lease.cells else {device.stream(): device.record()}
+        self._whole.make(partial(self._give_back_now, lease, used))
 
-    def _give_back_now(self, lease: Lease) -> None:
+    def _give_back_now(self, lease: Lease, used: Mapping[Hashable, Event]) -> None:
         with self._lock:
             for cell in lease.give_up():
+                cell.readers.update(used)
                 lease.region.release(cell)
             self._notify()
 
@@ -244,16 +243,14 @@ class ExpertStore:
             return ExpertCounts(
                 wanted=self._wanted,
                 hits=self._hits,
-                read_bytes=self._reads.nbytes,
+                read_bytes=self._loader.nbytes,
                 wait_seconds=self._wait_seconds,
             )
 
     def _load(self, region: CellRegion, cell: Cell, experts: ExpertSet, expert: int) -> None:
-        """Queue the reads of ``expert`` into ``cell``. The lock is held."""
-        reads = list(
-            experts.reads(expert, request_bytes=self._request_bytes, file_bytes=self._file_bytes)
-        )
-        left = len(reads)
+        """Begin to bring ``expert`` into ``cell``. The lock is held."""
+        parts = self._loader.begin(cell, experts, expert)
+        left = len(parts)
         failure: BaseException | None = None
         loaded = cell.loaded
 
@@ -272,12 +269,12 @@ class ExpertStore:
                 region.release(cell)
                 self._notify()
 
-        for each in reads:
-            self._reads.begin(each, cell, experts, expert).add_done_callback(done)
+        for each in parts:
+            each.add_done_callback(done)
 
     def abandon(self, error: Callable[[], BaseException]) -> bool:
-        """Fail the reads in progress, and wait for none of them any more; whether there are any. See ``Threads``."""
-        return self._reads.abandon(error)
+        """See ``ExpertLoader``."""
+        return self._loader.abandon(error)
 
     def close(self) -> None:
         """Fail who waits, wait for reads that have begun and were not abandoned, free the memory."""

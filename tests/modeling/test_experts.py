@@ -12,6 +12,7 @@ from typing import Any, Self
 import pytest
 import torch
 import transformers
+from support.experts import host_cells
 from support.leaks import nothing_left_behind
 from support.loop import run
 from support.models import CASES, save_model
@@ -24,6 +25,7 @@ from layerstream.pipeline import Budget, ClosedError, ModelError, StreamedModel
 from layerstream.pipeline.modeling.experts import stream_experts
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
 from layerstream.stages.batch import Extent
+from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.experts.expert_set import request_bytes
 from layerstream.stages.experts.lease import Lease, WaitFor
 from layerstream.stages.experts.store import ExpertStore
@@ -130,7 +132,7 @@ def test_bytes_that_are_read_are_those_of_the_misses(
     load = ExpertStore._load
 
     def counting(self: Any, region: Any, cell: Any, experts: Any, expert: int) -> None:
-        sizes, request = self._file_bytes, self._request_bytes
+        sizes, request = self._loader._file_bytes, self._loader._request_bytes
         reads = experts.reads(expert, request_bytes=request, file_bytes=sizes)
         missed.append(sum(read.extent.nbytes for read in reads))
         load(self, region, cell, experts, expert)
@@ -207,11 +209,14 @@ class Streamed:
         self.store = ExpertStore(
             sets := [lay_out_experts(source, layer="", cells=cells)],
             passing_cells=4,
-            reader=self._reader,
-            guard=ReadGuard(),
-            file_bytes=[len(contents)],
-            threads=2,
-            request_bytes=request_bytes([source.expert_bytes], most=1 << 20),
+            allocate=host_cells,
+            loader=ExpertReads(
+                self._reader,
+                guard=ReadGuard(),
+                file_bytes=[len(contents)],
+                threads=2,
+                request_bytes=request_bytes([source.expert_bytes], most=1 << 20),
+            ),
         )
         stream_experts(torch.nn.Sequential(self.module), sets, self.store, waiting=waiting)
 

@@ -19,7 +19,7 @@ from transformers import CompressedTensorsConfig
 
 from layerstream.pipeline import Budget, ModelError, PlanError, StreamedModel, Workload
 from layerstream.pipeline.modeling import packed_weight
-from layerstream.pipeline.modeling.expert_banks import PackedBanks
+from layerstream.pipeline.modeling.packed_banks import PackedBanks
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
 from layerstream.pipeline.planning import tiles

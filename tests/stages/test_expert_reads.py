@@ -31,9 +31,10 @@ def _reads_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = ExpertReads.begin
 
     def begin_and_end(self: ExpertReads, *given: Any) -> Any:
-        read = begin(self, *given)
-        read.exception(SECONDS)
-        return read
+        reads = begin(self, *given)
+        for read in reads:
+            read.exception(SECONDS)
+        return reads
 
     monkeypatch.setattr(ExpertReads, "begin", begin_and_end)
 

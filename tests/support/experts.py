@@ -6,17 +6,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from layerstream.pipeline.planning.expert_source import ExpertSource, ExpertTensor, lay_out_experts
 from layerstream.stages.batch import Extent
 from layerstream.stages.experts.cells import CellRegion
+from layerstream.stages.experts.expert_reads import ExpertReads
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 from layerstream.stages.experts.lease import Lease
 from layerstream.stages.experts.store import ExpertStore
+from layerstream.stages.memory import HostMemory
 from layerstream.stages.readers.direct import DirectReader
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
 
-__all__ = ["FailingReader", "RandomExperts", "idle_cells"]
+__all__ = ["FailingReader", "RandomExperts", "host_cells", "idle_cells"]
+
+
+def host_cells(nbytes: int) -> torch.Tensor:
+    """Memory for the cells of a store, freed with its last view."""
+    return HostMemory(nbytes).tensor
 
 
 class RandomExperts:
@@ -97,12 +106,15 @@ class RandomExperts:
         store = ExpertStore(
             self.sets(cells),
             passing_cells=shared,
-            reader=reader,
-            guard=ReadGuard(),
-            file_bytes=[len(each) for each in self._contents],
-            threads=threads,
-            request_bytes=request_bytes(
-                (source.expert_bytes for source in self.sources), most=most
+            allocate=host_cells,
+            loader=ExpertReads(
+                reader,
+                guard=ReadGuard(),
+                file_bytes=[len(each) for each in self._contents],
+                threads=threads,
+                request_bytes=request_bytes(
+                    (source.expert_bytes for source in self.sources), most=most
+                ),
             ),
         )
         try:

@@ -36,11 +36,17 @@ async def open_streaming(folder, **options):
     options = {"device": "auto", "workload": SMALL, "layer_batch_size": 1, **options}
     async with StreamedModel.open(folder, **options) as model:
         plan = model.plan
+    least_vram = plan.device_memory.reserved_bytes + _fewest_experts(
+        plan, plan.device_memory, "device_cells", plan.shared_device_expert_cells
+    )
+    least_host = plan.host_memory.reserved_bytes + _fewest_experts(
+        plan, plan.host_memory, "cells", plan.shared_expert_cells
+    )
     for slots in range(
         3, 20
     ):  # layers that are always resident need memory in addition to three slots
-        vram = plan.device_memory.reserved_bytes + slots * max(b.device_bytes for b in plan.batches)
-        host = plan.host_memory.reserved_bytes + slots * max(b.host_bytes for b in plan.batches)
+        vram = least_vram + slots * max(b.device_bytes for b in plan.batches)
+        host = least_host + slots * max(b.host_bytes for b in plan.batches)
         budget = Budget(vram=vram, host=host)
         try:
             async with StreamedModel.open(folder, budget=budget, **options):
@@ -48,6 +54,13 @@ async def open_streaming(folder, **options):
         except PlanError:
             continue
     raise AssertionError("no budget suffices")
+
+
+def _fewest_experts(plan, memory, name, shared):
+    """Bytes of ``memory`` for two experts, and for what is there beside them."""
+    largest = max((each.cell_bytes for each in plan.experts), default=0)
+    cells = sum(getattr(each, name) * each.cell_bytes for each in plan.experts)
+    return memory.expert_bytes - cells + (2 - shared) * largest
 
 
 def on(device, inputs):

@@ -1,6 +1,7 @@
 """The rows of the GPU benchmark, the most important first; each measures a ratio."""
 
 from layerstream.tools.benchmarks.gpu_bench import GpuRow
+from layerstream.tools.benchmarks.gpu_experts import compare_mixture_with, measure_mixture
 from layerstream.tools.benchmarks.gpu_models import compare_with, measure_decoding
 from layerstream.tools.benchmarks.gpu_streaming import (
     compare_page_locking,
@@ -37,6 +38,23 @@ ROWS = (
         for share in (0.0, 0.5, 0.9)
     ),
     GpuRow(name="peak VRAM to budget", target="<= 1", measure=report_peak_vram),
+    GpuRow(
+        name="mixture, experts in pinned RAM",
+        target="<= 1.15 of resident + copies",
+        measure=measure_mixture(1.0, 0.25),
+    ),
+    GpuRow(
+        name="mixture, experts from disk",
+        target="-",
+        measure=measure_mixture(0.25, 0.1),
+    ),
+    *(
+        GpuRow(name=f"mixture against {name}", target=target, measure=compare_mixture_with(name))
+        for name, target in (
+            ("whole layers", ">= 8"),
+            ("accelerate disk_offload", ">= 10"),
+        )
+    ),
     GpuRow(name="against AirLLM", target=">= 5", measure=compare_with("AirLLM", on_host=False)),
     *(
         GpuRow(name=f"against {name}", target="-", measure=compare_with(name, on_host=on_host))

@@ -146,7 +146,8 @@ def _plan(
         checkpoint,
         groups,
         gathers_tables=True,
-        experts_on_demand=on_cpu,
+        experts_on_demand=True,
+        packed_experts=on_cpu,
         sequences=args.batch_size,
     )
     plan = make_plan(
