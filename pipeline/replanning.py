@@ -87,8 +87,9 @@ class Replanning:
     async def _learnt(self, *, as_budgeted: bool) -> Hardware:
         """The machine with the rates measured so far, and with the memory that it has without this model."""
         stream = self._runtime.stream
-        timings = stream.pipeline.timings()
-        hardware = learn(self.hardware, self.plan, timings, stream.expert_usage())
+        timings, usage = stream.pipeline.timings(), stream.expert_usage()
+        # There are tens of thousands of spans.
+        hardware = await finish_in_thread(lambda: learn(self.hardware, self.plan, timings, usage))
         now = await Hardware.probe(self._opening.checkpoint, device=self.plan.device, measure=False)
         return hardware_without(self.plan, hardware, now=now, as_budgeted=as_budgeted)
 

@@ -25,6 +25,7 @@ from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
 from layerstream.pipeline.scheduling.residency import Residency
 from layerstream.pipeline.scheduling.scheduler import SweepScheduler
+from layerstream.pipeline.streaming.resources import throttle_of
 from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.devices.lookup import open_device
@@ -54,6 +55,7 @@ class Runtime:
         """Switch to ``plan`` between two sweeps, or by reopening what has failed, and call ``then``."""
 
         async def adopt() -> None:
+            self.stream.free_unpacked(plan)
             if _arenas(self.stream.pipeline.plan) != _arenas(plan):
                 # There are no slots, or others than the new plan has.
                 try:
@@ -81,6 +83,8 @@ class Runtime:
                 self.content.start_again()
             if self.scheduler.failure is None:
                 return False
+            if plan is not None:
+                self.stream.free_unpacked(plan)
             await self.stream.reopen(plan)
             if plan is not None:
                 await self._put_into_effect(plan, then)
@@ -91,6 +95,7 @@ class Runtime:
 
     async def _put_into_effect(self, plan: Plan, then: Callable[[], None]) -> None:
         await finish_in_thread(self.scheduler.device.trim)  # for other processes
+        self.stream.keep_unpacked(plan)
         opening = self.opening
         memory = request_memory_of(plan, opening.module, opening.checkpoint.config)
         self.scheduler.residency.replace(plan, request_bytes=memory.shared_bytes)
@@ -125,6 +130,7 @@ async def start_model(
     memory = request_memory_of(plan, module, opening.checkpoint.config)
     residency = Residency(plan, request_bytes=memory.shared_bytes)
     always_bound = _always_bound(assembly, plan)
+    throttle = throttle_of(plan)
     stream = WeightStream(
         residency.first,
         bindings,
@@ -134,6 +140,7 @@ async def start_model(
         guard=guard,
         # Not of the assembly, which has the module: the scheduler must not, see ``StreamedModel._open``.
         unpacking=(lambda: None) if assembly.tiles is None else assembly.tiles.times,
+        throttle=throttle,
     )
     resources.push_async_callback(stream.aclose)
     await stream.open()
@@ -192,7 +199,12 @@ async def start_model(
     content = None
     if opening.digests is not None:
         content = ContentCheck(
-            opening.checkpoint, opening.digests, plan, guard=guard, on_failure=scheduler.stop
+            opening.checkpoint,
+            opening.digests,
+            plan,
+            guard=guard,
+            throttle=throttle,
+            on_failure=scheduler.stop,
         )
         resources.push_async_callback(content.aclose)
         content.start()

@@ -26,6 +26,7 @@ from layerstream.stages.errors import CheckpointError, ClosedError, copy_of
 from layerstream.stages.memory import HostMemory, round_up
 from layerstream.stages.readers.direct import BLOCK_BYTES
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.throttled import Throttle
 from layerstream.stages.text import format_bytes
 from layerstream.stages.threads import Threads, wait_all
 
@@ -52,6 +53,7 @@ class ContentCheck:
         digests: Of all of them, by name.
         plan: How they are read, and in which order.
         guard: Watches over the reads.
+        throttle: What its reads wait for with those of the layer batches, if these are throttled.
         on_failure: Called on the event loop if something is wrong with the content.
     """
 
@@ -62,11 +64,13 @@ class ContentCheck:
         plan: Plan,
         *,
         guard: ReadGuard,
+        throttle: Throttle | None,
         on_failure: Callable[[BaseException], Awaitable[None]],
     ) -> None:
         self._checkpoint = checkpoint
-        self._pieces = _in_order(checkpoint, digests, plan)
+        self._digests = digests
         self._plan = plan
+        self._throttle = throttle
         self._guard = guard.part()
         self._on_failure = on_failure
         self._task: asyncio.Task[None] | None = None
@@ -147,7 +151,7 @@ class ContentCheck:
             memory = HostMemory(_CHUNK_BYTES)
             opened.callback(memory.close)
             buffer = opened.enter_context(memoryview(memory.tensor.numpy().data))
-            for file, piece in self._pieces:
+            for file, piece in _in_order(self._checkpoint, self._digests, self._plan):
                 found = self._hash(read, file, piece, buffer)
                 if found != piece.sha256:
                     raise _CorruptError(piece.corrupt(self._checkpoint.files[file].path, found))
@@ -166,7 +170,7 @@ class ContentCheck:
             source = SourceReader(self._checkpoint, guard=self._guard)
             opened.callback(source.close)
             return source.read_extent
-        reader = open_reader(self._plan, self._guard)
+        reader = open_reader(self._plan, self._guard, self._throttle)
         opened.callback(reader.close)
         return reader.read
 

@@ -13,6 +13,7 @@ from layerstream.stages.devices.protocol import Device
 from layerstream.stages.errors import ClosedError
 from layerstream.stages.experts.usage import ExpertUsage
 from layerstream.stages.readers.guard import ReadGuard
+from layerstream.stages.readers.throttled import Throttle
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.threads import finish_in_thread
 
@@ -30,6 +31,7 @@ class WeightStream:
         device: Where computation runs.
         guard: Watches over the reads.
         unpacking: How much was unpacked so far, for the pipeline's timings.
+        throttle: What throttled reads wait for.
 
     Attributes:
         pipeline: The current one.
@@ -47,6 +49,7 @@ class WeightStream:
         device: Device,
         guard: ReadGuard,
         unpacking: Callable[[], StageTimings | None] = lambda: None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._bindings = bindings
         self._always_bound = tuple(always_bound)
@@ -54,13 +57,20 @@ class WeightStream:
         self._device = device
         self._guard = guard
         self._unpacking = unpacking
+        self._throttle = throttle
         self._bound: list[Binding] = []
         self._changing = asyncio.Lock()
         self._closed = False
         self.pipeline = self._pipeline(plan)
 
     def _pipeline(self, plan: Plan) -> Pipeline:
-        return Pipeline(plan, device=self._device, guard=self._guard, unpacking=self._unpacking)
+        return Pipeline(
+            plan,
+            device=self._device,
+            guard=self._guard,
+            unpacking=self._unpacking,
+            throttle=self._throttle,
+        )
 
     async def open(self) -> None:
         """Open the pipeline, and bind what stays bound. Whatever comes of it, it has to be closed."""
@@ -84,6 +94,17 @@ class WeightStream:
     def expert_usage(self) -> dict[str, ExpertUsage]:
         """How tokens have chosen experts so far, by the paths of modules."""
         return {} if self.pipeline.experts is None else self.pipeline.experts.usage()
+
+    def free_unpacked(self, plan: Plan) -> None:
+        """Free what was kept unpacked and ``plan`` does not keep, before its residents need the memory. Between two sweeps."""
+        for binding, batch in zip(self._bindings, plan.batches, strict=True):
+            if not batch.unpacked_bytes:
+                binding.kept.free()
+
+    def keep_unpacked(self, plan: Plan) -> None:
+        """Keep unpacked from now on what ``plan``, which is in effect, keeps so."""
+        for binding, batch in zip(self._bindings, plan.batches, strict=True):
+            binding.kept.keep(is_kept=batch.unpacked_bytes > 0)
 
     async def reopen(self, plan: Plan | None = None) -> None:
         """Close the pipeline, and open another one, for ``plan`` or its own. Nothing may be using it; may be called again if it fails.
@@ -109,6 +130,8 @@ class WeightStream:
         self._closed = True
         async with self._changing:
             await self._close_pipeline()
+            for binding in self._bindings:
+                binding.kept.keep(is_kept=False)
 
     async def _close_pipeline(self) -> None:
         while self._bound:

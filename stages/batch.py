@@ -116,6 +116,8 @@ class LayerBatch:
     scratch_bytes: int = 0
     """Bytes of tensors that are made from it before use: casts, transposes."""
     residence: Residence = Residence.STREAMED
+    unpacked_bytes: int = 0
+    """What its packed weights take unpacked, if they are kept so beside the images; 0: they are not."""
 
     @property
     def label(self) -> str:
@@ -137,10 +139,12 @@ class LayerBatch:
         """Whether the device image stays in memory."""
         return self.residence in {Residence.DEVICE, Residence.BOTH}
 
-    def with_residence(self, residence: Residence) -> Self:
+    def with_residence(self, residence: Residence, *, unpacked_bytes: int = 0) -> Self:
         """The same bytes in the same places, so that what is cached of them stays."""
         changed = copy(self)
-        object.__setattr__(changed, "residence", residence)  # it is new, and nobody else has it
+        # It is new, and nobody else has it.
+        object.__setattr__(changed, "residence", residence)
+        object.__setattr__(changed, "unpacked_bytes", unpacked_bytes)
         return changed
 
     def residence_on_cpu(self, *, mapped: bool) -> Residence:

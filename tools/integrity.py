@@ -19,7 +19,14 @@ from layerstream.pipeline.checkpoint.digests import (
     pieces_of,
 )
 
-__all__ = ["FileCheck", "check_content", "digests_beside", "digests_of"]
+__all__ = [
+    "FileCheck",
+    "changes_of",
+    "check_content",
+    "digests_beside",
+    "digests_of",
+    "write_anew",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,6 +111,39 @@ def digests_of(checkpoint: Checkpoint, progress: Progress) -> dict[str, FileDige
     total = sum(file.size_bytes for file in checkpoint.files)
     found = _for_each(range(len(checkpoint.files)), digested, progress, total)
     return {file.name: each for file, each in zip(checkpoint.files, found, strict=True)}
+
+
+def changes_of(before: Mapping[str, FileDigests], now: Mapping[str, FileDigests]) -> list[str]:
+    """What is different in ``now``: files and tensors that are gone, new, or of other content."""
+    changes = [f"{name} is gone" for name in before if name not in now]
+    for name, file in now.items():
+        if name not in before:
+            changes.append(f"{name} is new")
+            continue
+        recorded = set(before[name].pieces)
+        tensors = [each.tensor for each in file.pieces if each not in recorded]
+        changes += [
+            f"{name} has other bytes in {'its header' if tensor is None else f'tensor {tensor!r}'}"
+            for tensor in tensors
+        ]
+        if not tensors and before[name].pieces != file.pieces:
+            changes.append(f"{name} has lost tensors")
+    return changes
+
+
+def write_anew(path: Path, text: str) -> None:
+    """Write ``path`` with this text, or leave it as it is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_text(text, "utf-8")
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _for_each(

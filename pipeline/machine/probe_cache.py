@@ -22,7 +22,9 @@ __all__ = [
     "MeasuredRates",
     "MeasurementCache",
     "machine_identity",
+    "processor_features",
     "processor_model",
+    "replace_file",
     "user_cache_folder",
 ]
 
@@ -106,23 +108,31 @@ class MeasurementCache:
             "rates": {name: asdict(rate) for name, rate in rates.items()},
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Replaced atomically: another process reads the old file or the new one, never half of it.
-            descriptor, written = tempfile.mkstemp(dir=self.folder, prefix=f".{path.name}")
-            try:
-                with os.fdopen(descriptor, "w") as stream:
-                    json.dump(document, stream, indent=1)
-                Path(written).replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    Path(written).unlink()
-                raise
+            replace_file(path, json.dumps(document, indent=1))
         except OSError as error:
             logger.info("%s: the measurement is not cached: %s", path, error)
 
     def _path(self, key: Mapping[str, str]) -> Path:
         digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
         return self.folder / f"{key['of']}-{digest[:16]}.json"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file at once: another process reads the old one or the new one, never half of it.
+
+    Raises:
+        OSError: It cannot be written; the old one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+        Path(written).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(written).unlink()
+        raise
 
 
 def user_cache_folder() -> Path:
@@ -206,4 +216,22 @@ def processor_model(table: Path = Path("/proc/cpuinfo")) -> str:
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def processor_features(table: Path = Path("/proc/cpuinfo")) -> str:
+    """Return all that tells one processor's instructions and caches from another's."""
+    kept = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "stepping",
+        "cache size",
+        "flags",
+        "Features",
+        "CPU",
+    )
+    with contextlib.suppress(OSError):
+        first, _, _ = table.read_text(errors="replace").partition("\n\n")
+        return "\n".join(line for line in first.splitlines() if line.startswith(kept))
     return platform.processor() or platform.machine()

@@ -128,6 +128,7 @@ class PromptPass:
             limit=_BASE_OPERATIONS
             + _OPERATIONS_PER_MODULE * sum(1 for _ in self._module.modules()),
             mapped_from_bytes=self._mapped_from_bytes,
+            device=self._device,
         )
         output = self._pass(clone, inputs.prompt(), live, answer=inputs.answer)
         if self._measured is None:

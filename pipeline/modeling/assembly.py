@@ -22,12 +22,9 @@ from layerstream.pipeline.modeling.own_buffers import written_bytes
 from layerstream.pipeline.modeling.packed_experts import PackedParameter
 from layerstream.pipeline.modeling.packed_rows import PackedRows, packed_parameters
 from layerstream.pipeline.modeling.packed_tiles import Tiles
-from layerstream.pipeline.modeling.packed_weight import (
-    exact_tile_bytes,
-    exact_tokens,
-    tile_bytes,
-)
+from layerstream.pipeline.modeling.packed_weight import exact_tile_bytes, tile_bytes
 from layerstream.pipeline.modeling.table_source import TableSource
+from layerstream.pipeline.modeling.tile_trials import exact_tokens
 from layerstream.pipeline.modeling.tracing import TracedModel
 from layerstream.pipeline.modeling.weight_places import WeightPlace, gathered_places, places_of
 from layerstream.pipeline.modeling.weight_sources import (
@@ -182,6 +179,7 @@ class Assembly:
                 packed=self._packed_linear,
                 tiles=self.tiles,
                 fused_tokens=plan.fused_tokens,
+                unpacked=batch.unpacked_bytes > 0,
                 edits=self.edits,
             )
             put_buffers(self.traced.module, binding.absent_buffers())

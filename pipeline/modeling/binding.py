@@ -16,6 +16,7 @@ from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
 from layerstream.pipeline.modeling.recipes import Recipe
+from layerstream.pipeline.modeling.unpacked_once import KeptUnpacked
 from layerstream.pipeline.modeling.weight_places import WeightPlace
 from layerstream.stages.compute import Batch
 from layerstream.stages.devices.protocol import Device, Event
@@ -73,6 +74,7 @@ class Binding:
         packed: The parameters that stay packed, by the names of their recipes.
         tiles: What those are unpacked into; None if there are none.
         fused_tokens: Up to how many tokens are multiplied with them without unpacking.
+        unpacked: Whether the plan keeps packed ones unpacked as well.
         edits: Gets to know what the user has put in place of weights.
         replaceable: Whether the user may replace these weights.
     """
@@ -87,6 +89,7 @@ class Binding:
         packed: Mapping[str, PackedRows] = MappingProxyType({}),
         tiles: Tiles | None = None,
         fused_tokens: int = 0,
+        unpacked: bool = False,
         edits: Edits | None = None,
         replaceable: bool = True,
     ) -> None:
@@ -94,6 +97,7 @@ class Binding:
         self._targets = []
         self._tiles = tiles
         self._fused_tokens = fused_tokens
+        self.kept = KeptUnpacked(is_kept=unpacked)
         for recipe, places in recipes:
             owners = [(root.get_submodule(place.module), place) for place in places]
             owner, first = owners[0]
@@ -127,6 +131,7 @@ class Binding:
         ``shared``: Several passes will compute with them, so that packed ones are better unpacked once.
         """
         buffers = {}
+        self.kept.begin_sweep()
         if shared and self._tiles is not None:
             self._tiles.once.open()
         # A tensor made in inference mode could not be used where gradients are computed.
@@ -156,6 +161,7 @@ class Binding:
                 requires_grad=target.absent.requires_grad,
                 tiles=self._tiles,
                 fused_tokens=self._fused_tokens,
+                kept=(self.kept, target.recipe.name),
             )
             weight.layerstream_replace = target.absent.layerstream_replace
         target.put(weight)

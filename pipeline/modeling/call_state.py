@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from layerstream.pipeline.modeling.call_arguments import CACHE_NAMES, by_name, given_cache
-from layerstream.pipeline.modeling.clone import IMMUTABLE
+from layerstream.pipeline.modeling.clone import IMMUTABLE, all_modules
 from layerstream.pipeline.modeling.edits import streams
 
 __all__ = ["CallState", "call_with_state"]
@@ -42,7 +42,7 @@ class CallState:
             # Not setattr, by which a module would register what it gets.
             table = module._buffers if name in module._buffers else vars(module)  # noqa: SLF001
             table[name] = value
-        self._before = [(path, table, _Snapshot(table)) for path, table in _tables_of(root)]
+        self._before = [(module, table, _Snapshot(table)) for module, table in _tables_of(root)]
 
     def keep(self, result: Any) -> None:
         """Give what the call has changed to the caches in its result."""
@@ -58,11 +58,15 @@ class CallState:
         return bool(self._changed())
 
     def _changed(self) -> _State:
-        return {
-            (path, name): value
-            for path, table, before in self._before
+        changed = [
+            (module, name, value)
+            for module, table, before in self._before
             for name, value in before.changed(table)
-        }
+        ]
+        if not changed:
+            return {}
+        paths = {module: path for path, module in self._root.named_modules()}
+        return {(paths[module], name): value for module, name, value in changed if module in paths}
 
 
 def call_with_state(
@@ -85,12 +89,12 @@ def call_with_state(
     return result
 
 
-def _tables_of(root: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All tables of attributes and of buffers that a call may leave something in, with the paths of their modules."""
-    for path, module in root.named_modules():
-        yield path, vars(module)
+def _tables_of(root: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """All tables of attributes and of buffers that a call may leave something in, with their modules."""
+    for module in all_modules(root):
+        yield module, vars(module)
         if module._buffers:  # noqa: SLF001
-            yield path, module._buffers  # noqa: SLF001
+            yield module, module._buffers  # noqa: SLF001
 
 
 class _Snapshot:

@@ -13,7 +13,7 @@ from torch import nn
 
 from layerstream.pipeline.modeling.own_buffers import is_small
 
-__all__ = ["IMMUTABLE", "ModuleFunction", "OwnBuffersOf", "clone_modules"]
+__all__ = ["IMMUTABLE", "ModuleFunction", "OwnBuffersOf", "all_modules", "clone_modules"]
 
 # Kinds of values that nothing changes.
 IMMUTABLE = frozenset({bool, int, float, str, type(None), torch.dtype, type})
@@ -21,6 +21,22 @@ _COLLECTIONS = frozenset({dict, OrderedDict, list, set})
 
 OwnBuffersOf = Callable[[Iterable[torch.Tensor]], dict[int, torch.Tensor]]
 """Makes the buffers of a clone, by the ids of those given."""
+
+
+def all_modules(root: nn.Module) -> list[nn.Module]:
+    """All modules of a tree, each once, ``root`` first.
+
+    ``nn.Module.modules`` builds all their paths, which takes five times as long; each request goes through the tree.
+    """
+    found = {id(root): root}
+    waiting = [root]
+    while waiting:
+        # list(): a thread without a clone may be changing the tree itself meanwhile.
+        for child in list(waiting.pop()._modules.values()):  # noqa: SLF001
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 class ModuleFunction:
@@ -62,18 +78,18 @@ def clone_modules(root: nn.Module, own_buffers: OwnBuffersOf | None = None) -> A
     """
     # The clones of modules, buffers, configs and such objects, by the ids of the originals.
     clones: dict[int, Any] = {}
-    modules = list(root.modules())
+    modules = all_modules(root)
     module_names = {type(module).__module__ for module in modules}
     model_code = {name for name in module_names if not name.startswith("torch.")}
     buffers: list[torch.Tensor] = []
     for module in modules:
         clones[id(module)] = object.__new__(type(module))
-        # Placeholders of streamed buffers are of another type. list(): see below.
+        # Placeholders of streamed buffers are of another type. list(): see ``all_modules``.
         buffers += [each for each in list(module._buffers.values()) if type(each) is torch.Tensor]  # noqa: SLF001
     with torch.inference_mode(mode=False), torch.no_grad():
         clones |= (own_buffers or _copies_of_small)(buffers)
     for module in modules:
-        # A copy first: a thread without a clone may be changing the tree itself meanwhile.
+        # A copy first, for the same reason.
         attributes = vars(module).copy()
         for name, value in attributes.items():
             kind = type(value)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
-from layerstream.pipeline.modeling.clone import ModuleFunction
+from layerstream.pipeline.modeling.clone import ModuleFunction, all_modules
 from layerstream.stages.errors import ModelError, PlanError
 from layerstream.stages.text import format_bytes
 
@@ -116,11 +116,11 @@ class Edits:
 
     def know(self, root: nn.Module) -> None:
         """All modules of ``root`` are the model's own: what is added to it later is the user's."""
-        self._own_modules = frozenset(map(id, root.modules()))
+        self._own_modules = frozenset(map(id, all_modules(root)))
 
     def count_added(self, root: nn.Module) -> None:
         """Count the parameters of modules that the user has added, such as adapters that PEFT injects."""
-        added = (each for each in root.modules() if id(each) not in self._own_modules)
+        added = (each for each in all_modules(root) if id(each) not in self._own_modules)
         tables = (list(each._parameters.values()) for each in added)  # noqa: SLF001
         self._added = [
             weakref.ref(each)

@@ -12,6 +12,8 @@ from layerstream.pipeline.planning.workload_memory import WASTE
 
 __all__ = ["LiveBytes", "tensors_in"]
 
+_CPU = torch.device("cpu")
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations have made and that are still alive. Views count once.
@@ -19,6 +21,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         limit: How many operations may run; None for any number.
         mapped_from_bytes: The size from which the C library maps blocks one by one; None if it keeps all that are freed.
+        device: The one that will compute; kernels of a CPU compile code in the memory that is counted.
 
     Attributes:
         now_bytes: What is alive at present.
@@ -26,8 +29,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak_taken_bytes: The most that a process takes for them: ``WASTE`` times what is kept when it is freed.
     """
 
-    def __init__(self, *, limit: int | None = None, mapped_from_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        limit: int | None = None,
+        mapped_from_bytes: int | None = None,
+        device: torch.device = _CPU,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_cpu = device.type == "cpu"
         self._mapped_from_bytes = mapped_from_bytes
         self._now_taken_bytes = 0
         self.now_bytes = 0
@@ -58,7 +68,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak_bytes = max(self.peak_bytes, self.now_bytes + sum(copies))
             taken = self._now_taken_bytes + sum(map(self.taken, copies))
             self.peak_taken_bytes = max(self.peak_taken_bytes, taken)
-        if code_bytes := kernel_code_bytes(func, args, result):
+        if self._on_cpu and (code_bytes := kernel_code_bytes(func, args, result)):
             self._compile((args[0].shape, args[1].shape), code_bytes)
         return result
 

@@ -3,11 +3,9 @@
 A matrix that is unpacked as a whole takes memory for all of it, and is written to and read from RAM once more. A tile fits
 a processor's cache: it is unpacked, multiplied with, and overwritten by the next one. Each element of a product is a sum
 over one row of the weight, but in which order a kernel adds up may depend on the number of rows: for few tokens it does not, for
-prompts it often does (oneDNN, AMX). ``exact_tokens`` tries it; prompts of more tokens get the whole matrix.
+prompts it often does (oneDNN, AMX). ``tile_trials`` tries it; prompts of more tokens get the whole matrix.
 """
 
-import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -18,20 +16,12 @@ from layerstream.pipeline.machine.probe_unpacking import TILE_BYTES
 from layerstream.pipeline.modeling.edits import Streams
 from layerstream.pipeline.modeling.packed_rows import PackedRows
 from layerstream.pipeline.modeling.packed_tiles import Tiles
+from layerstream.pipeline.modeling.unpacked_once import KeptUnpacked
 from layerstream.pipeline.modeling.wrapper_tensor import WrapperTensor
-from layerstream.pipeline.planning.overheads import kernels_bytes
 from layerstream.pipeline.planning.tiles import tile_bytes as matrix_tile_bytes
-from layerstream.pipeline.planning.tiles import tile_rows
-from layerstream.stages.process.headroom import host_available_bytes
 
-__all__ = ["PackedWeight", "exact_tile_bytes", "exact_tokens", "tile_bytes"]
+__all__ = ["PackedWeight", "exact_tile_bytes", "tile_bytes"]
 
-# Numbers of tokens that are tried: those of decoding, and of prompts.
-_FEW, _MANY = (1, 2, 3, 5, 8), (12, 16, 33, 200)
-# A larger matrix is tried with fewer rows: how kernels divide large ones does not depend on how large they are.
-_TRIED_BYTES, _TRIED_SHARE_OF_FREE = 64 << 20, 8
-_TRIED_ROWS = 64
-_HALF_BYTES = 2
 # Two tiles: calling twice takes longer than using what does not fit a cache of 16 MiB (8 % of a step, an Intel Xeon with AMX).
 _WHOLE_BYTES = 2 * TILE_BYTES
 
@@ -47,6 +37,7 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
     _parts: Mapping[str, torch.Tensor]
     _tiles: Tiles | None
     _fused_tokens: int
+    _kept: tuple[KeptUnpacked, str] | None
 
     @staticmethod
     def __new__(
@@ -58,17 +49,18 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
         requires_grad: bool,
         tiles: Tiles | None,
         fused_tokens: int = 0,
+        kept: tuple[KeptUnpacked, str] | None = None,
     ) -> Self:
         """A weight of ``shape`` made of ``parts``.
 
         Without ``tiles``, linear layers unpack it whole as well; with ``fused_tokens``, they multiply up to so many tokens
-        with it without unpacking it.
+        with it without unpacking it. ``kept``: What may keep it unpacked, and its name there.
         """
         weight: Self = cls.without_memory(
             shape, dtype=rows.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
         weight._rows, weight._parts, weight._tiles = rows, parts, tiles
-        weight._fused_tokens = fused_tokens
+        weight._fused_tokens, weight._kept = fused_tokens, kept
         return weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -139,7 +131,7 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
         return both[0]
 
     def _unpacked_once(self) -> torch.Tensor | None:
-        """The whole weight, if several passes share it and there is memory."""
+        """The whole weight, if it is kept so, or if several passes share it, and there is memory."""
         rows, tiles = self._rows, self._tiles
         assert tiles is not None  # noqa: S101
         form = (rows.rows, rows.columns)
@@ -154,7 +146,12 @@ class PackedWeight(Streams, WrapperTensor, nn.Parameter):
             with tiles.unpacking(self._packed_bytes(rows.rows)):
                 rows.unpack(self._parts, 0, plain)
 
-        memory = tiles.once.get(id(self), rows.nbytes, unpack)
+        memory = None
+        if self._kept is not None:
+            kept, name = self._kept
+            memory = kept.get(name, rows.nbytes, unpack)
+        if memory is None:
+            memory = tiles.once.get(id(self), rows.nbytes, unpack)
         return None if memory is None else memory.view(rows.dtype).view(form)
 
     def _multiplied(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -223,64 +220,3 @@ def exact_tile_bytes(rows: PackedRows) -> int:
     if rows.exact_tokens is None:
         return tile_bytes(rows)
     return rows.nbytes * (1 if rows.order is None else 2)
-
-
-def exact_tokens(rows: PackedRows) -> int | None:
-    """Up to how many tokens products by tiles have the bits of the whole product here; None: always.
-
-    Tried are a few numbers of tokens. Terms cancel one another, so that results consist of what rounding has left over: sums in
-    another order differ in nearly every element, where those of random numbers do so in one of many thousands.
-    """
-    is_scattered = rows.order is not None
-    least = 3 * tile_bytes(rows) + kernels_bytes(rows.columns) * (
-        rows.dtype.itemsize == _HALF_BYTES
-    )
-    if rows.tile_rows < rows.rows and least > host_available_bytes():
-        return 0  # not tried, for the trial would take more than there is
-    return _tried(rows.rows, rows.columns, rows.dtype, is_scattered, torch.get_num_threads())
-
-
-@functools.cache
-def _tried(
-    rows: int, columns: int, dtype: torch.dtype, is_scattered: bool, _threads: int
-) -> int | None:
-    """What ``exact_tokens`` says; kernels divide rows among threads. Scattered rows are multiplied in another order."""
-    step = tile_rows(rows, columns, dtype.itemsize)
-    if step == rows and not is_scattered:
-        return None
-    most_bytes = min(_TRIED_BYTES, host_available_bytes() // _TRIED_SHARE_OF_FREE)
-    height = min(rows, max(2 * step + rows % step, most_bytes // columns // dtype.itemsize))
-    height -= (height - rows) % step  # the last tile is as ragged as that of the whole matrix
-    weight, inputs = _cancelling(height, columns, dtype)
-    order = torch.arange(height)
-    if is_scattered:
-        order = torch.randperm(height, generator=torch.Generator().manual_seed(0))
-
-    def is_exact(count: int) -> bool:
-        some = inputs[:, :count]
-        # One at a time: scattered ones are copies, and there may be little memory.
-        parts = (
-            (weight[each] for each in torch.split(order, step))
-            if is_scattered
-            else torch.split(weight, step)
-        )
-        tiles = [nn.functional.linear(some, part) for part in parts]
-        whole = nn.functional.linear(some, weight)
-        return torch.equal(whole[..., order], torch.cat(tiles, dim=-1))
-
-    # In this order, since numbers that are likely to differ end the trial.
-    if all(map(is_exact, reversed(_FEW + _MANY))):
-        return None
-    return max(itertools.takewhile(is_exact, _FEW), default=0)
-
-
-def _cancelling(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix and inputs whose products are zero but for rounding."""
-    generator = torch.Generator().manual_seed(0)
-    half, odd = divmod(columns, 2)
-    order = torch.randperm(half, generator=generator)
-    made = torch.randn((_TRIED_ROWS + max(_MANY), half), generator=generator)
-    weight, inputs = made[:_TRIED_ROWS], made[_TRIED_ROWS:]
-    both = torch.cat([weight, -weight[:, order], torch.zeros(len(weight), odd)], dim=1).to(dtype)
-    twice = torch.cat([inputs, inputs[:, order], torch.zeros(len(inputs), odd)], dim=1).to(dtype)
-    return both.repeat(-(-rows // _TRIED_ROWS), 1)[:rows], twice[None]

@@ -1,11 +1,17 @@
-"""Weights that several passes multiply with while their layer batch is there, unpacked by the first of them for all."""
+"""Plain weights that packed ones are unpacked into once: for all passes of a sweep, or for as long as the plan keeps them."""
 
+import logging
 import threading
 from collections.abc import Callable, Hashable
 
 import torch
 
-__all__ = ["UnpackedOnce"]
+from layerstream.stages.errors import DeviceError
+from layerstream.stages.memory import HostMemory
+
+__all__ = ["KeptUnpacked", "UnpackedOnce"]
+
+logger = logging.getLogger(__name__)
 
 
 class UnpackedOnce:
@@ -50,6 +56,52 @@ class UnpackedOnce:
                 weight = _Weight(self._memory[self._taken : self._taken + nbytes])
                 self._taken += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
                 self._weights[key] = weight
+        return weight.filled(unpack)
+
+
+class KeptUnpacked:
+    """The plain weights of a layer batch that the plan keeps unpacked: beside the packed ones, until another plan does not.
+
+    The first sweep does without them: the system takes its time to provide new memory, and a first token should not wait for that.
+    """
+
+    def __init__(self, *, is_kept: bool) -> None:
+        self._is_kept = is_kept
+        self._sweeps = 0
+        self._lock = threading.Lock()
+        self._weights: dict[str, _Weight] = {}
+
+    def begin_sweep(self) -> None:
+        """The batch is bound once more."""
+        self._sweeps += 1
+
+    def free(self) -> None:
+        """Free the memory; what is still kept is unpacked again. No pass may hold the batch."""
+        with self._lock:
+            self._weights.clear()
+
+    def keep(self, *, is_kept: bool) -> None:
+        """Whether the plan from now on keeps them."""
+        self._is_kept = is_kept
+        if not is_kept:
+            self.free()
+
+    def get(
+        self, name: str, nbytes: int, unpack: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor | None:
+        """The weight ``name`` as uint8 ``[nbytes]``, which ``unpack`` has filled; None if it is not kept."""
+        if not self._is_kept or self._sweeps <= 1:
+            return None
+        with self._lock:
+            weight = self._weights.get(name)
+            if weight is None:
+                try:
+                    weight = _Weight(HostMemory(nbytes).tensor)
+                except DeviceError as error:
+                    logger.warning("%s is unpacked in every sweep: %s", name, error)
+                    self._is_kept = False
+                    return None
+                self._weights[name] = weight
         return weight.filled(unpack)
 
 

@@ -13,6 +13,7 @@ from layerstream.pipeline.planning.placement import MemoryBytes, Placer
 from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import READ_REQUEST_BYTES, READS_IN_FLIGHT, Problem
+from layerstream.pipeline.planning.unpacked_residents import placements
 from layerstream.stages.batch import LayerBatch
 from layerstream.stages.errors import PlanError
 from layerstream.stages.process.headroom import MARGIN
@@ -33,8 +34,6 @@ _EQUAL_SHARE_WITHOUT_COMPUTE = 0.1
 _VRAM_FIXED_BYTES = 64 << 20
 # Stacks of our threads, queues, and the tables of a few thousand tensors.
 _HOST_FIXED_BYTES = 16 << 20
-# Layers of a KV cache on the host that are on the device at a time: one in use, one being copied.
-_KV_LAYERS_ON_DEVICE = 2
 
 
 def search(problem: Problem) -> list[PricedCandidate]:
@@ -115,8 +114,6 @@ class _Search:
     def _placer(self, reader: ReaderKind, *, kv_on_host: bool) -> Placer:
         problem = self._problem
         kv = problem.memory.kv_bytes if kv_on_host and problem.memory is not None else 0
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in problem.layers)
-        kv_on_device = min(kv, kv * _KV_LAYERS_ON_DEVICE // max(blocks, 1))
         requests = problem.workload_bytes
         return Placer(
             layouts=problem.layouts,
@@ -131,7 +128,7 @@ class _Search:
             + (requests if problem.on_cpu else kv),
             vram_reserved_bytes=0
             if problem.on_cpu
-            else _VRAM_FIXED_BYTES + requests - kv + kv_on_device,
+            else _VRAM_FIXED_BYTES + requests - kv + problem.kv_on_device_bytes(kv),
             kv_on_host_bytes=kv,
             overhead_bytes=problem.left_free_bytes,
             expert_bytes=self._experts.nbytes(self._experts.fewest),
@@ -148,14 +145,11 @@ class _Search:
                 arenas = problem.arenas or placer.arenas(batches, slots)
                 if not placer.fits(placer.need(batches, arenas), spare=spare):
                     continue
-                seen: list[list[LayerBatch]] = []
-                for oversized_first in (False, True):
-                    placed = placer.with_residents(
-                        batches, slots, arenas=problem.arenas, oversized_first=oversized_first
-                    )
-                    if placed not in seen:
-                        seen.append(placed)
-                        yield priced(placed, size=size, slots=slots)
+                share, fixed = problem.unpacked_share, problem.arenas
+                for placed in placements(
+                    placer, batches, slots, arenas=fixed, unpacked_share=share
+                ):
+                    yield priced(placed, size=size, slots=slots)
             # The trivial plan is a candidate too: nothing worse is chosen, and it takes the least memory.
             slots = problem.choices.slots or LEAST_SLOTS
             arenas = problem.arenas or placer.arenas(batches, slots)
@@ -192,7 +186,7 @@ class _Search:
         decode_residents: bool = True,
     ) -> PricedCandidate:
         arenas = self._problem.arenas or placer.arenas(batches, slots)
-        blocks = sum(layer.kind is LayerKind.BLOCK for layer in self._problem.layers)
+        blocks = self._problem.block_count
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
         free = placer.host_usable_bytes - placer.need(batches, arenas).host - placer.overhead_bytes
         cells = self._experts.filled(free_bytes=free)

@@ -49,7 +49,7 @@ class ComputeCost:
         self._rates = rates
         self._fused_tokens = fused_tokens
         self._seconds: dict[
-            tuple[str, PassShape, bool], float
+            tuple[str, PassShape, bool, bool], float
         ] = {}  # by the arguments of ``seconds``
         self._encodes_once = bool(with_text_config(config or {}).get("is_encoder_decoder"))
         self._expert_share = 1.0
@@ -65,14 +65,30 @@ class ComputeCost:
         """Whether the pass needs ``layer``: an encoder runs for the prompt only."""
         return shape.prompt or not (self._encodes_once and _ENCODER.search(layer.name))
 
-    def seconds(self, layer: PlannedLayer, shape: PassShape, *, mapped: bool = False) -> float:
-        """Seconds to compute ``layer``; ``mapped``: its weights are used in a mapping of the files."""
-        known = layer.name, shape, mapped
+    def seconds(
+        self,
+        layer: PlannedLayer,
+        shape: PassShape,
+        *,
+        mapped: bool = False,
+        unpacked: bool = False,
+    ) -> float:
+        """Seconds to compute ``layer``.
+
+        Args:
+            layer: What to compute with.
+            shape: Of the pass.
+            mapped: Its weights are used in a mapping of the files.
+            unpacked: Those that are packed are kept unpacked in memory.
+        """
+        known = layer.name, shape, mapped, unpacked
         if known not in self._seconds:
-            self._seconds[known] = self._computed(layer, shape, mapped=mapped)
+            self._seconds[known] = self._computed(layer, shape, mapped=mapped, unpacked=unpacked)
         return self._seconds[known]
 
-    def _computed(self, layer: PlannedLayer, shape: PassShape, *, mapped: bool) -> float:
+    def _computed(
+        self, layer: PlannedLayer, shape: PassShape, *, mapped: bool, unpacked: bool
+    ) -> float:
         if layer.kind is LayerKind.EMBEDDING:
             return 0.0  # only rows are looked up
         tokens = shape.sequences * (1 if layer.kind is LayerKind.HEAD else shape.tokens)
@@ -80,12 +96,12 @@ class ComputeCost:
         dense = weights.dense_bytes
         total = self._matrices_seconds(
             dense,
-            weights.packed,
+            {} if unpacked else weights.packed,
             weights.unpacked,
             tokens=tokens,
             fused=tokens <= self._fused_tokens,
         )
-        calls: float = weights.packed_matrices
+        calls: float = 0 if unpacked else weights.packed_matrices
         if weights.expert_bytes:
             read_share = 1 - (1 - self._expert_share) ** tokens
             tokens_per_expert = tokens * self._expert_share / read_share
@@ -98,7 +114,7 @@ class ComputeCost:
             )
             calls += read_share * weights.packed_expert_matrices
         total += calls * self._rates.packed_matrix_seconds
-        if mapped:
+        if mapped and not unpacked:
             total += dense * self._rates.mapped_seconds_per_byte
         if layer.kind is LayerKind.BLOCK:
             total += self._elementwise(dense, tokens) + self._attention(shape)

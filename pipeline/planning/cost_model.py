@@ -23,6 +23,8 @@ __all__ = ["CostModel", "Placement"]
 _SWEEPS = 10
 # Between two steps of a generation: sampling a token, and transformers' preparation of the next pass.
 _BETWEEN_SECONDS = 2e-3
+# At which two threads fill memory that the system has to provide first; a virtual machine with huge pages, measured.
+_NEW_MEMORY_BYTES_PER_SECOND = 0.8e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,12 @@ class CostModel:
         prefill, decode = self._pass_shapes()
         residents = frozenset(b.index for b in placement.batches if not b.streamed)
         first = self._sweep(
-            placement, prefill, placement.batches, loaded=frozenset(), first=True, empty_cells=True
+            placement,
+            prefill,
+            [batch.with_residence(batch.residence) for batch in placement.batches],
+            loaded=frozenset(),
+            first=True,
+            empty_cells=True,
         )
         prompt = self._sweep(placement, prefill, placement.batches, loaded=residents)
         # If the second sweep loads the residents, it reads everything as well.
@@ -90,6 +97,7 @@ class CostModel:
             placement.batches,
             loaded=frozenset() if late else residents,
             first=late,
+            unpacks=True,
         )
         step = self._sweep(placement, decode, placement.decode_batches, loaded=None)
         sweeps = simulate(
@@ -138,8 +146,19 @@ class CostModel:
         loaded: frozenset[int] | None,
         first: bool = False,
         empty_cells: bool = False,
+        unpacks: bool = False,
     ) -> list[BatchCost]:
-        """The costs of each batch of a sweep; ``loaded``: residents that are loaded already (None: all)."""
+        """The costs of each batch of a sweep.
+
+        Args:
+            placement: With the readers and arenas.
+            shape: Of the pass.
+            batches: With their residence in this sweep.
+            loaded: Residents that are loaded already; None: all.
+            first: Whether it is the first one that reads.
+            empty_cells: Whether no expert is there yet.
+            unpacks: Whether it is the one that unpacks what is kept unpacked.
+        """
         miss_share = self._miss_share(placement, batches, first=first)
         costs = []
         for batch in batches:
@@ -158,6 +177,7 @@ class CostModel:
                     is_loaded=is_loaded,
                     miss_share=miss_share,
                     empty_cells=empty_cells,
+                    unpacks=unpacks,
                 )
             )
         return costs
@@ -175,13 +195,22 @@ class CostModel:
         is_loaded: bool,
         miss_share: float,
         empty_cells: bool,
+        unpacks: bool,
     ) -> BatchCost:
         read, processor = (0.0, 0.0) if is_loaded else self._read(placement, batch, miss_share)
         compute = 0.0
         if shape is not None and self.compute_cost is not None:
             compute = sum(
-                self.compute_cost.seconds(layer, shape, mapped=placement.maps) for layer in layers
+                self.compute_cost.seconds(
+                    layer,
+                    shape,
+                    mapped=placement.maps,
+                    unpacked=batch.unpacked_bytes > 0 and not unpacks,
+                )
+                for layer in layers
             )
+            if unpacks:
+                compute += batch.unpacked_bytes / _NEW_MEMORY_BYTES_PER_SECOND
         copied_bytes = 0 if is_loaded and batch.device_resident else batch.copied_bytes
         copy_rate = self.rates.host_copy if placement.on_cpu else self.rates.h2d
         if layers[0].kind is LayerKind.BLOCK:

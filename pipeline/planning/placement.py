@@ -108,7 +108,8 @@ class Placer:
     ) -> tuple[MemoryUse, MemoryUse | None]:
         """The use of the host budget and of the VRAM budget."""
         residents = (
-            sum(batch.host_bytes for batch in batches if batch.host_resident),
+            sum(batch.host_bytes for batch in batches if batch.host_resident)
+            + sum(batch.unpacked_bytes for batch in batches),
             sum(batch.device_bytes for batch in batches if batch.device_resident),
         )
         reserved = (self.host_reserved_bytes, self.vram_reserved_bytes + self._scratch(batches))
@@ -231,7 +232,7 @@ class Placer:
         arenas: ArenaBytes | None = None,
     ) -> list[LayerBatch]:
         """``batches`` with as many residents as fit; with ``arenas``, or with such as ``slots`` slots need."""
-        streamed = [b.index for b in batches if b.streamed]
+        streamed = [b.index for b in batches if b.streamed and not b.unpacked_bytes]
         most = self._most_residents(batches, arenas or ArenaBytes(0, 0), on_host, spare)
         # From the most that could fit: if all are resident, there is no ring, and more may fit than with a few less.
         for count in range(most, 0, -1):
@@ -246,7 +247,11 @@ class Placer:
     ) -> int:
         """How many more of ``batches`` fit into memory beside ``arenas``, if they are the smallest."""
         need = self.need(batches, arenas)
-        residents = (self._resident(b, on_host=on_host) for b in batches if b.streamed)
+        residents = (
+            self._resident(b, on_host=on_host)
+            for b in batches
+            if b.streamed and not b.unpacked_bytes
+        )
         if on_host or self.on_cpu:
             free = self.host_usable_bytes + spare.host - need.host
             sizes = [

@@ -170,6 +170,8 @@ class Plan:
     """Experts that are read when tokens are routed to them; those of other layers are in their batches."""
     shared_expert_cells: int = 0
     """Further cells of each size, so that experts of a long prompt can pass through."""
+    kv_cache_device_bytes: int = 0
+    """Of a KV cache in host RAM: what is in VRAM while its layers compute; of the reserved memory."""
     unpacked_once_bytes: int = 0
     """Memory for packed weights that are unpacked once for several passes; of the reserved memory."""
     fused_tokens: int = 0
@@ -228,9 +230,8 @@ class Plan:
     def at_first(self) -> Self:
         """The plan for the first sweep on a CPU: with as few residents as its rings allow.
 
-        The system needs up to two seconds per GiB to provide new memory, besides the time to read into it. So that the
-        first token does not wait for that, the second sweep loads the residents. On a GPU, their memory is provided and
-        page-locked before the pipeline is open.
+        The system needs up to two seconds per GiB to provide new memory. So that the first token does not wait for that,
+        the second sweep loads the residents. On a GPU, their memory is page-locked before the pipeline is open.
         """
         if not self.on_cpu or self.reader is ReaderKind.MMAP:
             return self

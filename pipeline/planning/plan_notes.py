@@ -6,7 +6,7 @@ from layerstream.pipeline.planning.plan import ReaderKind
 from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.priced_candidate import PricedCandidate
 from layerstream.pipeline.planning.problem import Problem
-from layerstream.stages.text import format_seconds
+from layerstream.stages.text import format_bytes, format_seconds
 
 __all__ = ["encodings_in", "notes_on"]
 
@@ -67,6 +67,13 @@ def notes_on(problem: Problem, candidates: Sequence[PricedCandidate]) -> tuple[s
             f"weights stay packed ({', '.join(sorted(encodings))}) and are unpacked {how} in every pass, to what "
             "transformers' from_pretrained computes with"
         )
+        unpacked = [b for b in best.placement.batches if b.unpacked_bytes]
+        if unpacked:
+            nbytes = format_bytes(sum(b.unpacked_bytes for b in unpacked))
+            notes.append(
+                f"{len(unpacked)} layer batches that stay are kept unpacked as well, in {nbytes}, from their second use on: "
+                "there is memory for it, and sweeps do without unpacking them"
+            )
         if problem.fused_tokens:
             notes.append(
                 f"fused kernels: passes of up to {problem.fused_tokens} tokens multiply packed weights without unpacking them, "

@@ -66,18 +66,26 @@ def planned_layers(
         experts: tuple[ExpertSource, ...] = ()
         if experts_on_demand:
             names, experts = split_experts(checkpoint, names)
-        tensors = tuple(map(source, names))
-        planned.append(
-            PlannedLayer(
-                name=layer.name,
-                kind=layer.kind,
-                tensors=tensors,
-                tile_bytes=tile_count(sequences)
-                * max(
-                    (tile_bytes(t.shape[0], t.packed.plain_bytes) for t in tensors if t.packed),
-                    default=0,
-                ),
-                experts=experts,
-            )
-        )
+        planned.append(_planned(layer, tuple(map(source, names)), experts, sequences))
     return tuple(layer for layer in planned if layer.tensors)
+
+
+def _planned(
+    layer: Layer,
+    tensors: tuple[TensorSource, ...],
+    experts: tuple[ExpertSource, ...],
+    sequences: int,
+) -> PlannedLayer:
+    packed = [
+        (tensor.shape, tensor.packed.plain_bytes) for tensor in tensors if tensor.packed is not None
+    ]
+    return PlannedLayer(
+        name=layer.name,
+        kind=layer.kind,
+        tensors=tensors,
+        tile_bytes=tile_count(sequences)
+        * max((tile_bytes(shape[0], plain_bytes) for shape, plain_bytes in packed), default=0),
+        # Modules that are no linear layers have no matrices, or few.
+        once_bytes=sum(nbytes for shape, nbytes in packed if len(shape) == _MATRIX_DIMENSIONS),
+        experts=experts,
+    )

@@ -219,6 +219,7 @@ def _plan(problem: Problem, candidates: Sequence[PricedCandidate]) -> Plan:
         notes=notes_on(problem, candidates),
         experts=tuple(itertools.chain.from_iterable(placement.expert_sets.values())),
         shared_expert_cells=placement.expert_cells.shared,
+        kv_cache_device_bytes=problem.kv_on_device_bytes(best.placer.kv_on_host_bytes),
         unpacked_once_bytes=problem.unpacked_once.nbytes,
         fused_tokens=problem.fused_tokens,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.layers import LayerKind
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.planning.adapter_size import AdapterSize
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
@@ -31,6 +32,13 @@ _HOST_UNCERTAIN_BYTES = 16 << 20
 # a batch.
 READ_REQUEST_BYTES = 8 << 20
 READS_IN_FLIGHT = 4
+
+# Layers of a KV cache in host RAM that are in VRAM at a time: one in use, one being copied.
+_KV_LAYERS_ON_DEVICE = 2
+
+
+# Without a budget, requests may be much larger than the workload, and should not find all memory taken.
+_UNPACKED_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,11 @@ class Problem:
         return self.layouts.layers
 
     @property
+    def block_count(self) -> int:
+        """How many layers are blocks."""
+        return sum(layer.kind is LayerKind.BLOCK for layer in self.layers)
+
+    @property
     def on_cpu(self) -> bool:
         """Whether computation runs on the host's own processor."""
         return self.hardware.device == "cpu"
@@ -92,6 +105,11 @@ class Problem:
     def workload_bytes(self) -> int:
         """Memory of the workload's requests besides weights."""
         return 0 if self.memory is None else self.memory.reserved_bytes
+
+    def kv_on_device_bytes(self, kv_on_host_bytes: int) -> int:
+        """What is in VRAM of a KV cache in host RAM while its layers compute."""
+        layers = min(_KV_LAYERS_ON_DEVICE, max(self.block_count, 1))
+        return kv_on_host_bytes * layers // max(self.block_count, 1)
 
     @cached_property
     def request_overhead_bytes(self) -> int:
@@ -113,6 +131,8 @@ class Problem:
     @cached_property
     def unpacked_once(self) -> SharedLayers:
         """What is unpacked once for all passes of a sweep."""
+        if not self.on_cpu:
+            return SharedLayers(0, 0)
         if self.running_once_bytes is not None:
             return SharedLayers(0, self.running_once_bytes)
         return unpacked_once(
@@ -127,6 +147,14 @@ class Problem:
         if self.running_fused_tokens is not None:
             return self.running_fused_tokens
         return most_fused_tokens(self.choices.kernels, self.rates, self.layers, on_cpu=self.on_cpu)
+
+    @property
+    def unpacked_share(self) -> float:
+        """Of the memory that residents leave, what may hold their packed weights unpacked, too."""
+        packs = any(layer.once_bytes for layer in self.layers)
+        if not self.on_cpu or not packs or self.fused_tokens or self.choices.workload is None:
+            return 0.0
+        return _UNPACKED_SHARE if self.choices.budget.host is None else 1.0
 
     @property
     def code_bytes(self) -> int:

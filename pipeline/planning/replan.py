@@ -1,6 +1,7 @@
 """The hardware for the next plan: with rates learnt from completed sweeps, as if the running plan did not run. Pure."""
 
 import statistics
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from layerstream.pipeline.machine.measurement import ComputeRate, Figure, Origin
 from layerstream.pipeline.planning.assumptions import Rates, rates_of
 from layerstream.pipeline.planning.plan import Plan, ReaderKind
 from layerstream.stages.experts.usage import ExpertUsage
-from layerstream.stages.telemetry.spans import StageTimings, SweepSpan
+from layerstream.stages.telemetry.spans import Span, StageTimings, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
 
 __all__ = ["hardware_without", "learn"]
@@ -98,12 +99,27 @@ def _steady_sweeps(timings: Timings) -> list[SweepSpan]:
     return [sweep for sweep in timings.latest if sweep.steady and sweep.start_seconds >= since]
 
 
+def _by_sweep(stage: StageTimings, sweeps: Sequence[SweepSpan]) -> list[StageTimings]:
+    """The part of ``stage`` in each of ``sweeps``, which follow one another."""
+    starts = [sweep.start_seconds for sweep in sweeps]
+    stops = [sweep.stop_seconds for sweep in sweeps]
+    spans: list[list[Span]] = [[] for _ in sweeps]
+    for span in stage.spans:  # once, since there are as many for each sweep as there are layers
+        first, behind = (
+            bisect_left(stops, span.start_seconds),
+            bisect_right(starts, span.stop_seconds),
+        )
+        for at in range(first, behind):
+            spans[at].append(span)
+    return [
+        replace(stage, spans=tuple(each)).between(sweep.start_seconds, sweep.stop_seconds)
+        for sweep, each in zip(sweeps, spans, strict=True)
+    ]
+
+
 def _reached_rate(timings: Timings, *, stage: int) -> float | None:
     """Bytes per second that a stage reached; None if it had too few bytes."""
-    parts = [
-        timings.stages[stage].between(sweep.start_seconds, sweep.stop_seconds)
-        for sweep in _steady_sweeps(timings)
-    ]
+    parts = _by_sweep(timings.stages[stage], _steady_sweeps(timings))
     nbytes, seconds = sum(part.bytes for part in parts), sum(part.busy_seconds for part in parts)
     return nbytes / seconds if nbytes >= _LEAST_BYTES and seconds > 0 else None
 
@@ -111,11 +127,10 @@ def _reached_rate(timings: Timings, *, stage: int) -> float | None:
 def _speed_factors(plan: Plan, timings: Timings, *, overhead_seconds: float) -> dict[int, float]:
     """How many times as fast as predicted passes were computed, by their number of tokens."""
     found = defaultdict(list)
-    for sweep in _steady_sweeps(timings):
-        if sweep.tokens is None:
-            continue
+    sweeps = [sweep for sweep in _steady_sweeps(timings) if sweep.tokens is not None]
+    for sweep, stage in zip(sweeps, _by_sweep(timings.stages[2], sweeps), strict=True):
+        assert sweep.tokens is not None  # noqa: S101 - see above
         predicted = _predicted_seconds(plan, sweep.tokens)
-        stage = timings.stages[2].between(sweep.start_seconds, sweep.stop_seconds)
         # Of a mixture whose experts come on demand, the stage counts the bytes of the rest only.
         if (stage.bytes >= _LEAST_BYTES or plan.experts) and predicted > 0:
             seconds = _compute_seconds(stage, overhead_seconds, sweep.expert_wait_seconds)

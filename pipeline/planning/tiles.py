@@ -58,9 +58,13 @@ def unpacked_once(layers: Iterable[int], *, sequences: int, budget_bytes: int) -
     sizes = sorted(layers)
     if sequences < _SHARING_REQUESTS or not sizes:
         return SharedLayers(0, 0)
-    typical = sizes[len(sizes) // 2]  # a head may be as large as many blocks
-    count = min(_MOST_LAYERS, int(_SHARE * budget_bytes) // typical)
-    return SharedLayers(count, count * typical)
+    typical, share = sizes[len(sizes) // 2], int(_SHARE * budget_bytes)
+    count = min(_MOST_LAYERS, share // typical)
+    if not count:
+        return SharedLayers(0, 0)
+    # A head may be as large as many blocks.
+    largest = max(size for size in sizes if size <= share)
+    return SharedLayers(count, max(count * typical, largest))
 
 
 def tile_bytes(rows: int, nbytes: int) -> int:

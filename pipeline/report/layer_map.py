@@ -14,12 +14,16 @@ class LayerPlace(StrEnum):
     DISK = "disk"
     DECODING = "decoding"
     """In memory while no prompt is processed."""
+    UNPACKED = "unpacked"
+    """Its packed weights in memory, unpacked."""
     HOST = "host"
     DEVICE = "device"
 
 
 def place_of(plan: Plan, batch: LayerBatch) -> LayerPlace:
     """Where ``batch`` of ``plan`` is."""
+    if batch.unpacked_bytes:
+        return LayerPlace.UNPACKED
     if batch.streamed:
         decoding = batch.index in plan.decode_residents
         return LayerPlace.DECODING if decoding else LayerPlace.DISK
@@ -32,6 +36,7 @@ def legend(plan: Plan) -> dict[LayerPlace, str]:
     return {
         LayerPlace.DISK: "read in every sweep",
         LayerPlace.DECODING: f"in {'RAM' if plan.on_cpu else 'VRAM'} while decoding",
+        LayerPlace.UNPACKED: "stays in host RAM, unpacked",
         LayerPlace.HOST: "stays in host RAM",
         LayerPlace.DEVICE: "stays in VRAM",
     }

@@ -36,6 +36,7 @@ def _mark(plan: Plan, batch: LayerBatch) -> str:
     return {
         LayerPlace.DISK: ".",
         LayerPlace.DECODING: "*" if on_cpu else "+",
+        LayerPlace.UNPACKED: "u",
         LayerPlace.HOST: "h",
         LayerPlace.DEVICE: "d",
     }[place_of(plan, batch)]
@@ -75,6 +76,7 @@ def summarize_plan(plan: Plan) -> dict[str, Any]:
         "reader": plan.reader,
         "host_resident_layer_batches": len(residents) - len(on_device),
         "vram_resident_layer_batches": len(on_device),
+        "unpacked_layer_batches": sum(batch.unpacked_bytes > 0 for batch in plan.batches),
         "decode_resident_layer_batches": len(plan.decode_residents),
         "kv_cache_on_host": plan.kv_cache_on_host,
         "beside_bytes": plan.overhead_bytes,
@@ -129,7 +131,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     how = f"{plan.reads_in_flight} requests of {format_bytes(plan.read_request_bytes)} in flight"
     yield "reader", plan.reader if plan.reader is ReaderKind.MMAP else f"{plan.reader}, {how}"
     streamed = sum(batch.streamed for batch in plan.batches)
-    where = {"h": "in host RAM", "d": "in VRAM"}
+    where = {"h": "in host RAM", "u": "in host RAM, unpacked", "d": "in VRAM"}
     residents = ", ".join(
         f"{marks.count(mark)} stay {side}" for mark, side in where.items() if mark in marks
     )

@@ -201,6 +201,11 @@ class Requests:
         """That for all of them together."""
         return self._admission.memory
 
+    @property
+    def reserved(self) -> RequestMemory:
+        """What those that run have of it."""
+        return self._admission.reserved
+
     def resize(self, memory: RequestMemory) -> None:
         """Change the memory for all requests together; those that run keep what they have."""
         self._admission.resize(memory)
@@ -225,7 +230,7 @@ class Requests:
             waiting=self._admission.waiting,
             running=sum(request.reservation.done() for request in self._active),
             in_sweep=self._scheduler.passes_in_sweep,
-            reserved=self._admission.reserved,
+            reserved=self.reserved,
             reservable_bytes=self._admission.memory.nbytes,
             hanging_reads=self.guard.hanging(),
             failure=self._scheduler.failure,

@@ -97,6 +97,9 @@ class Estimator:
             else Parts(plan.kv_cache_bytes, plan.workload_bytes - own - plan.kv_cache_bytes),
             measured=measured,
         )
+        self._share_on_device = 0.0
+        if plan is not None and plan.kv_cache_bytes:
+            self._share_on_device = plan.kv_cache_device_bytes / plan.kv_cache_bytes
         self._own_buffer_bytes = own_buffer_bytes
         self._on_cpu = on_cpu
         self._module_count = sum(1 for _ in module.modules())
@@ -236,7 +239,10 @@ class Estimator:
             return RequestMemory(shared_bytes=cache + other)
         on_host = cache // (2 if half_on_device else 1) if shape.on_host else 0
         in_vram = cache - on_host if shape.cached else 0
-        return RequestMemory(shared_bytes=other + in_vram, cache_bytes=on_host)
+        moved = int(
+            on_host * self._share_on_device
+        )  # the layers that compute, of a cache in host RAM
+        return RequestMemory(shared_bytes=other + in_vram + moved, cache_bytes=on_host)
 
     def _overhead_bytes(self, rows: int, *, logits: int) -> int:
         """Memory of a request for buffers of its own, and what libraries take besides tensors."""

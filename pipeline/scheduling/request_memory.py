@@ -92,7 +92,7 @@ def request_memory_of(plan: Plan, module: Any, config: Mapping[str, Any] | None)
         free = _free_bytes(plan.device_memory)
         if not plan.kv_cache_on_host:
             return RequestMemory(shared_bytes=plan.workload_bytes + max(free, _MINIMUM_BYTES))
-        other = plan.workload_bytes - plan.kv_cache_bytes
+        other = plan.workload_bytes - plan.kv_cache_bytes + plan.kv_cache_device_bytes
         return RequestMemory(
             shared_bytes=max(other + max(free, 0), _MINIMUM_BYTES),
             cache_bytes=max(plan.kv_cache_bytes + max(host_bytes, 0), _MINIMUM_BYTES),

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from layerstream.pipeline.planning.plan import Plan
-from layerstream.pipeline.streaming.resources import Resources, open_reader
+from layerstream.pipeline.streaming.resources import Resources, open_reader, throttle_of
 from layerstream.pipeline.streaming.supervision import start_stages
 from layerstream.pipeline.streaming.sweep_log import SweepLog
 from layerstream.pipeline.streaming.switching import check_compatible, swap_residents
@@ -27,6 +27,7 @@ from layerstream.stages.errors import BusyError, ClosedError, PlanError, annotat
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.protocol import Reader
+from layerstream.stages.readers.throttled import Throttle
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import StageTimings
 from layerstream.stages.telemetry.timings import Timings
@@ -50,6 +51,7 @@ class Pipeline:
         reader: Used instead of the one that the plan names (for tests). The pipeline closes it.
         guard: Watches over the reads, and reports those that hang; by default one of the pipeline's own.
         unpacking: Returns the time that unpacking weights takes while computing.
+        throttle: What other reads of the same files wait for, too, if the plan's reader is throttled.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Pipeline:
         reader: Reader | None = None,
         guard: ReadGuard | None = None,
         unpacking: Callable[[], StageTimings | None] = lambda: None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.plan, self._unpacking = plan, unpacking
+        self._throttle = throttle
         self._clocks = tuple(Clock(name) for name in ("read", "transfer", "compute"))
         self._sweep_log = SweepLog(on_gpu=not plan.on_cpu)
         self._current: Handover | None = None  # of the sweep under way
@@ -105,7 +109,10 @@ class Pipeline:
         reader = self._reader
         if reader is None:
             reader = await finish_in_thread(
-                lambda: open_reader(self.plan, self._guard), guard=self._guard
+                lambda: open_reader(
+                    self.plan, self._guard, self._throttle or throttle_of(self.plan)
+                ),
+                guard=self._guard,
             )
         acquire = functools.partial(
             self._resources.acquire,

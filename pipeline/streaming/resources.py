@@ -14,12 +14,12 @@ from layerstream.stages.readers.direct import DirectReader
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
 from layerstream.stages.readers.protocol import Reader
-from layerstream.stages.readers.throttled import ThrottledReader
+from layerstream.stages.readers.throttled import Throttle, ThrottledReader
 from layerstream.stages.residents import Residents
 from layerstream.stages.telemetry.spans import Occupancy
 from layerstream.stages.threads import Threads
 
-__all__ = ["Resources", "open_reader"]
+__all__ = ["Resources", "open_reader", "throttle_of"]
 
 
 class Resources:
@@ -119,8 +119,21 @@ class Resources:
         self._stack.close()
 
 
-def open_reader(plan: Plan, guard: ReadGuard) -> Reader:
-    """The reader that ``plan`` names, with the plan's files open.
+def throttle_of(plan: Plan) -> Throttle | None:
+    """What the reads of ``plan`` share that are throttled; None if they are not.
+
+    Raises:
+        PlanError: The plan does not name the rate.
+    """
+    if plan.reader is not ReaderKind.THROTTLED:
+        return None
+    if plan.throttle_bytes_per_second is None:
+        raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
+    return Throttle(plan.throttle_bytes_per_second)
+
+
+def open_reader(plan: Plan, guard: ReadGuard, throttle: Throttle | None) -> Reader:
+    """The reader that ``plan`` names, with the plan's files open; one that is throttled waits for ``throttle``.
 
     Raises:
         CheckpointError: A file is missing, or is of another version than when the plan was made.
@@ -142,10 +155,6 @@ def open_reader(plan: Plan, guard: ReadGuard) -> Reader:
     expected = [] if None in versions else [each for each in versions if each]
     if plan.reader is ReaderKind.MMAP:
         return MmapReader(paths, expected=expected, guard=guard)
-    if plan.reader is ReaderKind.THROTTLED:
-        if plan.throttle_bytes_per_second is None:
-            raise PlanError("the plan's reader is throttled, but to no rate; make the plan anew")
-        return ThrottledReader(
-            paths, plan.throttle_bytes_per_second, expected=expected, guard=guard
-        )
+    if throttle is not None:
+        return ThrottledReader(paths, throttle, expected=expected, guard=guard)
     return DirectReader(paths, expected=expected, guard=guard)

@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_what_was_there(cache, monkeypatch):
     def full(*_args, **_named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(Path, "replace", full)
     cache.store(DISK, {name: RATES[name] for name in NAMES[:1]})
     assert cache.load(DISK, names=NAMES).rates == RATES
     assert cache_file(cache)  # and nothing else

@@ -13,11 +13,8 @@ from support.quantized import save_quantised
 from layerstream.pipeline import StreamedModel
 from layerstream.pipeline.modeling.packed_rows import PackedMatrix, PackedRows, RowRun
 from layerstream.pipeline.modeling.packed_tiles import Tiles
-from layerstream.pipeline.modeling.packed_weight import (
-    PackedWeight,
-    exact_tile_bytes,
-    exact_tokens,
-)
+from layerstream.pipeline.modeling.packed_weight import PackedWeight, exact_tile_bytes
+from layerstream.pipeline.modeling.tile_trials import exact_tokens
 from layerstream.stages.unpack.integers import IntPacking
 
 

@@ -7,7 +7,7 @@ from support.checkpoints import CPU, GPU
 
 from layerstream.pipeline import Checkpoint, Hardware, Plan, Workload, make_plan
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin
-from layerstream.pipeline.planning.replan import learn
+from layerstream.pipeline.planning.replan import _by_sweep, learn
 from layerstream.stages.telemetry.clock import Clock
 from layerstream.stages.telemetry.spans import Activity, SweepSpan
 from layerstream.stages.telemetry.timings import Timings
@@ -71,6 +71,22 @@ def timings_of(plan: Plan, *, times: dict[int, float], overhead_seconds: float) 
         stages=tuple(clock.sums() for clock in clocks),
         latest=tuple(sweeps),
     )
+
+
+def test_a_stage_is_divided_by_sweeps_wherever_its_spans_begin_and_end():
+    clock = Clock("read")
+    edges = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5]
+    for start in edges:  # overlapping ones, as of several reads in flight, and empty ones
+        for stop in edges:
+            if start <= stop:
+                clock.add(Activity.WORKING, start, stop, batch=0, nbytes=1000)
+    bounds = [(0.5, 1.0), (1.0, 2.0), (2.5, 2.5), (3.0, 4.0)]
+    sweeps = [
+        SweepSpan(start_seconds=start, stop_seconds=stop, tokens=1, steady=True)
+        for start, stop in bounds
+    ]
+    stage = clock.sums()
+    assert _by_sweep(stage, sweeps) == [stage.between(*each) for each in bounds]
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])

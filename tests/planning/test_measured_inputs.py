@@ -159,6 +159,18 @@ def test_copies_that_kernels_make_count_while_they_run() -> None:
     assert live.peak_bytes >= x.nbytes
 
 
+@pytest.mark.parametrize(("device", "code_bytes"), [("cpu", 20_000_000), ("cuda", 0)])
+def test_code_that_a_processor_compiles_for_a_convolution_takes_no_vram(
+    device: str, code_bytes: int
+) -> None:
+    x = torch.ones((1, 1, 400_000), dtype=torch.bfloat16, device="meta")
+    weight = torch.ones((1, 1, 3), dtype=torch.bfloat16, device="meta")
+    with LiveBytes(device=torch.device(device)) as live:
+        result = torch.nn.functional.conv1d(x, weight)
+    kept = live.now_bytes - result.nbytes
+    assert kept > code_bytes if code_bytes else kept == 0
+
+
 @torch.no_grad()
 def test_a_model_without_measurement_has_all_scores_of_eager_attention_reserved() -> None:
     with torch.device("cpu"):

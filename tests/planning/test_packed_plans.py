@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from layerstream.pipeline.checkpoint.layers import group_layers
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import ComputeRate, Origin, UnpackingRate
 from layerstream.pipeline.planning.plan import Budget, Plan, Workload
+from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.report.plan_report import report_plan
@@ -36,11 +38,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint.open(tmp_path)
 
 
-def plan_at(checkpoint: Checkpoint, rate: float | None) -> Plan:
+def plan_at(
+    checkpoint: Checkpoint, rate: float | None, *, host: str | None = "31MiB", **options: Any
+) -> Plan:
+    """A plan; the budget is too small to keep anything unpacked, unless another is given."""
     unpacking = () if rate is None else (UnpackingRate(encoding="fp8", bytes_per_second=rate),)
     hardware = dataclasses.replace(CPU, unpacking=unpacking)
-    workload = Workload(prompt_tokens=8, new_tokens=8)
-    return make_plan(checkpoint, hardware, budget=Budget(host="64MiB"), workload=workload)
+    workload = options.pop("workload", Workload(prompt_tokens=8, new_tokens=8))
+    return make_plan(checkpoint, hardware, budget=Budget(host=host), workload=workload, **options)
 
 
 def test_what_is_read_is_packed_and_what_is_computed_with_is_not(checkpoint: Checkpoint) -> None:
@@ -70,7 +75,7 @@ def test_the_python_of_a_packed_matrix_takes_its_time(checkpoint: Checkpoint) ->
         plan = make_plan(
             checkpoint,
             hardware,
-            budget=Budget(host="64MiB"),
+            budget=Budget(host="40MiB"),
             workload=Workload(prompt_tokens=8, new_tokens=8),
         )
         seconds.append(plan.prediction.decode.compute_seconds)
@@ -151,10 +156,12 @@ def test_several_requests_unpack_once_if_that_takes_little_of_the_budget(
         for layer in planned_layers(checkpoint, group_layers(checkpoint))
     )
 
-    def once(sequences: int, budget: str) -> int:
+    head = dataclasses.replace(layers[-1], once_bytes=7 << 20)
+
+    def once(sequences: int, budget: str, found: tuple[PlannedLayer, ...] = layers) -> int:
         workload = Workload(batch_size=sequences, prompt_tokens=8, new_tokens=8)
         plan = make_plan(
-            checkpoint, CPU, budget=Budget(host=budget), workload=workload, layers=layers
+            checkpoint, CPU, budget=Budget(host=budget), workload=workload, layers=found
         )
         assert plan.host_memory.reserved_bytes >= plan.unpacked_once_bytes
         return plan.unpacked_once_bytes
@@ -162,3 +169,5 @@ def test_several_requests_unpack_once_if_that_takes_little_of_the_budget(
     assert once(1, "64MiB") == 0
     assert once(2, "64MiB") == 6 << 20
     assert once(2, "40MiB") == 0
+    assert once(2, "64MiB", (*layers[:-1], head)) == 7 << 20  # the largest that fits the share
+    assert once(2, "50MiB", (*layers[:-1], head)) == 6 << 20

@@ -114,7 +114,7 @@ def test_a_request_with_a_large_cache_and_one_with_large_activations_run_at_once
     ).memory
     computing = cost_of(estimator, module, "forward", 2000, use_cache=False).memory
     assert caching.cache_bytes >= 0.9 * memory.cache_bytes
-    assert computing.shared_bytes > 0.5 * memory.shared_bytes
+    assert computing.shared_bytes > 0.3 * memory.shared_bytes
     # The larger one of the shares of either memory was reserved in both.
     assert caching.share_of(memory) + computing.share_of(memory) > memory.nbytes
     admission = Admission(memory=memory, threads=2)
@@ -144,8 +144,9 @@ def test_a_workload_takes_all_the_memory_reserved_for_it(
 ) -> None:
     whole = cost_of(estimator, module, "generate", 64, rows=16, **ONE_SEQUENCE).memory
     assert whole.cache_bytes == pytest.approx(plan.kv_cache_bytes, rel=0.001)
-    activations = plan.workload_bytes - plan.kv_cache_bytes
-    assert whole.shared_bytes == pytest.approx(activations, rel=0.001)
+    assert plan.kv_cache_device_bytes  # the layers of the cache that compute are in VRAM
+    in_vram = plan.workload_bytes - plan.kv_cache_bytes + plan.kv_cache_device_bytes
+    assert whole.shared_bytes == pytest.approx(in_vram, rel=0.001)
     assert whole.fits(request_memory_of(plan, module, CONFIG))
     one = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE).memory
     assert 16 * one.cache_bytes == pytest.approx(plan.kv_cache_bytes, rel=0.01)
@@ -154,9 +155,9 @@ def test_a_workload_takes_all_the_memory_reserved_for_it(
 def test_activations_that_vram_cannot_hold_are_refused_however_much_host_ram_is_free(
     plan: Plan, module: Any, estimator: Estimator
 ) -> None:
-    message = r"4000 tokens needs (\d+) MiB of VRAM for .* there, but there are (\d+) MiB for"
+    message = r"8000 tokens needs (\d+) MiB of VRAM for .* there, but there are (\d+) MiB for"
     with pytest.raises(AdmissionError, match=message) as refused:
-        cost_of(estimator, module, "forward", 4000)
+        cost_of(estimator, module, "forward", 8000)
     found = re.search(message, str(refused.value))
     assert found is not None
     need, have = map(int, found.groups())
@@ -196,7 +197,7 @@ def test_a_cache_that_is_in_vram_is_counted_there(
     step = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE).step_bytes
     cache = 2 * 8 * 1024 * 2 * 1064
     in_vram = cost_of(estimator, module, "generate", 64, **ONE_SEQUENCE, **named)
-    assert in_vram.step_bytes >= step + cache
+    assert in_vram.step_bytes >= step + cache * 6 // 8  # of one in host RAM, two layers are in VRAM
 
 
 def test_a_pass_that_keeps_no_cache_takes_no_memory_for_one(
@@ -253,7 +254,8 @@ def test_layers_may_be_resident_according_to_what_requests_take_of_vram(
         estimator, module, "generate", 64, **ONE_SEQUENCE | {"max_new_tokens": 16 * 1064 - 64}
     )
     assert cost.memory.cache_bytes == pytest.approx(plan.kv_cache_bytes, rel=0.001)
-    assert cost.step_bytes < request_memory_of(plan, module, CONFIG).shared_bytes / 2
+    step = cost.step_bytes - plan.kv_cache_device_bytes
+    assert step < request_memory_of(plan, module, CONFIG).shared_bytes / 2
 
 
 def test_requests_have_what_a_plan_leaves_of_either_budget_and_no_more(
@@ -303,14 +305,14 @@ def test_on_a_device_both_run_at_once_and_are_counted_in_both_memories(
             first = model.stream(input_ids=ids, max_new_tokens=tokens, do_sample=False)
             await anext(first)
             count = 16
-            while True:  # the longest pass for which there is VRAM
-                try:
-                    model.engine._estimator.forward(
-                        (torch.ones((1, 2 * count), dtype=torch.long),), {"use_cache": False}
-                    )
-                except AdmissionError:
+            while True:  # the longest pass for which the first request leaves VRAM
+                cost = model.engine._estimator.forward(
+                    (torch.ones((1, 2 * count), dtype=torch.long),), {"use_cache": False}
+                )
+                if not model.engine.requests.reserved.plus(cost.memory).fits(memory):
                     break
                 count *= 2
+            assert count > 16
             one_pass = torch.ones((1, count), dtype=torch.long)
             await model.forward(input_ids=one_pass, use_cache=False)  # while the first one runs
             assert model.stats().requests_riding == 1

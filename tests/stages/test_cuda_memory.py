@@ -85,8 +85,8 @@ def test_a_kv_cache_that_vram_cannot_hold_lives_in_host_ram_and_changes_no_token
                 output = await small_budget.forward(input_ids=ids)
                 alone = await small_budget.forward(input_ids=ids, use_cache=False)
                 # It would fit in the two memories together.
-                with pytest.raises(AdmissionError, match=r"8000 tokens needs .* of VRAM"):
-                    await small_budget.forward(input_ids=torch.ones((1, 8000), dtype=torch.long))
+                with pytest.raises(AdmissionError, match=r"24000 tokens needs .* of VRAM"):
+                    await small_budget.forward(input_ids=torch.ones((1, 24000), dtype=torch.long))
         return tokens, output, alone, budget.vram, peaks
 
     tokens, output, alone, budget, peaks = run(main(), seconds=SECONDS)

@@ -20,7 +20,7 @@ from layerstream.stages.readers.direct import BLOCK_BYTES, DirectReader
 from layerstream.stages.readers.files import WeightFiles
 from layerstream.stages.readers.guard import ReadGuard
 from layerstream.stages.readers.mapped import MmapReader
-from layerstream.stages.readers.throttled import ThrottledReader
+from layerstream.stages.readers.throttled import Throttle, ThrottledReader
 
 BOUNDARIES = [
     pytest.param(0, BLOCK_BYTES, id="first block"),
@@ -71,7 +71,7 @@ def open_reader(monkeypatch):
         if kind == "mmap":
             opened.append(MmapReader(paths))
         elif kind == "throttled":
-            opened.append(ThrottledReader(paths, 1e12))
+            opened.append(ThrottledReader(paths, Throttle(1e12)))
         else:
             opened.append(DirectReader(paths))
         return opened[-1]
@@ -296,7 +296,7 @@ def test_a_tensor_that_is_still_referenced_stays_readable_after_its_host_memory_
 
 def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_simulates(files):
     rate = 400_000
-    reader = ThrottledReader(files, rate)
+    reader = ThrottledReader(files, Throttle(rate))
     begin = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(read, reader, 0, SIZE, file) for file in (0, 1)]
@@ -306,8 +306,20 @@ def test_a_throttled_read_takes_at_least_the_time_of_the_disk_that_it_simulates(
     reader.close()
 
 
+def test_readers_that_share_a_simulated_disk_have_its_rate_together(files):
+    rate = 400_000
+    throttle = Throttle(rate)
+    readers = [ThrottledReader(files, throttle) for _ in range(2)]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda reader: read(reader, 0, SIZE), readers))
+    assert time.perf_counter() - begin >= 2 * SIZE / rate
+    for reader in readers:
+        reader.close()
+
+
 def test_interrupting_a_throttled_reader_ends_all_waits_now_and_later(files):
-    reader = ThrottledReader(files, 1)  # a byte per second
+    reader = ThrottledReader(files, Throttle(1))  # a byte per second
     waiting = threading.Event()
 
     class Closing(threading.Event):

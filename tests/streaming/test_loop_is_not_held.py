@@ -9,11 +9,12 @@ from support.loop import run
 from support.models import inputs_for, save_model
 from support.streaming import SMALL
 
-from layerstream.pipeline import Pipeline, Plan, StreamedModel, starting
+from layerstream.pipeline import Pipeline, Plan, StreamedModel, replanning, starting, verifying
 from layerstream.pipeline.modeling.assembly import Assembly
 from layerstream.pipeline.modeling.binding import Binding
 from layerstream.stages.memory import Image
 from layerstream.stages.readers.readahead import Readahead
+from layerstream.tools.cli import main
 
 
 class Calls:
@@ -40,21 +41,25 @@ def test_opening_and_closing_a_model_compute_in_threads(tmp_path, monkeypatch, c
     folder = save_model(
         tmp_path / "model", "t5"
     )  # whose table is resident, and bound while it is opened
+    assert main(["verify", str(folder), "--record"]) == 0
     calls = Calls(monkeypatch)
     caplog.set_level(logging.WARNING)
     watched = [(starting, "move_buffers"), (Assembly, "gather"), (Binding, "bind")]
-    watched += [(Readahead, "stop"), (Plan, "describe")]
+    watched += [(Readahead, "stop"), (Plan, "describe"), (verifying, "_in_order")]
+    watched += [(replanning, "learn")]
     for owner, name in watched:
         calls.watch(owner, name)
 
-    async def main():
-        options = {"device": "cpu", "workload": SMALL, "measure": False}
+    async def use():
+        options = {"device": "cpu", "workload": SMALL, "measure": False, "verify": True}
         async with StreamedModel.open(folder, **options) as model:
             await model.forward(**inputs_for("t5"))
+            await model.verified()
+            await model.replan()
         assert calls.on_this_thread() == []
 
-    run(main())
-    assert calls.threads.keys() == {"move_buffers", "gather", "bind", "stop"}
+    run(use())
+    assert calls.threads.keys() == {"move_buffers", "gather", "bind", "stop", "_in_order", "learn"}
 
 
 def test_copies_are_listed_in_a_thread(tmp_path, monkeypatch):

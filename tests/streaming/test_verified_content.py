@@ -25,6 +25,7 @@ from layerstream.pipeline.scheduling.scheduler import SweepScheduler
 from layerstream.pipeline.verifying import ContentCheck
 from layerstream.pipeline.weight_stream import WeightStream
 from layerstream.stages.batch import Residence
+from layerstream.stages.readers.throttled import Throttle
 from layerstream.tools.cli import main
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -258,6 +259,28 @@ def test_a_file_that_cannot_be_read_for_a_while_is_verified_after_reopening(fold
 
     with nothing_left_behind():
         run(use())
+
+
+def test_the_check_has_no_throttled_disk_of_its_own(folder, monkeypatch):
+    made = []
+    works = Throttle.__init__
+
+    def make(throttle, rate):
+        made.append(throttle)
+        works(throttle, rate)
+
+    throttled = {"reader": "throttled", "throttle_bytes_per_second": 1e9}
+
+    async def use():
+        model = await open_streaming(folder, verify=True, **throttled)
+        monkeypatch.setattr(Throttle, "__init__", make)
+        async with model:
+            await model.generate(**inputs_for("llama"), **GREEDY)
+            await model.verified()
+
+    with nothing_left_behind():
+        run(use())
+    assert len(made) == 1
 
 
 def test_what_is_found_while_the_model_is_reopened_keeps_it_closed(folder, monkeypatch):

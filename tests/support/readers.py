@@ -4,7 +4,7 @@ import errno
 import os
 
 from layerstream.stages.readers.direct import DirectReader
-from layerstream.stages.readers.throttled import ThrottledReader
+from layerstream.stages.readers.throttled import Throttle, ThrottledReader
 
 __all__ = ["PASSING", "buffered", "throttled"]
 
@@ -21,4 +21,4 @@ def buffered(paths):
 
 def throttled(paths):
     """A reader that is held back by a rate which it does not reach."""
-    return ThrottledReader(paths, 1e12)
+    return ThrottledReader(paths, Throttle(1e12))

@@ -1,7 +1,9 @@
 """`layerstream verify`: damaged files are found and named."""
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from support.models import save_model
 
+from layerstream.pipeline.checkpoint.digests import FileDigests, FilePiece
 from layerstream.tools.cli import main
+from layerstream.tools.integrity import changes_of
 
 
 def sha256(path: Path) -> str:
@@ -165,6 +169,74 @@ def test_digests_that_cannot_be_written_are_an_error(
     code, _, err = verify(capsys, shards[0].parent, "--record", shards[0] / "sums")
     assert code == 1
     assert "cannot be recorded" in err
+
+
+def test_a_record_of_other_content_is_replaced_only_when_told(
+    shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shards[0].parent
+    record = folder / "layerstream.sha256"
+    assert verify(capsys, folder, "--record")[0] == 0
+    before = record.read_bytes()
+    assert verify(capsys, folder, "--record")[0] == 0
+    flip(shards[1])
+    code, _, err = verify(capsys, folder, "--record")
+    assert code == 1
+    assert f"{shards[1].name} has other bytes in tensor 'layers.1.weight'" in err
+    assert shards[0].name not in err
+    assert record.read_bytes() == before
+    assert verify(capsys, folder, "--record", "--overwrite")[0] == 0
+    assert record.read_bytes() != before
+    assert verify(capsys, folder)[0] == 0
+
+
+def test_a_file_that_is_no_record_of_tensors_is_not_replaced_by_one(
+    shards: list[Path], digests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests.read_bytes()
+    for content in (before, b"notes"):
+        digests.write_bytes(content)
+        assert verify(capsys, shards[0].parent, "--record", digests)[0] == 1
+        assert digests.read_bytes() == content
+    assert verify(capsys, shards[0].parent, "--record", digests, "--overwrite")[0] == 0
+
+
+def test_changes_of_a_record_are_named() -> None:
+    def file(*pieces: tuple[str | None, str]) -> FileDigests:
+        return FileDigests(
+            size_bytes=len(pieces),
+            pieces=tuple(
+                FilePiece(at, 1, tensor, digest) for at, (tensor, digest) in enumerate(pieces)
+            ),
+        )
+
+    before = {"a": file((None, "1"), ("t", "2")), "b": file(("t", "3")), "c": file(("t", "4"))}
+    now = {"a": file((None, "5"), ("t", "2")), "d": file(("t", "3")), "c": file()}
+    assert changes_of(before, now) == [
+        "b is gone",
+        "a has other bytes in its header",
+        "d is new",
+        "c has lost tensors",
+    ]
+    assert changes_of(before, before) == []
+
+
+def test_a_record_for_which_there_is_no_room_leaves_the_old_one(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shards[0].parent
+    assert verify(capsys, folder, "--record")[0] == 0
+    before = (folder / "layerstream.sha256").read_bytes()
+
+    def full(path: Path, _: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "replace", full)
+    code, _, err = verify(capsys, folder, "--record")
+    assert code == 1
+    assert "No space left" in err
+    assert (folder / "layerstream.sha256").read_bytes() == before
+    assert not (folder / "layerstream.sha256.new").exists()
 
 
 @pytest.mark.parametrize("kind", ["gguf", "bin"])

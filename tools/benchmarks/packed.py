@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from layerstream.pipeline import Budget, StreamedModel, Workload
+from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import byte_rate, positive_int
 
 __all__ = ["main"]
@@ -64,9 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--steps", type=positive_int, default=2, help="timed, in each round")
     parser.add_argument("--only", help="variants, with commas between them")
+    parser.add_argument(
+        "--new-tokens",
+        type=positive_int,
+        default=2,
+        help="that the plan expects; for many, it keeps residents unpacked (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests", type=positive_int, help="compare one request with so many at once, instead"
+    )
     args = parser.parse_args(argv)
     chosen = args.only.split(",") if args.only else list(_VARIANTS)
     paths = {name: _VARIANTS[name](args.folder) for name in chosen}
+    if args.requests:
+        for name, path in paths.items():
+            asyncio.run(_compare_requests(name, path, args))
+        return 0
     seconds: dict[tuple[str, str], list[float]] = {}
     processor: dict[tuple[str, str], list[float]] = {}
     predicted: dict[tuple[str, str], float] = {}
@@ -114,7 +128,7 @@ async def _steps(
         budget=budget,
         kernels=kernels,
         dtype=torch.bfloat16,
-        workload=Workload(prompt_tokens=1, new_tokens=2),
+        workload=Workload(prompt_tokens=1, new_tokens=args.new_tokens),
         **options,
     ) as model:
         ids = torch.tensor([[5]])
@@ -127,6 +141,43 @@ async def _steps(
             found.append(round(time.perf_counter() - began, 4))
             processor.append(time.process_time() - used)
         return found, processor, model.plan.prediction.decode.seconds
+
+
+async def _compare_requests(name: str, path: Path, args: argparse.Namespace) -> None:
+    """Print how much is unpacked, and how long that takes, for one request and for many that share a sweep."""
+    async with StreamedModel.open(
+        path,
+        device="cpu",
+        budget=Budget() if args.resident else Budget(host=args.host),
+        dtype=torch.bfloat16,
+        workload=Workload(batch_size=args.requests, prompt_tokens=1, new_tokens=args.new_tokens),
+        max_requests=args.requests,
+    ) as model:
+        ids = torch.tensor([[5]])
+
+        async def step(requests: int) -> tuple[float, int, float]:
+            before, began = model.timings().unpacking, time.perf_counter()
+            await asyncio.gather(
+                *(model.forward(input_ids=ids, use_cache=False) for _ in range(requests))
+            )
+            seconds, after = time.perf_counter() - began, model.timings().unpacking
+            assert before is not None and after is not None  # noqa: S101, PT018
+            return (
+                seconds,
+                after.bytes - before.bytes,
+                after.busy_seconds - before.busy_seconds,
+            )
+
+        for _ in range(3):
+            await step(args.requests)
+        print(f"{name}: {format_bytes(model.plan.unpacked_once_bytes)} are for sharing")
+        for _ in range(args.rounds):
+            for requests in (1, args.requests):
+                seconds, nbytes, busy = await step(requests)
+                print(
+                    f"  {requests} at once: {seconds:.3f} s; {nbytes / 1e6:.0f} MB unpacked in {busy:.3f} s",
+                    flush=True,
+                )
 
 
 def _files(path: Path) -> Iterator[Path]:

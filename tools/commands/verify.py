@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerstream.stages.errors import CheckpointError
-from layerstream.stages.text import format_bytes
+from layerstream.stages.text import first_names, format_bytes
 from layerstream.tools.console.arguments import MODEL_HELP, add_output_arguments
 from layerstream.tools.console.progress import progress
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from layerstream.tools.integrity import FileCheck
 
 __all__ = ["HELP", "add_arguments", "run"]
+
+_NAMED = 4  # changes in an error
 
 HELP = "check a model's files: their structure, and their content against recorded SHA-256 digests"
 
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="after the check, write the digest of every tensor to FILE (default: layerstream.sha256 in the model's folder), "
         "for later checks that name the tensor, and for --verify of other commands",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="have --record replace a record of other content (default: refuse, and say what has changed)",
     )
     add_output_arguments(parser)
 
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             checks = check_content(checkpoint, digests, advance_of)
             problems = [check.problem for check in checks if check.problem]
             if not problems and args.record is not None:
-                _record(checkpoint, args.record, advance_of)
+                _record(checkpoint, args.record, advance_of, overwrite=args.overwrite)
         if not problems and not args.json:
             print(_summary(path, checks, len(checkpoint.tensors), time.monotonic() - began))
     if args.json:
@@ -86,17 +93,27 @@ def _record(
     checkpoint: "Checkpoint",
     path: Path | bool,
     progress: "Callable[[int], Callable[[int], object]]",
+    *,
+    overwrite: bool,
 ) -> None:
-    from layerstream.pipeline.checkpoint.digests import RECORD_FILE, to_record
-    from layerstream.tools.integrity import digests_of
+    from layerstream.pipeline.checkpoint.digests import RECORD_FILE, parse_digests, to_record
+    from layerstream.tools.integrity import changes_of, digests_of, write_anew
 
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     target = folder / RECORD_FILE if path is True else Path(str(path))
+    before = parse_digests(target) if target.is_file() and not overwrite else None
+    if before is not None and any(file.size_bytes is None for file in before.values()):
+        raise CheckpointError(
+            f"{target} has digests of whole files: name another file, or have it replaced (--overwrite)."
+        )
     try:
-        content = to_record(digests_of(checkpoint, progress))
-        new = target.with_name(f"{target.name}.new")
-        new.write_text(content, "utf-8")
-        new.replace(target)
+        digests = digests_of(checkpoint, progress)
+        if before is not None and (changes := changes_of(before, digests)):
+            raise CheckpointError(
+                f"{target} is a record of other content: {first_names(changes, _NAMED)}; find out why, or have the record replaced "
+                "(--overwrite)."
+            )
+        write_anew(target, to_record(digests))
     except OSError as error:
         raise CheckpointError(
             f"the digests of {checkpoint.path} cannot be recorded in {target}: {error.strerror or error}; name another file."
