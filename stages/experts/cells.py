@@ -56,6 +56,7 @@ class CellRegion:
             Cell(number, memory.narrow(0, number * cell_bytes, cell_bytes))
             for number in reversed(range(self.count))
         ]
+        self._strided: dict[TensorView, torch.Tensor] = {}
         self._cells: dict[ExpertKey, Cell] = {}
         self._idle = 0  # of those in ``_cells``, how many nobody holds
 
@@ -75,15 +76,20 @@ class CellRegion:
         )
 
     def strided(self, view: TensorView) -> torch.Tensor:
-        """The tensor ``view`` of all cells, ``[count, *view.shape]``: contiguous within a cell."""
-        dtype: torch.dtype = getattr(torch, view.dtype)
-        start = self.memory.storage_offset() + view.offset
-        return torch.empty(0, dtype=dtype, device=self.memory.device).set_(
-            self.memory.untyped_storage(),
-            start // dtype.itemsize,
-            (self.count, *view.shape),
-            (self.cell_bytes // dtype.itemsize, *strides_of(view.shape)),
-        )
+        """The tensor ``view`` of all cells, ``[count, *view.shape]``: contiguous within a cell. Made once, for all layers."""
+        made = self._strided.get(view)
+        if made is None:
+            dtype: torch.dtype = getattr(torch, view.dtype)
+            start = self.memory.storage_offset() + view.offset
+            with torch.inference_mode(mode=False):  # for any later use
+                made = torch.empty(0, dtype=dtype, device=self.memory.device).set_(
+                    self.memory.untyped_storage(),
+                    start // dtype.itemsize,
+                    (self.count, *view.shape),
+                    (self.cell_bytes // dtype.itemsize, *strides_of(view.shape)),
+                )
+            self._strided[view] = made
+        return made
 
     def take(
         self, keys: Sequence[ExpertKey], *, passing: bool

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.experts import FailingReader, RandomExperts, idle_cells
 from support.leaks import nothing_left_behind
 
@@ -65,3 +66,14 @@ def test_a_read_that_has_failed_by_then_fails_its_lease_and_leaves_the_cell(tmp_
         experts.fetch(store, 0, range(6))
         for region in store._cells.regions:
             assert idle_cells(region) == region.count
+
+
+def test_a_view_of_all_cells_is_made_once_for_all_modes(tmp_path: Path) -> None:
+    experts = RandomExperts(tmp_path)
+    view = experts.sets(1)[0].tensors[0]
+    with experts.store() as store:
+        region = store.lease(store.groups(0, [1])[0]).region
+        with torch.inference_mode():
+            made = region.strided(view)
+        assert not made.is_inference()
+        assert region.strided(view) is made

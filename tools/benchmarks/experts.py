@@ -1,7 +1,8 @@
 """Experts on demand, measured: ``python -m layerstream.tools.benchmarks.experts PATH``.
 
-By default with experts on demand and with whole layers in turn (which an experts implementation that does not allow reading on
-demand brings about), with the same model and budget. With ``--budgets N`` in so many budgets from the smallest one to 1.2 times
+By default with experts on demand, with everything in memory, and with whole layers in turn (which an experts implementation that does
+not allow reading on demand brings about), with the same model; mean steps on demand are compared with what reading as many bytes takes
+(raw, by requests of an expert's size, as many at once) and a step in memory together. With ``--budgets N`` in so many budgets from the smallest one to 1.2 times
 the model, and after the first round with what was learnt in it. Text is sampled, so that it does not go round in a circle
 of a few experts. Bytes are counted by /proc/self/io; weights are dropped from the page cache before each turn, where that is
 allowed. Results and how they were measured: experts.md.
@@ -25,13 +26,17 @@ from layerstream.pipeline.planning.expert_replay import replay
 from layerstream.pipeline.planning.plan import Plan
 from layerstream.pipeline.planning.replan import learn
 from layerstream.stages.experts.usage import ExpertRoute
+from layerstream.stages.memory import round_up
+from layerstream.stages.readers.direct import BLOCK_BYTES
+from layerstream.tools.benchmarks.raw_read import raw_read
 from layerstream.tools.benchmarks.streaming import bytes_read
 from layerstream.tools.compare.page_cache import drop_from_cache
 from layerstream.tools.console.arguments import budget_size, byte_rate, positive_int
 
 __all__ = ["main"]
 
-_ON_DEMAND, _WHOLE = "experts on demand", "whole layers"
+_ON_DEMAND, _IN_MEMORY, _WHOLE = "experts on demand", "in memory", "whole layers"
+_RAW_BYTES = 1 << 30
 _MOST_DEMANDS = 1_000_000
 _LARGEST_SHARE = 1.2
 
@@ -62,12 +67,28 @@ def main() -> int:
 
 
 def _ways(args: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
-    """Each round's results on demand and with whole layers."""
+    """Each round's results on demand, in memory, and with whole layers."""
+    checkpoint = Checkpoint.open(args.path)
+    paths = [file.path for file in checkpoint.files]
     rounds = []
     for _ in range(args.rounds):
         on_demand, _ = asyncio.run(_turn(args, host=args.host))
+        everything = round(_LARGEST_SHARE * checkpoint.total_bytes)
+        in_memory, _ = asyncio.run(_turn(args, host=everything, way=_IN_MEMORY))
         whole, _ = asyncio.run(_turn(args, host=args.host, way=_WHOLE))
-        rounds.append({_ON_DEMAND: on_demand, _WHOLE: whole})
+        step, nbytes = on_demand["mean_step_seconds"], on_demand["read_bytes_per_token"]
+        rate = args.throttle
+        if rate is None:
+            block = round_up(int(on_demand["expert_bytes"]), BLOCK_BYTES)
+            threads = int(on_demand["reads_in_flight"])
+            rate = raw_read(paths, block_bytes=block, threads=threads, limit_bytes=_RAW_BYTES)
+        on_demand |= {
+            "raw_bytes_per_second": rate,
+            "step_over_reading": step / (nbytes / rate),
+            "step_over_reading_and_memory": step / (nbytes / rate + in_memory["mean_step_seconds"]),
+            "whole_layers_over_step": whole["mean_step_seconds"] / step,
+        }
+        rounds.append({_ON_DEMAND: on_demand, _IN_MEMORY: in_memory, _WHOLE: whole})
     return rounds
 
 
@@ -127,24 +148,21 @@ async def _turn(
     args: argparse.Namespace, *, host: Any, way: str = _ON_DEMAND, hardware: Hardware | None = None
 ) -> tuple[dict[str, float], Hardware]:
     drop_from_cache([file.path for file in Checkpoint.open(args.path).files])
-    tokens = args.new_tokens if way == _ON_DEMAND else args.whole_tokens
-    torch.manual_seed(0)
-    ids = torch.randint(3, 200, (1, args.prompt_tokens))
+    tokens = args.whole_tokens if way == _WHOLE else args.new_tokens
+    ids = torch.randint(3, 200, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
     async with _opened(args, host=host, way=way, hardware=hardware) as model:
         store, route = expert_store(model.module), ExpertRoute(most=_MOST_DEMANDS)
         if store is not None:
             store.record(route)
-        began = time.perf_counter()
-        times, read = [began], [bytes_read()]
-        async for _ in model.stream(input_ids=ids, max_new_tokens=tokens, do_sample=True, top_k=50):
-            times.append(time.perf_counter())
-            read.append(bytes_read())
+        if way == _IN_MEMORY:  # so that it is
+            await _text(model, ids, tokens)
+        times, read = await _text(model, ids, tokens)
         skipped = min(args.skipped_tokens, tokens - 2)
         steps = [b - a for a, b in itertools.pairwise(times[1:])][skipped:]
         counts, plan = model.timings().experts, model.plan
         read_bytes = (read[-1] - read[1 + skipped]) / len(steps)
         result = {
-            "first_token_seconds": times[1] - began,
+            "first_token_seconds": times[1] - times[0],
             "median_step_seconds": statistics.median(steps),
             "mean_step_seconds": statistics.mean(steps),
             "read_bytes_per_token": read_bytes,
@@ -155,9 +173,23 @@ async def _turn(
             "cells": sum(each.cells for each in plan.experts) + plan.shared_expert_cells,
         }
         if plan.experts:
+            result["expert_bytes"] = plan.experts[0].expert_bytes
+            result["reads_in_flight"] = plan.reads_in_flight
             result["bytes_over_better_lru"] = read_bytes / _lru_bytes(plan, route, skipped)
         known = learn(model.hardware, plan, model.timings(), store.usage() if store else {})
         return result, known
+
+
+async def _text(
+    model: StreamedModel, ids: torch.Tensor, tokens: int
+) -> tuple[list[float], list[int]]:
+    """When it began and each token came, and how many bytes had been read by then; the same text each time."""
+    torch.manual_seed(0)
+    times, read = [time.perf_counter()], [bytes_read()]
+    async for _ in model.stream(input_ids=ids, max_new_tokens=tokens, do_sample=True, top_k=50):
+        times.append(time.perf_counter())
+        read.append(bytes_read())
+    return times, read
 
 
 def _lru_bytes(plan: Plan, route: ExpertRoute, skipped: int) -> float:
