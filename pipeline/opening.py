@@ -29,6 +29,7 @@ from layerstream.pipeline.planning.kernels import Kernels
 from layerstream.pipeline.planning.plan import Budget, Plan, ReaderKind
 from layerstream.pipeline.planning.planner import plan_model
 from layerstream.stages.errors import DeviceError
+from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.process.libraries import limit_library_memory
 from layerstream.stages.process.usage import anonymous_bytes
 from layerstream.stages.readers.guard import ReadGuard
@@ -93,9 +94,10 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         device=options.pretrained.device,
         dtype=str(traced.module.dtype).removeprefix("torch."),
         measure=options.measure,
+        most_bytes=_left_of(budget, initial_bytes),
     )
     # transformers' code for the model, and the module tree: 100 MB if this process had not loaded them before.
-    held_bytes = max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
+    held_bytes = _taken_since(initial_bytes)
     make_model_plan = functools.partial(
         plan_model,
         checkpoint,
@@ -122,6 +124,17 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         make_plan=make_model_plan,
         digests=digests,
     )
+
+
+def _left_of(budget: Budget, initial_bytes: int | None) -> int | None:
+    """What opening has not yet taken of the host's budget; None if there is none."""
+    held_bytes = _taken_since(initial_bytes)
+    limit = budget.host_bytes(host_available_bytes() + held_bytes)
+    return None if limit is None else max(0, limit - held_bytes)
+
+
+def _taken_since(initial_bytes: int | None) -> int:
+    return max(0, (anonymous_bytes() or 0) - (initial_bytes or 0))
 
 
 def _digests(checkpoint: Checkpoint, options: Options) -> Mapping[str, FileDigests] | None:

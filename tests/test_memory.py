@@ -1,10 +1,12 @@
 """The memory that streaming adds stays within its budget, as the kernel counts it."""
 
+import asyncio
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from support.cgroup import memory_cgroup, run_in
 from support.models import save_model
 from support.quantized import save_quantised
+
+from layerstream.pipeline import Budget, Checkpoint, Hardware, StreamedModel, opening
 
 MIB = 1 << 20
 pytestmark = pytest.mark.timeout(400)  # for a minute's work, on a busy machine
@@ -191,6 +195,28 @@ def report_of_many(folder: Path, budget: int, prompt: int, rows: int, lengths: l
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("host", [48 * MIB, None])
+def test_measuring_gets_what_opening_has_left_of_the_budget(
+    host: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+
+    async def probe(checkpoint: Checkpoint, **named: Any) -> Hardware:
+        given.append(named["most_bytes"])
+        return await Hardware.probe(checkpoint, device="cpu", measure=False)
+
+    monkeypatch.setattr(opening, "Hardware", SimpleNamespace(probe=probe))
+
+    async def open_it() -> None:
+        async with StreamedModel.open(folder, device="cpu", budget=Budget(host=host)):
+            pass
+
+    folder = save_model(tmp_path / "model")
+    asyncio.run(open_it())
+    (bytes_left,) = given
+    assert bytes_left is None if host is None else bytes_left is not None and bytes_left <= host
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -125,6 +125,7 @@ class Hardware:
         fresh: bool = False,
         measure: bool = True,
         cache_folder: Path | None = None,
+        most_bytes: int | None = None,
     ) -> Self:
         """Query the free memory of this machine, and measure rates that are not cached yet.
 
@@ -135,6 +136,8 @@ class Hardware:
             fresh: Measure again, even rates that are cached.
             measure: If False, nothing is measured; rates that are not cached are None.
             cache_folder: Where measurements are cached; by default in the user's cache folder.
+            most_bytes: Host memory that measuring may take, such as what is left of a budget; by default most of what is
+                free. Rates whose measurement takes more are None, unless they are cached.
 
         Raises:
             DeviceError: There is no such device.
@@ -150,6 +153,7 @@ class Hardware:
             fresh=fresh,
             measure=measure,
             cache=MeasurementCache(cache_folder),
+            most_bytes=most_bytes,
         )
         if measure and opened.reads_host_images:
             await finish_in_thread(LibraryMemory().release)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,6 +114,7 @@ async def probe_rates(
     fresh: bool,
     measure: bool,
     cache: MeasurementCache,
+    most_bytes: int | None,
 ) -> ProbedRates:
     """Load or measure the rates of this machine that a plan for ``checkpoint`` depends on.
 
@@ -126,15 +128,27 @@ async def probe_rates(
         fresh: Measure again, even rates that are cached.
         measure: If False, nothing is measured.
         cache: The results of earlier measurements.
+        most_bytes: Host memory that measuring may take, if that is less than what is free.
     """
-    probes = await finish_in_thread(lambda: _probes(checkpoint, device, dtype))
+    free_bytes = await finish_in_thread(host_available_bytes)
+    available = free_bytes if most_bytes is None else min(free_bytes, most_bytes)
+    probes = await finish_in_thread(
+        lambda: _probes(checkpoint, device, dtype, available_bytes=available)
+    )
     measure = measure and checkpoint.total_bytes >= MIN_BYTES
     found = []
     # One after another: concurrent measurements would disturb each other.
     for probe in probes:
         # One thread call for each, so that a cancellation takes effect between two of them.
         result = await finish_in_thread(
-            partial(_load_or_measure, probe, cache, fresh=fresh and measure, measure=measure)
+            partial(
+                _load_or_measure,
+                probe,
+                cache,
+                fresh=fresh and measure,
+                measure=measure,
+                most_bytes=most_bytes,
+            )
         )
         if result is not None:
             found.append((probe, *result))
@@ -146,7 +160,9 @@ async def probe_rates(
     )
 
 
-def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_Probe]:
+def _probes(
+    checkpoint: Checkpoint, device: Device, dtype: str | None, *, available_bytes: int
+) -> list[_Probe]:
     machine_key = machine_identity()
     device_key = {
         **machine_key,
@@ -157,6 +173,7 @@ def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_
     }
     dtype, shapes = dtype or main_dtype(checkpoint), block_shapes(checkpoint)
     sizes = " ".join(f"{rows}x{width}" for rows, width in shapes)
+    compute: Any = {"shapes": shapes, "dtype": dtype, "available_bytes": available_bytes}
     # A GPU unpacks by tensor operations, whose rate is assumed.
     encodings = encodings_of(checkpoint) if device.reads_host_images else ()
     return [
@@ -179,8 +196,8 @@ def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_
             key={**device_key, "of": "compute", "dtype": dtype, "shapes": sizes},
             names=[str(tokens) for tokens in TOKENS],
             affected_by_contention=True,
-            measure=partial(measure_compute, device, shapes=shapes, dtype=dtype),
-            takes_bytes=compute_bytes(device, shapes=shapes, dtype=dtype),
+            measure=partial(measure_compute, device, **compute),
+            takes_bytes=compute_bytes(device, **compute),
         ),
         *(
             _Probe(
@@ -193,8 +210,10 @@ def _probes(checkpoint: Checkpoint, device: Device, dtype: str | None) -> list[_
                 },
                 names=rate_names(encoding),
                 affected_by_contention=True,
-                measure=partial(measure_unpacking, [encoding], dtype=dtype),
-                takes_bytes=unpacking_bytes(),
+                measure=partial(
+                    measure_unpacking, [encoding], dtype=dtype, available_bytes=available_bytes
+                ),
+                takes_bytes=unpacking_bytes(available_bytes),
             )
             for encoding in encodings
         ),
@@ -227,7 +246,12 @@ def _files_by_volume(paths: Sequence[Path]) -> dict[str, list[int]]:
 
 
 def _load_or_measure(
-    probe: _Probe, cache: MeasurementCache, *, fresh: bool, measure: bool
+    probe: _Probe,
+    cache: MeasurementCache,
+    *,
+    fresh: bool,
+    measure: bool,
+    most_bytes: int | None,
 ) -> tuple[MeasuredRates, Origin] | None:
     if not fresh:
         cached = cache.load(probe.key, names=probe.names)
@@ -236,7 +260,8 @@ def _load_or_measure(
     if not measure:
         return None
     what = probe.key["of"]
-    if probe.takes_bytes > _MEMORY_SHARE * host_available_bytes():
+    free_bytes = _MEMORY_SHARE * host_available_bytes()
+    if probe.takes_bytes > (free_bytes if most_bytes is None else min(free_bytes, most_bytes)):
         logger.info(
             "%s: not measured, since that takes %s of memory", what, format_bytes(probe.takes_bytes)
         )

@@ -15,7 +15,6 @@ from layerstream.pipeline.checkpoint.layers import LayerKind, group_layers
 from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.stages.devices.protocol import Device
-from layerstream.stages.process.headroom import host_available_bytes
 
 __all__ = ["TOKENS", "block_shapes", "compute_bytes", "main_dtype", "measure_compute"]
 
@@ -76,21 +75,29 @@ def _plain_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
     return (rows, form.plain_bytes // _UNPACKED_BYTES // rows) if rows and form.plain_bytes else ()
 
 
-def compute_bytes(device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str) -> int:
-    """Host memory that ``measure_compute`` takes at most."""
+def compute_bytes(
+    device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str, available_bytes: int
+) -> int:
+    """Host memory that ``measure_compute`` takes at most, if there are ``available_bytes``."""
     if not device.reads_host_images or not shapes:
         return 0
     # Inputs of each width, and the results of a product and of the one before.
     columns = sum({width for _, width in shapes}) + 2 * max(rows for rows, _ in shapes)
     item_bytes: int = getattr(torch, dtype).itemsize
     products = TOKENS[-1] * columns * item_bytes
-    return _weight_bytes(device) + products + _LIBRARY_BYTES
+    return _weight_bytes(device, available_bytes) + products + _LIBRARY_BYTES
 
 
 def measure_compute(
-    device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str
+    device: Device, *, shapes: Sequence[tuple[int, int]], dtype: str, available_bytes: int
 ) -> Mapping[str, Rate]:
     """Measure consecutive products with matrices of ``shapes`` that are not in a processor cache.
+
+    Args:
+        device: Where computation runs.
+        shapes: Rows and columns of each matrix.
+        dtype: torch's name of the dtype of the model's weights.
+        available_bytes: Host memory that there is, of which the matrices take a quarter at most, or 64 MiB.
 
     Returns:
         Weight bytes per second, by the number of tokens in decimal; only those within the time limit.
@@ -100,7 +107,7 @@ def measure_compute(
     """
     if not shapes:
         return {}
-    memory = device.device_memory(_weight_bytes(device))
+    memory = device.device_memory(_weight_bytes(device, available_bytes))
     weights = memory.view(getattr(torch, dtype))
     with torch.inference_mode():
         # Not zeros: with those a GPU uses less power, and runs faster than with real weights.
@@ -176,12 +183,12 @@ def _matrix_views(weights: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> l
     return found
 
 
-def _weight_bytes(device: Device) -> int:
-    """Return twice the last cache of the processor, or enough to exceed the caches of a GPU; a small share of what is free."""
+def _weight_bytes(device: Device, available_bytes: int) -> int:
+    """Return twice the last cache of the processor, or enough to exceed the caches of a GPU; a small share of what there is."""
     if not device.reads_host_images:
         free = device.free_bytes() or 0
         return max(_MIN_BYTES, min(_MAX_BYTES, free // 8)) >> 20 << 20
-    most = min(_MAX_BYTES, host_available_bytes() // 4)
+    most = min(_MAX_BYTES, available_bytes // 4)
     return max(_MIN_BYTES, min(2 * _processor_cache_bytes(), most)) >> 20 << 20
 
 

@@ -12,7 +12,6 @@ from layerstream.pipeline.checkpoint.packed_form import packed_form
 from layerstream.pipeline.machine.measurement import Rate
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
 from layerstream.stages.memory import HostMemory
-from layerstream.stages.process.headroom import host_available_bytes
 from layerstream.stages.unpack.compiling import suggest_cache_folder
 from layerstream.stages.unpack.packing import Packing
 from layerstream.stages.unpack.samples import COLUMNS, sample
@@ -51,16 +50,18 @@ def rate_names(encoding: str) -> list[str]:
     return [encoding, *(f"{encoding} x {tokens}" for tokens in FUSED_TOKENS)]
 
 
-def unpacking_bytes() -> int:
-    """Host memory that ``measure_unpacking`` takes at most."""
-    return _packed_bytes() + 2 * TILE_BYTES
+def unpacking_bytes(available_bytes: int) -> int:
+    """Host memory that ``measure_unpacking`` takes at most, if there are ``available_bytes``."""
+    return _packed_bytes(available_bytes) + 2 * TILE_BYTES
 
 
-def _packed_bytes() -> int:
-    return min(_PACKED_BYTES, host_available_bytes() // _SHARE_OF_FREE)
+def _packed_bytes(available_bytes: int) -> int:
+    return min(_PACKED_BYTES, available_bytes // _SHARE_OF_FREE)
 
 
-def measure_unpacking(encodings: Sequence[str], *, dtype: str) -> dict[str, Rate]:
+def measure_unpacking(
+    encodings: Sequence[str], *, dtype: str, available_bytes: int
+) -> dict[str, Rate]:
     """Packed bytes per second for each of ``encodings`` that has a kernel, by ``rate_names``; unpacked to ``dtype``."""
     suggest_cache_folder(user_cache_folder() / "kernels")
     found = {}
@@ -68,7 +69,11 @@ def measure_unpacking(encodings: Sequence[str], *, dtype: str) -> dict[str, Rate
         probed = sample(encoding, rows=1)
         if probed is None:
             continue
-        matrix = _matrix(encoding, sum(part.nbytes for part in probed[1]))
+        matrix = _matrix(
+            encoding,
+            sum(part.nbytes for part in probed[1]),
+            packed_bytes=_packed_bytes(available_bytes),
+        )
         unpacked, *multiplied = rate_names(encoding)
         found[unpacked] = _unpacking_rate(matrix, dtype)
         for name, tokens in zip(multiplied, FUSED_TOKENS, strict=True):
@@ -86,8 +91,8 @@ class _Matrix(NamedTuple):
         return sum(part.nbytes for part in self.parts) / self.rows
 
 
-def _matrix(encoding: str, row_bytes: int) -> _Matrix:
-    rows = max(1, _packed_bytes() // row_bytes // _BANDS) * _BANDS
+def _matrix(encoding: str, row_bytes: int, *, packed_bytes: int) -> _Matrix:
+    rows = max(1, packed_bytes // row_bytes // _BANDS) * _BANDS
     made = sample(encoding, rows=_BANDS)
     assert made is not None  # noqa: S101
     packing, parts = made

@@ -24,10 +24,13 @@ _KEPT_PER_THREAD = 1
 # two heaps, requests took 10 to 20 MB less than with 16, and no more time.
 _HEAPS = 2
 # Once a large block is freed, glibc takes blocks of up to 32 MiB from its heaps, where what was freed before stays
-# below what is in use: a gpt2 in float32 took 456 to 599 MiB of a budget of 402 MiB, and 373 with this. Blocks of this
-# size and more are mapped one by one, and gone when they are freed; passes took 1.00 times the processor time
-# (median of eight alternating runs, 0.95 to 1.08).
-_MAPPED_FROM_BYTES = 4 << 20
+# below what is in use: a gpt2 in float32 took 456 to 599 MiB of a budget of 402 MiB, and 373 if blocks of 4 MiB and more
+# are mapped one by one, and gone when they are freed. Activations of experts, whose sizes are all different, leave holes
+# that no other fits into: a granitemoe took 62 to 108 MiB from one run to the next with 4 MiB, 59 to 67 with 1 MiB, and
+# 55 to 58 with this. Fresh pages cost prompts whose activations are below 4 MiB processor time: 1.00 to 1.12 times as much
+# for 128 to 700 tokens and matrices of 2048 or 4096 columns, up to 1.25 times for 1024 columns; others cost the same
+# (medians of four or five alternating runs).
+_MAPPED_FROM_BYTES = 512 << 10
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 # The share of time that trimming the heap may take: other threads that allocate wait for it.
 _TRIMMING_SHARE = 0.05

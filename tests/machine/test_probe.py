@@ -90,10 +90,10 @@ def test_cached_rates_are_not_measured_again_unless_fresh_ones_are_requested(pro
     calls = []
     real = probe_module._probes
 
-    def with_recorded_calls(*args):
+    def with_recorded_calls(*args, **named):
         return [
             replace(each, measure=partial(recorded, each.key["of"], each.measure))
-            for each in real(*args)
+            for each in real(*args, **named)
         ]
 
     def recorded(what, measure):
@@ -105,6 +105,17 @@ def test_cached_rates_are_not_measured_again_unless_fresh_ones_are_requested(pro
     assert not {"disk-direct", "copies", "blocks", "compute"} & set(calls)
     assert probe(fresh=True).figures["compute"].origin is Origin.MEASURED
     assert calls[-5:] == ["disk-direct", "disk-mmap", "copies", "blocks", "compute"]
+
+
+def test_measuring_takes_no_more_memory_than_it_is_given(probe, caplog):
+    caplog.set_level(logging.INFO)
+    assert rate_figures(probe(most_bytes=1 << 20)).keys() == MMAP  # pages of the page cache
+    some = probe(most_bytes=40 << 20)
+    assert {*DISK, "attention_flops_per_second"} <= some.figures.keys()
+    assert some.host_copy_bytes_per_second is None
+    assert some.compute == ()
+    assert "copies: not measured, since that takes 128 MiB of memory" in caplog.text
+    assert {"host_copy_bytes_per_second", "compute"} <= probe(most_bytes=1 << 30).figures.keys()
 
 
 def test_without_measuring_the_rates_of_a_new_machine_are_unknown(probe):

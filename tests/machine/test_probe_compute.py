@@ -16,6 +16,7 @@ from layerstream.pipeline.machine.probe_compute import (
     _MatrixProducts,
     _processor_cache_bytes,
     block_shapes,
+    compute_bytes,
     main_dtype,
     measure_compute,
 )
@@ -33,7 +34,7 @@ def _quick(monkeypatch):
 
 @pytest.mark.parametrize("make_device", [CpuDevice, FakeDevice])
 def test_rates_are_measured_for_passes_of_several_sizes(make_device):
-    rates = measure_compute(make_device(), shapes=SHAPES, dtype="float32")
+    rates = measure_compute(make_device(), shapes=SHAPES, dtype="float32", available_bytes=1 << 30)
     assert rates  # of all sizes, unless this machine is busy
     assert list(rates) == [str(tokens) for tokens in TOKENS[: len(rates)]]
     for rate in rates.values():
@@ -43,11 +44,26 @@ def test_rates_are_measured_for_passes_of_several_sizes(make_device):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_every_dtype_of_weights_can_be_measured(dtype):
-    assert measure_compute(CpuDevice(), shapes=SHAPES, dtype=dtype)["1"].median > 0
+    assert (
+        measure_compute(CpuDevice(), shapes=SHAPES, dtype=dtype, available_bytes=1 << 30)[
+            "1"
+        ].median
+        > 0
+    )
+
+
+def test_where_there_is_less_memory_matrices_take_less_of_it(monkeypatch):
+    monkeypatch.setattr(probe_compute, "_MAX_BYTES", 512 << 20)
+    monkeypatch.setattr(probe_compute, "_processor_cache_bytes", lambda: 256 << 20)
+    less, more = (
+        compute_bytes(CpuDevice(), shapes=SHAPES, dtype="float32", available_bytes=available)
+        for available in (256 << 20, 4 << 30)
+    )
+    assert more - less == (512 - 64) << 20
 
 
 def test_without_matrices_there_is_nothing_to_measure():
-    assert measure_compute(CpuDevice(), shapes=(), dtype="float32") == {}
+    assert measure_compute(CpuDevice(), shapes=(), dtype="float32", available_bytes=1 << 30) == {}
 
 
 def record_products(monkeypatch, seconds_per_token):
@@ -73,7 +89,7 @@ def test_a_rate_is_the_bytes_of_the_weights_by_the_seconds(monkeypatch):
 
 def test_sizes_that_would_take_too_long_are_left_out(monkeypatch):
     products = record_products(monkeypatch, 0.001)
-    rates = measure_compute(CpuDevice(), shapes=SHAPES, dtype="float32")
+    rates = measure_compute(CpuDevice(), shapes=SHAPES, dtype="float32", available_bytes=1 << 30)
     assert list(rates) == ["1", "4"]
     assert {tokens for tokens, _ in products} == {1, 4}
 

@@ -39,13 +39,17 @@ def test_every_encoding_with_a_kernel_is_measured(
 ) -> None:
     monkeypatch.setattr(probe_unpacking, "_PACKED_BYTES", 1 << 20)
     monkeypatch.setattr(probe_unpacking, "_SECONDS", 0.0)
-    rate = probe_unpacking.measure_unpacking([encoding], dtype=dtype)[encoding]
+    rate = probe_unpacking.measure_unpacking([encoding], dtype=dtype, available_bytes=1 << 30)[
+        encoding
+    ]
     assert rate.samples >= 3
     assert 0 < rate.least <= rate.median <= rate.most
 
 
 def test_what_has_no_kernel_is_not_measured() -> None:
-    assert probe_unpacking.measure_unpacking(["IQ1_S"], dtype="float32") == {}
+    assert (
+        probe_unpacking.measure_unpacking(["IQ1_S"], dtype="float32", available_bytes=1 << 30) == {}
+    )
 
 
 def test_hardware_has_the_rate_with_its_origin(

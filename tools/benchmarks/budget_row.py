@@ -14,6 +14,7 @@ import re
 import select
 import signal
 import struct
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -55,7 +56,9 @@ class BudgetRow:
     concurrent: bool = False
     """Eight requests at once, some of which are cancelled, instead of one of exactly the workload."""
     measure: bool = False
-    """Whether the machine is probed, as users have it."""
+    """Whether the machine is probed, with an empty cache; then the budget must be known before."""
+    budget_bytes: int | None = None
+    """None: ``factor`` times the least one, which is only known when the model is traced."""
     cgroup: bool = False
     """In a memory cgroup that has no more than what is taken before a model is opened, and the budget."""
 
@@ -65,6 +68,12 @@ def run_row(row: BudgetRow, *, seconds: float) -> dict[str, Any]:
 
     After ``seconds`` it is killed.
     """
+    if row.measure and row.budget_bytes is None:
+        found = run_row(replace(row, measure=False), seconds=seconds)
+        if "budget_bytes" not in found:
+            return found
+        told = run_row(replace(row, budget_bytes=found["budget_bytes"]), seconds=seconds)
+        return {"least_bytes": found["least_bytes"], **told}
     with memory_cgroup() if row.cgroup else nullcontext() as group:
         return _run_in(group, row, seconds)
 
@@ -129,9 +138,17 @@ def _stream_row(row: BudgetRow, group: MemoryCgroup | None, tell: Tell) -> None:
         torch.nn.Linear(64, 64)(torch.ones(1, 64))
         gc.collect()
         tell({"idle_bytes": anonymous_bytes()})
-        _plan_within(row.factor, group, tell)
+        if row.budget_bytes is None:
+            _plan_within(row.factor, group, tell)
+        else:
+            tell({"budget_bytes": row.budget_bytes})
+            if group is not None:
+                group.limit(group.uncached_bytes() + row.budget_bytes)
         tell({"phase": "opening"})
-        asyncio.run(_stream(row, tell, model_class))
+        with tempfile.TemporaryDirectory() as cache:
+            if row.measure:  # what was measured before is not known
+                os.environ["XDG_CACHE_HOME"] = cache
+            asyncio.run(_stream(row, tell, model_class))
     except Exception as error:  # noqa: BLE001 - it is told
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
@@ -190,11 +207,12 @@ def _plan_within(factor: float, group: MemoryCgroup | None, tell: Tell) -> None:
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
-    from layerstream.pipeline import AdmissionError, StreamedModel, Workload
+    from layerstream.pipeline import AdmissionError, Budget, StreamedModel, Workload
 
     async with StreamedModel.open(
         row.folder,
         device="cpu",
+        budget=None if row.budget_bytes is None else Budget(host=row.budget_bytes),
         workload=Workload(batch_size=row.batch, prompt_tokens=row.prompt, new_tokens=_NEW_TOKENS),
         reader=row.reader,
         model_class=model_class,

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--concurrent", action="store_true", help="eight requests at once, too")
     parser.add_argument(
-        "--measure", action="store_true", help="probe the machine, as users have it"
+        "--measure", action="store_true", help="probe the machine, with an empty cache"
     )
     parser.add_argument("--folder", type=Path, help="for the models (default: a temporary one)")
     parser.add_argument("--table", action="store_true", help="only print the table of the results")

@@ -125,6 +125,7 @@ async def _choose(
     """Look at the machine and the requests, and choose how many are answered at once."""
     from layerstream.pipeline import Checkpoint, Hardware, Workload, make_plan
     from layerstream.pipeline.planning.overheads import code_bytes
+    from layerstream.stages.process.headroom import host_available_bytes
     from layerstream.tools.running.context import context_in
 
     checkpoint = await Checkpoint.open_async(sources.model)
@@ -132,7 +133,12 @@ async def _choose(
         file.largest, tokenizer, context=context_in(checkpoint.config or {})
     )
     dtype = None if args.dtype == "auto" else args.dtype
-    hardware = await Hardware.probe(checkpoint, device=args.device, dtype=dtype)
+    hardware = await Hardware.probe(
+        checkpoint,
+        device=args.device,
+        dtype=dtype,
+        most_bytes=budget.host_bytes(host_available_bytes()),
+    )
 
     def workload(size: int) -> Workload:
         return Workload(batch_size=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)

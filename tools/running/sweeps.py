@@ -192,13 +192,16 @@ def _steady(timings: Timings, times: list[tuple[float, float]]) -> Timings:
 @asynccontextmanager
 async def _open_weights(sources: "Sources", args: argparse.Namespace) -> AsyncIterator[_Streamed]:
     from layerstream.pipeline import Budget, Checkpoint, Hardware, Pipeline, make_plan
+    from layerstream.stages.process.headroom import host_available_bytes
 
     checkpoint = await Checkpoint.open_async(sources.model)
-    hardware = await Hardware.probe(checkpoint, device=args.device)
+    budget = Budget(vram=args.vram, host=args.host)
+    most_bytes = budget.host_bytes(host_available_bytes())
+    hardware = await Hardware.probe(checkpoint, device=args.device, most_bytes=most_bytes)
     plan = make_plan(
         checkpoint,
         hardware,
-        budget=Budget(vram=args.vram, host=args.host),
+        budget=budget,
         reader=args.reader,
         throttle_bytes_per_second=args.throttle,
         layer_batch_size=args.layer_batch_size,
