@@ -19,7 +19,7 @@ from layerstream.pipeline.planning.plan import Plan, Workload
 from layerstream.pipeline.resizing import resizing_method
 from layerstream.pipeline.saving import saving_method
 from layerstream.pipeline.scheduling.engine import Engine
-from layerstream.pipeline.scheduling.hooks import hook_modules
+from layerstream.pipeline.scheduling.hooks import hook_modules, modules_around
 from layerstream.pipeline.scheduling.out_of_memory import OutOfMemory
 from layerstream.pipeline.scheduling.request_cost import Estimator
 from layerstream.pipeline.scheduling.request_memory import RequestMemory, request_memory_of
@@ -185,12 +185,18 @@ async def start_model(
         "resize_token_embeddings": resizing_method(kind, opening, engine),
         "save_pretrained": saving_method(kind, opening, engine),
     }
+    module.__class__ = with_methods(type(module), methods)
+    batches = assembly.batch_of_module(plan)
     if not plan.on_cpu:
         scheduler.out_of_memory = out_of_memory
         resources.push_async_callback(out_of_memory.aclose)
-        methods["forward"] = out_of_memory.forward_of(kind, engine.passes, scheduler)
-    module.__class__ = with_methods(type(module), methods)
-    hook_modules(module, assembly.batch_of_module(plan), engine.passes)
+        for path in modules_around(batches):  # passes may begin at a part: those of an encoder do
+            part = module.get_submodule(path)
+            forward = out_of_memory.forward_of(
+                type(part), engine.passes, scheduler, lambda: engine.requests.alone
+            )
+            part.__class__ = with_methods(type(part), {"forward": forward})
+    hook_modules(module, batches, engine.passes)
     guard_conversions(module, engine.passes.undo_at_release)
     resources.push_async_callback(finish_in_thread, engine.threads.close, without_thread=True)
     # Again, and before the threads are closed: closing them waits for passes under way, which this fails.

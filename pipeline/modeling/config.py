@@ -121,6 +121,7 @@ def load_config(
             f"{path} is for a model of type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
         )
+    _refuse_code_of_the_hub(written, path)
     _refuse_endless(written, path)
     _refuse_endless(dict(settings), path)
     try:
@@ -132,6 +133,23 @@ def load_config(
         raise ModelError(
             f"{path} does not describe a {model_type} model: {summary_of(error)}."
         ) from error
+
+
+def _refuse_code_of_the_hub(written: Any, path: Path) -> None:
+    """Refuse implementations by a name such as ``org/kernel``: transformers would download that code, and run it."""
+    parts = written.values() if isinstance(written, dict) else written
+    for part in parts if isinstance(written, dict | list) else ():
+        _refuse_code_of_the_hub(part, path)
+    if not isinstance(written, dict):
+        return
+    for name, value in written.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        code = [each for each in named if isinstance(each, str) and "/" in each]
+        if name.endswith("_implementation") and code:
+            raise ModelError(
+                f"{path} asks for {code[0]!r:.80}, code of the hub, as {name}, which is not run because a model's file says so; "
+                "remove it there."
+            )
 
 
 def _refuse_endless(settings: Any, path: Path) -> None:

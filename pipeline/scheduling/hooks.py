@@ -1,6 +1,6 @@
 """Hooks on the modules of a streamed model: where a pass begins and ends, and which layer batch it needs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -10,7 +10,7 @@ from layerstream.pipeline.modeling.edits import refuse_copy
 from layerstream.pipeline.scheduling.thread_passes import ThreadPasses
 from layerstream.stages.errors import ModelError
 
-__all__ = ["hook_modules", "refuse_compiled"]
+__all__ = ["hook_modules", "modules_around", "refuse_compiled"]
 
 
 def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPasses) -> None:
@@ -21,15 +21,20 @@ def hook_modules(root: nn.Module, batches: Mapping[str, int], passes: ThreadPass
         batches: The index of the layer batch that each module needs, by the module's path.
         passes: The pass runners of the threads that call modules.
     """
-    ancestors = {""}
-    for path in batches:
-        while path:
-            path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
-            ancestors.add(path)
-    for path in (ancestors | batches.keys()) - {""} | {""}:
+    for path in (modules_around(batches) | batches.keys()) - {""} | {""}:
         index = batches.get(path)
         exits = index is not None and (not path or batches.get(path.rpartition(".")[0]) != index)
         _hook(passes, root.get_submodule(path), path, index, exits=exits)
+
+
+def modules_around(paths: Iterable[str]) -> set[str]:
+    """The paths of all modules that contain one of those at ``paths``; "" is the tree itself."""
+    around = {""}
+    for path in paths:
+        while path:
+            path = path.rpartition(".")[0]  # noqa: PLW2901 - walks up from each
+            around.add(path)
+    return around
 
 
 def refuse_compiled(kind: str) -> None:

@@ -1,7 +1,8 @@
 """A device that is out of memory while a model runs: fewer layers stay in its memory, and the forward pass is made once more.
 
 The estimate of a pass may be too low, and other processes may have taken memory. A pass is made again only where that gives
-the same bits: if its KV cache can be put back as it was, and it has left nothing on modules. A stage of the pipeline that fails
+the same bits: if its KV cache can be put back as it was, and it has left nothing on modules. What it has drawn from torch's default
+generators it draws again, if no other request may have drawn from them, too: with others, their order is never the same. A stage of the pipeline that fails
 for want of memory has ended it: it is opened anew with a smaller plan, and the passes that wait for a layer batch go on.
 """
 
@@ -92,16 +93,28 @@ class OutOfMemory:
         )
 
     def forward_of(
-        self, kind: type[Any], passes: ThreadPasses, scheduler: Scheduler
+        self,
+        kind: type[Any],
+        passes: ThreadPasses,
+        scheduler: Scheduler,
+        alone: Callable[[], int | None],
     ) -> Callable[..., Any]:
-        """``forward`` of ``kind``, transformers' class, for the threads of ``passes``: a pass that had no memory is made again once."""
+        """``forward`` of a class of modules, for the threads of ``passes``: a pass that had no memory is made again once.
+
+        Args:
+            kind: The class.
+            passes: The pass runners of the threads that call it.
+            scheduler: Calls what runs on the event loop.
+            alone: See ``Requests.alone``.
+        """
 
         @functools.wraps(kind.forward)
         def forward(self_: Any, *inputs: Any, **named: Any) -> Any:
             runner = passes.current()
             if runner is None or not runner.is_outermost(self_):
                 return kind.forward(self_, *inputs, **named)
-            before = _Before(runner, self_, by_name(kind.forward, (self_, *inputs), named))
+            random = _RandomNumbers(self._device.torch_device, alone)
+            before = _Before(runner, self_, by_name(kind.forward, (self_, *inputs), named), random)
             call = functools.partial(kind.forward, self_, *inputs, **named)
             result, what = _attempt(call)
             if what is None:
@@ -161,10 +174,18 @@ class _Before:
         runner: Runs it.
         root: The module that is called.
         named: Its arguments.
+        random: The random numbers of which it may draw.
     """
 
-    def __init__(self, runner: PassRunner, root: torch.nn.Module, named: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        runner: PassRunner,
+        root: torch.nn.Module,
+        named: Mapping[str, Any],
+        random: "_RandomNumbers",
+    ) -> None:
         self._training = root.training
+        self._random = random
         self._cache = CacheMark(given_cache(named))
         # A request's is that of its beginning: if nothing has changed since then, it is that of each of its passes.
         self._state = runner.state or CallState(root, None)
@@ -177,12 +198,40 @@ class _Before:
 
     def restore(self) -> str | None:
         """Have everything as it was; returns why not if that cannot be done."""
-        if self._training:
-            return "it has drawn random numbers, of a model in training mode"
+        if self._training and not self._random.are_its_own():
+            return "it has drawn random numbers, of a model in training mode, beside other requests"
         if any(leaf._version != version for leaf, version in self._inputs):  # noqa: SLF001
             return "it has written to its inputs"
         if self._state.has_changed():
             return "the model keeps a part of its state on modules"
         if not self._cache.restore():
             return "its KV cache, which is partly written, cannot be put back as it was"
+        if self._random.are_its_own():
+            self._random.restore()
         return None
+
+
+class _RandomNumbers:
+    """The default generators of torch before a pass, which all requests share.
+
+    Args:
+        device: Where it computes.
+        alone: See ``Requests.alone``.
+    """
+
+    def __init__(self, device: torch.device, alone: Callable[[], int | None]) -> None:
+        on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._gpu = device if on_gpu else None
+        self._alone, self._before = alone, alone()
+        self._host_state = torch.get_rng_state()
+        self._gpu_state = torch.cuda.get_rng_state(device) if on_gpu else None
+
+    def are_its_own(self) -> bool:
+        """Whether nobody else has drawn since then, of the requests."""
+        return self._before is not None and self._alone() == self._before
+
+    def restore(self) -> None:
+        """Have the numbers come again that came since then."""
+        torch.set_rng_state(self._host_state)
+        if self._gpu is not None and self._gpu_state is not None:
+            torch.cuda.set_rng_state(self._gpu_state, self._gpu)

@@ -197,6 +197,11 @@ class Requests:
             self._idle.set()
 
     @property
+    def alone(self) -> int | None:
+        """If one request at most is there: how many have begun so far. None if there are others. May be called in any thread."""
+        return self._counters.started if len(self._active) <= 1 else None
+
+    @property
     def memory(self) -> RequestMemory:
         """That for all of them together."""
         return self._admission.memory

@@ -3,7 +3,6 @@
 import json
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from support.safetensors_files import assert_safetensors_agrees
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.formats import safetensors
@@ -163,19 +163,6 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, case):
     assert case.says in message
     assert str(tmp_path) in message
     assert "\n" not in message
-
-
-def assert_safetensors_agrees(path: Path) -> None:
-    """Compare names, dtypes, shapes and bytes of an accepted file with what safetensors reads."""
-    checkpoint = Checkpoint.open(path)
-    content = path.read_bytes()
-    with safe_open(path, "pt") as reference:
-        assert set(reference.keys()) == set(checkpoint.tensors)
-        for name, info in checkpoint.tensors.items():
-            tensor = reference.get_tensor(name)
-            assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{info.dtype}", info.shape)
-            there = tensor.reshape(-1).view(torch.uint8) if info.nbytes else torch.empty(0)
-            assert there.numpy().tobytes() == content[info.offset : info.offset + info.nbytes]
 
 
 @pytest.mark.parametrize("depth", [127, 128])

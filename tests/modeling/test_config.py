@@ -1,5 +1,6 @@
 """Configs that describe no model of transformers are refused; those with several parts are understood."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ def test_an_unusable_config_is_refused(tmp_path: Path, text: str | None, message
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"_attn_implementation": "org/kernel"},
+        {"attn_implementation": "org/kernel@main:function"},
+        {"text_config": {"attn_implementation": {"text_config": "org/kernel"}}},
+        {"parts": [{"_experts_implementation": "org/kernel"}]},
+    ],
+)
+def test_code_of_the_hub_is_not_run_because_a_config_names_it(
+    tmp_path: Path, written: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **written}))
+    with pytest.raises(ModelError, match=r"'org/kernel.*code of the hub"):
         load_config(tmp_path)
 
 

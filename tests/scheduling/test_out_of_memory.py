@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 from dataclasses import replace
 
 import pytest
@@ -12,10 +11,11 @@ from support.gpus import StandIn
 from support.leaks import nothing_left_behind, our_tasks
 from support.loop import run, turns
 from support.models import CACHE, inputs_for, save_model
+from support.out_of_memory import OutOfMemory, opened
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from layerstream.pipeline import Budget, DeviceError, StreamedModel, Workload
+from layerstream.pipeline import DeviceError
 
 LAYERS = 6
 SIZE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": LAYERS}
@@ -28,55 +28,12 @@ MOMENTS = {"first batch": 0, "middle": 3, "last batch": LAYERS - 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A llama whose blocks are large compared with what else is in a budget."""
-    folder = save_model(tmp_path_factory.mktemp("oom") / "model", "llama", **SIZE)
-
-    async def warm_up():  # code that is loaded only once counts only in the first model's budget
-        for _ in range(2):
-            async with StreamedModel.open(folder, device="cpu", measure=False) as model:
-                await model.generate(IDS, **GREEDY)
-
-    run(warm_up())
-    return folder
+    return save_model(tmp_path_factory.mktemp("oom") / "model", "llama", **SIZE)
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     return StandIn(monkeypatch)
-
-
-class OutOfMemory:
-    """Makes an operation raise what torch raises: at its call number ``at``, counted from 0, and so many times."""
-
-    def __init__(self, monkeypatch, owner, name, *, at, times=1):
-        self.calls = self.raised = 0
-        works, counting = getattr(owner, name), threading.Lock()
-
-        def call(*args, **named):
-            with counting:
-                self.calls += 1
-                self.raised += (fails := self.calls > at and self.raised < times)
-            if fails:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nM")
-            return works(*args, **named)
-
-        monkeypatch.setattr(owner, name, call)
-
-
-async def opened(folder, *, layers=2, host=None, **options):
-    """A model of which about so many layers are resident in VRAM."""
-    options = {
-        "device": "cuda:0",
-        "layer_batch_size": 1,
-        "slots": 2,
-        "workload": Workload(prompt_tokens=8, new_tokens=8),
-        "measure": False,
-    } | options
-    async with StreamedModel.open(folder, **options) as model:
-        plan = model.plan
-    largest = max(batch.device_bytes for batch in plan.batches)
-    vram = plan.device_memory.reserved_bytes + (2 << 20) + layers * largest
-    host = host or plan.host_memory.reserved_bytes + 3 * max(b.host_bytes for b in plan.batches)
-    return StreamedModel.open(folder, budget=Budget(vram=vram, host=host), **options)
 
 
 def residents(model):

@@ -83,7 +83,10 @@ class ForkedProcess:
     def kill(self) -> None:
         """End it at once, with what it has started."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not begun, and has no group yet
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def run_forked(

@@ -67,7 +67,6 @@ _NAMES = (
     *("tie_word_embeddings", "is_encoder_decoder", "use_cache", "num_key_value_heads"),
     *("kv_lora_rank", "state_size", "hidden_act", "num_local_experts", "attn_implementation"),
 )
-_MOST_SECONDS = 60
 _SHARE_NESTED, _SHARE_REMOVED, _SHARE_CUT = 0.5, 0.15, 0.1
 
 
@@ -95,7 +94,8 @@ def mutated(config: Mapping[str, Any], seed: int) -> bytes:
         if rng.random() < _SHARE_REMOVED:
             owner.pop(name, None)
         else:
-            owner[name] = rng.choice([*_VALUES, *owner.values()])
+            # A copy, or later changes would be made to what other seeds choose from, or put a value into itself.
+            owner[name] = copy.deepcopy(rng.choice([*_VALUES, *owner.values()]))
     text = json.dumps(changed).encode()
     if rng.random() < _SHARE_CUT:
         at = rng.randrange(len(text))
@@ -131,6 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seconds", type=int, default=60, help="of one run, at most (default: 60)")
     args = parser.parse_args()
     # What a config asks for is refused before it takes the machine's memory.
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.RLIM_INFINITY))
@@ -146,7 +147,7 @@ def main() -> int:
             (folders[name] / "config.json").write_bytes(mutated(configs[name], seed))
             for arguments in ARGUMENTS.values():
                 # What takes longer is shown with the stacks of all threads, and ends the run.
-                faulthandler.dump_traceback_later(_MOST_SECONDS, exit=True)
+                faulthandler.dump_traceback_later(args.seconds, exit=True)
                 failure = failure_of(folders[name], *arguments)
                 faulthandler.cancel_dump_traceback_later()
                 if failure:

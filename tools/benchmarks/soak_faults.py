@@ -153,9 +153,8 @@ async def _soak(
         ) as model:
             starved = starved_seconds(os.getpid())
             lag = asyncio.create_task(_measure_lag(seen))
-            # As ``layerstream serve`` does: full collections that look through all code hold the loop for 0.2 s.
             gc.collect()
-            gc.freeze()
+            gc.freeze()  # as ``layerstream serve`` does: a full collection holds the loop for 0.2 s
             for number in range(_ROUNDS):
                 await _round(model, disk, texts, seen, args, number=number, least=least)
                 # As it began: what is resident differs with the budget, and so does memory.
