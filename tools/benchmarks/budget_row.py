@@ -56,6 +56,11 @@ class BudgetRow:
     """Eight requests at once, some of which are cancelled, instead of one of exactly the workload."""
     measure: bool = False
     """Whether the machine is probed, as users have it."""
+    kernels: str = "exact"
+    dtype: str | None = None
+    """What it is computed in; None: as it is stored."""
+    encodings: tuple[str, ...] = ()
+    """Of packed weights, whose kernels are loaded before."""
     cgroup: bool = False
     """In a memory cgroup that has no more than what is taken before a model is opened, and the budget."""
 
@@ -127,6 +132,12 @@ def _stream_row(row: BudgetRow, group: MemoryCgroup | None, tell: Tell) -> None:
             group.join()
             _own_pages()
         torch.nn.Linear(64, 64)(torch.ones(1, 64))
+        from layerstream.pipeline.machine.probe_cache import user_cache_folder
+        from layerstream.stages.unpack.compiling import suggest_cache_folder
+        from layerstream.stages.unpack.samples import compile_kernels
+
+        suggest_cache_folder(user_cache_folder() / "kernels")
+        compile_kernels(row.encodings, getattr(torch, row.dtype or "float32"), products=True)
         gc.collect()
         tell({"idle_bytes": anonymous_bytes()})
         _plan_within(row.factor, group, tell)
@@ -190,6 +201,8 @@ def _plan_within(factor: float, group: MemoryCgroup | None, tell: Tell) -> None:
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
+    import torch
+
     from layerstream.pipeline import AdmissionError, StreamedModel, Workload
 
     async with StreamedModel.open(
@@ -199,6 +212,8 @@ async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
         reader=row.reader,
         model_class=model_class,
         measure=row.measure,
+        kernels=row.kernels,
+        dtype=getattr(torch, row.dtype) if row.dtype else "auto",
     ) as model:
         plan = model.plan
         tell(
@@ -209,6 +224,8 @@ async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
                 "planned_bytes": plan.host_memory.used_bytes,
                 "memory": asdict(plan.host_memory),
                 "decode_residents": len(plan.decode_residents),
+                "unpacked_bytes": sum(batch.unpacked_bytes for batch in plan.batches),
+                "tile_bytes": max(batch.scratch_bytes for batch in plan.batches),
                 "notes": list(plan.notes),
             }
         )
