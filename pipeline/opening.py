@@ -12,6 +12,7 @@ from typing import Any
 from layerstream.pipeline.checkpoint.adapter_folder import Sources, resolve_sources
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
 from layerstream.pipeline.checkpoint.digests import FileDigests, recorded_digests
+from layerstream.pipeline.checkpoint.quantization import refuse_packed_otherwise
 from layerstream.pipeline.machine.hardware import Hardware
 from layerstream.pipeline.machine.probe_cache import user_cache_folder
 from layerstream.pipeline.machine.probe_unpacking import encodings_of
@@ -199,6 +200,7 @@ def _trace(
     mapped_from_bytes: int | None,
 ) -> tuple[TracedModel, Assembly]:
     given = options.pretrained
+    refuse_packed_otherwise(checkpoint)
     config, unused = config_of(
         checkpoint,
         model_class=options.model_class,

@@ -13,6 +13,11 @@ from typing import Any
 
 from layerstream.pipeline.checkpoint.formats.format import Format, WeightFile
 from layerstream.pipeline.checkpoint.formats.registry import FORMATS, format_by_name
+from layerstream.pipeline.checkpoint.other_formats import (
+    no_weights_message,
+    refuse_compiled_file,
+    refuse_other_framework,
+)
 from layerstream.pipeline.checkpoint.problems import Problems
 from layerstream.pipeline.checkpoint.weight_choice import ANY_WEIGHTS, WeightChoice
 from layerstream.stages.errors import CheckpointError
@@ -27,12 +32,6 @@ __all__ = [
     "select_files",
     "translated_os_errors",
 ]
-
-_SUPPORTED = " or ".join(known.single_file or f"*{known.suffixes[0]}" for known in FORMATS)
-_UNSUPPORTED = (".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
-_HOW_TO_CONVERT = (
-    "convert it: load it with transformers' from_pretrained(), and write it with save_pretrained()"
-)
 
 # What is read of a folder beside the weights: configs, the index, tokenizers, chat templates.
 _DOCUMENTS = (".json", ".txt", ".model", ".jinja")
@@ -124,6 +123,7 @@ def list_files(path: Path, choice: WeightChoice = ANY_WEIGHTS) -> Listing:
     path = path.absolute()
     with translated_os_errors(path):
         if not path.is_dir():
+            refuse_compiled_file(path)
             if str(choice):
                 raise CheckpointError(
                     f"{path} is one file, among which {choice} cannot choose: leave that out, or give the folder."
@@ -161,7 +161,9 @@ def list_files(path: Path, choice: WeightChoice = ANY_WEIGHTS) -> Listing:
             )
     if str(choice):
         raise CheckpointError(choice.missing_message(path, names))
-    raise CheckpointError(_no_weights_message(path, names))
+    with translated_os_errors(path):
+        everything = sorted((each.name for each in path.iterdir()), key=natural_order)
+    raise CheckpointError(no_weights_message(path, everything))
 
 
 def _index_of(
@@ -222,15 +224,6 @@ def select_files(
     )
 
 
-def _no_weights_message(path: Path, names: Sequence[str]) -> str:
-    unsupported = next((name for name in names if name.lower().endswith(_UNSUPPORTED)), None)
-    if unsupported:
-        return (
-            f"{path} holds no {_SUPPORTED}, and {unsupported} is not supported: {_HOW_TO_CONVERT}."
-        )
-    return f"{path} holds no weights: give the folder that {_SUPPORTED} is in, or download the model again."
-
-
 def _parse_object(path: Path, documents: Mapping[Path, bytes]) -> dict[str, Any]:
     try:
         parsed = json.loads(documents[path])
@@ -280,8 +273,7 @@ def _weight_file(folder: Path, name: str, index: Path | None) -> WeightFile:
             ) from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file: replace it by one.")
-    if name.lower().endswith(_UNSUPPORTED):
-        raise CheckpointError(f"{path} is not supported: {_HOW_TO_CONVERT}.")
+    refuse_other_framework(path)
     return WeightFile(
         name=name, path=path, size_bytes=status.st_size, version=FileVersion.of(status)
     )

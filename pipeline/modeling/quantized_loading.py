@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from layerstream.pipeline.checkpoint.quantization import refuse_quantization
 from layerstream.pipeline.modeling.config import text_config_of
 from layerstream.pipeline.modeling.tracer_tensor import Tracer
 from layerstream.pipeline.modeling.unpacking import unpacked
@@ -25,7 +26,6 @@ from layerstream.stages.unpack.packing import Packing
 
 __all__ = ["dequantized_config", "recorded_unpacking"]
 
-_METHODS = ("fp8", "mxfp4", "compressed-tensors")
 _REMEDY = (
     "use the checkpoint that it was made from, or load this one with transformers' from_pretrained"
 )
@@ -42,20 +42,14 @@ def dequantized_config(config: Any, path: Path) -> Any:
     quantization = _quantization_of(config)
     if quantization is None:
         return config
-    method = str(quantization.get("quant_method"))
-    if method not in _METHODS:
-        raise ModelError(
-            f"{path} is quantised with {method!r} (quantization_config in its config.json), which is not supported, only "
-            f"{', '.join(_METHODS)} are; {_REMEDY}."
-        )
+    refuse_quantization(quantization, path)
+    method = str(quantization["quant_method"])
     package = _PACKAGES[method]
     if importlib.util.find_spec(package) is None:
         raise ModelError(
             f"{path} is quantised with {method!r}, for which transformers needs the package {package}: install "
             "layerstream[hf]."
         )
-    if method == "compressed-tensors":
-        _refuse_activations(quantization, path)
     changed = copy.deepcopy(config)
     holder = changed if getattr(changed, "quantization_config", None) else text_config_of(changed)
     holder.quantization_config = {**quantization, "dequantize": True}
@@ -66,21 +60,10 @@ def _quantization_of(config: Any) -> dict[str, Any] | None:
     for holder in (config, config.get_text_config(decoder=True)):
         found = getattr(holder, "quantization_config", None)
         if found is not None:
-            return dict(found if isinstance(found, Mapping) else found.to_dict())
+            if not isinstance(found, Mapping):
+                found = found.to_dict()
+            return dict(found)
     return None
-
-
-def _refuse_activations(quantization: Mapping[str, Any], path: Path) -> None:
-    """Transformers rounds activations too where the scheme says so, which unpacked weights do not show."""
-    groups = quantization.get("config_groups") or {}
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping) and (
-            group.get("input_activations") or group.get("output_activations")
-        ):
-            raise ModelError(
-                f"{path} quantises activations as well as weights (config_groups.{name} in its quantization_config), "
-                f"which is not supported; {_REMEDY}."
-            )
 
 
 @contextmanager

@@ -99,8 +99,9 @@ class _Search:
         for kv_on_host in self._kv_places():
             placers = [self._placer(reader, kv_on_host=kv_on_host) for reader in self._readers()]
             found = [candidate for placer in placers for candidate in self._candidates(placer)]
-            if found:
-                return found
+            # Code counts in the budget, too: what leaves it free is taken, if anything does.
+            if roomy := [each for each in found if each.leaves_code_free] or found:
+                return roomy
         placers = [
             self._placer(reader, kv_on_host=kv_on_host)
             for reader in self._readers()

@@ -79,7 +79,9 @@ def _planned(
     sequences: int,
 ) -> PlannedLayer:
     packed = [
-        (tensor.shape, tensor.packed.plain_bytes) for tensor in tensors if tensor.packed is not None
+        (tensor.shape, tensor.packed.plain_bytes)
+        for tensor in tensors
+        if tensor.packed is not None and tensor.shape
     ]
     return PlannedLayer(
         name=layer.name,

@@ -39,6 +39,12 @@ class PricedCandidate:
         return MemoryBytes(host.used_bytes, 0 if device is None else device.used_bytes)
 
     @property
+    def leaves_code_free(self) -> bool:
+        """Whether there is memory beside it for code of the model, which counts in the budget."""
+        placer = self.placer
+        return self.need.host + placer.overhead_bytes <= placer.host_usable_bytes
+
+    @property
     def overlaps(self) -> bool:
         """Whether a batch can be read while another one is computed with."""
         return self.placement.maps or self.placement.slots > LEAST_SLOTS

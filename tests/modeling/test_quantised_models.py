@@ -219,25 +219,6 @@ def test_what_streams_is_packed(tmp_path: Path) -> None:
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'.*not supported"),
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'.*not supported"),
-        ({"quant_method": "awq", "bits": 4}, "'awq'.*not supported"),
-    ],
-    ids=["bitsandbytes", "gptq", "awq"],
-)
-def test_other_methods_are_refused_by_name(
-    tmp_path: Path, settings: dict[str, Any], words: str
-) -> None:
-    folder = save_model(tmp_path / "model", "llama", torch.bfloat16)
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
-    with pytest.raises(ModelError, match=words):
-        trace(folder)
-
-
 def test_quantised_activations_are_refused(tmp_path: Path) -> None:
     folder = save_quantised(tmp_path / "model", "llama", "int8-channels")
     path = folder / "config.json"
@@ -308,7 +289,8 @@ def test_passes_that_share_a_sweep_share_what_the_first_of_them_unpacks(
     monkeypatch.setattr(PackedWeight, "_tile", counting_tiles)
 
     async def main() -> None:
-        workload = Workload(batch_size=6, prompt_tokens=8, new_tokens=8)
+        # With more tokens, weights that stay would be kept unpacked.
+        workload = Workload(batch_size=6, prompt_tokens=8, new_tokens=1)
         async with await open_streaming(path) as small:
             assert small.plan.unpacked_once_bytes == 0  # for one request
             alone = [(await small.forward(input_ids=ids)).logits for ids in prompts]

@@ -223,3 +223,12 @@ def test_decode_residents_of_a_mapped_plan_are_only_its_device_images():
     assert all(batch.uses_host_image for batch in batches)
     assert [batch.device_resident for batch in batches] == [False, True, True, False]
     assert not any(batch.host_resident for batch in batches)
+
+
+def test_slots_leave_memory_for_code_where_fewer_of_them_do() -> None:
+    sizes, host = [10 << 20] * 10, 50 << 20
+    assert plan_of(sizes, host=host).host_memory.used_bytes > 40 << 20  # three slots
+    code = 10 << 20
+    plan = plan_of(sizes, host=host, code_to_load_bytes=code)
+    assert plan.host_memory.used_bytes + code <= host
+    plan_of(sizes, host=host, code_to_load_bytes=60 << 20)  # for which no plan is refused

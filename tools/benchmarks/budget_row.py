@@ -59,6 +59,11 @@ class BudgetRow:
     """Whether the machine is probed, with an empty cache; then the budget must be known before."""
     budget_bytes: int | None = None
     """None: ``factor`` times the least one, which is only known when the model is traced."""
+    kernels: str = "exact"
+    dtype: str | None = None
+    """What it is computed in; None: as it is stored."""
+    encodings: tuple[str, ...] = ()
+    """Of packed weights, whose kernels are loaded before."""
     cgroup: bool = False
     """In a memory cgroup that has no more than what is taken before a model is opened, and the budget."""
 
@@ -136,6 +141,12 @@ def _stream_row(row: BudgetRow, group: MemoryCgroup | None, tell: Tell) -> None:
             group.join()
             _own_pages()
         torch.nn.Linear(64, 64)(torch.ones(1, 64))
+        from layerstream.pipeline.machine.probe_cache import user_cache_folder
+        from layerstream.stages.unpack.compiling import suggest_cache_folder
+        from layerstream.stages.unpack.samples import compile_kernels
+
+        suggest_cache_folder(user_cache_folder() / "kernels")
+        compile_kernels(row.encodings, getattr(torch, row.dtype or "float32"), products=True)
         gc.collect()
         tell({"idle_bytes": anonymous_bytes()})
         if row.budget_bytes is None:
@@ -207,6 +218,8 @@ def _plan_within(factor: float, group: MemoryCgroup | None, tell: Tell) -> None:
 
 
 async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
+    import torch
+
     from layerstream.pipeline import AdmissionError, Budget, StreamedModel, Workload
 
     async with StreamedModel.open(
@@ -217,6 +230,8 @@ async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
         reader=row.reader,
         model_class=model_class,
         measure=row.measure,
+        kernels=row.kernels,
+        dtype=getattr(torch, row.dtype) if row.dtype else "auto",
     ) as model:
         plan = model.plan
         tell(
@@ -227,6 +242,8 @@ async def _stream(row: BudgetRow, tell: Tell, model_class: type[Any]) -> None:
                 "planned_bytes": plan.host_memory.used_bytes,
                 "memory": asdict(plan.host_memory),
                 "decode_residents": len(plan.decode_residents),
+                "unpacked_bytes": sum(batch.unpacked_bytes for batch in plan.batches),
+                "tile_bytes": max(batch.scratch_bytes for batch in plan.batches),
                 "notes": list(plan.notes),
             }
         )

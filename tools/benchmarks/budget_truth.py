@@ -5,6 +5,8 @@ and 2 times that, each in a process of its own: one request of exactly the workl
 once with cancellations. What a process takes beside its loaded code is sampled from outside; with ``--cgroup``, the kernel kills
 it if that is more than the budget by a byte. Rows are appended to the file of results, and those in it are not run again. A row
 fails that is killed, or takes 2 % or 4 MiB more than its budget, whichever is more.
+
+With ``--packed fp8,int4,Q4_K``, it is a Llama of 270 MB whose weights are packed so, with exact and with fused kernels.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ _ALLOWED_SHARE, _ALLOWED_BYTES = 0.02, 4 << 20
 _WASTED_TIMES = 3
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _NAMES = ("concurrent", "batch", "prompt", "reader", "factor")
+_PACKED = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 16_384,
+}
 
 
 def main() -> int:
@@ -68,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cgroup", action="store_true", help="in a memory cgroup of what is idle, and the budget"
     )
     parser.add_argument("--concurrent", action="store_true", help="eight requests at once, too")
+    parser.add_argument("--packed", help="encodings of a Llama to run instead, separated by commas")
     parser.add_argument(
         "--measure", action="store_true", help="probe the machine, with an empty cache"
     )
@@ -79,11 +90,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load_libraries() -> None:
     """Load what every process needs, before any of them is forked."""
+    import importlib.util
+
     import torch
     import transformers.generation
 
     import layerstream.pipeline.starting
 
+    if importlib.util.find_spec("numba"):
+        import numba.core.codegen
+
+        del numba
     del torch, transformers, layerstream
 
 
@@ -91,17 +108,78 @@ def _run_all(args: argparse.Namespace, done: dict[str, dict[str, Any]]) -> None:
     until = time.monotonic() + args.seconds
     models = {each.name: each for each in architectures()}
     names = list(models) if args.only is None else args.only.split(",")
+    if args.packed:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            for row in _run_packed(args, models["llama"], Path(folder), done):
+                _add(args, row)
+                if time.monotonic() > until:
+                    return
+        return
     if unknown := set(names) - models.keys():
         raise SystemExit(f"no architectures of transformers: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for name in names[: args.models]:
             for dtype in args.dtypes.split(","):
                 for row in _run_model(args, models[name], dtype, Path(folder), done):
-                    with args.results.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(_line(row), flush=True)
+                    _add(args, row)
                     if time.monotonic() > until:
                         return
+
+
+def _add(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    with args.results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(_line(row), flush=True)
+
+
+def _choices(
+    args: argparse.Namespace, *, generates: bool
+) -> Iterator[tuple[bool, int, int, str, float]]:
+    return itertools.product(
+        (False, True) if args.concurrent and generates else (False,),
+        map(int, args.batches.split(",")),
+        map(int, args.prompts.split(",")),
+        args.readers.split(","),
+        map(float, args.factors.split(",")),
+    )
+
+
+def _run_packed(
+    args: argparse.Namespace,
+    architecture: Architecture,
+    folder: Path,
+    done: dict[str, dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Run all rows of packed models that are not done yet, and yield them."""
+    config = architecture.config(**_PACKED)
+    _in_process(lambda: write_model(architecture, config, folder / "plain", "bfloat16"))
+    for name in args.packed.split(","):
+        made: list[Path] = [folder / f"plain-{name}", folder / f"plain-{name}.gguf"]
+        _in_process(lambda name=name: _pack(folder / "plain", name))  # type: ignore[misc]
+        path = next(each for each in made if each.exists())
+        for kernels, dtype in itertools.product(("exact", "fused"), args.dtypes.split(",")):
+            about = {"name": f"{name} {kernels}", "model": architecture.model, "dtype": dtype}
+            about |= {"megabytes": 270, "layers": 8, "cgroup": args.cgroup}
+            for choice in _choices(args, generates=True):
+                each = about | dict(zip(_NAMES, choice, strict=True))
+                if _key(each) in done:
+                    continue
+                given: dict[str, Any] = {key: each[key] for key in ("model", "cgroup", *_NAMES)}
+                row = BudgetRow(
+                    folder=str(path),
+                    measure=args.measure,
+                    kernels=kernels,
+                    dtype=dtype,
+                    encodings=(name,),
+                    **given,
+                )
+                yield {**each, **run_row(row, seconds=args.row_seconds)}
+
+
+def _pack(plain: Path, name: str) -> None:
+    from layerstream.tools.benchmarks.packed import VARIANTS
+
+    VARIANTS[name](plain)
 
 
 def _run_model(
@@ -112,13 +190,7 @@ def _run_model(
     done: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Run all rows of one model that are not done yet, and yield them."""
-    choices = itertools.product(
-        (False, True) if args.concurrent and architecture.generates else (False,),
-        map(int, args.batches.split(",")),
-        map(int, args.prompts.split(",")),
-        args.readers.split(","),
-        map(float, args.factors.split(",")),
-    )
+    choices = _choices(args, generates=architecture.generates)
     about = {"name": architecture.name, "model": architecture.model, "dtype": dtype}
     about |= {"megabytes": args.megabytes, "layers": args.layers, "cgroup": args.cgroup}
     wanted = [about | dict(zip(_NAMES, choice, strict=True)) for choice in choices]
@@ -140,16 +212,23 @@ def _run_model(
 
 
 def _write(architecture: Architecture, args: argparse.Namespace, dtype: str, folder: Path) -> None:
-    """Write the model in a process of its own, whose threads and memory this one does not inherit."""
+    def write() -> None:
+        parameters = args.megabytes * 1_000_000 // _ITEM_BYTES[dtype]
+        config = fitted_config(architecture, parameters, layers=args.layers)
+        write_model(architecture, config, folder, dtype)
+
+    _in_process(write)
+
+
+def _in_process(work: Callable[[], object]) -> None:
+    """Do ``work`` in a process of its own, whose threads and memory this one does not inherit."""
     import os
 
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            parameters = args.megabytes * 1_000_000 // _ITEM_BYTES[dtype]
-            config = fitted_config(architecture, parameters, layers=args.layers)
-            write_model(architecture, config, folder, dtype)
+            work()
         except BaseException as error:  # noqa: BLE001 - told to the parent
             os.write(sending, (str(error) or type(error).__name__).encode()[:4000])
         finally:

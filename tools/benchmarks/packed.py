@@ -28,7 +28,7 @@ from layerstream.pipeline import Budget, StreamedModel, Workload
 from layerstream.stages.text import format_bytes
 from layerstream.tools.console.arguments import byte_rate, positive_int
 
-__all__ = ["main"]
+__all__ = ["VARIANTS", "main"]
 
 Parts = dict[str, torch.Tensor]
 _GROUP = 128
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         "--requests", type=positive_int, help="compare one request with so many at once, instead"
     )
     args = parser.parse_args(argv)
-    chosen = args.only.split(",") if args.only else list(_VARIANTS)
-    paths = {name: _VARIANTS[name](args.folder) for name in chosen}
+    chosen = args.only.split(",") if args.only else list(VARIANTS)
+    paths = {name: VARIANTS[name](args.folder) for name in chosen}
     if args.requests:
         for name, path in paths.items():
             asyncio.run(_compare_requests(name, path, args))
@@ -302,7 +302,7 @@ def _gguf_name(key: str) -> str:
     return f"blk.{layer}.{_NAMES['.'.join(rest[:-1])]}.weight"
 
 
-_VARIANTS: dict[str, Callable[[Path], Path]] = {
+VARIANTS: dict[str, Callable[[Path], Path]] = {
     "bf16": lambda folder: folder,
     "fp8": _fp8,
     "int8": _integers(8),

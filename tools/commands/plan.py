@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from layerstream.pipeline import Budget
+    from layerstream.pipeline.checkpoint.quantization import refuse_packed_otherwise
     from layerstream.pipeline.planning.what_if import WhatIf
     from layerstream.pipeline.report.plan_report import html_report, report_plan, summarize_plan
     from layerstream.stages.devices.lookup import missing_device
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sources = find_model(args)
     checkpoint = open_checkpoint(sources.model)
+    refuse_packed_otherwise(checkpoint)
     hardware = asyncio.run(_hardware(checkpoint, budget, what_if, args=args))
     plan = _plan(checkpoint, hardware, budget, what_if, size=adapter_size(sources), args=args)
     # As the user calls it: reports are sent to others, who need not know where models of the hub are kept.

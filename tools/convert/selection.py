@@ -13,6 +13,7 @@ import torch
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo, WeightFile
 from layerstream.pipeline.checkpoint.files import natural_order
 from layerstream.pipeline.checkpoint.layers import LayerKind, group_layers
+from layerstream.pipeline.checkpoint.quantization import refuse_packed_otherwise
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
@@ -148,6 +149,7 @@ def _refuse_source(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{path} is a GGUF file, whose weights are packed already; convert the checkpoint that it was made from."
         )
+    refuse_packed_otherwise(checkpoint)
     config = checkpoint.config or {}
     holders = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     for settings in (holder.get("quantization_config") for holder in holders):
