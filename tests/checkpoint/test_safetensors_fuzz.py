@@ -61,7 +61,8 @@ def test_mutated_indexes_are_refused_or_meant(tmp_path, mutations):
     def check(_, checkpoint):
         said = json.loads(index.read_bytes())["weight_map"]
         for name, info in checkpoint.tensors.items():
-            assert checkpoint.files[info.file].name == said[name]
+            # A file may hold tensors that the index does not name: they are loaded with it.
+            assert checkpoint.files[info.file].name == said.get(name, names[int(name[7])])
         for file in checkpoint.files:
             assert file.path.resolve().parent == tmp_path.resolve()
 
