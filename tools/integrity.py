@@ -25,7 +25,6 @@ __all__ = [
     "check_content",
     "digests_beside",
     "digests_of",
-    "write_anew",
 ]
 
 T = TypeVar("T")
@@ -120,30 +119,29 @@ def changes_of(before: Mapping[str, FileDigests], now: Mapping[str, FileDigests]
         if name not in before:
             changes.append(f"{name} is new")
             continue
-        recorded = set(before[name].pieces)
-        tensors = [each.tensor for each in file.pieces if each not in recorded]
-        changes += [
-            f"{name} has other bytes in {'its header' if tensor is None else f'tensor {tensor!r}'}"
-            for tensor in tensors
-        ]
-        if not tensors and before[name].pieces != file.pieces:
-            changes.append(f"{name} has lost tensors")
+        changes += [f"{name} {change}" for change in _changes(before[name].pieces, file.pieces)]
     return changes
 
 
-def write_anew(path: Path, text: str) -> None:
-    """Write ``path`` with this text, or leave it as it is.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.write_text(text, "utf-8")
-        new.replace(path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+def _changes(before: Sequence[FilePiece], now: Sequence[FilePiece]) -> list[str]:
+    """The same of one file."""
+    recorded, found = (
+        {
+            piece.tensor or f"header at {piece.offset}": (piece.tensor, piece.nbytes, piece.sha256)
+            for piece in pieces
+        }
+        for pieces in (before, now)
+    )
+    changes = [
+        f"has other bytes in {'its header' if tensor is None else f'tensor {tensor!r}'}"
+        for name, (tensor, *_) in found.items()
+        if recorded.get(name, found[name]) != found[name]
+    ]
+    changes += [f"has {name!r} in addition" for name in found if name not in recorded]
+    changes += [f"has lost {name!r}" for name in recorded if name not in found]
+    if not changes and tuple(before) != tuple(now):
+        changes.append("has the same tensors in other places")
+    return changes
 
 
 def _for_each(

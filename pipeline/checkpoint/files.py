@@ -122,8 +122,8 @@ def list_files(path: Path, choice: WeightChoice = ANY_WEIGHTS) -> Listing:
     """List the weight files in a folder, of the first format that is there; or a single file. And its config.json."""
     path = path.absolute()
     with translated_os_errors(path):
+        refuse_compiled_file(path)
         if not path.is_dir():
-            refuse_compiled_file(path)
             if str(choice):
                 raise CheckpointError(
                     f"{path} is one file, among which {choice} cannot choose: leave that out, or give the folder."

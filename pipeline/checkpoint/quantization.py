@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
+from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo
 from layerstream.stages.errors import ModelError
 
-__all__ = ["QUANTIZATIONS", "refuse_packed_otherwise", "refuse_quantization"]
+__all__ = ["QUANTIZATIONS", "quantizations_in", "refuse_packed_otherwise", "refuse_quantization"]
 
 QUANTIZATIONS = ("fp8", "mxfp4", "compressed-tensors")
 """The methods of transformers' quantisers that are read."""
@@ -50,6 +50,11 @@ _NAMES = {
     "modelopt": re.compile(r"\.weight_scale_2$"),
 }
 
+# Methods whose names of tensors are those of scales.
+_OF_FLOATS = ("bitsandbytes", "modelopt")
+# What AutoGPTQ wrote before it named a method.
+_OF_OLD_GPTQ = frozenset({"desc_act", "damp_percent", "sym", "true_sequential"})
+
 
 def refuse_packed_otherwise(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose weights are packed in a form that is not read, as far as its headers and config tell.
@@ -59,10 +64,7 @@ def refuse_packed_otherwise(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.config or {}
     path = checkpoint.path
-    holders = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    found = [
-        holder["quantization_config"] for holder in holders if holder.get("quantization_config")
-    ]
+    found = list(quantizations_in(config))
     for settings in found:
         refuse_quantization(settings, path)
     if found:
@@ -70,9 +72,25 @@ def refuse_packed_otherwise(checkpoint: Checkpoint) -> None:
     if "group_size" in _mapping(config.get("quantization")):
         _refuse("mlx", path, "quantization in its config.json")
     for method, pattern in _NAMES.items():
-        name = next(filter(pattern.search, checkpoint.tensors), None)
+        matching = (info for info in checkpoint.tensors.values() if pattern.search(info.name))
+        name = next(
+            (info.name for info in matching if method in _OF_FLOATS or _is_packed(info)), None
+        )
         if name is not None:
             _refuse(method, path, f"it has {name}, and no quantization_config")
+
+
+def quantizations_in(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Each ``quantization_config`` in ``config`` and its parts."""
+    if config.get("quantization_config"):
+        yield config["quantization_config"]
+    for name, part in config.items():
+        if isinstance(part, Mapping) and name != "quantization_config":
+            yield from quantizations_in(part)
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    return not info.dtype.startswith(("float", "bfloat", "complex"))
 
 
 def refuse_quantization(settings: Any, path: Path) -> None:
@@ -101,7 +119,7 @@ def _method_of(settings: Mapping[str, Any]) -> str:
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return "bitsandbytes"  # which wrote no method at first
     if "quant_method" not in settings and {"group_size", "bits"} <= settings.keys():
-        return "mlx"
+        return "gptq" if settings.keys() & _OF_OLD_GPTQ else "mlx"
     return str(settings.get("quant_method", "no quant_method"))
 
 
@@ -119,7 +137,7 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
         if group.get("input_activations") or group.get("output_activations"):
             yield f"quantised activations (config_groups.{name})"
         if weights and bits not in _BITS:
-            yield f"integers of {bits} bits (config_groups.{name})"
+            yield f"integers of {bits!r} bits (config_groups.{name})"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -104,6 +104,15 @@ class _Probe:
     """Host memory that measuring takes."""
     share: float = 1.0
     """Of the checkpoint's bytes, for which the rates hold."""
+    limited_to_bytes: int | None = None
+    """What is measured with was limited to this size; None if it was not. Such rates are kept for as small a limit only."""
+
+    @property
+    def keys(self) -> Sequence[Mapping[str, str]]:
+        """What its rates may be kept under, the best first; those measured now are kept under the last."""
+        if self.limited_to_bytes is None:
+            return (self.key,)
+        return self.key, {**self.key, "limited to": str(self.limited_to_bytes)}
 
 
 async def probe_rates(
@@ -131,9 +140,13 @@ async def probe_rates(
         most_bytes: Host memory that measuring may take, if that is less than what is free.
     """
     free_bytes = await finish_in_thread(host_available_bytes)
-    available = free_bytes if most_bytes is None else min(free_bytes, most_bytes)
+    limit = None
+    if most_bytes is not None and 0 < most_bytes < free_bytes:
+        limit = (
+            1 << most_bytes.bit_length() - 1
+        )  # so that another limit of about the size finds what is kept
     probes = await finish_in_thread(
-        lambda: _probes(checkpoint, device, dtype, available_bytes=available)
+        lambda: _probes(checkpoint, device, dtype, free_bytes=free_bytes, limit=limit)
     )
     measure = measure and checkpoint.total_bytes >= MIN_BYTES
     found = []
@@ -161,8 +174,14 @@ async def probe_rates(
 
 
 def _probes(
-    checkpoint: Checkpoint, device: Device, dtype: str | None, *, available_bytes: int
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: str | None,
+    *,
+    free_bytes: int,
+    limit: int | None,
 ) -> list[_Probe]:
+    available_bytes = free_bytes if limit is None else limit
     machine_key = machine_identity()
     device_key = {
         **machine_key,
@@ -198,6 +217,10 @@ def _probes(
             affected_by_contention=True,
             measure=partial(measure_compute, device, **compute),
             takes_bytes=compute_bytes(device, **compute),
+            limited_to_bytes=limit
+            if compute_bytes(device, **compute)
+            < compute_bytes(device, **compute | {"available_bytes": free_bytes})
+            else None,
         ),
         *(
             _Probe(
@@ -214,6 +237,9 @@ def _probes(
                     measure_unpacking, [encoding], dtype=dtype, available_bytes=available_bytes
                 ),
                 takes_bytes=unpacking_bytes(available_bytes),
+                limited_to_bytes=limit
+                if unpacking_bytes(available_bytes) < unpacking_bytes(free_bytes)
+                else None,
             )
             for encoding in encodings
         ),
@@ -254,7 +280,8 @@ def _load_or_measure(
     most_bytes: int | None,
 ) -> tuple[MeasuredRates, Origin] | None:
     if not fresh:
-        cached = cache.load(probe.key, names=probe.names)
+        kept = (cache.load(key, names=probe.names) for key in probe.keys)
+        cached = next((each for each in kept if each is not None), None)
         if cached is not None:
             return cached, Origin.CONTENDED if cached.contended else Origin.CACHED
     if not measure:
@@ -282,7 +309,7 @@ def _load_or_measure(
     if _was_disturbed(rates) and not contended:
         logger.info("%s: the samples differ so much that they are not cached", what)
     else:
-        cache.store(probe.key, rates, contended=contended)
+        cache.store(probe.keys[-1], rates, contended=contended)
     found = MeasuredRates(rates=rates, age_seconds=0.0, contended=contended)
     return found, Origin.CONTENDED if contended else Origin.MEASURED
 

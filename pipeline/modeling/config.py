@@ -79,6 +79,8 @@ def _gguf_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[A
 
 # transformers makes a module for each, which takes a gigabyte and minutes for 100,000 layers; no model has more.
 _MOST_MODULES = 10_000
+_ATTENTION = "attn_implementation"
+_FLASH_ATTENTION = re.compile(r"(?:paged\|)?flash_attention_(\d+)")
 _COUNTS = re.compile(r"(layers?|blocks?|depths?|experts|stages?|codebooks)$")
 
 
@@ -121,13 +123,15 @@ def load_config(
             f"{path} is for a model of type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; upgrade transformers, or pass model_class=."
         )
-    _refuse_code_of_the_hub(written, path)
+    _refuse_code_of_the_hub(written, path, attention=_ATTENTION not in settings)
     _refuse_endless(written, path)
     _refuse_endless(dict(settings), path)
     try:
         config, unused = (own or transformers.AutoConfig).from_pretrained(
             folder, local_files_only=True, return_unused_kwargs=True, **settings
         )
+        if isinstance(attention := settings.get(_ATTENTION), str):
+            config._attn_implementation = attention  # noqa: SLF001 - else what the file says is looked for
         return config, {name: value for name, value in unused.items() if name in settings}
     except Exception as error:
         raise ModelError(
@@ -135,21 +139,41 @@ def load_config(
         ) from error
 
 
-def _refuse_code_of_the_hub(written: Any, path: Path) -> None:
-    """Refuse implementations by a name such as ``org/kernel``: transformers would download that code, and run it."""
+def _refuse_code_of_the_hub(written: Any, path: Path, *, attention: bool) -> None:
+    """Refuse implementations that are code of the hub: transformers would download and run it.
+
+    ``attention``: Also that of attention, for which the caller has named no other; of parts always.
+    """
     parts = written.values() if isinstance(written, dict) else written
     for part in parts if isinstance(written, dict | list) else ():
-        _refuse_code_of_the_hub(part, path)
+        _refuse_code_of_the_hub(part, path, attention=True)
     if not isinstance(written, dict):
         return
     for name, value in written.items():
+        if not name.endswith("_implementation") or (name.endswith(_ATTENTION) and not attention):
+            continue
         named = value.values() if isinstance(value, dict) else [value]
-        code = [each for each in named if isinstance(each, str) and "/" in each]
-        if name.endswith("_implementation") and code:
+        code = [each for each in named if isinstance(each, str) and _is_code_of_the_hub(each)]
+        if code:
+            instead = " or pass attn_implementation=" if name.endswith(_ATTENTION) else ""
             raise ModelError(
                 f"{path} asks for {code[0]!r:.80}, code of the hub, as {name}, which is not run because a model's file says so; "
-                "remove it there."
+                f"remove it there{instead}."
             )
+
+
+def _is_code_of_the_hub(implementation: str) -> bool:
+    """Whether it names a repository, or flash attention that is not installed, in whose place transformers takes one."""
+    import transformers
+
+    utils: Any = transformers.utils
+    if "/" in implementation:
+        return True
+    found = _FLASH_ATTENTION.fullmatch(implementation)
+    if found is None or not utils.is_kernels_available():
+        return False
+    installed = getattr(utils, f"is_flash_attn_{found[1]}_available", None)
+    return installed is None or not installed()
 
 
 def _refuse_endless(settings: Any, path: Path) -> None:

@@ -131,7 +131,11 @@ def _environment() -> Mapping[str, object]:
         "processor": processor_features(),
         "torch": f"{torch.__version__} {torch.__config__.show()}",
         "mkldnn": torch.backends.mkldnn.enabled,
-        "precision": torch.get_float32_matmul_precision(),
+        # Not torch.get_float32_matmul_precision, which raises if one of these has been set.
+        "precision": [
+            getattr(torch.backends, "fp32_precision", None),
+            getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None),
+        ],
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "variables": {
             name: value

@@ -220,11 +220,11 @@ class _RandomNumbers:
     """
 
     def __init__(self, device: torch.device, alone: Callable[[], int | None]) -> None:
-        on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._gpu = device if on_gpu else None
+        gpu: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._device, self._gpu = device, gpu if gpu is not None and gpu.is_initialized() else None
         self._alone, self._before = alone, alone()
         self._host_state = torch.get_rng_state()
-        self._gpu_state = torch.cuda.get_rng_state(device) if on_gpu else None
+        self._gpu_state = None if self._gpu is None else self._gpu.get_rng_state(device)
 
     def are_its_own(self) -> bool:
         """Whether nobody else has drawn since then, of the requests."""
@@ -233,5 +233,5 @@ class _RandomNumbers:
     def restore(self) -> None:
         """Have the numbers come again that came since then."""
         torch.set_rng_state(self._host_state)
-        if self._gpu is not None and self._gpu_state is not None:
-            torch.cuda.set_rng_state(self._gpu_state, self._gpu)
+        if self._gpu is not None:
+            self._gpu.set_rng_state(self._gpu_state, self._device)

@@ -80,6 +80,7 @@ class Requests:
         self._admission = Admission(memory=memory, threads=threads)
         self._counters = Counters()
         self._active: set[Request] = set()
+        self._enqueued = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._numbers = itertools.count(1)
@@ -145,6 +146,7 @@ class Requests:
     def enqueue(self, request: Request, reservation: Reservation) -> None:
         """Queue ``request``; ``reservation``, its own, is done when it may begin, or has the error."""
         self._active.add(request)
+        self._enqueued += 1
         self._idle.clear()
         if reservation.done():  # the model was closed meanwhile
             return
@@ -198,8 +200,8 @@ class Requests:
 
     @property
     def alone(self) -> int | None:
-        """If one request at most is there: how many have begun so far. None if there are others. May be called in any thread."""
-        return self._counters.started if len(self._active) <= 1 else None
+        """If one request at most is there: how many there have been. None if there are others. May be called in any thread."""
+        return self._enqueued if len(self._active) <= 1 else None
 
     @property
     def memory(self) -> RequestMemory:

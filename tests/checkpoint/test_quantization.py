@@ -26,6 +26,7 @@ METHODS = {
     "bitnet": ({"quant_method": "bitnet"}, "'bitnet'.*with transformers"),
     "modelopt": ({"quant_method": "modelopt"}, "'modelopt'.*with vLLM"),
     "mlx": ({"group_size": 64, "bits": 4}, "'mlx'.*mlx-lm, on a Mac"),
+    "old gptq": ({"group_size": 128, "bits": 4, "desc_act": False}, "'gptq'.*gptqmodel"),
     "unheard of": ({"quant_method": "new"}, "'new'.*the program that it was made for"),
     "no method": ({"x": 2}, "'no quant_method'"),
     "no object": ("int4", "that is 'int4', where an object"),
@@ -50,8 +51,14 @@ NAMES = {
 }
 
 
-def checkpoint(folder: Path, config: dict[str, Any], name: str = "a.weight") -> Checkpoint:
-    save_file({name: torch.zeros(4, 4), "scalar": torch.zeros(())}, folder / "model.safetensors")
+def checkpoint(
+    folder: Path,
+    config: dict[str, Any],
+    name: str = "a.weight",
+    dtype: torch.dtype = torch.float32,
+) -> Checkpoint:
+    tensors = {name: torch.zeros(4, 4, dtype=dtype), "scalar": torch.zeros(())}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return Checkpoint.open(folder)
 
@@ -83,7 +90,18 @@ def test_forms_of_compressed_tensors_are_refused(tmp_path: Path, settings: Any, 
 @pytest.mark.parametrize(("name", "words"), NAMES.items())
 def test_without_a_config_names_tell(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        refuse_packed_otherwise(checkpoint(tmp_path, {}, name))
+        refuse_packed_otherwise(checkpoint(tmp_path, {}, name, torch.int32))
+
+
+@pytest.mark.parametrize("name", ["a.W_q", "a.trellis", "a.qweight"])
+def test_a_weight_that_is_not_packed_may_be_named_so(tmp_path: Path, name: str) -> None:
+    refuse_packed_otherwise(checkpoint(tmp_path, {}, name))
+
+
+def test_a_part_of_a_part_tells_too(tmp_path: Path) -> None:
+    inner = {"quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(ModelError, match="'awq'"):
+        refuse_packed_otherwise(checkpoint(tmp_path, {"thinker": {"text_config": inner}}))
 
 
 def test_every_entry_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +138,7 @@ def test_what_was_made_for_one_program_is_refused_with_its_name(
     file.write_bytes(b"x")
     with pytest.raises(CheckpointError, match=f"only {program} runs"):
         Checkpoint.open(tmp_path)
-    if file.parent == tmp_path and file.suffix != ".xml":
+    if file.suffix != ".xml":
+        alone = file if file.parent == tmp_path else file.parent
         with pytest.raises(CheckpointError, match=f"is for {program} alone"):
-            Checkpoint.open(file)
+            Checkpoint.open(alone)

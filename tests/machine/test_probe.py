@@ -118,6 +118,25 @@ def test_measuring_takes_no_more_memory_than_it_is_given(probe, caplog):
     assert {"host_copy_bytes_per_second", "compute"} <= probe(most_bytes=1 << 30).figures.keys()
 
 
+def test_what_was_measured_within_a_small_limit_is_kept_for_such_limits_only(probe, monkeypatch):
+    given = []
+
+    def measured(*_, available_bytes, **__):
+        given.append(available_bytes)
+        return {"1": Rate.from_samples([1e9])}
+
+    monkeypatch.setattr(probe_module, "measure_compute", measured)
+    monkeypatch.setattr(
+        probe_module, "compute_bytes", lambda *_, available_bytes, **__: available_bytes // 64
+    )
+    for limit in (130 << 20, 200 << 20, None, 200 << 20):
+        probe(most_bytes=limit)
+    small, free = given
+    assert (
+        small == 128 << 20 < free
+    )  # once within either limit, and once without; then the best is known
+
+
 def test_without_measuring_the_rates_of_a_new_machine_are_unknown(probe):
     hardware = probe(measure=False)
     assert rate_figures(hardware) == {}

@@ -51,6 +51,24 @@ def test_code_of_the_hub_is_not_run_because_a_config_names_it(
         load_config(tmp_path)
 
 
+def test_attention_that_is_named_by_the_caller_is_taken_instead(tmp_path: Path) -> None:
+    written = {"model_type": "llama", "_attn_implementation": "org/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config, _ = load_config(tmp_path, settings={"attn_implementation": "eager"})
+    assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "paged|flash_attention_3"])
+def test_flash_attention_that_is_not_installed_is_not_taken_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    written = {"model_type": "llama", "_attn_implementation": name}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    monkeypatch.setattr(transformers.utils, "is_kernels_available", lambda: True)
+    with pytest.raises(ModelError, match=r"code of the hub.*or pass attn_implementation="):
+        load_config(tmp_path)
+
+
 @pytest.mark.parametrize("architectures", [None, [], ["NoSuchModel"], ["LlamaConfig"]])
 def test_an_architecture_that_transformers_lacks_is_refused(
     architectures: list[str] | None,

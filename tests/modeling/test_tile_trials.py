@@ -53,6 +53,18 @@ def test_a_second_process_does_not_try_again(trials):
     assert len(trials) == 3  # another shape, another dtype
 
 
+def test_a_process_that_has_set_the_precision_of_products_tries_anew(trials):
+    tokens(SMALL)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        tokens(SMALL)
+    finally:
+        matmul.fp32_precision = before
+    assert len(trials) == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [

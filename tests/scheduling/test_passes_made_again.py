@@ -54,6 +54,27 @@ def test_a_pass_that_is_made_again_draws_the_same_random_numbers(tmp_path, monke
 
 
 @pytest.mark.usefixtures("noisy")
+def test_a_call_of_the_module_itself_draws_the_same_random_numbers_too(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", "llama", **SIZE)
+
+    async def main():
+        async with await opened(folder) as model:
+
+            def call():
+                torch.manual_seed(5)
+                return model.module(**INPUTS).logits
+
+            expected = await asyncio.to_thread(call)
+            # It is counted on the event loop, while the thread goes on.
+            fault = OutOfMemory(monkeypatch, LlamaMLP, "forward", at=3)
+            assert torch.equal(await asyncio.to_thread(call), expected)
+            assert fault.raised == 1
+
+    with nothing_left_behind():
+        run(main())
+
+
+@pytest.mark.usefixtures("noisy")
 def test_numbers_that_others_may_have_drawn_too_do_not_come_again(tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", "llama", **SIZE)
     sampled = {"do_sample": True, "max_new_tokens": 4}

@@ -216,8 +216,14 @@ def test_changes_of_a_record_are_named() -> None:
         "b is gone",
         "a has other bytes in its header",
         "d is new",
-        "c has lost tensors",
+        "c has lost 't'",
     ]
+    moved = {
+        "a": FileDigests(
+            size_bytes=9, pieces=(FilePiece(0, 4, None, "9"), FilePiece(4, 1, "t", "2"))
+        )
+    }
+    assert changes_of({"a": before["a"]}, moved) == ["a has other bytes in its header"]
     assert changes_of(before, before) == []
 
 
@@ -232,11 +238,22 @@ def test_a_record_for_which_there_is_no_room_leaves_the_old_one(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(Path, "replace", full)
-    code, _, err = verify(capsys, folder, "--record")
+    code, _, err = verify(capsys, folder, "--record", "--overwrite")
     assert code == 1
     assert "No space left" in err
     assert (folder / "layerstream.sha256").read_bytes() == before
-    assert not (folder / "layerstream.sha256.new").exists()
+    assert [path.name for path in folder.glob("*layerstream.sha256*")] == ["layerstream.sha256"]
+
+
+def test_what_recording_has_done_is_said(
+    shards: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shards[0].parent
+    assert "are recorded in" in verify(capsys, folder, "--record")[1]
+    assert "the content is that of" in verify(capsys, folder, "--record")[1]
+    code, _, err = verify(capsys, folder, "--overwrite")
+    assert code == 1
+    assert "--overwrite goes with --record" in err
 
 
 @pytest.mark.parametrize("kind", ["gguf", "bin"])

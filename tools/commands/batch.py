@@ -124,11 +124,13 @@ async def _choose(
 ) -> _Choices:
     """Look at the machine and the requests, and choose how many are answered at once."""
     from layerstream.pipeline import Checkpoint, Hardware, Workload, make_plan
+    from layerstream.pipeline.checkpoint.quantization import refuse_packed_otherwise
     from layerstream.pipeline.planning.overheads import code_bytes
     from layerstream.stages.process.headroom import host_available_bytes
     from layerstream.tools.running.context import context_in
 
     checkpoint = await Checkpoint.open_async(sources.model)
+    refuse_packed_otherwise(checkpoint)
     prompt_tokens, new_tokens = await asyncio.to_thread(
         file.largest, tokenizer, context=context_in(checkpoint.config or {})
     )

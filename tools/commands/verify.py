@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from layerstream.tools.integrity import check_content, digests_beside
     from layerstream.tools.running.open_checkpoint import open_checkpoint
 
+    if args.overwrite and args.record is None:
+        raise CheckpointError("--overwrite goes with --record: without it, nothing is written.")
     began = time.monotonic()
+    recorded = None
     digests = None if args.digests is None else parse_digests(args.digests)
     path = resolve_model_path(args.model)
     checks: list[FileCheck] = []
@@ -79,9 +82,10 @@ def run(args: argparse.Namespace) -> int:
             checks = check_content(checkpoint, digests, advance_of)
             problems = [check.problem for check in checks if check.problem]
             if not problems and args.record is not None:
-                _record(checkpoint, args.record, advance_of, overwrite=args.overwrite)
+                recorded = _record(checkpoint, args.record, advance_of, overwrite=args.overwrite)
         if not problems and not args.json:
-            print(_summary(path, checks, len(checkpoint.tensors), time.monotonic() - began))
+            seconds = time.monotonic() - began
+            print(_summary(path, checks, len(checkpoint.tensors), seconds, recorded))
     if args.json:
         print(json.dumps(_report(path, checks, problems, time.monotonic() - began), indent=2))
     elif problems:
@@ -95,9 +99,11 @@ def _record(
     progress: "Callable[[int], Callable[[int], object]]",
     *,
     overwrite: bool,
-) -> None:
+) -> str:
+    """Record the digests of all tensors; returns what was done."""
     from layerstream.pipeline.checkpoint.digests import RECORD_FILE, parse_digests, to_record
-    from layerstream.tools.integrity import changes_of, digests_of, write_anew
+    from layerstream.pipeline.machine.probe_cache import replace_file
+    from layerstream.tools.integrity import changes_of, digests_of
 
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     target = folder / RECORD_FILE if path is True else Path(str(path))
@@ -113,20 +119,28 @@ def _record(
                 f"{target} is a record of other content: {first_names(changes, _NAMED)}; find out why, or have the record replaced "
                 "(--overwrite)."
             )
-        write_anew(target, to_record(digests))
+        if before is None:
+            replace_file(target, to_record(digests))
     except OSError as error:
         raise CheckpointError(
             f"the digests of {checkpoint.path} cannot be recorded in {target}: {error.strerror or error}; name another file."
         ) from error
+    if before is None:
+        return f"the digests of all tensors are recorded in {target}"
+    return f"the content is that of {target}"
 
 
-def _summary(path: Path, checks: "list[FileCheck]", tensors: int, seconds: float) -> str:
+def _summary(
+    path: Path, checks: "list[FileCheck]", tensors: int, seconds: float, recorded: str | None
+) -> str:
     compared = [check for check in checks if check.pieces]
     nbytes = sum(check.size_bytes for check in compared)
     text = f"{path}: {tensors:,} tensors, each whole and in its place"
     if compared:
         text += f"; {len(compared)} of {len(checks)} files equal their SHA-256 digests ({format_bytes(nbytes)} in {seconds:.1f} s)"
-    if len(compared) < len(checks):
+    if recorded is not None:
+        text += f"; {recorded}"
+    elif len(compared) < len(checks):
         names = ", ".join(check.name for check in checks if not check.pieces)
         text += f"; no digest is recorded of {names}, whose content was not checked"
     return f"{text}."

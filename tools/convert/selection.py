@@ -13,7 +13,7 @@ import torch
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint, TensorInfo, WeightFile
 from layerstream.pipeline.checkpoint.files import natural_order
 from layerstream.pipeline.checkpoint.layers import LayerKind, group_layers
-from layerstream.pipeline.checkpoint.quantization import refuse_packed_otherwise
+from layerstream.pipeline.checkpoint.quantization import quantizations_in, refuse_packed_otherwise
 from layerstream.pipeline.modeling.recipes import Recipe
 from layerstream.pipeline.modeling.tracing import (
     TracedModel,
@@ -150,15 +150,12 @@ def _refuse_source(checkpoint: Checkpoint) -> None:
             f"{path} is a GGUF file, whose weights are packed already; convert the checkpoint that it was made from."
         )
     refuse_packed_otherwise(checkpoint)
-    config = checkpoint.config or {}
-    holders = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    for settings in (holder.get("quantization_config") for holder in holders):
-        if settings:
-            method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-            raise CheckpointError(
-                f"{path} is quantised already, with {method!r} (quantization_config in its config.json); convert the "
-                "checkpoint that it was made from."
-            )
+    for settings in quantizations_in(checkpoint.config or {}):
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise CheckpointError(
+            f"{path} is quantised already, with {method!r} (quantization_config in its config.json); convert the "
+            "checkpoint that it was made from."
+        )
 
 
 class _Search:
