@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import resource
 import socket
@@ -14,8 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 from support.loop import run
 from support.server import Server, running_server, wait_until
-from support.service import COMPLETIONS, KEY, TEXT_BODY, Reference, send_request
+from support.service import COMPLETIONS, KEY, LONG_BODY, TEXT_BODY, Reference, gauge, send_request
 
+httpx = pytest.importorskip("httpx2", reason="needs layerstream[test]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs layerstream[serve]")
 pytest.importorskip("fastapi", reason="needs layerstream[serve]")
 
@@ -205,6 +207,31 @@ def test_one_connection_too_many_closes_the_one_that_has_been_idle_for_the_longe
             await clients[0][0].readuntil(b"hello")
 
     run(main())
+
+
+def test_a_client_that_never_reads_does_not_delay_the_end(folder: Path) -> None:
+    with running_server(folder, "--served-model-name", "tiny", "--shutdown-seconds", "0") as server:
+        url = urlsplit(server.url)
+        # Some five megabytes, most of which are sent with the first tokens.
+        large = {"prompt": "x" * 3000, "echo": True, "logprobs": 5, "n": 8, "max_tokens": 50}
+        body = json.dumps(LONG_BODY | large | {"stream": True, "ignore_eos": True})
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: application/json\r\n"
+        with socket.socket() as connection, httpx.Client(base_url=server.url, timeout=60) as http:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect((url.hostname, url.port))
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            counts: list[float] = [0.0]
+
+            def nothing_moves() -> bool:
+                counts.append(gauge(http, "layerstream_answer_tokens_total"))
+                return 0 < counts[-1] == counts[-20:][0]
+
+            wait_until(nothing_moves)
+            assert counts[-1] < 8 * 50
+            server.process.terminate()
+            assert server.wait() == 0
+        assert "timeout graceful shutdown exceeded" not in server.log
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="another process cannot be limited")

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Time limit for clients that do not read the final error.
-_FINAL_ERROR_SECONDS = 3
+# Time limit for clients that do not read the final error; uvicorn's own, which ends in an error in the log, is longer.
+_FINAL_ERROR_SECONDS = 2
+_LAST_SECONDS = 5
 
 # So many connections are accepted at a time. asyncio accepts as many as it queues, and an error for want of descriptors as often:
 # with uvicorn's 2048, seventy thousand lines came in three seconds, and no answer.
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
                 lifespan="off",  # the model is opened and closed outside the server
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=args.shutdown_seconds + _FINAL_ERROR_SECONDS,
+                timeout_graceful_shutdown=args.shutdown_seconds + _LAST_SECONDS,
                 ws="none",
             )
         )
@@ -90,7 +91,14 @@ class Server(uvicorn.Server):
             "shutting down: running requests may finish for %d s; a second signal ends them at once",
             self._shutdown_seconds,
         )
-        asyncio.get_running_loop().call_later(self._shutdown_seconds, self._answers.stop)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._shutdown_seconds, self._answers.stop)
+        loop.call_later(self._shutdown_seconds + _FINAL_ERROR_SECONDS, self._break_connections)
+
+    def _break_connections(self) -> None:
+        """Leave clients that have not read what was sent to them."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _most_connections() -> int:
