@@ -1,6 +1,9 @@
 """`layerstream batch`: the same answers as the model's, in order, whenever it was killed in between."""
 
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,24 @@ def test_files_that_do_not_belong_together_are_refused_in_one_line(
     source.write_text('{"custom_id": "a"}\n')
     assert main(arguments(folder, source, tmp_path / "new.jsonl")) == 1
     assert "line 1, is no request" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_grow_is_reported_with_its_name_and_continued_later(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_requests(tmp_path / "in.jsonl", completions(8))
+    target, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, hard)
+    )  # as a disk that is full, but for the number
+    try:
+        assert main(arguments(folder, source, target)) == 1
+        assert f"{os.strerror(errno.EFBIG)}: '{target}'" in capsys.readouterr().err
+        assert main(["plan", str(folder), "--device", "cpu", "--html", str(page)]) == 1
+        assert f"{os.strerror(errno.EFBIG)}: '{page}'" in capsys.readouterr().err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 0 < answered(target) < len(completions(8))
+    assert main(arguments(folder, source, target)) == 0
+    assert answered(target) == len(completions(8))

@@ -147,7 +147,9 @@ async def hello_connection() -> AsyncIterator[tuple[asyncio.StreamReader, asynci
     config = uvicorn.Config(PlainTextResponse("hello"), log_config=None, lifespan="off", ws="none")
     config.load()
     server = await asyncio.get_running_loop().create_server(
-        lambda: connections.Connection(config=config, server_state=ServerState(), app_state={}),
+        lambda: connections.Connection(
+            most=1, config=config, server_state=ServerState(), app_state={}
+        ),
         "127.0.0.1",
         0,
     )

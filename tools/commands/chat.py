@@ -20,6 +20,7 @@ from layerstream.tools.console.arguments import (
     positive_int,
 )
 from layerstream.tools.console.chat_terminal import ChatTerminal
+from layerstream.tools.console.files import naming
 from layerstream.tools.console.progress import waiting
 from layerstream.tools.console.signals import end_on_signals
 from layerstream.tools.console.tables import print_table
@@ -193,7 +194,9 @@ class _Chat:
         if path.exists() and path.resolve() not in self._saved:
             raise ModelError(f"{path} exists; choose another name, or remove it first.")
         saved = {"model": self._name, "messages": self._conversation.messages}
-        path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"
+        with naming(path):
+            path.write_text(text, encoding="utf-8")
         self._saved.add(path.resolve())
         self._terminal.note(f"(saved in {path})")
 

@@ -16,6 +16,7 @@ from layerstream.tools.console.arguments import (
     byte_rate,
     positive_int,
 )
+from layerstream.tools.console.files import naming
 from layerstream.tools.running.adapters import adapter_size, add_adapter_arguments, find_model
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     # As the user calls it: reports are sent to others, who need not know where models of the hub are kept.
     named = replace(plan, checkpoint=args.model)
     if args.html is not None:
-        args.html.write_text(html_report(named, style=_LOOK.read_text("utf-8")), encoding="utf-8")
+        page = html_report(named, style=_LOOK.read_text("utf-8"))
+        with naming(args.html):
+            args.html.write_text(page, encoding="utf-8")
     if args.json:
         print(json.dumps({"summary": summarize_plan(plan), "plan": json.loads(plan.to_json())}))
     else:

@@ -22,6 +22,7 @@ from layerstream.tools.serving.access import AccessControl
 from layerstream.tools.serving.answer_parser import find_response_template
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.choices import Choices
+from layerstream.tools.serving.connections import Expecting
 from layerstream.tools.serving.embeddings import EmbeddingRequest
 from layerstream.tools.serving.errors import ApiError, error_response
 from layerstream.tools.serving.limits import Limits
@@ -98,6 +99,7 @@ def make_app(model: StreamedModel, tokenizer: Any, settings: Settings) -> FastAP
     )
     app.add_middleware(Traced, metrics=answers.metrics)
     app.add_middleware(AccessControl, hosts=settings.hosts, origins=settings.origins)
+    app.add_middleware(Expecting)
     app.state.answers = answers
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)

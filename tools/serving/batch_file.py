@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from layerstream.stages.errors import LayerstreamError
+from layerstream.tools.console.files import naming
 from layerstream.tools.serving.answers import Answers
 from layerstream.tools.serving.errors import ApiError, api_error
 from layerstream.tools.serving.prompts import Prompts
@@ -124,7 +125,7 @@ class BatchFile:
                 file.flush()
                 on_answer()
 
-        with self._target.open("a+", encoding="utf-8") as file:
+        with naming(self._target), self._target.open("a+", encoding="utf-8") as file:
             file.truncate(self._kept_bytes)
             try:
                 async with asyncio.TaskGroup() as group:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from starlette import types
 from starlette.responses import Response
 
+from layerstream.tools.serving.connections import HALF_CLOSED
 from layerstream.tools.serving.errors import ApiError
 from layerstream.tools.serving.json_text import json_in_thread, json_text
 
@@ -21,6 +22,8 @@ __all__ = ["Emit", "EventStream", "KeepAlive", "LateJson", "client_left", "disca
 logger = logging.getLogger(__name__)
 
 _LAST_EVENT_SECONDS = 1
+# So long after a client has closed its side, it is sent something. If it has left for good, the connection breaks.
+_PROBE_SECONDS = 1
 
 
 class Emit(Protocol):
@@ -43,8 +46,9 @@ class KeepAlive:
 class _Body:
     """Sends the pieces of a body whose length is not known in advance."""
 
-    def __init__(self, response: Response, send: types.Send) -> None:
+    def __init__(self, response: Response, scope: types.Scope, send: types.Send) -> None:
         self._response = response
+        self._half_closed: asyncio.Event | None = scope.get("state", {}).get(HALF_CLOSED)
         self._send = send
         self.started = False
         self._sent = False  # whether anything was sent since ``keep_alive`` looked last
@@ -73,12 +77,16 @@ class _Body:
         self, filler: Callable[[], str], *, seconds: float, first: float
     ) -> AsyncIterator[None]:
         """Send fillers during the block, the first after ``first`` seconds, while nothing else is sent."""
-        task = asyncio.create_task(self._fill(filler, seconds=seconds, first=first))
+        tasks = [
+            asyncio.create_task(self._fill(filler, seconds=seconds, first=first)),
+            asyncio.create_task(self._probe(filler)),
+        ]
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def _fill(self, filler: Callable[[], str], *, seconds: float, first: float) -> None:
         await asyncio.sleep(first)
@@ -87,6 +95,13 @@ class _Body:
                 await self.send(text)
             self._sent = False
             await asyncio.sleep(seconds)
+
+    async def _probe(self, filler: Callable[[], str]) -> None:
+        if self._half_closed is not None:
+            await self._half_closed.wait()
+            await asyncio.sleep(_PROBE_SECONDS)
+            if text := filler():
+                await self.send(text)
 
 
 class EventStream(Response):
@@ -115,8 +130,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Send the response."""
-        del scope, receive
-        body = _Body(self, send)
+        del receive
+        body = _Body(self, scope, send)
 
         async def emit(chunks: Sequence[Any], *, large: bool = False) -> None:
             await body.start()
@@ -160,7 +175,7 @@ class LateJson(Response):
 
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Send the response."""
-        body = _Body(self, send)
+        body = _Body(self, scope, send)
         seconds = self._keep_alive.seconds
         try:
             # Not as early as a stream: an error that comes soon has a status of its own.
@@ -185,7 +200,7 @@ def _event(content: Any, text: str) -> str:
 
 
 async def client_left(receive: types.Receive) -> None:
-    """Return when the client closes the connection; its request has been read."""
+    """Return when the client breaks the connection; its request has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

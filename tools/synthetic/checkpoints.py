@@ -9,6 +9,7 @@ from typing import Any
 
 from layerstream.stages.errors import CheckpointError
 from layerstream.stages.text import format_bytes
+from layerstream.tools.console.files import naming
 from layerstream.tools.synthetic.byte_tokenizer import VOCAB_SIZE, tokenizer_files
 from layerstream.tools.synthetic.families import Config
 from layerstream.tools.synthetic.shapes import Tensor, tensors_of
@@ -198,5 +199,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     new = folder / (_RECORD + _PARTIAL)
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with naming(new):
+        new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     new.replace(folder / _RECORD)
