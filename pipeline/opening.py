@@ -85,10 +85,11 @@ async def open_model(options: Options, resources: AsyncExitStack, guard: ReadGua
         lambda: _read_ahead(checkpoint, options, guard, on_cpu=on_cpu)
     )
     resources.push_async_callback(finish_in_thread, readahead.stop, without_thread=True)
+    trace = functools.partial(
+        _trace, mapped_from_bytes=mapped_from_bytes, left=lambda: _left_of(budget, initial_bytes)
+    )
     traced, assembly = await finish_in_thread(
-        lambda: _trace(
-            checkpoint, sources, options, on_cpu=on_cpu, mapped_from_bytes=mapped_from_bytes
-        )
+        lambda: trace(checkpoint, sources, options, on_cpu=on_cpu)
     )
     hardware = options.hardware or await Hardware.probe(
         checkpoint,
@@ -198,6 +199,7 @@ def _trace(
     *,
     on_cpu: bool,
     mapped_from_bytes: int | None,
+    left: Callable[[], int | None],
 ) -> tuple[TracedModel, Assembly]:
     given = options.pretrained
     refuse_packed_otherwise(checkpoint)
@@ -238,4 +240,5 @@ def _trace(
         experts_on_demand=True,
         unpacks_by_tiles=on_cpu,
         mapped_from_bytes=mapped_from_bytes,
+        most_bytes=left(),
     )

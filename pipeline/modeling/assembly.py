@@ -56,6 +56,7 @@ class Assembly:
         experts_on_demand: Leave experts that can be read one by one out of the layers.
         unpacks_by_tiles: Keep packed weights packed, and unpack rows of them when they are used: on a CPU.
         mapped_from_bytes: See ``measure_memory``.
+        most_bytes: Host memory that trying products by tiles may take; None: what is free.
     """
 
     layers: tuple[ModelLayer, ...]
@@ -83,6 +84,7 @@ class Assembly:
         experts_on_demand: bool = False,
         unpacks_by_tiles: bool = False,
         mapped_from_bytes: int | None = None,
+        most_bytes: int | None = None,
     ) -> None:
         self.traced = traced
         self.adapters = adapters or Adapters({})
@@ -107,7 +109,7 @@ class Assembly:
             if (rest := [place for place in where if place not in self._gathered.get(name, ())])
         }
         self._packed_linear = {
-            name: dataclasses.replace(rows, exact_tokens=exact_tokens(rows))
+            name: dataclasses.replace(rows, exact_tokens=exact_tokens(rows, most_bytes=most_bytes))
             for name, rows in self._packed.items()
             if not rows.transposed and _only_multiplied(traced, self._places.get(name, ()))
         }

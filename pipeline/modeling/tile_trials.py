@@ -22,9 +22,11 @@ from layerstream.pipeline.machine.probe_cache import (
     user_cache_folder,
 )
 from layerstream.pipeline.modeling.packed_rows import PackedRows
-from layerstream.pipeline.planning.overheads import kernels_bytes
-from layerstream.pipeline.planning.tiles import tile_bytes, tile_rows
+from layerstream.pipeline.planning.overheads import kernels_bytes, packing_bytes
+from layerstream.pipeline.planning.tiles import tile_rows
 from layerstream.stages.process.headroom import host_available_bytes
+from layerstream.stages.process.libraries import LibraryMemory
+from layerstream.stages.text import format_bytes
 
 __all__ = ["exact_tokens"]
 
@@ -35,16 +37,20 @@ _FEW, _MANY = (1, 2, 3, 5, 8), (12, 16, 33, 200)
 # A larger matrix is tried with fewer rows: how kernels divide large ones does not depend on how large they are.
 _TRIED_BYTES, _TRIED_SHARE_OF_FREE = 64 << 20, 8
 _TRIED_ROWS = 64
-_HALF_BYTES = 2
+_HALF_BYTES, _SINGLE_BYTES = 2, 4
 # Of variables by which users choose kernels.
 _LIBRARIES = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
 
 
-def exact_tokens(rows: PackedRows) -> int | None:
+def exact_tokens(rows: PackedRows, *, most_bytes: int | None = None) -> int | None:
     """Up to how many tokens products by tiles have the bits of the whole product here; None: always.
 
     Tried are a few numbers of tokens. Terms cancel one another, so that results consist of what rounding has left over: sums in
     another order differ in nearly every element, where those of random numbers do so in one of many thousands.
+
+    Args:
+        rows: The matrix.
+        most_bytes: Host memory that trying may take, if that is less than what is free. If it takes more, the answer is 0.
     """
     is_scattered = rows.order is not None
     step = rows.tile_rows
@@ -52,14 +58,23 @@ def exact_tokens(rows: PackedRows) -> int | None:
         return None
     threads = torch.get_num_threads()  # among which kernels divide rows
     try:
-        return _known_or_tried(rows.rows, rows.columns, rows.dtype, is_scattered, threads)
-    except MemoryError:
+        return _known_or_tried(
+            rows.rows, rows.columns, rows.dtype, is_scattered, threads, most_bytes=most_bytes
+        )
+    except MemoryError as error:
+        logger.warning("packed weights are unpacked whole, which takes more memory: %s", error)
         return 0
 
 
 @functools.cache
 def _known_or_tried(
-    rows: int, columns: int, dtype: torch.dtype, is_scattered: bool, threads: int
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    is_scattered: bool,
+    threads: int,
+    *,
+    most_bytes: int | None,
 ) -> int | None:
     """What ``exact_tokens`` says. Scattered rows are multiplied in another order.
 
@@ -67,22 +82,46 @@ def _known_or_tried(
         MemoryError: The trial would take more than there is.
     """
     step = tile_rows(rows, columns, dtype.itemsize)
-    most_bytes = min(_TRIED_BYTES, host_available_bytes() // _TRIED_SHARE_OF_FREE)
-    height = min(rows, max(2 * step + rows % step, most_bytes // columns // dtype.itemsize))
-    height -= (height - rows) % step  # the last tile is as ragged as that of the whole matrix
-    shape = f"{height} x {columns} by {step}, {dtype}, {threads} threads, {'scattered' if is_scattered else 'in order'}"
+    free_bytes = host_available_bytes()
+    free_bytes = free_bytes if most_bytes is None else min(free_bytes, most_bytes)
+    heights = [
+        _tried_rows(rows, step, nbytes // columns // dtype.itemsize)
+        for nbytes in (_TRIED_BYTES, min(_TRIED_BYTES, free_bytes // _TRIED_SHARE_OF_FREE))
+    ]
+    rest = f"{columns} by {step}, {dtype}, {threads} threads, {'scattered' if is_scattered else 'in order'}"
+    shapes = [f"{height} x {rest}" for height in heights]
     kept = _Kept(_environment())
     found = kept.trials()
-    if shape not in found:
-        nbytes = rows * columns * dtype.itemsize
-        least = 3 * tile_bytes(rows, nbytes)
-        least += kernels_bytes(columns) * (dtype.itemsize == _HALF_BYTES)
-        if step < rows and least > host_available_bytes():
-            raise MemoryError
-        tried = _tried(height, step, columns, dtype, scattered=is_scattered)
-        found = {**kept.trials(), shape: tried}
-        kept.keep(found)
-    return found[shape]
+    for shape in shapes:  # what was tried where there was more memory holds here, too
+        if shape in found:
+            return found[shape]
+    takes_bytes = _trial_bytes(heights[-1], step, columns, dtype.itemsize, scattered=is_scattered)
+    if step < rows and takes_bytes > free_bytes:
+        raise MemoryError(
+            f"trying whether products by tiles have the same bits takes {format_bytes(takes_bytes)}, "
+            f"and there are {format_bytes(free_bytes)}; with more memory it is tried once, and kept"
+        )
+    tried = _tried(heights[-1], step, columns, dtype, scattered=is_scattered)
+    LibraryMemory().release()  # what they keep for this thread
+    kept.keep({**kept.trials(), shapes[-1]: tried})
+    return tried
+
+
+def _tried_rows(rows: int, step: int, most: int) -> int:
+    """Rows to try instead of ``rows``: two tiles at least, and the last one as ragged as that of the whole matrix."""
+    height = min(rows, max(2 * step + rows % step, most))
+    return height - (height - rows) % step
+
+
+def _trial_bytes(height: int, step: int, columns: int, item_bytes: int, *, scattered: bool) -> int:
+    """Host memory that ``_tried`` takes at most, and what libraries keep of it."""
+    made = (_TRIED_ROWS + max(_MANY)) * columns * 2 * (_SINGLE_BYTES + item_bytes)
+    weight = (height + (step if scattered else 0)) * columns * item_bytes
+    results = max(_MANY) * (height + 2 * step) * item_bytes
+    kept = (
+        kernels_bytes(columns) if item_bytes == _HALF_BYTES else packing_bytes(height, max(_MANY))
+    )
+    return made + weight + results + kept
 
 
 def _tried(
@@ -90,21 +129,18 @@ def _tried(
 ) -> int | None:
     """Multiply by tiles of ``step`` of ``height`` rows, and at once, and compare."""
     weight, inputs = _cancelling(height, columns, dtype)
-    order = torch.arange(height)
-    if scattered:
-        order = torch.randperm(height, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(height, generator=torch.Generator().manual_seed(0))
+    parts = [slice(first, first + step) for first in range(0, height, step)]
 
     def is_exact(count: int) -> bool:
         some = inputs[:, :count]
-        # One at a time: scattered ones are copies, and there may be little memory.
-        parts = (
-            (weight[each] for each in torch.split(order, step))
-            if scattered
-            else torch.split(weight, step)
-        )
-        tiles = [nn.functional.linear(some, part) for part in parts]
         whole = nn.functional.linear(some, weight)
-        return torch.equal(whole[..., order], torch.cat(tiles, dim=-1))
+        # One at a time: scattered ones are copies, and there may be little memory.
+        places = torch.split(order, step) if scattered else parts
+        return all(
+            torch.equal(whole[..., each], nn.functional.linear(some, weight[each]))
+            for each in places
+        )
 
     # In this order, since numbers that are likely to differ end the trial.
     if all(map(is_exact, reversed(_FEW + _MANY))):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from layerstream.pipeline.planning.model_shape import Config, shape_of
 from layerstream.stages.process.libraries import KERNELS_KEPT, has_tile_products
 
-__all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "kernels_bytes", "overheads"]
+__all__ = ["KERNEL_BYTES", "Overheads", "code_bytes", "kernels_bytes", "overheads", "packing_bytes"]
 
 # A kernel that oneDNN has compiled for a shape of bfloat16 matrices: 0.27 to 0.29 MB were measured for matrices of 64 x 256
 # and of 4096 x 14336 alike, but on a processor with AMX 0.4 MB for 64 x 256, 0.9 for 1024 x 4096, 2.5 for 8192 x 2048 and
@@ -51,6 +51,12 @@ def kernels_bytes(columns: int) -> int:
     return KERNELS_KEPT * (KERNEL_BYTES + _KERNEL_BYTES_PER_COLUMN * columns)
 
 
+def packing_bytes(columns: int, rows: int) -> int:
+    """What MKL packs of float32 matrices, and keeps for the thread, in a product of so many rows that makes so many columns."""
+    packed = min(columns, _PANEL_COLUMNS) + min(rows, _PANEL_ROWS)
+    return 2 * _PANEL_DEPTH * _SINGLE_BYTES * packed
+
+
 def code_bytes(tensors: int) -> int:
     """Host memory that a process takes for code and module tree when it opens its first model, of so many tensors."""
     return _CODE_BYTES + tensors * _CODE_BYTES_PER_TENSOR
@@ -75,5 +81,4 @@ def overheads(config: Config | None, *, modules: int, rows: int, logits: int = 1
     if shape is None or shape.item_bytes != _SINGLE_BYTES or rows < _FEWEST_ROWS:
         return Overheads(per_request_bytes=tree_bytes)
     columns = max(shape.widest, shape.vocabulary if logits >= _FEWEST_ROWS else 0)
-    packed = min(columns, _PANEL_COLUMNS) + min(rows, _PANEL_ROWS)
-    return Overheads(per_request_bytes=tree_bytes + 2 * _PANEL_DEPTH * _SINGLE_BYTES * packed)
+    return Overheads(per_request_bytes=tree_bytes + packing_bytes(columns, rows))

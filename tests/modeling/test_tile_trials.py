@@ -109,3 +109,30 @@ def test_what_was_not_tried_for_want_of_memory_is_not_kept(trials, monkeypatch):
     assert not trials
     assert exact_tokens(ROWS) in {None, 0, 1, 2, 3, 5, 8}
     assert len(trials) == 1
+
+
+def test_what_a_budget_leaves_bounds_the_trial(trials, monkeypatch):
+    takes = []
+    real = tile_trials._trial_bytes
+
+    def noted(*args, **kwargs):
+        takes.append(real(*args, **kwargs))
+        return takes[-1]
+
+    monkeypatch.setattr(tile_trials, "_trial_bytes", noted)
+    assert exact_tokens(ROWS, most_bytes=0) == 0
+    assert not trials
+    assert exact_tokens(ROWS, most_bytes=takes[0] - 1) == 0
+    assert not trials
+    exact_tokens(ROWS, most_bytes=takes[0])
+    assert trials == [(9216, 2048)]
+
+
+def test_what_was_tried_with_more_memory_holds_with_less(trials, monkeypatch):
+    tall = dataclasses.replace(SMALL, rows=16 * 512, order=torch.arange(16 * 512))
+    monkeypatch.setattr(tile_trials, "tile_rows", lambda *_: 512)
+    monkeypatch.setattr(tile_trials, "_TRIED_BYTES", 4 << 20)
+    first = tokens(tall)
+    assert trials == [(4096, 512)]
+    assert exact_tokens(tall, most_bytes=0) == first
+    assert len(trials) == 1
