@@ -42,7 +42,9 @@ class _LoopThread:
         self._running.add(self)
         try:
             self._loop.run_forever()
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            # It starts a thread, which Python 3.12 refuses while it exits; then it ends the executor's threads by itself.
+            with suppress(RuntimeError):
+                self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
             self._running.discard(self)

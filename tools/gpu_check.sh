@@ -7,8 +7,8 @@
 #   tools/gpu_check.sh --rehearse    the same on the CPU with tiny sizes: proves the script, measures nothing
 #
 # Needs this checkout and a Python ($PYTHON, else python3) with torch 2.11 or later, transformers, safetensors,
-# aiofiles, psutil and pytest. No network, and nothing is installed. About 12 GB of disk in ${TMPDIR:-/tmp}, on
-# which reading is measured too (24 where accelerate is installed), and 40 GB of RAM.
+# aiofiles, psutil and pytest. No network, and nothing is installed. About 14 GB of disk in ${TMPDIR:-/tmp}, on
+# which reading is measured too (28 where accelerate is installed), and 40 GB of RAM.
 set -uo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

@@ -28,7 +28,7 @@ _COUNTERS = (
     ("read_bytes", "Bytes of weights read", "bytes_read"),
     ("experts_wanted", "Experts that forward passes needed, in each layer", "experts_wanted"),
     ("reopened", "Times that the model was reopened after streaming had failed", "reopened"),
-    ("expert_hits", "Of those, the ones that were in memory", "expert_hits"),
+    ("expert_hits", "Of those, the ones that were in memory, on a GPU in VRAM", "expert_hits"),
 )
 _GAUGES = (
     ("requests_waiting", "Requests that wait for memory or a free place", "requests_waiting"),

@@ -113,7 +113,7 @@ class Assembly:
         }
         self.layers = model_layers(traced, checkpoint, self._places, traces)
         given = (traced, checkpoint, self._places, self._packed)
-        found = module_experts(*given) if experts_on_demand else {}
+        found = module_experts(*given, on_cpu=unpacks_by_tiles) if experts_on_demand else {}
         self._experts = {
             layer.name: [
                 each

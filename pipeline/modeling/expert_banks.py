@@ -106,19 +106,19 @@ def grouped_products(
 
     nbytes = matrices[0].numel() * matrices.itemsize
     size = max(copied_bytes // nbytes, 1)
-    products, begin = [], 0
+    columns = matrices.shape[-1 if is_transposed else -2]
+    result, begin = inputs.rows.new_empty((len(inputs.rows), columns)), 0
     for at in range(0, len(inputs.places), size):
         ends = list(itertools.accumulate(inputs.counts[at : at + size]))
         copied = matrices[list(inputs.places[at : at + size])]
-        products.append(
-            _grouped_mm(
-                inputs.rows[begin : begin + ends[-1]],
-                copied if is_transposed else copied.transpose(-2, -1),
-                torch.tensor(ends, dtype=torch.int32, device=matrices.device),
-            )
+        result[begin : begin + ends[-1]] = _grouped_mm(
+            inputs.rows[begin : begin + ends[-1]],
+            copied if is_transposed else copied.transpose(-2, -1),
+            torch.tensor(ends, dtype=torch.int32, device=matrices.device),
         )
         begin += ends[-1]
-    return products[0] if len(products) == 1 else torch.cat(products)
+        del copied  # before the next ones are made
+    return result
 
 
 class Banks(Protocol):

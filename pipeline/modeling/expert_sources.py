@@ -50,6 +50,8 @@ def module_experts(
     checkpoint: Checkpoint,
     places: Mapping[str, Sequence[WeightPlace]],
     packed: Mapping[str, PackedRows],
+    *,
+    on_cpu: bool,
 ) -> dict[str, ModuleExperts]:
     """The modules whose experts can be read one by one, by their paths.
 
@@ -62,6 +64,7 @@ def module_experts(
         checkpoint: Its weight files.
         places: Of each recipe's tensor.
         packed: The parameters that are packed, by the names of their recipes.
+        on_cpu: A CPU computes with them.
     """
     found = {}
     for path, module in traced.module.named_modules():
@@ -96,7 +99,8 @@ def module_experts(
                 is_multiplied_packed=are_multiplied_packed(module, parameters, tensors),
             )
             found[path] = ModuleExperts(source=source, packed=tuple(parameters))
-            _load_products(module, [traced.recipes[name] for name in names])
+            if on_cpu:
+                _load_products(module, [traced.recipes[name] for name in names])
     return found
 
 

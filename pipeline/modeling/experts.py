@@ -8,7 +8,7 @@ the expert store. Results equal those of the whole parameters bit for bit.
 import functools
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from types import MappingProxyType
 from typing import Any
 
@@ -100,8 +100,11 @@ class _Access:
 
     def leases(self, groups: Sequence[ExpertGroup]) -> Generator[Lease]:
         """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
-        leases = [self.store.lease(group) for group in groups]
-        try:
+        with ExitStack() as held:
+            leases = []
+            for group in groups:
+                leases.append(lease := self.store.lease(group))
+                held.callback(lease.release)  # releasing one again does nothing
             for current, upcoming in zip(leases, [*leases[1:], None], strict=True):
                 if not self.store.take(current, wait_for=None):
                     with self._waiting() as wait_for:  # which raises if the request is cancelled
@@ -116,9 +119,6 @@ class _Access:
                         current.wait(wait_for)
                 yield current
                 current.release()
-        finally:
-            for each in leases:  # releasing one again does nothing
-                each.release()
 
 
 class _OnDemand:

@@ -212,9 +212,12 @@ class _Search:
         # What residents leave: a byte of the trunk is read in every sweep, one of an expert in some.
         need = placer.need(batches, arenas)
         free = placer.host_usable_bytes - need.host - placer.overhead_bytes
-        cells = self._experts.filled(free_bytes=free)
         device_free = (placer.vram_budget_bytes or 0) - need.vram
         device_cells = self._device_experts.filled(free_bytes=device_free)
+        # What is all in VRAM only passes through host memory.
+        if self._device_experts.holds_all(device_cells):
+            free = 0
+        cells = self._experts.filled(free_bytes=free)
         expert_bytes = self._experts.nbytes(cells)
         device_expert_bytes = self._device_experts.nbytes(device_cells)
         spare = self._decode_spare()

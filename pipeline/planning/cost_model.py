@@ -221,9 +221,12 @@ class CostModel:
             # The KV cache, both ways, in the thread that computes, which waits for it.
             kv_bytes = 2 * placement.kv_bytes_per_block * len(layers)
             compute += kv_bytes / self.rates.pageable_h2d
-        expert_seconds = sum(
+        each = [
             self._expert_seconds(placement, layer, shape, empty=empty_cells) for layer in layers
-        )
+        ]
+        expert_read, expert_copy = (sum(seconds) for seconds in zip(*each, strict=True))
+        # Several are on their way at once, and each is copied when it has been read.
+        expert_seconds = max(expert_read, expert_copy)
         takes_host_slot = not placement.maps and not is_loaded and not batch.host_resident
         return BatchCost(
             read_seconds=read,
@@ -233,7 +236,8 @@ class CostModel:
             host_bytes=batch.host_bytes if takes_host_slot else 0,
             device_bytes=0 if batch.device_resident else batch.device_bytes,
             copied_away=not batch.uses_host_image,
-            expert_seconds=expert_seconds,
+            expert_seconds=expert_read,
+            expert_copy_seconds=expert_copy,
             expert_wait_seconds=expert_seconds
             if shape is None or not shape.prompt
             else max(0.0, expert_seconds - compute),
@@ -256,8 +260,8 @@ class CostModel:
 
     def _expert_seconds(
         self, placement: Placement, layer: PlannedLayer, shape: PassShape | None, *, empty: bool
-    ) -> float:
-        """Seconds to read the experts of ``layer`` that a pass is expected to need and does not find, or to copy them."""
+    ) -> tuple[float, float]:
+        """Seconds to read the experts of ``layer`` that a pass is expected to need and does not find, and to copy them."""
         tokens = 1 if shape is None else shape.sequences * shape.tokens
         read = copied = 0.0
         for experts in placement.expert_sets.get(layer.name, ()):
@@ -266,7 +270,7 @@ class CostModel:
             copied += whole if empty else experts.copied_bytes(tokens)
         rate = min(self.rates.disk, self.throttle_bytes_per_second or math.inf)
         seconds = read / (self.rates.mmap if placement.reader is ReaderKind.MMAP else rate)
-        return seconds if placement.on_cpu else max(seconds, copied / self.rates.h2d)
+        return seconds, 0.0 if placement.on_cpu else copied / self.rates.h2d
 
     def _miss_share(
         self, placement: Placement, batches: Sequence[LayerBatch], *, first: bool

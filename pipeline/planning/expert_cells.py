@@ -186,6 +186,11 @@ class ExpertMemory:
         cells = self.given or filled_cells(self.sources, self.fewest, free_bytes=max(0, free_bytes))
         return cells_by_use(self.sources, cells, self.usage)
 
+    def holds_all(self, cells: ExpertCells) -> bool:
+        """Whether there are experts, and ``cells`` for each."""
+        each = zip(self.sources, cells.own, strict=True)
+        return bool(self.sources) and all(n >= source.experts for source, n in each)
+
     def nbytes(self, cells: ExpertCells) -> int:
         """Bytes of the store with ``cells``, and of what is beside them."""
         return cells_bytes(self.sources, cells) + self.more_bytes if self.sources else 0

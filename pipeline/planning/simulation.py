@@ -33,6 +33,8 @@ class BatchCost:
     """Whether the host slot is free after the copy, not after the computation."""
     expert_seconds: float = 0.0
     """Of reading experts on demand, for which the reads of later batches make way."""
+    expert_copy_seconds: float = 0.0
+    """Of copying them to a GPU, each when it has been read."""
     expert_wait_seconds: float = 0.0
     """How long computation waits for that."""
 
@@ -80,7 +82,9 @@ def simulate(
             SweepPrediction(
                 seconds=computed - start,
                 read_seconds=sum(batch.read_seconds + batch.expert_seconds for batch in batches),
-                transfer_seconds=sum(batch.copy_seconds for batch in batches),
+                transfer_seconds=sum(
+                    batch.copy_seconds + batch.expert_copy_seconds for batch in batches
+                ),
                 compute_seconds=sum(batch.compute_seconds for batch in batches),
                 overhead_seconds=len(batches) * overhead_seconds + between_seconds,
             )

@@ -30,8 +30,10 @@ def _arithmetic(plan: Plan) -> Section:
     """The figures of a sweep that can be checked by dividing."""
     sweep = plan.prediction.decode
     others = [b for b in plan.batches if b.index not in plan.decode_residents]
-    read_bytes = sum(b.read_bytes for b in others if b.streamed)
-    copied_bytes = sum(b.copied_bytes for b in others if not b.device_resident)
+    read_bytes = plan.expert_bytes_per_step
+    read_bytes += sum(b.read_bytes for b in others if b.streamed)
+    copied_bytes = plan.expert_bytes_copied_per_step
+    copied_bytes += sum(b.copied_bytes for b in others if not b.device_resident)
     stages = (
         ("read", read_bytes, sweep.read_seconds),
         ("transfer", copied_bytes, sweep.transfer_seconds),

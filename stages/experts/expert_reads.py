@@ -55,6 +55,9 @@ class ExpertReads:
         with self._lock:
             return self._bytes
 
+    def demand(self, set_index: int, experts: Sequence[int]) -> None:
+        """Nothing to do: what is read is kept nowhere else."""
+
     def begin(self, cell: Cell, experts: ExpertSet, expert: int) -> list[Future[None]]:
         """Queue the reads of ``expert`` into ``cell``."""
         reads = experts.reads(

@@ -6,6 +6,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from layerstream.stages.errors import copy_of
 from layerstream.stages.experts.cells import Cell, CellRegion
 
@@ -53,6 +55,11 @@ class Lease:
     def cells(self) -> list[int]:
         """The numbers of the cells in the region, in the order of the group's experts; none before they are taken."""
         return [cell.number for cell in self._cells]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The bytes of those cells, uint8 ``[cell_bytes]`` each."""
+        return [cell.tensor for cell in self._cells]
 
     def hold(self, cells: Sequence[Cell]) -> None:
         """For the store: these are the pass's, in the order of the group's experts."""

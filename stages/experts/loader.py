@@ -17,6 +17,9 @@ class ExpertLoader(Protocol):
     def nbytes(self) -> int:
         """How many bytes have been read from files so far."""
 
+    def demand(self, set_index: int, experts: Sequence[int]) -> None:
+        """A pass needs ``experts``, ascending, of which no cell holds any; it takes them in groups."""
+
     def begin(self, cell: Cell, experts: ExpertSet, expert: int) -> Sequence[Future[None]]:
         """Begin to bring ``expert`` into ``cell``, which nobody else writes to until all of the result is done."""
 

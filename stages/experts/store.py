@@ -89,11 +89,13 @@ class ExpertStore:
             region, quota = self._cells.of_set[set_index], self._cells.quotas[set_index]
             ordered = list(experts)
             staying = region.demand([ExpertKey(set_index, expert) for expert in ordered])
+            missing = [each for each in ordered if ExpertKey(set_index, each) not in region]
             if len(ordered) > quota:
                 # The rest is passing, in cells of which every layer's quota counts a part.
                 quota = self.sets[set_index].cells
                 if not in_order:
                     ordered = [key.expert for key in staying]
+        self._loader.demand(set_index, missing)
         kept, passing = (ordered[:quota], sorted(ordered[quota:])) if quota else ([], ordered)
         passing.sort()
         return [
@@ -221,9 +223,21 @@ class ExpertStore:
 
     def _give_back(self, lease: Lease) -> None:
         """For ``Lease``."""
-        device = self._device
-        used = {} if device is None or not lease.cells else {device.stream(): device.record()}
-        self._whole.make(partial(self._give_back_now, lease, used))
+        used: Mapping[Hashable, Event] = {}
+        try:
+            if self._device is not None and lease.cells:
+                used = self._queued_work(self._device)
+        finally:  # also on a device that has failed
+            self._whole.make(partial(self._give_back_now, lease, used))
+
+    @staticmethod
+    def _queued_work(device: Device) -> Mapping[Hashable, Event]:
+        """The event behind what the calling thread has queued on ``device``."""
+        try:
+            return {device.stream(): device.record()}
+        except Exception:
+            device.drain()  # nothing else tells when that work is done
+            raise
 
     def _give_back_now(self, lease: Lease, used: Mapping[Hashable, Event]) -> None:
         with self._lock:

@@ -40,6 +40,7 @@ class BfloatMatrices:
         assert kernel is not None  # noqa: S101
         self._kernel = kernel
         self._summed = summed
+        self._threads = torch.get_num_threads()
         _, self._rows, self._columns = matrices.shape
         self._stride, self._start = matrices.stride(0), matrices.storage_offset()
         storage = matrices.untyped_storage()
@@ -50,8 +51,8 @@ class BfloatMatrices:
         self._memory: Any = flat.numpy()
 
     def fit(self, counts: Sequence[int]) -> bool:
-        """Whether so many rows may be multiplied with a matrix each."""
-        return max(counts) <= len(self._summed)
+        """Whether so many rows may be multiplied with a matrix each; not with other threads than ``summed`` was found for."""
+        return max(counts) <= len(self._summed) and torch.get_num_threads() == self._threads
 
     def products(
         self, places: Sequence[int], counts: Sequence[int], inputs: torch.Tensor

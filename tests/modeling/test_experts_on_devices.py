@@ -1,6 +1,7 @@
 """Experts on demand on a GPU, with a stand-in: cells on both sides, and results as of whole parameters."""
 
 import asyncio
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.loop import run
 from support.models import CASES, save_model
 from support.selection import covering
 from support.streaming import SMALL, bits_equal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerstream.pipeline import Budget, PlanError, StreamedModel
 from layerstream.pipeline.modeling.expert_banks import Inputs, grouped_products
@@ -145,12 +147,35 @@ def test_an_expert_that_is_on_the_device_is_neither_read_nor_copied_again(
             folder, device="auto", workload=SMALL, budget=Budget(host="256MiB", vram="512MiB")
         ) as model:
             assert all(each.device_cells == each.experts for each in model.plan.experts)
+            assert not any(
+                each.cells for each in model.plan.experts
+            )  # they only pass through there
             await model.forward(input_ids=prompt())
             first = len(copied)
             await model.forward(input_ids=prompt())
             assert first == len(copied) > 0
 
     run(main())
+
+
+def test_copies_for_a_product_are_gone_before_the_next_ones_are_made() -> None:
+    alive: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.index.Tensor:
+                alive.append(1)
+                weakref.finalize(result.untyped_storage(), alive.pop)
+                assert len(alive) == 1
+            return result
+
+    inputs = Inputs(places=[0, 1, 2], counts=[1, 1, 1], rows=torch.randn(3, 64).bfloat16())
+    with Copies():
+        grouped_products(
+            torch.randn(3, 32, 64).bfloat16(), inputs, is_transposed=False, copied_bytes=1
+        )
+    assert not alive
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

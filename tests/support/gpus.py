@@ -158,8 +158,8 @@ class StandIn:
     def __init__(self, monkeypatch):
         self.opened = EagerFake()
 
-        async def probe(checkpoint, device="auto", *, dtype=None, measure=True):
-            _ = checkpoint, device, dtype, measure
+        async def probe(checkpoint, device="auto", *, dtype=None, measure=True, most_bytes=None):
+            _ = checkpoint, device, dtype, measure, most_bytes
             return replace(GPU, vram_free_bytes=self.opened.free_bytes())
 
         monkeypatch.setattr(Hardware, "probe", probe)

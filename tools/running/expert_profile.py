@@ -81,7 +81,7 @@ class ExpertProfile:
         """What was recorded."""
         distinct = self.distinct_per_layer
         found = (
-            f"{self.tokens} tokens wanted {self.wanted} experts, {self.hits / max(self.wanted, 1):.1%} were in memory; "
+            f"{self.tokens} tokens wanted {self.wanted} experts, {self.hits / max(self.wanted, 1):.1%} were in memory, on a GPU in VRAM; "
             f"each layer used {min(distinct)} to {max(distinct)} different ones"
         )
         if self.dropped:
@@ -105,8 +105,8 @@ async def profile_experts(
     store = expert_store(model.module)
     if store is None:
         raise ModelError(
-            "--experts needs a model whose experts are read on demand, and this plan has none: it is no mixture of experts, runs "
-            "on a GPU, or its experts stream with their layers; leave --experts out"
+            "--experts needs a model whose experts are read on demand, and this plan has none: it is no mixture of experts, or its "
+            "experts stream with their layers; leave --experts out"
         )
     route = ExpertRoute(most=_MOST_DEMANDS)
     decoded = 0
@@ -135,6 +135,8 @@ def _replayed(
     demands = route.demands
     experts = sum(each.experts for each in plan.experts)
     cells = sum(each.cells for each in plan.experts) + plan.shared_expert_cells
+    if not plan.on_cpu:  # those that are computed with
+        cells = sum(each.device_cells for each in plan.experts) + plan.shared_device_expert_cells
     sizes: Sequence[int] = [cells, *(max(1, round(experts * share)) for share in _SHARES)]
     used: list[set[int]] = [set() for _ in plan.experts]
     for demand in demands:

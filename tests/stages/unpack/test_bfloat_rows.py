@@ -33,9 +33,23 @@ def test_products_have_the_bits_of_torchs(matrices: torch.Tensor, threads: int) 
                 for place, each in ((4, slice(1)), (0, slice(1, 3)), (2, slice(3, 6)))
             ]
         )
-        fast = BfloatMatrices(matrices, summed_columns(ROWS, COLUMNS))
+        summed = summed_columns(ROWS, COLUMNS)
+        if len(summed) < 3:
+            pytest.skip(f"torch sums in another order in {threads} threads")
+        fast = BfloatMatrices(matrices, summed)
         assert fast.fit([1, 2, 3])
         assert torch.equal(fast.products([4, 0, 2], [1, 2, 3], inputs), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_order_is_that_of_a_number_of_threads(matrices: torch.Tensor) -> None:
+    before = torch.get_num_threads()
+    fast = BfloatMatrices(matrices, summed_columns(ROWS, COLUMNS))
+    assert fast.fit([1])
+    torch.set_num_threads(before + 1)
+    try:
+        assert not fast.fit([1])
     finally:
         torch.set_num_threads(before)
 
