@@ -32,6 +32,19 @@ def test_a_class_is_compared_in_both_dtypes_and_only_once(tmp_path: Path) -> Non
     ]
 
 
+def test_a_mixture_is_read_on_demand_in_each_way(tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    (row,) = scan(results, "--mixtures", "--only", "^Qwen3MoeForCausalLM$")
+    assert (row["outcome"], row["kinds"]) == ("equal", ["Qwen3MoeExperts"])
+    assert row["compared"] == [
+        f"{dtype} {implementation} {amount} {call}"
+        for dtype in ("float32", "bfloat16")
+        for implementation in ("default", "eager")
+        for amount in ("least", "all")
+        for call in ("forward", "steps", "generate")
+    ]
+
+
 def test_the_tables_tell_what_is_not_equal() -> None:
     rows = {
         "A": {"outcome": "equal"},

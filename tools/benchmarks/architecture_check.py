@@ -21,9 +21,20 @@ from layerstream.pipeline import (
 from layerstream.tools.benchmarks.tiny_inputs import inputs_of
 from layerstream.tools.benchmarks.tiny_models import tiny_models
 
-__all__ = ["check"]
+__all__ = [
+    "DTYPES",
+    "built_model",
+    "calls_of",
+    "check",
+    "computed",
+    "equal_bits",
+    "gap_of",
+    "tensors_of",
+    "twice_equal",
+    "working_inputs",
+]
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 _WORKLOAD = Workload(prompt_tokens=8, new_tokens=8)
 _GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 _MIB = 1 << 20
@@ -37,11 +48,11 @@ def check(name: str, folder: Path) -> dict[str, Any]:
     kind = getattr(transformers, name, None)
     if kind is None:
         return {"outcome": "not built", "detail": "transformers does not export it"}
-    model, why = _built(kind)
+    model, why = built_model(kind)
     if model is None:
         return {"outcome": "not built", "detail": why[0], "others": list(dict.fromkeys(why[1:]))}
     compared: list[str] = []
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         label = str(dtype).removeprefix("torch.")
         path = folder / label
         try:
@@ -61,9 +72,12 @@ def check(name: str, folder: Path) -> dict[str, Any]:
     return {"outcome": "equal", "compared": compared}
 
 
-def _built(kind: type[Any]) -> tuple[Any, list[str]]:
-    """A tiny model that computes; or None, and why each that was tried does not."""
+def built_model(
+    kind: type[Any], *, preferred: Callable[[Any], bool] = lambda _: True
+) -> tuple[Any, list[str]]:
+    """A tiny model that computes, the first that is preferred or the first; or None, and why each that was tried does not."""
     why: list[str] = []
+    first = None
     try:
         for build in tiny_models(kind):
             try:
@@ -71,21 +85,24 @@ def _built(kind: type[Any]) -> tuple[Any, list[str]]:
             except Exception as error:  # noqa: BLE001 - the next one may keep the rule that this one breaks
                 why.append(f"{error!r:.200}")
                 continue
-            inputs, error_of = _working_inputs(model, torch.float32)
-            if inputs is not None:
+            inputs, error_of = working_inputs(model, torch.float32)
+            if inputs is not None and preferred(model):
                 return model, []
+            if inputs is not None:
+                first = model if first is None else first
+                continue
             why.append(f"no inputs that it takes: {error_of}")
     except Exception as error:  # noqa: BLE001
         why.append(f"{error!r:.200}")
-    return None, why
+    return first, [] if first is not None else why
 
 
-def _working_inputs(model: Any, dtype: torch.dtype) -> tuple[dict[str, Any] | None, str]:
+def working_inputs(model: Any, dtype: torch.dtype) -> tuple[dict[str, Any] | None, str]:
     """Inputs that the model takes; or None, and what it says to the first that were tried."""
     first = ""
     for inputs in inputs_of(model, dtype):
         try:
-            _call(partial(model, **inputs))
+            computed(partial(model, **inputs))
         except Exception as error:  # noqa: BLE001
             first = first or f"{error!r:.200}"
         else:
@@ -93,7 +110,8 @@ def _working_inputs(model: Any, dtype: torch.dtype) -> tuple[dict[str, Any] | No
     return None, first
 
 
-def _call(work: Callable[[], Any]) -> Any:
+def computed(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, with equal random numbers each time."""
     torch.manual_seed(3)
     with torch.no_grad():
         return work()
@@ -103,17 +121,11 @@ def _compare(
     kind: type[Any], path: Path, reference: Any, dtype: torch.dtype
 ) -> dict[str, Any] | list[str]:
     """The names of what is equal, or the row of what is not."""
-    inputs, _ = _working_inputs(reference, dtype)
+    inputs, _ = working_inputs(reference, dtype)
     if inputs is None:
         return []  # transformers itself cannot compute it in this dtype
-    works = {
-        "forward": lambda model: model(**_copied(inputs)),
-        "steps": lambda model: _steps(model, _copied(inputs)),
-        "generate": lambda model: model.generate(
-            **_prompt(_copied(inputs)), **_GREEDY, **_start(model)
-        ),
-    }
-    expected = {name: _twice_equal(partial(work, reference)) for name, work in works.items()}
+    works = calls_of(inputs)
+    expected = {name: twice_equal(partial(work, reference)) for name, work in works.items()}
     expected = {name: tensors for name, tensors in expected.items() if tensors}
     threads = threading.active_count()
     for budget in _budgets(kind, path):
@@ -128,19 +140,30 @@ def _compare(
         return {"outcome": "failed", "detail": "threads are left"}
     if isinstance(found, dict) and found["outcome"] == "different":
         name = found["call"]
-        again = [_twice_equal(partial(works[name], reference)) for _ in range(3)]
-        if not all(_equal(expected[name], each) for each in again):  # by chance, then
+        again = [twice_equal(partial(works[name], reference)) for _ in range(3)]
+        if not all(equal_bits(expected[name], each) for each in again):  # by chance, then
             return []
     return found
 
 
-def _twice_equal(work: Callable[[], Any]) -> list[torch.Tensor]:
+def calls_of(inputs: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """What is compared, by its name: each takes a model."""
+    return {
+        "forward": lambda model: model(**_copied(inputs)),
+        "steps": lambda model: _steps(model, _copied(inputs)),
+        "generate": lambda model: model.generate(
+            **_prompt(_copied(inputs)), **_GREEDY, **_start(model)
+        ),
+    }
+
+
+def twice_equal(work: Callable[[], Any]) -> list[torch.Tensor]:
     """The tensors of what ``work`` returns; none if it fails, or returns others the second time."""
     try:
-        first, second = (_tensors(_call(work)) for _ in range(2))
+        first, second = (tensors_of(computed(work)) for _ in range(2))
     except Exception:  # noqa: BLE001 - then it cannot do that
         return []
-    return first if _equal(first, second) else []
+    return first if equal_bits(first, second) else []
 
 
 def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -220,9 +243,9 @@ def _compare_streamed(
             model_class=kind,
         ) as model:
             for name, tensors in expected.items():
-                found = _tensors(_call(partial(works[name], model)))
-                if not _equal(tensors, found):
-                    detail = f"{name}: {_gap(tensors, found)}"
+                found = tensors_of(computed(partial(works[name], model)))
+                if not equal_bits(tensors, found):
+                    detail = f"{name}: {gap_of(tensors, found)}"
                     return {"outcome": "different", "call": name, "detail": detail}
     except (AdmissionError, PlanError):
         return None
@@ -236,18 +259,19 @@ def _compare_streamed(
     return list(expected)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
     """Every tensor in a model's output."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in _tensors(each)]
+        return [tensor for each in value for tensor in tensors_of(each)]
     return []
 
 
-def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def equal_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two outputs have the same tensors, bit for bit."""
     return len(one) == len(other) and all(
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
         for a, b in zip(one, other, strict=True)
@@ -258,7 +282,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _gap(one: list[torch.Tensor], other: list[torch.Tensor]) -> str:
+def gap_of(one: list[torch.Tensor], other: list[torch.Tensor]) -> str:
+    """How far two outputs are apart."""
     if [each.shape for each in one] != [each.shape for each in other]:
         return "other shapes"
     gaps = [

@@ -41,7 +41,7 @@ _MOST = (
     (re.compile(r"offset"), 1),
     (re.compile(r"kv_shared_layers"), 1),
     (re.compile(r"(^|_)vocab_size|vocab_size$|^vocab|_vocab$"), _VOCAB),
-    (re.compile(r"(^|_)(num|n|moe_num)_(routed_|local_)?experts$"), 4),
+    (re.compile(r"(^|_)(num|n|moe_num)_(routed_|local_)?experts$"), 8),
     (re.compile(r"per_tok(en)?$|^(moe_)?top_?k$|^moe_k$|num_selects$"), 2),
     (re.compile(r"period|interval|every_n|_freq$"), 2),
     (re.compile(r"^(n_group|topk_group|num_groups|num_expert_group)$"), 1),
@@ -51,7 +51,7 @@ _MOST = (
 )
 _TOKEN = re.compile(r"_(token_)?(id|ids|index|idx)$")
 _LEAST_SCALED = 32
-_MOST_PARAMETERS = 60_000_000
+_MOST_PARAMETERS = 100_000_000
 # By how much sizes are divided, whether heads become fewer, not smaller, and what stays as it is.
 _KEPT_PARTS = (frozenset[str](), frozenset({"backbone_config"}), frozenset({"image_size"}))
 _VARIANTS = tuple(
@@ -78,7 +78,13 @@ _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
 _SECTIONS = {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _GLM = {"rope_parameters": {**_ROPE, **_SECTIONS}}
-# Settings without which a config class makes no config, or none that computes.
+_GEMMA_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 1024,
+}
+# Settings without which a config class makes no config, none that computes, or one without the experts that it may have.
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "AutoformerConfig": _SERIES,
     "BambaConfig": {"attn_layer_indices": [1]},
@@ -86,8 +92,10 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "CohereCompassTextConfig": _ROPES,
     "DbrxConfig": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "DeepseekV2Config": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "Gemma4Config": {"text_config": _GEMMA_EXPERTS},
+    "Gemma4TextConfig": _GEMMA_EXPERTS,
     "Glm46VConfig": {"text_config": _GLM},
     "Glm4vConfig": {"text_config": _GLM},
     "Glm4vMoeConfig": {"text_config": _GLM},
@@ -98,7 +106,7 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["mamba", "attention", "mamba", "mamba"],
     },
     "HunYuanDenseV1Config": {"head_dim": 128},
-    "HunYuanMoEV1Config": {"head_dim": 128},
+    "HunYuanMoEV1Config": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
     "InformerConfig": _SERIES,
     "Lfm2MoeConfig": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "Qwen4ExpConfig": {"text_config": _INDEXER},
