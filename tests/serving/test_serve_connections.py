@@ -82,8 +82,15 @@ def test_a_client_that_has_closed_its_side_gets_its_answer(
 def test_requests_that_wait_behind_another_are_answered_after_their_client_has_closed_its_side() -> (
     None
 ):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        waiting = asyncio.create_task(event_stream.client_left(receive))  # it reads
+        await scope["state"][connections.HALF_CLOSED].wait()
+        assert not waiting.done()
+        await hello(scope, receive, send)
+        await waiting
+
     async def main() -> None:
-        async with serving(hello) as connect:
+        async with serving(app) as connect:
             reader, writer = await connect()
             writer.write(3 * GET)
             writer.write_eof()
@@ -131,9 +138,11 @@ def test_a_client_that_leaves_is_noticed_though_nothing_is_to_be_sent(
             await answer(scope, receive, send)
 
         async with serving(app) as connect:
-            _, writer = await connect()
+            reader, writer = await connect()
             writer.write(GET)
             await begun.wait()
+            if kind == "stream":  # a client that leaves something unread tells so at once
+                await reader.readuntil(b"\r\n\r\n")
             writer.close()
             await noticed.wait()
 
