@@ -223,21 +223,16 @@ class ExpertStore:
 
     def _give_back(self, lease: Lease) -> None:
         """For ``Lease``."""
-        used: Mapping[Hashable, Event] = {}
+        used: dict[Hashable, Event] = {}
         try:
             if self._device is not None and lease.cells:
-                used = self._queued_work(self._device)
-        finally:  # also on a device that has failed
-            self._whole.make(partial(self._give_back_now, lease, used))
-
-    @staticmethod
-    def _queued_work(device: Device) -> Mapping[Hashable, Event]:
-        """The event behind what the calling thread has queued on ``device``."""
-        try:
-            return {device.stream(): device.record()}
+                used[self._device.stream()] = self._device.record()
         except Exception:
-            device.drain()  # nothing else tells when that work is done
+            assert self._device is not None  # noqa: S101
+            self._device.drain()  # nothing else tells when queued work is done
             raise
+        finally:
+            self._whole.make(partial(self._give_back_now, lease, used))
 
     def _give_back_now(self, lease: Lease, used: Mapping[Hashable, Event]) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ from support.loop import happens, run
 
 from layerstream.pipeline import Checkpoint, Hardware
 from layerstream.pipeline.machine import probe as probe_module
-from layerstream.pipeline.machine import probe_compute
+from layerstream.pipeline.machine import probe_compute, probes
 from layerstream.pipeline.machine.contention import Contention
 from layerstream.pipeline.machine.measurement import Origin, Rate
 from layerstream.stages.errors import ReadError
@@ -88,7 +88,7 @@ def test_a_new_machine_is_measured_and_then_known(probe):
 def test_cached_rates_are_not_measured_again_unless_fresh_ones_are_requested(probe, monkeypatch):
     probe()
     calls = []
-    real = probe_module._probes
+    real = probe_module.probes_of
 
     def with_recorded_calls(*args, **named):
         return [
@@ -100,7 +100,7 @@ def test_cached_rates_are_not_measured_again_unless_fresh_ones_are_requested(pro
         calls.append(what)
         return measure()
 
-    monkeypatch.setattr(probe_module, "_probes", with_recorded_calls)
+    monkeypatch.setattr(probe_module, "probes_of", with_recorded_calls)
     assert origins(probe()) >= {Origin.CACHED}
     assert not {"disk-direct", "copies", "blocks", "compute"} & set(calls)
     assert probe(fresh=True).figures["compute"].origin is Origin.MEASURED
@@ -116,25 +116,6 @@ def test_measuring_takes_no_more_memory_than_it_is_given(probe, caplog):
     assert some.compute == ()
     assert "copies: not measured, since that takes 128 MiB of memory" in caplog.text
     assert {"host_copy_bytes_per_second", "compute"} <= probe(most_bytes=1 << 30).figures.keys()
-
-
-def test_what_was_measured_within_a_small_limit_is_kept_for_such_limits_only(probe, monkeypatch):
-    given = []
-
-    def measured(*_, available_bytes, **__):
-        given.append(available_bytes)
-        return {"1": Rate.from_samples([1e9])}
-
-    monkeypatch.setattr(probe_module, "measure_compute", measured)
-    monkeypatch.setattr(
-        probe_module, "compute_bytes", lambda *_, available_bytes, **__: available_bytes // 64
-    )
-    for limit in (130 << 20, 200 << 20, None, 200 << 20):
-        probe(most_bytes=limit)
-    small, free = given
-    assert (
-        small == 128 << 20 < free
-    )  # once within either limit, and once without; then the best is known
 
 
 def test_without_measuring_the_rates_of_a_new_machine_are_unknown(probe):
@@ -185,9 +166,9 @@ def test_a_disk_that_fails_is_logged_as_a_warning_and_all_else_is_measured(
         raise ReadError("/model: reading at offset 0 failed: Input/output error (errno 5)")
 
     monkeypatch.setattr(
-        probe_module,
+        probes,
         "_DISK_READERS",
-        tuple((*each[:2], fail, 0) for each in probe_module._DISK_READERS),
+        tuple((*each[:2], fail, 0) for each in probes._DISK_READERS),
     )
     hardware = probe()
     assert hardware.disk_bytes_per_second is None
@@ -259,11 +240,11 @@ def test_a_probe_that_is_cancelled_finishes_its_measurement_and_leaves_nothing_b
         done.append(args)
         return {}
 
-    (_, names, *_), *others = probe_module._DISK_READERS
+    (_, names, *_), *others = probes._DISK_READERS
     monkeypatch.setattr(
-        probe_module, "_DISK_READERS", (("direct", names, measure_until_released, 0), *others)
+        probes, "_DISK_READERS", (("direct", names, measure_until_released, 0), *others)
     )
-    monkeypatch.setattr(probe_module, "measure_copies", lambda _: pytest.fail("the probe went on"))
+    monkeypatch.setattr(probes, "measure_copies", lambda _: pytest.fail("the probe went on"))
 
     async def main():
         probe = asyncio.create_task(Hardware.probe(checkpoint, "cpu", cache_folder=tmp_path))
@@ -288,7 +269,7 @@ def test_rates_of_computing_are_those_of_the_dtype_that_is_computed_in(probe, mo
         return {}
 
     for name in ("measure_blocks", "measure_compute"):
-        monkeypatch.setattr(probe_module, name, measured)
+        monkeypatch.setattr(probes, name, measured)
     probe(dtype="float16")
     probe()
     assert asked == ["float16"] * 2 + ["bfloat16"] * 2
@@ -303,7 +284,7 @@ def test_samples_that_lie_far_apart_are_used_but_not_cached(probe, monkeypatch, 
         }
 
     monkeypatch.setattr(probe_module, "_DISTURBED_RATIO", 2.0)
-    monkeypatch.setattr(probe_module, "measure_copies", disturbed)
+    monkeypatch.setattr(probes, "measure_copies", disturbed)
     assert probe().host_copy_bytes_per_second == 1e9
     assert not list((tmp_path / "cache").glob("copies-*"))
     assert probe(measure=False).host_copy_bytes_per_second is None
@@ -319,7 +300,7 @@ def test_onednn_is_limited_to_a_small_cache_before_its_first_use(probe, monkeypa
         capacities.append(os.environ.get(name))
         return {"1": Rate(median=1e9, least=1e9, high=1e9, most=1e9, samples=5)}
 
-    monkeypatch.setattr(probe_module, "measure_compute", compute)
+    monkeypatch.setattr(probes, "measure_compute", compute)
     probe()
     assert capacities == [str(KERNELS_KEPT)]
 
@@ -344,8 +325,8 @@ def test_a_measurement_next_to_busy_processes_is_marked_and_soon_expires(
         }
 
     monkeypatch.setattr(probe_module, "Contention", Busy)
-    monkeypatch.setattr(probe_module, "measure_copies", copies)
-    monkeypatch.setattr(probe_module, "_DISK_READERS", (("direct", tuple(disk()), disk, 0),))
+    monkeypatch.setattr(probes, "measure_copies", copies)
+    monkeypatch.setattr(probes, "_DISK_READERS", (("direct", tuple(disk()), disk, 0),))
     hardware = probe()
     assert hardware.figures["host_copy_bytes_per_second"].origin is Origin.CONTENDED
     assert hardware.host_copy_bytes_per_second == 2e9, "a good sample, not the best"

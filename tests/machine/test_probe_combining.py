@@ -5,7 +5,8 @@ import pytest
 from layerstream.pipeline.machine import probe as probe_module
 from layerstream.pipeline.machine.combined_rates import FoundRates, combined
 from layerstream.pipeline.machine.measurement import Origin, Rate
-from layerstream.pipeline.machine.probe_cache import MeasuredRates
+from layerstream.pipeline.machine.probe_cache import MeasuredRates, MeasurementCache
+from layerstream.pipeline.machine.probes import Probe
 
 
 def measured_volume(share, origin, *, disk, cpu, age=0.0):
@@ -50,3 +51,28 @@ def test_passes_that_seem_faster_with_more_tokens_were_disturbed(monkeypatch):
 
     assert probe_module._was_disturbed(compute(2e9, 27e9, 20e9))
     assert not probe_module._was_disturbed(compute(20e9, 27e9, 18e9))
+
+
+def test_what_was_measured_within_a_limit_is_kept_for_such_limits_only(tmp_path):
+    cache, made = MeasurementCache(tmp_path), []
+
+    def rate(limit):
+        def measure():
+            made.append(limit)
+            return {"1": Rate.from_samples([limit or 100.0])}
+
+        probe = Probe(
+            key={"of": "compute"},
+            names=["1"],
+            affected_by_contention=False,
+            measure=measure,
+            takes_bytes=0,
+            limited_to_bytes=limit,
+        )
+        found = probe_module._load_or_measure(
+            probe, cache, fresh=False, measure=True, most_bytes=limit
+        )
+        return found[0].rates["1"].median
+
+    assert [rate(8), rate(8), rate(16), rate(None), rate(8)] == [8, 8, 16, 100, 100]
+    assert made == [8, 16, None]  # once measured as it should be, smaller samples tell nothing
