@@ -27,7 +27,7 @@ _WAIT_SECONDS = 30
 # wait for. The kernel measures it, and asks a client that has vanished meanwhile.
 _UNREAD_SECONDS = 60
 # How often a client that has closed its side is looked at, which nothing else tells about once it has.
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 
 
 class Connection(H11Protocol):

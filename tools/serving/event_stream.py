@@ -22,8 +22,9 @@ __all__ = ["Emit", "EventStream", "KeepAlive", "LateJson", "client_left", "disca
 logger = logging.getLogger(__name__)
 
 _LAST_EVENT_SECONDS = 1
-# So long after a client has closed its side, it is sent something. If it has left for good, the connection breaks.
-_PROBE_SECONDS = 1
+# So long after a client has closed its side, it is sent something. If it has left for good, the connection breaks. An error that
+# comes at once has a status of its own also then.
+_PROBE_SECONDS = 0.2
 
 
 class Emit(Protocol):
