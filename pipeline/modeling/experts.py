@@ -28,7 +28,7 @@ from layerstream.pipeline.modeling.packed_experts import (
 from layerstream.pipeline.modeling.packed_tiles import Tiles
 from layerstream.stages.errors import ModelError
 from layerstream.stages.experts.expert_set import ExpertSet
-from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
+from layerstream.stages.experts.lease import ExpertGroup, Lease, SharedDemand, WaitFor
 from layerstream.stages.experts.store import ExpertStore
 from layerstream.stages.experts.usage import ExpertDemand
 
@@ -98,20 +98,34 @@ class _Access:
         names = {view.name.partition(":")[0] for view in experts.tensors}
         self.parameters = {name: getattr(module, name) for name in names}
 
-    def leases(self, groups: Sequence[ExpertGroup]) -> Generator[Lease]:
-        """The cells of each group when they are filled, while those of the next one are being filled if there is memory."""
+    def leases(
+        self, groups: Sequence[ExpertGroup], *, in_order: bool = False, tokens: int = 0
+    ) -> Generator[Lease]:
+        """The cells of each group when they are filled, while those of the next one are being filled if there is memory.
+
+        Args:
+            groups: All that a pass needs.
+            in_order: In this order; otherwise of what is passing, what other passes have read comes first.
+            tokens: Of the pass: before the last group the next layer may be read ahead.
+        """
+        passing = [e for group in groups if group.passing for e in group.experts]
+        demand = SharedDemand(self.index, [] if in_order else passing)
         with ExitStack() as held:
-            leases = []
-            for group in groups:
-                leases.append(lease := self.store.lease(group))
-                held.callback(lease.release)  # releasing one again does nothing
-            for current, upcoming in zip(leases, [*leases[1:], None], strict=True):
+            held.callback(self.store.leave, demand)
+            leases = self._untaken(groups, demand, in_order=in_order)
+            current = next(leases, None)
+            while current is not None:
+                held.callback(current.release)  # releasing one again does nothing
                 if not self.store.take(current, wait_for=None):
                     with self._waiting() as wait_for:  # which raises if the request is cancelled
                         self.store.take(current, wait_for=wait_for)
+                upcoming = next(leases, None)
                 # Not waited for: two passes that hold cells and wait for the other's would wait for ever.
                 if upcoming is not None:
+                    held.callback(upcoming.release)
                     self.store.take(upcoming, wait_for=None)
+                elif tokens:
+                    self.store.read_ahead(self.index + 1, tokens=tokens)
                 if current.ready:
                     current.wait()
                 else:
@@ -119,6 +133,17 @@ class _Access:
                         current.wait(wait_for)
                 yield current
                 current.release()
+                current = upcoming
+
+    def _untaken(
+        self, groups: Sequence[ExpertGroup], demand: SharedDemand, *, in_order: bool
+    ) -> Generator[Lease]:
+        """Leases of the groups, each of which is taken, or tried to be, before the next one is asked for."""
+        for group in groups:
+            if in_order or not group.passing:
+                yield self.store.lease(group)
+        while demand.wanted or demand.held:
+            yield self.store.lease(demand.next_group(1), demand)
 
 
 class _OnDemand:
@@ -137,7 +162,9 @@ class _InTurn:
 
     def __init__(self, access: _Access, experts: Sequence[int]) -> None:
         self._access = access
-        self._leases = access.leases(access.store.groups(access.index, experts, in_order=True))
+        self._leases = access.leases(
+            access.store.groups(access.index, experts, in_order=True), in_order=True
+        )
         self._lease: Lease | None = None
         self._expert = -1
         self._banks: Generator[Bank] | None = None
@@ -201,10 +228,8 @@ class _StreamedExperts(nn.Module):
                 f"grouped_mm and eager, not with {name}; open the model with experts_implementation={name!r}"
             )
         groups = access.store.groups(access.index, experts)
-        with closing(access.leases(groups)) as leases:
+        with closing(access.leases(groups, tokens=len(index))) as leases:
             for lease in leases:
-                if lease.group is groups[-1]:
-                    access.store.read_ahead(access.index + 1, tokens=len(index))
                 with closing(access.banks.of(lease, tokens=len(index))) as banks:
                     for bank in banks:
                         choices.compute(self, bank, hidden)

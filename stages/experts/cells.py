@@ -1,16 +1,17 @@
 """Cells of equal size, each of which holds one expert. Not thread-safe: the store locks."""
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
 
 from layerstream.stages.batch import TensorView
-from layerstream.stages.devices.protocol import Event
+from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.experts.eviction import Eviction, ExpertKey
 from layerstream.stages.memory import strides_of
 
-__all__ = ["Cell", "CellRegion"]
+__all__ = ["Cell", "CellRegion", "queued_work"]
 
 
 class Cell:
@@ -123,6 +124,19 @@ class CellRegion:
             new.append(cell)
         return [self._cells[key] for key in keys], new
 
+    def missing(self, set_index: int, experts: int, most: int) -> tuple[int, ...]:
+        """The first of a layer's experts that are not in memory."""
+        every = (each for each in range(experts) if ExpertKey(set_index, each) not in self._cells)
+        return tuple(itertools.islice(every, most))
+
+    def hold(self, key: ExpertKey) -> Cell | None:
+        """The cell of ``key``, held for one pass more; None if it is not in memory."""
+        cell = self._cells.get(key)
+        if cell is not None:
+            self._idle -= not cell.users
+            cell.users += 1
+        return cell
+
     def release(self, cell: Cell) -> None:
         """One pass less holds ``cell``, or it is loaded."""
         cell.users -= 1
@@ -148,3 +162,12 @@ class CellRegion:
             self._idle -= 1
             cell.key = None
             self._free.append(cell)
+
+
+def queued_work(device: Device) -> Mapping[Hashable, Event]:
+    """The event behind what the calling thread has queued on ``device``."""
+    try:
+        return {device.stream(): device.record()}
+    except Exception:
+        device.drain()  # nothing else tells when that work is done
+        raise

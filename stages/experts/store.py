@@ -10,12 +10,13 @@ import torch
 
 from layerstream.stages.devices.protocol import Device, Event
 from layerstream.stages.errors import ClosedError
-from layerstream.stages.experts.cells import Cell, CellRegion
+from layerstream.stages.experts.cells import Cell, CellRegion, queued_work
 from layerstream.stages.experts.eviction import ExpertKey
 from layerstream.stages.experts.expert_set import ExpertSet
-from layerstream.stages.experts.lease import ExpertGroup, Lease, WaitFor
+from layerstream.stages.experts.lease import ExpertGroup, Lease, SharedDemand, WaitFor, groups_of
 from layerstream.stages.experts.loader import ExpertLoader
 from layerstream.stages.experts.regions import CellRegions
+from layerstream.stages.experts.shared_demands import SharedDemands
 from layerstream.stages.experts.usage import ExpertDemand, ExpertRoute, ExpertUsage, UsageCounter
 from layerstream.stages.experts.whole_calls import WholeCalls
 from layerstream.stages.telemetry.spans import ExpertCounts
@@ -56,6 +57,7 @@ class ExpertStore:
         # Of its thread: a read that has ended when it gets its callback calls that at once, in the thread that began it.
         self._lock = threading.RLock()
         self._waiting: list[Future[None]] = []  # for cells
+        self._shared = SharedDemands()
         self._closed = False
         self._wanted = self._hits = 0
         self._wait_seconds = 0.0
@@ -96,12 +98,10 @@ class ExpertStore:
                 if not in_order:
                     ordered = [key.expert for key in staying]
         self._loader.demand(set_index, missing)
-        kept, passing = (ordered[:quota], sorted(ordered[quota:])) if quota else ([], ordered)
-        passing.sort()
+        kept, passing = ordered[:quota], sorted(ordered[quota:])
         return [
-            ExpertGroup(set_index=set_index, experts=tuple(sorted(each[at : at + size])), passing=p)
-            for each, size, p in ((kept, max(quota, 1), False), (passing, self._group_size, True))
-            for at in range(0, len(each), size)
+            *groups_of(set_index, kept, max(quota, 1), passing=False),
+            *groups_of(set_index, passing, self._group_size, passing=True),
         ]
 
     def count(self, demand: ExpertDemand) -> None:
@@ -123,8 +123,8 @@ class ExpertStore:
         each = zip(self.sets, usages, strict=True)
         return {experts.module: usage for experts, usage in each if usage is not None}
 
-    def lease(self, group: ExpertGroup) -> Lease:
-        """A lease for ``group`` that holds no cells before ``take``: whoever sees to its release first cannot lose any.
+    def lease(self, group: ExpertGroup, demand: SharedDemand | None = None) -> Lease:
+        """A lease for ``group``, or for what is next of ``demand``, that holds no cells before ``take``: whoever sees to its release first cannot lose any.
 
         Raises:
             ClosedError: The store was closed.
@@ -133,7 +133,9 @@ class ExpertStore:
             if self._closed:
                 raise ClosedError(_CLOSED)
             region = self._cells.of_set[group.set_index]
-        return Lease(group, region, on_wait=self._count_wait, on_release=self._give_back)
+        return Lease(
+            group, region, on_wait=self._count_wait, on_release=self._give_back, demand=demand
+        )
 
     def take(self, lease: Lease, *, wait_for: WaitFor | None = Future.exception) -> bool:
         """Hold cells for the group of ``lease``, and begin to read what is not there; nothing if it holds them.
@@ -159,19 +161,30 @@ class ExpertStore:
                 raise ClosedError(_CLOSED)
             if lease.cells:
                 return None
-            taken = lease.region.take(_keys(lease.group), passing=lease.group.passing)
+            self._shared.choose(lease, self._group_size)
+            taken = lease.region.take(lease.group.keys, passing=lease.group.passing)
             if taken is None:
                 changed: Future[None] = Future()
                 self._waiting.append(changed)
                 return changed
             cells, new = taken
             lease.hold(cells)
+            self._shared.taken(lease)
             self._load_new(lease.group, lease.region, cells, new)
             self._wanted += len(cells)
             self._hits += len(cells) - len(new) - sum(cell.read_ahead for cell in cells)
             for cell in cells:
                 cell.read_ahead = False
             return None
+
+    def leave(self, demand: SharedDemand) -> None:
+        """The pass needs no more of it. May be called again."""
+        self._whole.make(partial(self._leave_now, demand))
+
+    def _leave_now(self, demand: SharedDemand) -> None:
+        with self._lock:
+            self._shared.leave(demand)
+            self._notify()
 
     def _notify(self) -> None:
         """Let those who wait for cells try again. The lock is held."""
@@ -187,6 +200,8 @@ class ExpertStore:
         for cell, expert in zip(cells, group.experts, strict=True):
             if id(cell) in fresh:
                 self._load(region, cell, self.sets[group.set_index], expert)
+                if self._shared.grant(group.set_index, expert, region):
+                    self._notify()
 
     def read_ahead(self, set_index: int, *, tokens: int) -> None:
         """Begin to read experts of a layer that a pass of ``tokens`` comes to next, if it is as good as certain to need all.
@@ -205,14 +220,10 @@ class ExpertStore:
             if self._closed:
                 return
             region, size = self._cells.of_set[set_index], self._group_size
-            passing = not region.free_count
-            missing = [
-                expert
-                for expert in range(experts.experts)
-                if ExpertKey(set_index, expert) not in region
-            ][: size if passing else min(region.free_count, size)]
-            group = ExpertGroup(set_index=set_index, experts=tuple(missing), passing=passing)
-            taken = region.take(_keys(group), passing=passing) if missing else None
+            passing = not (free := region.free_count)
+            missing = region.missing(set_index, experts.experts, min(size, free or size))
+            group = ExpertGroup(set_index=set_index, experts=missing, passing=passing)
+            taken = region.take(group.keys, passing=passing) if missing else None
             if taken is not None:
                 cells, new = taken
                 self._load_new(group, region, cells, new)
@@ -223,15 +234,11 @@ class ExpertStore:
 
     def _give_back(self, lease: Lease) -> None:
         """For ``Lease``."""
-        used: dict[Hashable, Event] = {}
+        used: Mapping[Hashable, Event] = {}
         try:
             if self._device is not None and lease.cells:
-                used[self._device.stream()] = self._device.record()
-        except Exception:
-            assert self._device is not None  # noqa: S101
-            self._device.drain()  # nothing else tells when queued work is done
-            raise
-        finally:
+                used = queued_work(self._device)
+        finally:  # also on a device that has failed
             self._whole.make(partial(self._give_back_now, lease, used))
 
     def _give_back_now(self, lease: Lease, used: Mapping[Hashable, Event]) -> None:
@@ -291,7 +298,3 @@ class ExpertStore:
             self._closed = True
             self._notify()
         self._resources.close()
-
-
-def _keys(group: ExpertGroup) -> list[ExpertKey]:
-    return [ExpertKey(group.set_index, expert) for expert in group.experts]

@@ -109,6 +109,7 @@ _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "HunYuanMoEV1Config": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
     "InformerConfig": _SERIES,
     "Lfm2MoeConfig": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "NemotronHConfig": {"moe_intermediate_size": 7680},
     "Qwen4ExpConfig": {"text_config": _INDEXER},
     "Qwen4ExpTextConfig": _INDEXER,
     "ReformerConfig": {"is_decoder": True},
