@@ -177,7 +177,7 @@ def _linear(
     if fits and inputs.numel() <= weight._fused_tokens * rows.columns:  # noqa: SLF001
         return weight._multiplied(inputs, bias)  # noqa: SLF001
     if (plain := weight._unpacked_once()) is not None:  # noqa: SLF001
-        return nn.functional.linear(inputs, plain, bias)
+        return _product(inputs, plain, bias, weight)
     is_exact = rows.exact_tokens is None or inputs.numel() <= rows.exact_tokens * rows.columns
     # Fused kernels promise no bits.
     by_tiles = is_exact or weight._fused_tokens  # noqa: SLF001
@@ -186,7 +186,20 @@ def _linear(
     with tiles.tile() as memory:
         if by_tiles and not is_small:
             return _by_tiles(inputs, weight, bias, memory)
-        return nn.functional.linear(inputs, weight._whole(memory), bias)  # noqa: SLF001
+        return _product(inputs, weight._whole(memory), bias, weight)  # noqa: SLF001
+
+
+def _product(
+    inputs: torch.Tensor, plain: torch.Tensor, bias: torch.Tensor | None, weight: PackedWeight
+) -> torch.Tensor:
+    """Torch's product with ``plain``, rows of ``weight``, by the way that it takes for a plain weight.
+
+    With a parameter that requires gradients, though none are computed, it multiplies rows of the last tokens of a prompt as a
+    matrix; without, as a batch of matrices, for which it copies the weight.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        plain = plain.detach().requires_grad_(weight.requires_grad)
+    return nn.functional.linear(inputs, plain, bias)
 
 
 def _by_tiles(
@@ -202,7 +215,7 @@ def _by_tiles(
     for first in range(0, rows.rows, rows.tile_rows):
         end = min(first + rows.tile_rows, rows.rows)
         plain = weight._tile(first, end - first, memory)  # noqa: SLF001
-        part = nn.functional.linear(inputs, plain, None if bias is None else bias[first:end])
+        part = _product(inputs, plain, None if bias is None else bias[first:end], weight)
         if places is None:
             result[..., first:end] = part
         else:

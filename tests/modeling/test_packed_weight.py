@@ -4,11 +4,13 @@ import dataclasses
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.loop import run
 from support.quantized import save_quantised
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerstream.pipeline import StreamedModel
 from layerstream.pipeline.modeling.packed_rows import PackedMatrix, PackedRows, RowRun
@@ -87,7 +89,12 @@ def test_the_time_of_unpacking_is_counted_tile_by_tile() -> None:
 
 
 def cancelling_weight(
-    rows: int, columns: int, dtype: torch.dtype, *, is_scattered: bool
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    is_scattered: bool,
+    requires_grad: bool = False,
 ) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
     """A weight whose halves are each other's negative, in another order; its numbers, and that order."""
     generator = torch.Generator().manual_seed(1)
@@ -112,7 +119,7 @@ def cancelling_weight(
         packed_rows,
         parts,
         shape=(rows, columns),
-        requires_grad=False,
+        requires_grad=requires_grad,
         tiles=tiles,
     )
     numbers = numbers - 128
@@ -140,3 +147,31 @@ def test_products_with_packed_weights_have_the_bits_of_plain_ones_for_any_number
             assert torch.equal(found, expected), count
         expected = torch.nn.functional.linear(inputs[:2], plain, bias)
         assert torch.equal(torch.nn.functional.linear(inputs[:2], weight, bias), expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("rows", [9216, 640], ids=["tiles", "whole"])
+def test_products_take_the_way_of_a_plain_parameter(rows: int, *, requires_grad: bool) -> None:
+    """For the last token of a prompt, torch copies a weight that requires no gradients, and no other."""
+    weight, _, _ = cancelling_weight(
+        rows, 512, torch.bfloat16, is_scattered=False, requires_grad=requires_grad
+    )
+    plain = torch.nn.Parameter(weight.unpacked(), requires_grad=requires_grad)
+    last = torch.ones(1, 5, 512).bfloat16()[:, -1:, :]
+    with torch.no_grad():
+        assert ("bmm" in operations(last, plain)) is not requires_grad
+        assert operations(last, plain) <= operations(last, weight)
+        assert ("bmm" in operations(last, weight)) is not requires_grad
+
+
+def operations(inputs: torch.Tensor, weight: torch.Tensor) -> set[str]:
+    found: set[str] = set()
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Operations():
+        torch.nn.functional.linear(inputs, weight)
+    return found
