@@ -21,8 +21,7 @@ from layerstream.pipeline import Budget, ModelError, PlanError, StreamedModel, W
 from layerstream.pipeline.modeling import packed_weight
 from layerstream.pipeline.modeling.packed_banks import PackedBanks
 from layerstream.pipeline.modeling.packed_weight import PackedWeight
-from layerstream.pipeline.modeling.unpacked_once import KeptUnpacked
-from layerstream.pipeline.modeling.unpacked_once import UnpackedOnce
+from layerstream.pipeline.modeling.unpacked_once import KeptUnpacked, UnpackedOnce
 from layerstream.pipeline.planning import tiles
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
