@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from layerstream.pipeline.planning.expert_source import ExpertSource, lay_out_experts
+from layerstream.pipeline.planning.placement import DEVICE_BLOCK_BYTES
 from layerstream.pipeline.planning.planned_layer import PlannedLayer
 from layerstream.stages.experts.expert_set import ExpertSet, request_bytes
 from layerstream.stages.experts.usage import ExpertUsage
@@ -31,8 +32,6 @@ _FEWEST_SHARED_CELLS = 2
 # On a GPU, matrices of so many bytes are copied together to be multiplied with, or one; each of two streams may do so.
 COPIED_BYTES = 64 << 20
 _STREAMS = 2
-# torch's allocator takes large blocks from the driver in multiples of this.
-_DEVICE_BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,4 +224,4 @@ def copied_bytes(sources: Iterable[ExpertSource]) -> int:
         for source in sources
         for tensor in source.tensors
     ]
-    return _STREAMS * max(of_layers) + _DEVICE_BLOCK_BYTES if of_layers else 0
+    return _STREAMS * max(of_layers) + DEVICE_BLOCK_BYTES if of_layers else 0

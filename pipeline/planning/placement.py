@@ -13,10 +13,10 @@ from layerstream.stages.arena import ring_bytes
 from layerstream.stages.batch import LayerBatch, Residence
 from layerstream.stages.memory import round_up
 
-__all__ = ["ArenaBytes", "MemoryBytes", "Placer"]
+__all__ = ["DEVICE_BLOCK_BYTES", "ArenaBytes", "MemoryBytes", "Placer"]
 
 # torch's allocator takes large blocks from the driver in multiples of this; small ones share one.
-_DEVICE_BLOCK_BYTES = 2 << 20
+DEVICE_BLOCK_BYTES = 2 << 20
 _SMALL_BYTES = 1 << 20
 
 
@@ -277,4 +277,4 @@ def _allocated_bytes(nbytes: int) -> int:
     """GPU memory that a tensor of ``nbytes`` takes."""
     if nbytes <= _SMALL_BYTES:
         return nbytes
-    return round_up(nbytes, _DEVICE_BLOCK_BYTES)
+    return round_up(nbytes, DEVICE_BLOCK_BYTES)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.fp8_layers import COLUMNS, LAYERS, ROWS, fp8_layers
 from support.plans import CPU
 
 from layerstream.pipeline.checkpoint.checkpoint import Checkpoint
@@ -19,23 +20,10 @@ from layerstream.pipeline.planning.planned_layers import planned_layers
 from layerstream.pipeline.planning.planner import make_plan
 from layerstream.pipeline.report.plan_report import report_plan
 
-ROWS, COLUMNS, LAYERS = 2048, 1024, 4
-CONFIG = (
-    '{"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100,'
-    ' "quantization_config": {"quant_method": "fp8"}}'
-)
-
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    tensors = {}
-    for layer in range(LAYERS):
-        stem = f"model.layers.{layer}.mlp.up_proj.weight"
-        tensors[stem] = torch.zeros(ROWS, COLUMNS, dtype=torch.float8_e4m3fn)
-        tensors[f"{stem}_scale_inv"] = torch.zeros(ROWS // 128, COLUMNS // 128)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(CONFIG)
-    return Checkpoint.open(tmp_path)
+    return fp8_layers(tmp_path)
 
 
 def plan_at(
